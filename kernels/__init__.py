@@ -5,14 +5,53 @@ Notation, here and in every kernel:
     B batch   L length   D model   H heads   P head dim   N state   G groups   E experts   F expert width
     S block   Q chunk
 
-Public ops: `ssd`, `two_tower_ssd` (ssd.py), `causal_conv`, `block_causal_conv` (causal_conv.py), `attention`
-(attention.py), `expert_mlp` (experts.py) and `double_float` (routing without float64). Their oracles, written as
-literally as the maths allows, stand in reference.py.
+Public ops: `ssd`, `two_tower_ssd` (ssd.py), `block_scan` (block_scan.py), `causal_conv`, `block_causal_conv`
+(causal_conv.py), `attention` (attention.py), `expert_mlp` (experts.py) and `double_float` (routing without float64).
+Their oracles, written as literally as the maths allows, stand in reference.py.
+
+An op with several implementations takes `implementation`, a name or None, which chooses by platform and shapes
+(dispatch.py); `chosen` says what it chooses. The scans have an XLA form (ssd_xla.py) and Pallas TPU kernels (files
+ending in _tpu.py, on tpu.py and tpu_layout.py).
 """
 
 from twotower_jax.kernels.attention import Keys, attention
+from twotower_jax.kernels.block_scan import BLOCK_SCAN, BlockWeights, block_scan
 from twotower_jax.kernels.causal_conv import block_causal_conv, causal_conv
-from twotower_jax.kernels.experts import expert_mlp
-from twotower_jax.kernels.ssd import ssd, two_tower_ssd
+from twotower_jax.kernels.dispatch import Choice
+from twotower_jax.kernels.experts import EXPERT_MLP, expert_mlp
+from twotower_jax.kernels.ssd import SSD, TWO_TOWER_SSD, ssd, two_tower_ssd
 
-__all__ = ["Keys", "attention", "block_causal_conv", "causal_conv", "expert_mlp", "ssd", "two_tower_ssd"]
+__all__ = [
+    "BlockWeights",
+    "Choice",
+    "Keys",
+    "attention",
+    "block_causal_conv",
+    "block_scan",
+    "causal_conv",
+    "chosen",
+    "expert_mlp",
+    "implementations",
+    "ssd",
+    "two_tower_ssd",
+]
+
+_OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, EXPERT_MLP)}
+
+
+def implementations(op: str) -> tuple[str, ...]:
+    """The names that `implementation` of an op takes; empty for an op that has only one form and no such argument."""
+    return tuple(_OPS[op].implementations) if op in _OPS else ()
+
+
+def chosen(op: str, *args, implementation: str | None = None, **kwargs) -> Choice:
+    """Which implementation a call of an op runs, and why.
+
+    Args:
+      op: its name, "ssd", "two_tower_ssd", "block_scan" or "expert_mlp".
+      args, kwargs: of the call; arrays or `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: as the call would: no such implementation, or one that cannot take these shapes.
+    """
+    return _OPS[op].choose(*args, implementation=implementation, **kwargs)

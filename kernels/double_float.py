@@ -65,8 +65,9 @@ def dot(x: jax.Array, w: jax.Array) -> Pair:
     bits = (24 - math.ceil(math.log2(max(x.shape[1], 2)))) // 2
     bits = min(bits, 8)  # What bfloat16 holds.
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    x_1, x_2, x_rest = _slices(x, bits, axis=1)
-    w_1, w_2, w_rest = _slices(w, bits, axis=0)
+    # The barrier keeps XLA from merging the slicing with the products, which takes TPU's compiler half a minute.
+    x_1, x_2, x_rest = jax.lax.optimization_barrier(_slices(x, bits, axis=1))
+    w_1, w_2, w_rest = jax.lax.optimization_barrier(_slices(w, bits, axis=0))
     first = jnp.matmul(x_1, w_1)
     second = two_sum(jnp.matmul(x_1, w_2), jnp.matmul(x_2, w_1))
     high = jax.lax.Precision.HIGH

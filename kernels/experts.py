@@ -1,20 +1,18 @@
 """Expert products: every row through the experts that its router chose, none dropped.
 
-Rows are sorted by expert and laid out in tiles, each tile the rows of one expert (the last of an expert's tiles is
-padded with zero rows). A loop over the tiles in use multiplies each with its expert's two matrices. No capacity, no
-dense expansion over experts, and an expert that no row chose is neither read nor multiplied.
-
     out_t = Σ_k weight_tk · down_{e(t,k)}ᵀ act(up_{e(t,k)}ᵀ x_t)
 
-The backward pass recomputes the hidden layer from the rows, so that forward keeps nothing F wide.
+No capacity: however uneven the choices are, every row gets all of its experts.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from twotower_jax.kernels.dispatch import Implementation, Op
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -33,96 +31,23 @@ class Weights(NamedTuple):
     down_bias: jax.Array | None = None
 
 
-class _Tiles(NamedTuple):
-    """Where each row goes.
-
-    Attributes:
-      row: (T, k) int32, the place of each (token, choice) in the tiled layout.
-      token: (tiles · tile,) int32, the token in each place; T in a place of padding.
-      expert: (tiles,) int32, each tile's expert. used: () int32, how many tiles hold rows.
-    """
-
-    row: jax.Array
-    token: jax.Array
-    expert: jax.Array
-    used: jax.Array
-
-
-def _layout(indices: jax.Array, num_experts: int, tile: int) -> _Tiles:
-    tokens, choices = indices.shape
-    rows = tokens * choices
-    expert = indices.reshape(-1)
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.bincount(expert, length=num_experts)
-    tiles = -(-sizes // tile)
-    before = jnp.tril(jnp.ones((num_experts, num_experts), jnp.int32), -1)
-    first_row, first_tile = jnp.sum(before * sizes, axis=1), jnp.sum(before * tiles, axis=1)
-    # The n-th row of an expert takes place n of that expert's tiles.
-    place = (first_tile * tile - first_row)[expert[order]] + jnp.arange(rows)
-    count = -(-rows // tile) + min(num_experts, rows)
-    return _Tiles(
-        row=jnp.zeros(rows, jnp.int32).at[order].set(place.astype(jnp.int32)).reshape(tokens, choices),
-        token=jnp.full(count * tile, tokens, jnp.int32).at[place].set((order // choices).astype(jnp.int32)),
-        expert=jnp.sum(jnp.arange(count)[:, None] >= first_tile, axis=1, dtype=jnp.int32) - 1,
-        used=jnp.sum(tiles, dtype=jnp.int32),
-    )
-
-
-def _one_tile(activation: Activation, x: jax.Array, weights: Weights) -> jax.Array:
-    """The MLP of one expert on one tile: x (tile, D), weights without their leading axis; float32 accumulation."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    hidden = jnp.matmul(x, weights.up.astype(x.dtype), precision=precision)
-    if weights.up_bias is not None:
-        hidden += weights.up_bias.astype(x.dtype)
-    out = jnp.matmul(activation(hidden), weights.down.astype(x.dtype), precision=precision)
-    if weights.down_bias is not None:
-        out += weights.down_bias.astype(x.dtype)
-    return out
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiled_mlp(activation: Activation, x: jax.Array, weights: Weights, expert: jax.Array, used: jax.Array):
-    """x (tiles, tile, D) → (tiles, tile, D); tiles from `used` on stay zero."""
-
-    def body(i, out):
-        of_expert = jax.tree.map(lambda w: w[expert[i]], weights)
-        return out.at[i].set(_one_tile(activation, x[i], of_expert))
-
-    return jax.lax.fori_loop(0, used, body, jnp.zeros_like(x))
-
-
-def _tiled_mlp_forward(activation, x, weights, expert, used):
-    return _tiled_mlp(activation, x, weights, expert, used), (x, weights, expert, used)
-
-
-def _tiled_mlp_backward(activation, residuals, g):
-    x, weights, expert, used = residuals
-
-    def body(i, carry):
-        dx, dweights = carry
-        of_expert = jax.tree.map(lambda w: w[expert[i]], weights)
-        _, pullback = jax.vjp(functools.partial(_one_tile, activation), x[i], of_expert)
-        dx_i, dweights_i = pullback(g[i])
-        add = functools.partial(jax.tree.map, lambda total, part: total.at[expert[i]].add(part.astype(total.dtype)))
-        return dx.at[i].set(dx_i), add(dweights, dweights_i)
-
-    # Gradients of weights are summed over tiles in float32, whatever the weights are stored in.
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    dx, dweights = jax.lax.fori_loop(0, used, body, (jnp.zeros_like(x), zeros))
-    return dx, jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), None, None
-
-
-_tiled_mlp.defvjp(_tiled_mlp_forward, _tiled_mlp_backward)
-
-
-def tile_size(rows: int, num_experts: int) -> int:
-    """Rows a tile: about an expert's share, in powers of two from 8 to 256."""
-    share = max(1, rows // num_experts)
-    return min(256, max(8, 1 << (share - 1).bit_length()))
+EXPERT_MLP = Op(
+    "expert_mlp",
+    {
+        "xla": Implementation("experts_xla", "expert_mlp"),
+        "ragged_dot": Implementation("experts_ragged", "expert_mlp", platform="tpu"),
+    },
+)
 
 
 def expert_mlp(
-    x: jax.Array, indices: jax.Array, gates: jax.Array, weights: Weights, *, activation: Activation = relu2
+    x: jax.Array,
+    indices: jax.Array,
+    gates: jax.Array,
+    weights: Weights,
+    *,
+    activation: Activation = relu2,
+    implementation: str | None = None,
 ) -> jax.Array:
     """The weighted sum of each row's experts.
 
@@ -130,19 +55,60 @@ def expert_mlp(
 
     Args:
       x: (T, D).
-      indices: (T, k) int32, the experts of each row, all different.
+      indices: (T, k) int32, the experts of each row, all different; E stands for none.
       gates: (T, k), their weights in the sum.
       weights: see `Weights`; any float dtype, cast to x's.
       activation: between the two products.
+      implementation: "xla" (experts_xla.py), "ragged_dot" (experts_ragged.py, made for TPUs), or None; see dispatch.py.
 
     Returns:
       (T, D) in x's dtype; the sum over k runs in float32.
     """
-    num_experts = weights.up.shape[0]
-    tile = tile_size(indices.size, num_experts)
-    tiles = _layout(indices, num_experts, tile)
-    padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
-    out = _tiled_mlp(activation, padded[tiles.token].reshape(-1, tile, x.shape[1]), weights, tiles.expert, tiles.used)
-    chosen = out.reshape(-1, x.shape[1])[tiles.row].astype(jnp.float32)
+    return EXPERT_MLP.run(implementation, x, indices, gates, weights, activation=activation)
+
+
+def weighted_sum(chosen: jax.Array, gates: jax.Array) -> jax.Array:
+    """Σ_k gates_tk · chosen_tk of (T, k, D) and (T, k), (T, D) float32."""
     # Not a matrix product, which TPUs would round to bfloat16.
-    return jnp.sum(chosen * gates.astype(jnp.float32)[..., None], axis=1).astype(x.dtype)
+    return jnp.sum(chosen.astype(jnp.float32) * gates.astype(jnp.float32)[..., None], axis=1)
+
+
+class Sorted(NamedTuple):
+    """Rows in the order of their experts, rows of one expert in the order that they had.
+
+    Attributes:
+      place: (R,) int32, where each row goes. order: (R,) int32, the row in each place.
+      sizes: (E,) int32, the rows of each expert. Rows of no expert come last.
+    """
+
+    place: jax.Array
+    order: jax.Array
+    sizes: jax.Array
+
+
+# The name of `Sorted` and of what a router chose, for policies of `jax.checkpoint`: small, and costly to find again.
+ROUTING = "routing"
+_TILE = 128
+
+
+def sort_by_expert(expert: jax.Array, num_experts: int) -> Sorted:
+    """Sorts rows by counting, for (R,) int32 experts, E standing for none.
+
+    How many rows of the same expert lie before a row is a product with a triangle of ones, within tiles and across
+    them: small whole numbers, exact in any precision of the product. (A sort takes TPU's compiler seconds.)
+    """
+    rows = expert.size
+    padded = jnp.pad(expert, (0, -rows % _TILE), constant_values=num_experts)
+    chosen = (padded.reshape(-1, _TILE, 1) == jnp.arange(num_experts + 1)).astype(jnp.float32)
+    in_tile = jnp.sum(chosen, axis=1)
+
+    def before(counts, axis):
+        ones = jnp.tril(jnp.ones((counts.shape[axis],) * 2, jnp.float32), -1)
+        return jnp.moveaxis(jnp.tensordot(ones, counts, (1, axis)), 0, axis)
+
+    earlier = (before(chosen, 1) + before(in_tile, 0)[:, None]).astype(jnp.int32)
+    sizes = jnp.sum(in_tile, axis=0).astype(jnp.int32)
+    first = jnp.cumsum(sizes) - sizes
+    place = jnp.sum(jnp.where(chosen > 0, earlier + first, 0), axis=-1).reshape(-1)[:rows]
+    order = jnp.zeros(rows, jnp.int32).at[place].set(jnp.arange(rows, dtype=jnp.int32), unique_indices=True)
+    return jax.tree.map(lambda v: checkpoint_name(v, ROUTING), Sorted(place, order, sizes[:num_experts]))

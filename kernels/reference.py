@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def ssd_sequential(x, dt, log_decay, b, c, initial_state=None):
     """The recurrence of `ssd`, one position after the other: h = exp(dt A) h + dt x Bᵀ, y = h C.
 
-    Arguments and results as in `kernels.ssd.ssd`; runs in the dtype of x.
+    Arguments and results as in `kernels.ssd`; runs in the dtype of x.
     """
     heads, groups = x.shape[2], b.shape[2]
     b, c = (jnp.repeat(v, heads // groups, axis=2) for v in (b, c))
@@ -42,6 +42,39 @@ def two_tower_ssd_sequential(
     zeros = jnp.zeros((*x.shape[:1], *x.shape[2:], b.shape[-1]), x.dtype)
     _, y = jax.lax.scan(step, zeros, (tuple(own), tuple(context)))
     return jnp.moveaxis(y, 0, 1).reshape(x.shape)
+
+
+def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=None):
+    """`kernels.ssd` by the recurrence, in float32, or in float64 if it is given that."""
+    arrays = map(_float32_or_more, (x, dt, log_decay, b, c))
+    return ssd_sequential(*arrays, None if initial_state is None else _float32_or_more(initial_state))
+
+
+def two_tower_ssd(*arrays, block_size, chunk_size=None):
+    """`kernels.two_tower_ssd` by the recurrence, in float32, or in float64 if it is given that."""
+    return two_tower_ssd_sequential(*map(_float32_or_more, arrays), block_size=block_size)
+
+
+def _float32_or_more(v):
+    return v.astype(jnp.promote_types(v.dtype, jnp.float32))
+
+
+def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state):
+    """`kernels.block_scan` step by step, in the dtype of z."""
+    batch, length, inner = z.shape
+    heads, head_dim, state_size = state.shape[1:]
+    width = weights.conv_weight.shape[0]
+    inputs = jnp.concatenate([tail[:, tail.shape[1] - (width - 1) :], xbc], axis=1)
+    windows = jnp.stack([inputs[:, i : i + width] for i in range(length)], axis=1)  # (B, S, K, C)
+    total = jnp.einsum("bskc,kc->bsc", windows, weights.conv_weight, precision="highest")
+    xbc = jax.nn.silu(total if weights.conv_bias is None else total + weights.conv_bias)
+    x = xbc[..., :inner].reshape(batch, length, heads, head_dim)
+    b, c = jnp.moveaxis(xbc[..., inner:].reshape(batch, length, 2, groups, state_size), 2, 0)
+    y, last = ssd_sequential(x, dt, log_decay, b, c, state)
+    gated = (y + weights.skip[:, None] * x).reshape(z.shape) * jax.nn.silu(z)
+    parts = gated.reshape(batch, length, groups, -1)
+    normed = parts / jnp.sqrt(jnp.mean(parts**2, axis=-1, keepdims=True) + epsilon)
+    return normed.reshape(z.shape) * weights.norm, last if next_state else None
 
 
 def attention_masked(q, key, value, visible):

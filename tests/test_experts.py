@@ -10,7 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from twotower_jax.kernels import expert_mlp, reference
-from twotower_jax.kernels.experts import Weights, relu2, tile_size
+from twotower_jax.kernels.experts import Weights, relu2, sort_by_expert
+from twotower_jax.kernels.experts_xla import tile_size
 from twotower_jax.layers.common import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 TOLERANCE = 3e-6
 QUICK = {"xla_backend_optimization_level": 0}  # Compiles twice as fast.
 D, F = 5, 7
+LITERAL = "literal"
 
 
 def normal(rng, *shape):
@@ -43,15 +45,18 @@ def route(seed, tokens, choices, experts, favourites=None):
 
 
 @functools.cache
-def compiled(literal, activation=relu2):
-    """(x, gates, weights, indices) → output and the gradients of its weighted sum in the first three."""
+def compiled(form, activation=relu2):
+    """(x, gates, weights, indices) → output and the gradients of its weighted sum in the first three.
+
+    `form` is the literal one or the name of an implementation.
+    """
 
     def run(x, gates, weights, indices):
         def loss(x, gates, weights):
-            if literal:
+            if form == LITERAL:
                 y = reference.expert_mlp_dense(x, indices, gates, weights, activation)
             else:
-                y = expert_mlp(x, indices, gates, weights, activation=activation)
+                y = expert_mlp(x, indices, gates, weights, activation=activation, implementation=form)
             return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
 
         gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, gates, weights)
@@ -60,12 +65,12 @@ def compiled(literal, activation=relu2):
     return jax.jit(run, compiler_options=QUICK)
 
 
-def check(x, gates, weights, indices, activation=relu2):
+def check(x, gates, weights, indices, activation=relu2, form="xla"):
     """Returns the gradients."""
-    y, gradients = compiled(False, activation)(x, gates, weights, indices)
+    y, gradients = compiled(form, activation)(x, gates, weights, indices)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (x, gates, weights))
-        y_expected, gradients_expected = compiled(True, activation)(*exact, indices)
+        y_expected, gradients_expected = compiled(LITERAL, activation)(*exact, indices)
     assert y.dtype == jnp.float32
     for found, expected in zip(
         jax.tree.leaves((y, gradients)), jax.tree.leaves((y_expected, gradients_expected)), strict=True
@@ -78,13 +83,28 @@ def check(x, gates, weights, indices, activation=relu2):
     return gradients
 
 
+@pytest.mark.parametrize("form", ["xla", "ragged_dot"])
 # T, k, E: one token; fewer rows than experts; several tiles an expert; one expert; k = E.
 @pytest.mark.parametrize(
     "tokens, choices, experts, biases",
     [(1, 3, 8, True), (5, 1, 16, False), (130, 2, 3, True), (130, 2, 3, False), (9, 1, 1, True), (20, 4, 4, False)],
 )
-def test_random_routing(tokens, choices, experts, biases):
-    check(*draw(0, tokens, choices, experts, biases), route(1, tokens, choices, experts))
+def test_random_routing(tokens, choices, experts, biases, form):
+    check(*draw(0, tokens, choices, experts, biases), route(1, tokens, choices, experts), form=form)
+
+
+@pytest.mark.parametrize("form", ["xla", "ragged_dot"])
+def test_a_choice_of_no_expert_adds_nothing(form):
+    """E in place of an expert: as if its gate were 0, with no gradient from there."""
+    x, gates, weights = draw(0, 33, 3, 8)
+    indices = route(1, 33, 3, 8)
+    nobody = np.random.default_rng(2).random((33, 3)) < 0.4
+    y, gradients = compiled(form)(x, gates, weights, np.where(nobody, 8, indices).astype(np.int32))
+    expected, others = compiled(LITERAL)(x, np.where(nobody, np.float32(0), gates), weights, indices)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert not np.any(np.asarray(gradients[1])[nobody])
+    for found, other in zip(jax.tree.leaves(gradients[2]), jax.tree.leaves(others[2]), strict=True):
+        np.testing.assert_allclose(found, other, atol=1e-5 * np.max(np.abs(other)))
 
 
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), favourites=st.integers(3, 8))
@@ -115,18 +135,18 @@ def test_an_expert_that_nobody_chose_is_not_read():
     """Its weights may be anything, which a product over all experts would show."""
     x, gates, weights = draw(0, 33, 3, 8)
     indices = route(1, 33, 3, 8, favourites=5)
-    y, gradients = compiled(False)(x, gates, weights, indices)
+    y, gradients = compiled("xla")(x, gates, weights, indices)
     poisoned = jax.tree.map(lambda w: np.concatenate([w[:5], np.full_like(w[5:], np.nan)]), weights)
-    again, gradients_again = compiled(False)(x, gates, poisoned, indices)
+    again, gradients_again = compiled("xla")(x, gates, poisoned, indices)
     jax.tree.map(np.testing.assert_array_equal, (y, gradients), (again, gradients_again))
 
 
 def test_a_row_of_nan_stays_alone():
     x, gates, weights = draw(0, 33, 3, 8)
     indices = route(1, 33, 3, 8)
-    y, _ = compiled(False)(x, gates, weights, indices)
+    y, _ = compiled("xla")(x, gates, weights, indices)
     x[7] = np.nan
-    poisoned, _ = compiled(False)(x, gates, weights, indices)
+    poisoned, _ = compiled("xla")(x, gates, weights, indices)
     assert np.all(np.isnan(poisoned[7]))
     np.testing.assert_array_equal(np.delete(poisoned, 7, axis=0), np.delete(y, 7, axis=0))
 
@@ -135,12 +155,12 @@ def test_bfloat16_rows_with_float32_weights():
     """As in training: float32 master weights are rounded to the rows' dtype, their gradients come back float32."""
     x, gates, weights = draw(0, 33, 3, 8)
     x, indices = x.astype(jnp.bfloat16), route(1, 33, 3, 8)
-    y, gradients = compiled(False)(x, gates, weights, indices)
+    y, gradients = compiled("xla")(x, gates, weights, indices)
     assert y.dtype == gradients[0].dtype == jnp.bfloat16
     assert gradients[1].dtype == jnp.float32
     assert all(gradient.dtype == jnp.float32 for gradient in gradients[2])
     rounded = jax.tree.map(lambda v: np.asarray(v.astype(jnp.bfloat16), np.float32), weights)
-    expected = compiled(True)(np.asarray(x, np.float32), gates, rounded, indices)
+    expected = compiled(LITERAL)(np.asarray(x, np.float32), gates, rounded, indices)
     for found, other in zip(jax.tree.leaves((y, gradients)), jax.tree.leaves(expected), strict=True):
         found = np.asarray(found, np.float32)
         # A hidden layer rounded to 8 bits, squared and summed.
@@ -155,3 +175,12 @@ def test_tile_size(rows, experts):
     # Near the share of an expert, within those bounds.
     assert tile == 8 or tile < 2 * rows / experts
     assert tile == 256 or tile >= rows / experts
+
+
+@hypothesis.given(seed=st.integers(0, 2**32 - 1), rows=st.sampled_from([1, 127, 128, 129, 700]))
+def test_sorting_by_counting_is_a_stable_sort(seed, rows):
+    expert = np.random.default_rng(seed).integers(0, 6, rows).astype(np.int32)  # 5 experts, and 5 for none
+    place, order, sizes = sort_by_expert(expert, 5)
+    np.testing.assert_array_equal(order, np.argsort(expert, kind="stable"))
+    np.testing.assert_array_equal(np.asarray(order)[place], np.arange(rows))
+    np.testing.assert_array_equal(sizes, np.bincount(expert, minlength=6)[:5])

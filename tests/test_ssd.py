@@ -1,4 +1,8 @@
-"""kernels/ssd.py against the literal recurrence in float64: values, states and every gradient."""
+"""Every implementation of kernels/ssd.py against the literal recurrence in float64: values, states, every gradient.
+
+The Pallas TPU kernels run in interpret mode. That they compile for the hardware is a command,
+`launch/benchmark.py kernel_compile`; that they lower for it is tested in test_kernels_dispatch.py.
+"""
 
 import functools
 
@@ -8,14 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
-from twotower_jax.kernels import reference, ssd, two_tower_ssd
+from twotower_jax.kernels import reference, ssd, two_tower_ssd, two_tower_ssd_tpu
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 # Largest difference over the largest entry, in float32 against float64.
 TOLERANCE = 3e-6
 NAMES = ("x", "dt", "log_decay", "b", "c", "initial_state")
+
+
+@pytest.fixture(params=["xla", "pallas_tpu_interpret"])
+def implementation(request):
+    return request.param
 
 
 def draw(seed, batch, length, heads, head_dim, groups, state, *, decay=1.0):
@@ -99,9 +109,9 @@ def check_gradients(names, found, expected, tolerance=TOLERANCE):
         assert np.max(np.abs(np.asarray(one, np.float64) - other)) < 2 * tolerance * scale, name
 
 
-def chunked(chunk):
+def chunked(chunk, implementation):
     def run(x, dt, log_decay, b, c, initial_state):
-        return ssd(x, dt, log_decay, b, c, initial_state=initial_state, chunk_size=chunk)
+        return ssd(x, dt, log_decay, b, c, initial_state=initial_state, chunk_size=chunk, implementation=implementation)
 
     return run
 
@@ -121,10 +131,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ssd_equals_the_recurrence(shape):
+def test_ssd_equals_the_recurrence(shape, implementation):
     *shape, chunk = shape
     arrays = draw(chunk, *shape)
-    (y, state), gradients = with_gradients(chunked(chunk), QUICK)(*to_float32(arrays))
+    (y, state), gradients = with_gradients(chunked(chunk, implementation), QUICK)(*to_float32(arrays))
     (y_expected, state_expected), gradients_expected = recurrence(*arrays)
     assert y.dtype == state.dtype == jnp.float32
     assert difference(y, y_expected) < TOLERANCE
@@ -132,28 +142,34 @@ def test_ssd_equals_the_recurrence(shape):
     check_gradients(NAMES, gradients, gradients_expected)
 
 
-def test_no_initial_state_is_a_zero_one():
+def test_no_initial_state_is_a_zero_one(implementation):
     arrays = to_float32(draw(0, 1, 20, 2, 3, 1, 4))
-    given = ssd(*arrays[:5], initial_state=jnp.zeros_like(arrays[5]), chunk_size=8)
-    left_out = ssd(*arrays[:5], chunk_size=8)
+    zeros = jnp.zeros_like(arrays[5])
+    given = ssd(*arrays[:5], initial_state=zeros, chunk_size=8, implementation=implementation)
+    left_out = ssd(*arrays[:5], chunk_size=8, implementation=implementation)
     jax.tree.map(np.testing.assert_array_equal, given, left_out)
 
 
 @functools.cache
-def _compiled(chunk):
-    return jax.jit(chunked(chunk))
+def _compiled(chunk, implementation):
+    return jax.jit(chunked(chunk, implementation))
 
 
-@hypothesis.given(seed=st.integers(0, 2**32 - 1), cut=st.integers(0, 40), chunk=st.sampled_from([8, 16, 128]))
-def test_a_state_handed_over_anywhere_continues_the_scan(seed, cut, chunk):
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    cut=st.integers(0, 40),
+    chunk=st.sampled_from([8, 16, 128]),
+    implementation=st.sampled_from(["xla", "pallas_tpu_interpret"]),
+)
+def test_a_state_handed_over_anywhere_continues_the_scan(seed, cut, chunk, implementation):
     """Positions with dt = 0 change nothing, so that the two parts of a sequence have one compiled shape."""
     arrays = to_float32(draw(seed, 1, 40, 3, 2, 1, 3))
     x, dt, log_decay, b, c, initial_state = arrays
-    whole, last = _compiled(chunk)(*arrays)
+    whole, last = _compiled(chunk, implementation)(*arrays)
     first = jnp.arange(40)[:, None] < cut
 
     def only(keep, state):
-        return _compiled(chunk)(x, jnp.where(keep, dt, 0), jnp.where(keep, log_decay, 0), b, c, state)
+        return _compiled(chunk, implementation)(x, jnp.where(keep, dt, 0), jnp.where(keep, log_decay, 0), b, c, state)
 
     before, middle = only(first, initial_state)
     after, end = only(~first, middle)
@@ -162,22 +178,30 @@ def test_a_state_handed_over_anywhere_continues_the_scan(seed, cut, chunk):
     assert difference(end, last) < TOLERANCE
 
 
-@hypothesis.given(seed=st.integers(0, 2**32 - 1), position=st.integers(0, 39))
-def test_ssd_is_causal(seed, position):
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    position=st.integers(0, 39),
+    implementation=st.sampled_from(["xla", "pallas_tpu_interpret"]),
+)
+def test_ssd_is_causal(seed, position, implementation):
     x, *rest = to_float32(draw(seed, 1, 40, 3, 2, 1, 3))
-    y, _ = _compiled(16)(x, *rest)
-    changed, _ = _compiled(16)(x.at[:, position].add(1.0), *rest)
+    y, _ = _compiled(16, implementation)(x, *rest)
+    changed, _ = _compiled(16, implementation)(x.at[:, position].add(1.0), *rest)
     np.testing.assert_array_equal(y[:, :position], changed[:, :position])
     assert np.all(np.any(y[:, position:] != changed[:, position:], axis=(0, 3))[0])
 
 
-@pytest.mark.parametrize("chunk", [8, 128])
+# Many chunks in either implementation, and few.
+FORMS = [("xla", 8), ("xla", 128), ("pallas_tpu_interpret", 8), ("pallas_tpu_interpret", 128)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("step", [0.0, 1e-6, 50.0, 1e3, 1e6])
-def test_extreme_decays_stay_finite_and_accurate(step, chunk):
+def test_extreme_decays_stay_finite_and_accurate(step, form):
     """All decays equal: from a state that never fades to one that is gone at once; gradients included."""
     arrays = list(draw(3, 1, 150, 2, 3, 1, 4))
     arrays[2] = np.full_like(arrays[2], -np.float32(step))
-    (y, state), gradients = _chunked_gradients(chunk)(*to_float32(arrays))
+    (y, state), gradients = _chunked_gradients(*form)(*to_float32(arrays))
     (y_expected, state_expected), gradients_expected = recurrence(*arrays)
     assert difference(y, y_expected) < TOLERANCE
     assert difference(state, state_expected) < TOLERANCE
@@ -185,25 +209,25 @@ def test_extreme_decays_stay_finite_and_accurate(step, chunk):
 
 
 @functools.cache
-def _chunked_gradients(chunk):
-    return with_gradients(chunked(chunk))
+def _chunked_gradients(implementation, chunk):
+    return with_gradients(chunked(chunk, implementation))
 
 
 @pytest.mark.parametrize("large", [10.0, 50.0, 1e3, 1e6])
-@pytest.mark.parametrize("chunk", [8, 128])
-def test_large_decays_beside_small_ones(large, chunk):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_large_decays_beside_small_ones(large, form):
     """A state forgotten at one step and kept at the next: differences of plain float32 sums lose the small ones."""
     arrays = list(draw(4, 1, 150, 2, 3, 1, 4))
     pick = np.random.default_rng(5).random(arrays[2].shape) < 0.5
     arrays[2] = np.where(pick, -np.float32(large), -np.float32(0.01)).astype(np.float64)
-    (y, state), gradients = _chunked_gradients(chunk)(*to_float32(arrays))
+    (y, state), gradients = _chunked_gradients(*form)(*to_float32(arrays))
     (y_expected, state_expected), gradients_expected = recurrence(*arrays)
     assert difference(y, y_expected) < TOLERANCE
     assert difference(state, state_expected) < TOLERANCE
     check_gradients(NAMES, gradients, gradients_expected)
 
 
-def test_a_long_context_with_large_states():
+def test_a_long_context_with_large_states(implementation):
     """64K tokens and states beyond 1e3, where bfloat16 inside the scan would lose everything."""
     length = 65_536
     rng = np.random.default_rng(0)
@@ -211,7 +235,7 @@ def test_a_long_context_with_large_states():
     dt = np.full((1, length, 1), 0.5, np.float32)
     log_decay = np.full((1, length, 1), -1e-4, np.float32)
     b = (1 + 0.1 * rng.standard_normal((1, length, 1, 2))).astype(np.float32)
-    y, state = _compiled(128)(x, dt, log_decay, b, b, jnp.zeros((1, 1, 2, 2)))
+    y, state = _compiled(128, implementation)(x, dt, log_decay, b, b, jnp.zeros((1, 1, 2, 2)))
     expected = np.zeros((2, 2))
     for t in range(length):
         expected = np.exp(np.float64(log_decay[0, t, 0])) * expected + 0.5 * np.outer(x[0, t, 0], b[0, t, 0])
@@ -221,12 +245,12 @@ def test_a_long_context_with_large_states():
     assert np.all(np.isfinite(y))
 
 
-def test_bfloat16_inputs_are_scanned_in_float32():
+def test_bfloat16_inputs_are_scanned_in_float32(implementation):
     arrays = draw(6, 1, 40, 4, 3, 2, 4)
     x, dt, log_decay, b, c, state = to_float32(arrays)
     x, b, c = (v.astype(jnp.bfloat16) for v in (x, b, c))
     rounded = [np.asarray(v, np.float64) for v in (x, dt, log_decay, b, c, state)]
-    (y, last), gradients = with_gradients(chunked(16), QUICK)(x, dt, log_decay, b, c, state)
+    (y, last), gradients = with_gradients(chunked(16, implementation), QUICK)(x, dt, log_decay, b, c, state)
     (y_expected, last_expected), gradients_expected = recurrence(*rounded)
     assert y.dtype == last.dtype == jnp.float32
     assert difference(y, y_expected) < TOLERANCE
@@ -247,8 +271,11 @@ def draw_two_towers(seed, *shape, decay=1.0):
     return x, dt, log_decay, b, c, context_x, context_dt, context_log_decay, context_b
 
 
-def blocks_of(block, chunk):
-    return lambda *arrays: (two_tower_ssd(*arrays, block_size=block, chunk_size=chunk),)
+def blocks_of(block, chunk, implementation):
+    def run(*arrays):
+        return (two_tower_ssd(*arrays, block_size=block, chunk_size=chunk, implementation=implementation),)
+
+    return run
 
 
 @functools.cache
@@ -271,10 +298,10 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"S{pair[0]}-Q{pair[1]}-{pair[2]}blocks")
-def test_two_tower_ssd_equals_block_by_block(pair):
+def test_two_tower_ssd_equals_block_by_block(pair, implementation):
     block, chunk, blocks, batch, heads, head_dim, groups, state = pair
     arrays = draw_two_towers(block, batch, block * blocks, heads, head_dim, groups, state)
-    (y,), gradients = with_gradients(blocks_of(block, chunk), QUICK)(*to_float32(arrays))
+    (y,), gradients = with_gradients(blocks_of(block, chunk, implementation), QUICK)(*to_float32(arrays))
     (y_expected,), gradients_expected = blocks_one_by_one(block)(*arrays)
     assert y.dtype == jnp.float32
     assert difference(y, y_expected) < TOLERANCE
@@ -284,19 +311,55 @@ def test_two_tower_ssd_equals_block_by_block(pair):
 
 
 @functools.cache
-def _blocks_of_8_gradients():
-    return with_gradients(blocks_of(8, 32))
+def _blocks_of_8_gradients(implementation):
+    return with_gradients(blocks_of(8, 32, implementation))
 
 
 @pytest.mark.parametrize("large", [0.01, 50.0, 1e6])
-def test_two_tower_ssd_with_extreme_decays(large):
+def test_two_tower_ssd_with_extreme_decays(large, implementation):
     """Mixed with small ones in both towers; `large` = 0.01 mixes nothing."""
     arrays = list(draw_two_towers(0, 1, 72, 2, 2, 1, 2))
     for i in (2, 7):
         pick = np.random.default_rng(i).random(arrays[i].shape) < 0.3
         arrays[i] = np.where(pick, -np.float32(large), -np.float32(0.01)).astype(np.float64)
-    (y,), gradients = _blocks_of_8_gradients()(*to_float32(arrays))
+    (y,), gradients = _blocks_of_8_gradients(implementation)(*to_float32(arrays))
     (y_expected,), gradients_expected = blocks_one_by_one(8)(*arrays)
+    assert difference(y, y_expected) < TOLERANCE
+    check_gradients(TWO_TOWER_NAMES, gradients, gradients_expected)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "frozen"),
+    [("xla", False), ("pallas_tpu_interpret", False), ("pallas_tpu_interpret", True)],
+    ids=["xla", "pallas_tpu_interpret", "pallas_tpu_interpret, context frozen"],
+)
+def test_two_tower_ssd_in_bfloat16(implementation, frozen):
+    """The TPU kernels compute no gradients of a context that nobody differentiates."""
+    arrays = to_float32(draw_two_towers(6, 1, 40, 4, 3, 2, 4))
+    arrays = [v.astype(jnp.bfloat16) if i in (0, 3, 4, 5, 8) else v for i, v in enumerate(arrays)]
+    rounded = [np.asarray(v, np.float64) for v in arrays]
+    function = blocks_of(8, 16, implementation)
+    if frozen:
+        (y,), gradients = with_gradients(lambda *own: function(*own, *arrays[5:]), QUICK)(*arrays[:5])
+    else:
+        (y,), gradients = with_gradients(function, QUICK)(*arrays)
+    (y_expected,), gradients_expected = blocks_one_by_one(8)(*rounded)
+    assert difference(y, y_expected) < TOLERANCE
+    for name, array, found, expected in zip(TWO_TOWER_NAMES, arrays, gradients, gradients_expected, strict=False):
+        assert found.dtype == array.dtype
+        assert difference(found, expected) < (2**-8 if array.dtype == jnp.bfloat16 else 2 * TOLERANCE), name
+
+
+def test_the_tpu_kernels_read_nothing_that_was_not_written():
+    """Under the interpreter that simulates a TPU's memories, all of them NaN at first."""
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan")
+    arrays = draw_two_towers(9, 1, 24, 2, 4, 1, 8)
+
+    def run(*arrays):
+        return (two_tower_ssd_tpu.two_tower_ssd(*arrays, block_size=4, chunk_size=8, interpret=interpret),)
+
+    (y,), gradients = with_gradients(run, QUICK)(*to_float32(arrays))
+    (y_expected,), gradients_expected = blocks_one_by_one(4)(*arrays)
     assert difference(y, y_expected) < TOLERANCE
     check_gradients(TWO_TOWER_NAMES, gradients, gradients_expected)
 

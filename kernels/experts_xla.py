@@ -1,0 +1,116 @@
+"""Expert products as a loop over tiles: the form that runs anywhere.
+
+Rows are sorted by expert and laid out in tiles, each tile the rows of one expert (the last of an expert's tiles is
+padded with zero rows). A loop over the tiles in use multiplies each with its expert's two matrices. No dense expansion
+over experts, and an expert that no row chose is neither read nor multiplied.
+
+The backward pass recomputes the hidden layer from the rows, so that forward keeps nothing F wide.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from twotower_jax.kernels.experts import Activation, Weights, sort_by_expert, weighted_sum
+
+
+class _Tiles(NamedTuple):
+    """Where each row goes.
+
+    Attributes:
+      row: (T, k) int32, the place of each (token, choice) in the tiled layout; one behind the last where there is none.
+      token: (tiles · tile,) int32, the token in each place; T in a place of padding.
+      expert: (tiles,) int32, each tile's expert. used: () int32, how many tiles hold rows.
+    """
+
+    row: jax.Array
+    token: jax.Array
+    expert: jax.Array
+    used: jax.Array
+
+
+def _layout(indices: jax.Array, num_experts: int, tile: int) -> _Tiles:
+    tokens, choices = indices.shape
+    rows = tokens * choices
+    expert = indices.reshape(-1)
+    place, _, sizes = sort_by_expert(expert, num_experts)
+    tiles = -(-sizes // tile)
+    before = jnp.tril(jnp.ones((num_experts, num_experts), jnp.int32), -1)
+    first_row, first_tile = jnp.sum(before * sizes, axis=1), jnp.sum(before * tiles, axis=1)
+    count = -(-rows // tile) + min(num_experts, rows)
+    place += (first_tile * tile - first_row)[jnp.minimum(expert, num_experts - 1)]
+    place = jnp.where(expert < num_experts, place, count * tile)
+    token = jnp.arange(rows, dtype=jnp.int32) // choices
+    return _Tiles(
+        row=place.reshape(tokens, choices),
+        token=jnp.full(count * tile, tokens, jnp.int32).at[place].set(token, mode="drop"),
+        expert=jnp.sum(jnp.arange(count)[:, None] >= first_tile, axis=1, dtype=jnp.int32) - 1,
+        used=jnp.sum(tiles, dtype=jnp.int32),
+    )
+
+
+def _one_tile(activation: Activation, x: jax.Array, weights: Weights) -> jax.Array:
+    """The MLP of one expert on one tile: x (tile, D), weights without their leading axis; float32 accumulation."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    hidden = jnp.matmul(x, weights.up.astype(x.dtype), precision=precision)
+    if weights.up_bias is not None:
+        hidden += weights.up_bias.astype(x.dtype)
+    out = jnp.matmul(activation(hidden), weights.down.astype(x.dtype), precision=precision)
+    if weights.down_bias is not None:
+        out += weights.down_bias.astype(x.dtype)
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled_mlp(activation: Activation, x: jax.Array, weights: Weights, expert: jax.Array, used: jax.Array):
+    """x (tiles, tile, D) → (tiles, tile, D); tiles from `used` on stay zero."""
+
+    def body(i, out):
+        of_expert = jax.tree.map(lambda w: w[expert[i]], weights)
+        return out.at[i].set(_one_tile(activation, x[i], of_expert))
+
+    return jax.lax.fori_loop(0, used, body, jnp.zeros_like(x))
+
+
+def _tiled_mlp_forward(activation, x, weights, expert, used):
+    return _tiled_mlp(activation, x, weights, expert, used), (x, weights, expert, used)
+
+
+def _tiled_mlp_backward(activation, residuals, g):
+    x, weights, expert, used = residuals
+
+    def body(i, carry):
+        dx, dweights = carry
+        of_expert = jax.tree.map(lambda w: w[expert[i]], weights)
+        _, pullback = jax.vjp(functools.partial(_one_tile, activation), x[i], of_expert)
+        dx_i, dweights_i = pullback(g[i])
+        add = functools.partial(jax.tree.map, lambda total, part: total.at[expert[i]].add(part.astype(total.dtype)))
+        return dx.at[i].set(dx_i), add(dweights, dweights_i)
+
+    # Gradients of weights are summed over tiles in float32, whatever the weights are stored in.
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    dx, dweights = jax.lax.fori_loop(0, used, body, (jnp.zeros_like(x), zeros))
+    return dx, jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), None, None
+
+
+_tiled_mlp.defvjp(_tiled_mlp_forward, _tiled_mlp_backward)
+
+
+def tile_size(rows: int, num_experts: int) -> int:
+    """Rows a tile: about an expert's share, in powers of two from 8 to 256."""
+    share = max(1, rows // num_experts)
+    return min(256, max(8, 1 << (share - 1).bit_length()))
+
+
+def expert_mlp(
+    x: jax.Array, indices: jax.Array, gates: jax.Array, weights: Weights, *, activation: Activation
+) -> jax.Array:
+    """See `experts.expert_mlp`."""
+    num_experts = weights.up.shape[0]
+    tile = tile_size(indices.size, num_experts)
+    tiles = _layout(indices, num_experts, tile)
+    padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+    out = _tiled_mlp(activation, padded[tiles.token].reshape(-1, tile, x.shape[1]), weights, tiles.expert, tiles.used)
+    return weighted_sum(out.reshape(-1, x.shape[1]).at[tiles.row].get(mode="fill", fill_value=0), gates).astype(x.dtype)

@@ -1,0 +1,130 @@
+"""Every implementation of kernels/block_scan.py against the literal layer in float64."""
+
+import dataclasses
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from twotower_jax import kernels
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+TOLERANCE = 3e-6  # Largest difference over the largest entry, in float32 against float64.
+GROUPS, EPSILON = 2, 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    batch: int
+    length: int
+    heads: int = 4
+    head_dim: int = 8
+    state: int = 16
+    width: int = 4
+    bias: bool = True
+
+
+def draw(seed, shape: Shape, decay=1.0):
+    """The arguments of `block_scan`, float64 arrays of float32 values."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*sizes):
+        return rng.standard_normal(sizes).astype(np.float32).astype(np.float64)
+
+    s = shape
+    inner = s.heads * s.head_dim
+    channels = inner + 2 * GROUPS * s.state
+    dt = np.log1p(np.exp(normal(s.batch, s.length, s.heads)))
+    weights = kernels.BlockWeights(
+        normal(s.width, channels), normal(channels) if s.bias else None, normal(s.heads), normal(inner)
+    )
+    return (
+        normal(s.batch, s.length, inner),
+        normal(s.batch, s.length, channels),
+        dt,
+        -dt * decay * rng.uniform(0.2, 2.0, s.heads),
+        weights,
+        normal(s.batch, s.width, channels),
+        10 * normal(s.batch, s.heads, s.head_dim, s.state),
+    )
+
+
+@functools.cache
+def compiled(implementation, next_state=True):
+    function = functools.partial(
+        kernels.block_scan, groups=GROUPS, epsilon=EPSILON, next_state=next_state, implementation=implementation
+    )
+    return jax.jit(function)
+
+
+def check(arrays, implementation):
+    rounded = jax.tree.map(lambda v: np.asarray(v, np.float32), arrays)
+    out, last = compiled(implementation)(*jax.tree.map(jnp.asarray, rounded))
+    with jax.enable_x64(True):
+        expected = compiled("reference")(*jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), rounded))
+    for found, other in zip((out, last), expected, strict=True):
+        assert found.dtype == jnp.float32
+        other = np.asarray(other)
+        assert np.max(np.abs(np.asarray(found, np.float64) - other)) < TOLERANCE * np.max(np.abs(other))
+
+
+@pytest.fixture(params=["xla", "pallas_tpu_interpret"])
+def implementation(request):
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(2, 1), Shape(1, 7), Shape(2, 16), Shape(1, 64, bias=False), Shape(1, 9, 2, 8, 8, 3)],
+    ids=lambda s: f"S{s.length}",
+)
+def test_block_scan_equals_the_literal_layer(shape, implementation):
+    check(draw(shape.length, shape), implementation)
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    decay=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    implementation=st.sampled_from(["xla", "pallas_tpu_interpret"]),
+)
+@hypothesis.settings(max_examples=12)
+def test_block_scan_from_random_states_under_any_decay(seed, decay, implementation):
+    check(draw(seed, Shape(2, 16), decay), implementation)
+
+
+def test_padding_leaves_the_state_as_it_is(implementation):
+    """As the shorter block alone would."""
+    z, xbc, dt, log_decay, *rest = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(1, Shape(2, 16)))
+    real = (jnp.arange(16) < 9)[:, None]
+    dt, log_decay = jnp.where(real, dt, 0), jnp.where(real, log_decay, 0)
+    out, last = compiled(implementation)(z, xbc, dt, log_decay, *rest)
+    short_out, short_last = compiled(implementation)(z[:, :9], xbc[:, :9], dt[:, :9], log_decay[:, :9], *rest)
+    np.testing.assert_allclose(out[:, :9], short_out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(last, short_last, rtol=1e-5, atol=1e-5)
+
+
+def test_the_next_state_may_be_left_out(implementation):
+    arrays = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(2, Shape(2, 16)))
+    out, last = compiled(implementation, next_state=False)(*arrays)
+    assert last is None
+    np.testing.assert_array_equal(out, compiled(implementation)(*arrays)[0])
+
+
+def test_block_scan_in_bfloat16(implementation):
+    """Rounded where the layers round: the convolution's output, and the result."""
+    arrays = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(3, Shape(2, 16)))
+    z, xbc, dt, log_decay, weights, tail, state = arrays
+    z, xbc, tail = (v.astype(jnp.bfloat16) for v in (z, xbc, tail))
+    out, last = compiled(implementation)(z, xbc, dt, log_decay, weights, tail, state)
+    as_float32 = (v.astype(jnp.float32) for v in (z, xbc))
+    exact, exact_last = compiled("reference")(*as_float32, dt, log_decay, weights, tail.astype(jnp.float32), state)
+    assert out.dtype == jnp.bfloat16
+    assert last.dtype == jnp.float32
+    for found, expected in ((out, exact), (last, exact_last)):
+        error = jnp.linalg.norm(found.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+        assert error < 2**-7

@@ -1,0 +1,121 @@
+"""Which implementation of an op runs: kernels/dispatch.py; and that the TPU kernels lower for a TPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from twotower_jax import kernels
+
+
+def shapes(batch=1, length=512, heads=64, head_dim=64, groups=8, state=128, dtype=jnp.bfloat16):
+    """Of x, dt, log_decay, b, c."""
+    group = jax.ShapeDtypeStruct((batch, length, groups, state), dtype)
+    row = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
+    return jax.ShapeDtypeStruct((batch, length, heads, head_dim), dtype), row, row, group, group
+
+
+def tpu(devices=1, axis_type=AxisType.Auto):
+    """The mesh of chips that are not there."""
+    device = AbstractDevice("TPU v5", 1, "tpu")
+    return jax.sharding.use_abstract_mesh(
+        AbstractMesh((devices,), ("device",), axis_types=(axis_type,), abstract_device=device)
+    )
+
+
+def test_xla_is_chosen_where_nothing_is_made_for_the_platform():
+    assert kernels.chosen("ssd", *shapes()) == ("xla", f"nothing is made for {jax.default_backend()}")
+
+
+def test_the_tpu_kernels_are_chosen_on_a_tpu():
+    with tpu():
+        assert kernels.chosen("ssd", *shapes()).implementation == "pallas_tpu"
+        both = *shapes(), *shapes()[:4]
+        assert kernels.chosen("two_tower_ssd", *both, block_size=16).implementation == "pallas_tpu"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"heads": 3, "groups": 3}, {"state": 100}, {"head_dim": 8, "heads": 16}],
+    ids=lambda odd: ",".join(f"{k}={v}" for k, v in odd.items()),
+)
+def test_shapes_that_the_kernels_cannot_cut_fall_to_xla_and_say_so(odd):
+    with tpu():
+        choice = kernels.chosen("ssd", *shapes(**odd))
+        assert choice.implementation == "xla"
+        assert choice.reason.startswith("not pallas_tpu: ")
+        with pytest.raises(ValueError, match="ssd cannot run as 'pallas_tpu': .* cannot be cut into blocks"):
+            kernels.chosen("ssd", *shapes(**odd), implementation="pallas_tpu")
+
+
+def test_a_block_that_no_chunk_holds_falls_to_xla():
+    with tpu():
+        both = *shapes(length=4320), *shapes(length=4320)[:4]
+        choice = kernels.chosen("two_tower_ssd", *both, block_size=27)  # The least common multiple with 128 is 3456.
+        assert choice == ("xla", "not pallas_tpu: a chunk of 3456 positions is longer than 256")
+
+
+def test_no_kernel_is_chosen_where_xla_would_have_to_divide_it():
+    with tpu(devices=4):
+        assert kernels.chosen("ssd", *shapes()) == ("xla", "not pallas_tpu: several devices outside of shard_map")
+    with tpu(devices=4, axis_type=AxisType.Manual):
+        assert kernels.chosen("ssd", *shapes()).implementation == "pallas_tpu"
+
+
+def test_a_name_runs_or_raises():
+    x, dt, log_decay, b, c = (jnp.zeros(v.shape, v.dtype) for v in shapes(length=16))
+    with pytest.raises(ValueError, match="ssd has no implementation 'triton'; there are xla, pallas_tpu, "):
+        kernels.ssd(x, dt, log_decay, b, c, implementation="triton")
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match="interpret mode"):
+            kernels.ssd(x, dt, log_decay, b, c, implementation="pallas_tpu")
+
+
+def test_every_implementation_is_one_that_loads():
+    for op in ("ssd", "two_tower_ssd", "block_scan"):
+        assert kernels.implementations(op) == ("xla", "pallas_tpu", "pallas_tpu_interpret", "reference")
+    assert kernels.implementations("attention") == ()
+    with pytest.raises(KeyError):
+        kernels.chosen("attention")
+
+
+def kernels_in(function, *arguments):
+    """How many kernels a function lowers to for a TPU."""
+    with tpu():
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
+    return lowered.as_text().count("tpu_custom_call")
+
+
+@pytest.mark.parametrize("length", [1, 16, 100, 8192], ids=lambda v: f"L{v}")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_ssd_lowers_for_a_tpu_at_the_shapes_of_the_30b_model(length, dtype):
+    def loss(*arrays):
+        y, last = kernels.ssd(*arrays, chunk_size=128)
+        return jnp.sum(y) + jnp.sum(last)
+
+    assert kernels_in(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *shapes(length=length, dtype=dtype)) == 2
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 64, 128])
+def test_two_tower_ssd_lowers_for_a_tpu_at_the_shapes_of_the_30b_model(block_size):
+    def loss(*arrays):
+        return jnp.sum(kernels.two_tower_ssd(*arrays, block_size=block_size))
+
+    both = *shapes(length=8192), *shapes(length=8192)[:4]
+    assert kernels_in(jax.grad(loss, argnums=tuple(range(9))), *both) == 2
+
+
+@pytest.mark.parametrize(("length", "next_state"), [(1, True), (16, False), (64, True)])
+def test_block_scan_lowers_for_a_tpu_at_the_shapes_of_the_30b_model(length, next_state):
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    row = shape(2, length, 64, dtype=jnp.float32)
+    weights = kernels.BlockWeights(shape(4, 6144), shape(6144), shape(64, dtype=jnp.float32), shape(4096))
+    arguments = shape(2, length, 4096), shape(2, length, 6144), row, row, weights, shape(2, 4, 6144)
+    state = shape(2, 64, 64, 128, dtype=jnp.float32)
+
+    def run(*arguments):
+        return kernels.block_scan(*arguments, groups=8, epsilon=1e-5, next_state=next_state)
+
+    assert kernels_in(run, *arguments, state) == 1

@@ -1,0 +1,139 @@
+"""Compiles the scans for chips that are not there, at the shapes of the 30B model, and shows what they take.
+
+    python launch/benchmark.py kernel_compile --topology=v5p:2x2x1
+
+What is compiled is what runs there: Pallas kernels for TPUs (package `libtpu`), the XLA forms for h200:1 (packages
+`jax-cuda13-plugin` and `jax-cuda13-pjrt`). A row a kernel: seconds to compile, and its temporary memory, which for
+gradients holds what the forward pass keeps. Exit status 1 if anything does not compile.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from twotower_jax import kernels
+from twotower_jax.planning import hardware
+
+_LENGTH = 8192
+
+
+class Case(NamedTuple):
+    """A function and what it takes.
+
+    Attributes:
+      name: of the row.
+      function: of flat arrays, as the layers have them: heads side by side.
+      shapes: (shape, dtype) of each argument.
+    """
+
+    name: str
+    function: Callable
+    shapes: list[tuple[tuple[int, ...], jnp.dtype]]
+
+
+def define_flags() -> None:
+    flags.DEFINE_list(
+        "topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"], "What to compile for; see launch/compile.py."
+    )
+    flags.DEFINE_multi_enum("dtype", ["bfloat16"], ["bfloat16", "float32"], "Of x, B and C; may be given twice.")
+    flags.DEFINE_multi_integer("chunk_size", [128], "Q, a multiple of 128; may be given several times.")
+
+
+def main() -> None:
+    values = flags.FLAGS
+    devices = [hardware.find(topology).devices[0] for topology in values.topology]
+    print(f"jax {jax.__version__}\n")
+    print("| chip | implementation | op | dtype | chunk | compiled in | temporaries |")
+    print("|---|---|---|---|--:|--:|--:|")
+    failures = 0
+    for device in devices:
+        implementation = "pallas_tpu" if device.platform == "tpu" else "xla"
+        for dtype in values.dtype:
+            for chunk in values.chunk_size:
+                for case in _cases(jnp.dtype(dtype), chunk, implementation):
+                    result = _compile(case, device)
+                    failures += result.startswith("FAILED")
+                    print(
+                        f"| {device.device_kind} | {implementation} | {case.name} | {dtype} | {chunk} | {result} |",
+                        flush=True,
+                    )
+    if failures:
+        sys.exit(1)
+
+
+def _cases(dtype: jnp.dtype, chunk_size: int, implementation: str) -> Iterator[Case]:
+    """The scans of one Mamba layer of the 30B model (64 heads of 64 in 8 groups, state 128)."""
+    heads, head_dim, groups, state = 64, 64, 8, 128
+
+    def inputs(batch, length):
+        inner, group = ((batch, length, heads * head_dim), dtype), ((batch, length, groups * state), dtype)
+        row = (batch, length, heads), jnp.float32
+        return [inner, row, row, group, group]
+
+    def split(arrays):
+        sizes = {heads * head_dim: (heads, head_dim), groups * state: (groups, state)}
+        return [v.reshape(*v.shape[:2], *sizes[v.shape[2]]) if v.shape[2] in sizes else v for v in arrays]
+
+    def one(*arrays):
+        *arrays, initial = arrays
+        y, last = kernels.ssd(
+            *split(arrays), initial_state=initial, chunk_size=chunk_size, implementation=implementation
+        )
+        return y.reshape(*y.shape[:2], -1), last
+
+    def two(*arrays):
+        y = kernels.two_tower_ssd(*split(arrays), block_size=16, chunk_size=chunk_size, implementation=implementation)
+        return y.reshape(*y.shape[:2], -1)
+
+    def gradient(function, count):
+        def loss(*arrays):
+            return sum(jnp.sum(jnp.square(v)) for v in jax.tree.leaves(function(*arrays)))
+
+        return jax.grad(loss, argnums=tuple(range(count)))
+
+    def block(z, xbc, dt, log_decay, *rest):
+        *weights, tail, initial = rest
+        weights = kernels.BlockWeights(*weights)
+        arguments = z, xbc, dt, log_decay, weights, tail, initial
+        return kernels.block_scan(
+            *arguments, groups=groups, epsilon=1e-5, next_state=True, implementation=implementation
+        )
+
+    def block_inputs(batch, length):
+        inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+        row = (batch, length, heads), jnp.float32
+        per_token = [((batch, length, inner), dtype), ((batch, length, channels), dtype), row, row]
+        weights = [((4, channels), dtype), ((channels,), dtype), ((heads,), jnp.float32), ((inner,), dtype)]
+        return [*per_token, *weights, ((batch, 4, channels), dtype), ((batch, heads, head_dim, state), jnp.float32)]
+
+    long, initial = inputs(1, _LENGTH), ((1, heads, head_dim, state), jnp.float32)
+    context = [v for i, v in enumerate(long) if i != 4]
+    yield Case(f"ssd, {_LENGTH} tokens", one, [*long, initial])
+    yield Case(f"ssd, {_LENGTH} tokens, gradient", gradient(one, 6), [*long, initial])
+    yield Case("ssd, 8 × 16 tokens", one, [*inputs(8, 16), ((8, *initial[0][1:]), jnp.float32)])
+    yield Case("block_scan, 64 × 16 tokens", block, block_inputs(64, 16))
+    yield Case("block_scan, 1 × 1 token", block, block_inputs(1, 1))
+    yield Case(f"two_tower_ssd, {_LENGTH} tokens", two, [*long, *context])
+    yield Case(f"two_tower_ssd, {_LENGTH} tokens, gradient, context frozen", gradient(two, 5), [*long, *context])
+    yield Case(f"two_tower_ssd, {_LENGTH} tokens, gradient", gradient(two, 9), [*long, *context])
+
+
+def _compile(case: Case, device) -> str:
+    mesh = Mesh(np.array([device]), ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in case.shapes]
+    start = time.perf_counter()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            compiled = jax.jit(case.function).lower(*arguments).compile()
+    except Exception as error:  # Whatever a compiler says is the result.
+        return f"FAILED: {str(error).splitlines()[0]} | "
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return f"{time.perf_counter() - start:.1f} s | {temporaries / 2**20:.1f} MiB"
