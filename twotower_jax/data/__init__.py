@@ -1,9 +1,18 @@
-"""Text to batches of token ids, in four steps, one file each.
+"""Text, or tokens on disk, to batches of token ids.
 
-    sources.py     where documents come from: Python's own documentation, or the user's text and JSON Lines files
+    sources.py     text in memory: Python's own documentation, or the user's text and JSON Lines files
     tokenizer.py   byte-level BPE: train, save, load, encode
-    packing.py     documents -> token streams -> windows of equal length, some documents held out for validation
+    packing.py     documents in memory -> windows of equal length, some documents held out for validation
     pipeline.py    windows -> shuffled, resumable training batches, and the validation batches
+
+and where the data are too large for memory
+
+    inputs.py prepare.py      text files of any size -> a folder of prepared data, by several processes
+    shards.py prepared.py     such a folder: one file of it, all of it
+    megatron.py               .bin/.idx sets as they are
+    documents.py windows.py   documents anywhere -> windows read one at a time
+    mixture.py                several sources by weight
+    opening.py                what config.data names -> windows
 
 Everything here runs on the host, in numpy. Nothing depends on the number of processes except the rows each one reads.
 """

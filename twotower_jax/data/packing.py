@@ -5,12 +5,16 @@ every `sequence_length` tokens. A window may therefore hold the end of one docum
 end-of-text token is all that separates them.
 """
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from twotower_jax.data.documents import ArrayDocuments
 from twotower_jax.data.tokenizer import EOS_ID, encode
+from twotower_jax.data.windows import DocumentWindows
 from twotower_jax.tokens import check_ids
 
 
@@ -45,6 +49,20 @@ class PackedSequences:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {"ids": self.windows[index]}
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a window, L."""
+        return self.windows.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """In all windows together."""
+        return self.windows.size
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able values that are equal for equal windows, and in practice for no others."""
+        return {"sequence_length": self.sequence_length, "tokens": self.tokens, "sha256": _sha256(self.windows)}
+
 
 def pack_documents(
     documents: Sequence[str],
@@ -54,12 +72,14 @@ def pack_documents(
     vocab_size: int,
     validation_fraction: float,
     seed: int,
-) -> tuple[PackedSequences, PackedSequences | None]:
+    align: int | None = None,
+) -> tuple[PackedSequences | DocumentWindows, PackedSequences | DocumentWindows | None]:
     """Tokenizes, shuffles, splits and packs documents; returns training and validation windows.
 
     The held-out documents are the first of the shuffled order that together hold `validation_fraction` of all tokens
     and at least one window; no window mixes them with training documents. With a fraction of 0 nothing is held out
-    and the validation windows are None. `seed` decides the order and the split.
+    and the validation windows are None. `seed` decides the order and the split. With `align`, every document begins at
+    a multiple of it and the windows tell where; see `DocumentWindows`.
 
     Raises:
       ValueError: there are no documents, the fraction is outside [0, 1), the documents are too few or too short to
@@ -72,19 +92,31 @@ def pack_documents(
     arrays = [np.append(ids, np.int32(EOS_ID)) for ids in encode(tokenizer, documents)]
     arrays = [arrays[i] for i in np.random.default_rng(seed).permutation(len(arrays))]
     ends = np.cumsum([len(ids) for ids in arrays])
-    stream = np.concatenate(arrays)
-    if validation_fraction == 0:
-        return PackedSequences(stream, sequence_length, vocab_size), None
+    total = int(ends[-1])
 
-    wanted = max(validation_fraction * len(stream), sequence_length)
+    def pack(start: int, stop: int) -> PackedSequences | DocumentWindows:
+        part = arrays[start:stop]
+        if align is None:
+            return PackedSequences(np.concatenate(part), sequence_length, vocab_size)
+        lengths = np.array([len(ids) for ids in part], "<i8")
+        documents = ArrayDocuments(part, {"sha256": _sha256(np.concatenate(part)), "lengths_sha256": _sha256(lengths)})
+        return DocumentWindows(documents, sequence_length, vocab_size, name="tokenized documents", align=align)
+
+    if validation_fraction == 0:
+        return pack(0, len(arrays)), None
+
+    wanted = max(validation_fraction * total, sequence_length)
     held_out = np.searchsorted(ends, wanted) + 1  # the fewest documents that together hold that many tokens
-    split = ends[min(held_out, len(arrays)) - 1]
-    if len(stream) - split < sequence_length:
+    first = min(held_out, len(arrays))
+    split = ends[first - 1]
+    if total - split < sequence_length:
         raise ValueError(
-            f"{len(arrays)} documents with {len(stream)} tokens do not give one window of sequence_length "
+            f"{len(arrays)} documents with {total} tokens do not give one window of sequence_length "
             f"{sequence_length} each to training and to validation (validation_fraction {validation_fraction}, whole "
             "documents are held out): give more documents, a smaller sequence_length, or validation_fraction 0"
         )
-    training = PackedSequences(stream[split:], sequence_length, vocab_size)
-    validation = PackedSequences(stream[:split], sequence_length, vocab_size)
-    return training, validation
+    return pack(first, len(arrays)), pack(0, first)
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<"), copy=False)).hexdigest()

@@ -4,29 +4,33 @@ A batch is a function of the data, the seed and the step alone. With several pro
 [p B / P, (p + 1) B / P) of every global batch of B rows, so the global batch is the same for any P.
 """
 
-import hashlib
+import sys
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
+from twotower_jax.data.mixture import Mixture
 from twotower_jax.data.packing import PackedSequences
 from twotower_jax.data.tokenizer import PAD_ID
+from twotower_jax.data.windows import Concatenation, DocumentWindows
 
-# Assembling a batch is a few copies of memory: one thread, a little ahead of the device, hides it.
+# One thread, a little ahead of the device, hides the assembly of batches: `launch/benchmark.py data` measures it.
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 class TrainingData:
     """An endless iterator over batches {"ids": int32 (B / P, L)}.
 
-    Every epoch visits each window once, in an order of its own; a batch may span two epochs. `get_state` and
-    `set_state` move to any step in constant time. The state does not depend on the process, or on how many there are.
+    Where the windows tell documents apart, batches also hold "document_start", int32, and "counted", bool, of the same
+    shape; see `DocumentWindows`. Every epoch of a source visits each of its windows once, in an order of its own; a
+    batch may span two epochs. `get_state` and `set_state` move to any step in constant time. The state does not depend
+    on the process, or on how many there are.
     """
 
     def __init__(
         self,
-        sequences: PackedSequences,
+        sequences: PackedSequences | DocumentWindows | Mixture,
         *,
         batch_size: int,
         seed: int,
@@ -39,17 +43,8 @@ class TrainingData:
           ValueError: `process_count` does not divide `batch_size`, or `process_index` is out of range.
         """
         rows = _local_batch_size(batch_size, process_index, process_count)
-        shuffled = grain.MapDataset.source(sequences).seed(seed).shuffle().repeat()
-        # In batches of B / P rows, number `step * P + p` is process p's share of global batch `step`. An endless row
-        # of windows leaves no remainder, but Grain's count of batches overflows unless it is told to drop one.
-        self._batches = shuffled.batch(rows, drop_remainder=True)[process_index::process_count]
-        self._identity = {
-            "seed": seed,
-            "batch_size": batch_size,
-            "sequence_length": sequences.windows.shape[1],
-            "tokens": sequences.windows.size,
-            "sha256": hashlib.sha256(sequences.windows.astype("<i4", copy=False)).hexdigest(),
-        }
+        self._batches = grain.MapDataset.source(_Batches(sequences, seed, batch_size, process_index * rows, rows))
+        self._identity = {"seed": seed, "batch_size": batch_size} | sequences.identity()
         self._seek(0)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -92,24 +87,57 @@ class TrainingData:
         self._step = step
 
 
+class _Batches:
+    """One process's share of every global batch, as an endless random-access data source for Grain."""
+
+    def __init__(self, sequences, seed: int, batch_size: int, first_row: int, rows: int):
+        self._mixture = sequences if isinstance(sequences, Mixture) else None
+        sources = [sequences] if self._mixture is None else list(self._mixture.sources.values())
+        # Each source has an order of its own; that of the first is the order it would have alone.
+        self._sources = [
+            grain.MapDataset.source(source).seed(seed + (number << 64)).shuffle().repeat()
+            for number, source in enumerate(sources)
+        ]
+        self._batch_size, self._first_row, self._rows = batch_size, first_row, rows
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        first = step * self._batch_size + self._first_row
+        windows = [self._row(row) for row in range(first, first + self._rows)]
+        return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+
+    def _row(self, row: int) -> dict[str, np.ndarray]:
+        source, row = (0, row) if self._mixture is None else self._mixture.locate(row)
+        return self._sources[source][row]
+
+
 def validation_batches(
-    sequences: PackedSequences, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    sequences: PackedSequences | DocumentWindows | Concatenation,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields every window once, in order, as batches {"ids": int32 (B / P, L), "weight": float32 (B / P,)}.
 
-    The weight is 1 for a window and 0 for the rows of padding that complete the last global batch, so that all
-    batches have one shape and all processes see as many.
+    Where the windows tell documents apart, also with "document_start" and "counted", as in training. The weight is 1
+    for a window and 0 for the rows of padding that complete the last global batch, so that all batches have one shape
+    and all processes see as many.
 
     Raises:
       ValueError: at the first batch, `process_count` does not divide `batch_size` or `process_index` is out of range.
     """
     rows = _local_batch_size(batch_size, process_index, process_count)
-    windows = sequences.windows
-    for start in range(0, len(windows), batch_size):
-        local = windows[start + process_index * rows :][:rows]
-        ids = np.full((rows, windows.shape[1]), PAD_ID, np.int32)
-        ids[: len(local)] = local
-        yield {"ids": ids, "weight": (np.arange(rows) < len(local)).astype(np.float32)}
+    for start in range(0, len(sequences), batch_size):
+        first = start + process_index * rows
+        windows = [sequences[i] for i in range(first, min(first + rows, len(sequences)))]
+        filler = {name: np.zeros_like(value) for name, value in (windows[0] if windows else sequences[0]).items()}
+        filler["ids"] += PAD_ID
+        padded = windows + [filler] * (rows - len(windows))
+        batch = {name: np.stack([window[name] for window in padded]) for name in filler}
+        yield batch | {"weight": (np.arange(rows) < len(windows)).astype(np.float32)}
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:

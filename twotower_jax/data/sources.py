@@ -80,23 +80,24 @@ def _read_rows(file: Path) -> Iterator[str]:
             if line.strip():
                 empty = False
                 try:
-                    yield _row_text(line)
+                    yield row_text(line)
                 except ValueError as error:
                     raise ValueError(f"{file}, line {number}: {error}") from error
     if empty:
         raise ValueError(f"{file}: the file holds no rows; remove it or fill it")
 
 
-def _row_text(line: bytes) -> str:
+def row_text(line: bytes, field: str = "text") -> str:
+    """Returns the text of a row of JSON Lines; ValueError if it has none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON object in UTF-8: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError('every row must be a JSON object with a string field "text"')
-    text = row["text"]
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise ValueError(f'every row must be a JSON object with a string field "{field}"')
+    text = row[field]
     if not text.strip():
-        raise ValueError('the field "text" holds no text')
+        raise ValueError(f'the field "{field}" holds no text')
     # JSON can spell half of a surrogate pair, which is not text and which the tokenizer would refuse much later.
     text.encode("utf-8")
     return text

@@ -1,0 +1,72 @@
+"""Makes text of any size into a folder of tokens that config.data takes.
+
+    python launch/prepare.py --input=texts --output=DIR --tokenizer=checkpoints/start --workers=16
+    python launch/prepare.py --verify=DIR
+
+Reads .txt, .jsonl (both also .gz) and .parquet files. The same command goes on where an interrupted one stopped.
+"""
+
+import pathlib
+
+from absl import flags
+
+from twotower_jax import command_line
+from twotower_jax.data.prepare import Settings, prepare
+from twotower_jax.data.prepared import TRAIN, VALIDATION, Manifest, verify
+from twotower_jax.data.tokenizer import load_tokenizer
+
+_DEFAULTS = Settings()
+_INPUT = flags.DEFINE_multi_string(
+    "input", [], "A file, a folder or a pattern in quotes; several with commas between them or by repeating the flag."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "The folder to make, or to go on with.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A tokenizer.json, or a folder that holds one: a checkpoint, a workdir, a Hugging Face folder."
+)
+_TEXT_FIELD = flags.DEFINE_string("text_field", _DEFAULTS.text_field, "Field, or column, of a row that holds its text.")
+_FRACTION = flags.DEFINE_float(
+    "validation_fraction", _DEFAULTS.validation_fraction, "Chance of each document to be held out for validation."
+)
+_SEED = flags.DEFINE_integer("seed", _DEFAULTS.seed, "Of the choice of those documents.")
+_WORKERS = flags.DEFINE_integer("workers", 1, "Processes.")
+_SHARD_SIZE = flags.DEFINE_integer("shard_size", _DEFAULTS.shard_size, "Tokens in a file of the output, about.")
+_SKIP_BAD = flags.DEFINE_bool("skip_bad", _DEFAULTS.skip_bad, "Leave out rows and files that are broken; count them.")
+_VERIFY = flags.DEFINE_string("verify", None, "A prepared folder to check against its recorded hashes; nothing else.")
+
+
+def main() -> None:
+    if _VERIFY.value is not None:
+        print(f"{_VERIFY.value}: {_summary(verify(_VERIFY.value))}, all as recorded")
+        return
+    for flag in (_INPUT, _OUTPUT, _TOKENIZER):
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is missing; only --verify goes without")
+    settings = Settings(
+        text_field=_TEXT_FIELD.value,
+        validation_fraction=_FRACTION.value,
+        seed=_SEED.value,
+        shard_size=_SHARD_SIZE.value,
+        skip_bad=_SKIP_BAD.value,
+    )
+    tokenizer = pathlib.Path(_TOKENIZER.value)
+    tokenizer = load_tokenizer(tokenizer.parent if tokenizer.name == "tokenizer.json" else tokenizer)
+    manifest = prepare(list(_inputs(_INPUT.value)), _OUTPUT.value, tokenizer, settings, workers=_WORKERS.value)
+    print(f"{_OUTPUT.value}: {_summary(manifest)}")
+
+
+def _inputs(values: list[str]):
+    """Divides values at commas, except where a file is named so."""
+    for value in values:
+        yield from [value] if pathlib.Path(value).exists() else value.split(",")
+
+
+def _summary(manifest: Manifest) -> str:
+    train, held_out = manifest.total(TRAIN, "tokens"), manifest.total(VALIDATION, "tokens")
+    documents = manifest.total(TRAIN, "documents") + manifest.total(VALIDATION, "documents")
+    return (
+        f"{train:,} tokens to train on, {held_out:,} held out, {documents:,} documents, {len(manifest.shards)} shards"
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

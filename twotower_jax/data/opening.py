@@ -1,0 +1,169 @@
+"""What `config.data` names, opened: text, prepared data, a Megatron set, or a mixture of these.
+
+    ""                        the documentation shipped with Python
+    FILE.txt, FILE.jsonl      text, tokenized and packed in memory
+    FOLDER with dataset.json  prepared data
+    FOLDER                    of .txt and .jsonl files, as above
+    PREFIX, PREFIX.bin        a Megatron set
+    FILE.json                 a mixture of any of these but the first
+
+Each kind is a small class that can say which tokenizer its tokens need, and gives windows.
+"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from tokenizers import Tokenizer
+
+from twotower_jax.data.documents import Documents, held_out
+from twotower_jax.data.megatron import MegatronDocuments, is_megatron
+from twotower_jax.data.mixture import Mixture, read_mixture
+from twotower_jax.data.packing import PackedSequences, pack_documents
+from twotower_jax.data.prepared import TRAIN, VALIDATION, PreparedDocuments, is_prepared
+from twotower_jax.data.sources import python_documentation, read_documents
+from twotower_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from twotower_jax.data.windows import Concatenation, DocumentWindows
+
+Windows = PackedSequences | DocumentWindows
+
+_HELD_OUT = ", documents held out (validation_fraction=0 goes without)"
+
+
+class Packing(NamedTuple):
+    """How documents become windows; see `TrainConfig`. `align` is None where documents are not told apart."""
+
+    sequence_length: int
+    vocab_size: int
+    validation_fraction: float
+    seed: int
+    align: int | None
+
+
+class Source(Protocol):
+    """One kind of data."""
+
+    def tokenizer(self, vocab_size: int) -> Tokenizer | None:
+        """A tokenizer for a model that has none yet, of at most `vocab_size` tokens where it is trained; or None."""
+
+    def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
+        """Windows for training, and those held out."""
+
+
+def open_source(path: str) -> Source:
+    """What a path names, mixtures excepted.
+
+    Raises:
+      ValueError, OSError: nothing usable is there.
+    """
+    if path and is_prepared(path):
+        return PreparedSource(path)
+    if path and not Path(path).is_dir() and is_megatron(path):
+        return MegatronSource(path)
+    return TextSource(path)
+
+
+class Data:
+    """All that `config.data` names."""
+
+    def __init__(self, data: str):
+        """Looks at what is there.
+
+        Raises:
+          ValueError, OSError: the mixture file cannot be used, or what is named is missing.
+        """
+        self._mixed = Path(data).suffix == ".json"
+        entries = read_mixture(data) if self._mixed else {}
+        self._weights = {name: entry.weight for name, entry in entries.items()}
+        paths = {name: entry.path for name, entry in sorted(entries.items())} if self._mixed else {"": data}
+        self._sources = {name: open_source(path) for name, path in paths.items()}
+
+    def tokenizer(self, vocab_size: int) -> Tokenizer:
+        """The tokenizer for a model that starts from random weights: the first that a source offers.
+
+        Raises:
+          ValueError, OSError: no source offers one.
+        """
+        for source in self._sources.values():
+            if (tokenizer := source.tokenizer(vocab_size)) is not None:
+                return tokenizer
+        raise ValueError(
+            "data holds tokens without a tokenizer: set init_from to the checkpoint whose tokenizer they were made with"
+        )
+
+    def windows(
+        self, tokenizer: Tokenizer, packing: Packing
+    ) -> tuple[Windows | Mixture, Windows | Concatenation | None]:
+        """Windows for training, and those held out: of a mixture, each source's one after the other.
+
+        Raises:
+          ValueError, OSError: data that are missing, broken, of another tokenizer, or too few.
+        """
+        training, validation = {}, []
+        for name, source in self._sources.items():
+            training[name], own = source.windows(tokenizer, packing)
+            validation += [] if own is None else [own]
+        if not self._mixed:
+            return training[""], validation[0] if validation else None
+        return Mixture(training, self._weights), Concatenation(validation) if validation else None
+
+
+class TextSource:
+    """Text files, or with an empty path Python's documentation; read at once."""
+
+    def __init__(self, path: str):
+        self._documents = read_documents(path) if path else python_documentation()
+
+    def tokenizer(self, vocab_size: int) -> Tokenizer:
+        return train_tokenizer(self._documents, vocab_size)
+
+    def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
+        return pack_documents(self._documents, tokenizer, **packing._asdict())
+
+
+class PreparedSource:
+    """A folder of prepared data. What is held out was decided when it was made."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def tokenizer(self, vocab_size: int) -> Tokenizer:
+        return load_tokenizer(self._path)
+
+    def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
+        if load_tokenizer(self._path).to_str() != tokenizer.to_str():
+            raise ValueError(
+                f"{self._path}: was prepared with another tokenizer than the run's; prepare the text again with "
+                "launch/prepare.py --tokenizer=CHECKPOINT"
+            )
+        training = _windows(PreparedDocuments(self._path, TRAIN), packing, self._path)
+        validation = PreparedDocuments(self._path, VALIDATION)
+        if not validation.count or not packing.validation_fraction:
+            return training, None
+        return training, _windows(validation, packing, self._path + _HELD_OUT)
+
+
+class MegatronSource:
+    """A Megatron set. Documents are held out by number."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def tokenizer(self, vocab_size: int) -> None:
+        return None
+
+    def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
+        documents, fraction, seed = MegatronDocuments(self._path), packing.validation_fraction, packing.seed
+        if not fraction:
+            return _windows(documents, packing, self._path), None
+        chosen = functools.partial(held_out, fraction=fraction, seed=seed)
+        about = {"held_out": f"{fraction} by seed {seed}"}
+        training = _windows(documents, packing, self._path, keep=lambda start, stop: ~chosen(start, stop), about=about)
+        validation = _windows(documents, packing, self._path + _HELD_OUT, keep=chosen, about=about)
+        return training, validation
+
+
+def _windows(documents: Documents, packing: Packing, name: str, **options) -> DocumentWindows:
+    return DocumentWindows(
+        documents, packing.sequence_length, packing.vocab_size, name=name, align=packing.align, **options
+    )
