@@ -4,12 +4,14 @@
     python launch/generate.py --checkpoint=DIR --prompts=prompts.jsonl --mode=ar --output=out.jsonl
 
 DIR is a Hugging Face folder, a converted checkpoint, or a training workdir. Rows of a prompts file are {"text": ...} or
-{"ids": [...]}; each gives one output row, in order.
+{"ids": [...]}; each gives one output row, in order. --mode=speculative gives what --mode=ar gives, in fewer passes if
+the denoiser drafts well. --watch shows blocks filling in; --trace=FILE writes every step down.
 """
 
 import contextlib
+import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import flags
 
@@ -17,7 +19,11 @@ from twotower_jax import command_line
 from twotower_jax.checkpoint.load import load
 from twotower_jax.data import encode, load_tokenizer
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
-from twotower_jax.generation.engine import MODES, Result, Settings, generate
+from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
+from twotower_jax.generation.settings import MODES, Result, Settings
+from twotower_jax.generation.trace import TraceWriter
+from twotower_jax.generation.trained import trained_block_size
+from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import read_rows, row_writer
 from twotower_jax.parameters import cast, parameter_table
 from twotower_jax.tower import Execution
@@ -40,6 +46,14 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind an end-of-text token.")
+_STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
+_TOLERANCE = flags.DEFINE_float(
+    "tolerance", 0.0, "Mode speculative: keep a draft at least 1 - this as probable as AR's best; 0: AR's tokens only."
+)
+_PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompts are read in pieces of at most this many tokens.")
+_MAX_CACHE_GB = flags.DEFINE_float("max_cache_gb", None, "Refuse to start if caches need more; default: what is free.")
+_WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
+_TRACE = flags.DEFINE_string("trace", None, "JSON Lines file for every step of every row.")
 
 
 def _settings() -> Settings:
@@ -60,6 +74,10 @@ def _settings() -> Settings:
         seed=_SEED.value,
         batch_size=_BATCH_SIZE.value,
         ignore_eos=_IGNORE_EOS.value,
+        stop=tuple(_STOP.value),
+        prefill_chunk=_PREFILL_CHUNK.value,
+        tolerance=_TOLERANCE.value,
+        max_cache_gb=_MAX_CACHE_GB.value,
     )
 
 
@@ -93,37 +111,94 @@ def main() -> None:
     settings, rows = _settings(), _rows()
     with contextlib.ExitStack() as stack:
         # Opened first, so that a path that cannot be written is known before a model is loaded.
-        write = stack.enter_context(row_writer(_OUTPUT.value)) if _OUTPUT.value is not None else None
-        _generate(settings, rows, write)
+        write, trace = (
+            stack.enter_context(row_writer(path)) if path is not None else None
+            for path in (_OUTPUT.value, _TRACE.value)
+        )
+        try:
+            _generate(settings, rows, write, trace)
+        except FloatingPointError as error:
+            command_line.fail(f"{_CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
 
 
-def _generate(settings: Settings, rows: list[dict], write: Callable[[dict], None] | None) -> None:
+def _generate(
+    settings: Settings,
+    rows: list[dict],
+    write: Callable[[dict], None] | None,
+    write_trace: Callable[[dict], None] | None,
+) -> None:
     model, params, folder = load(_CHECKPOINT.value, execution=Execution(dtype=_DTYPE.value))
     params = cast(parameter_table(model), params, _DTYPE.value)
-    tokenizer = _tokenizer(folder, any("text" in row for row in rows))
+    tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
+    decode = tokenizer.decode if tokenizer else None
+    _warn_of_large_blocks(settings, folder)
     texts = iter(encode(tokenizer, [row["text"] for row in rows if "text" in row]) if tokenizer else ())
     prompts = [row["ids"] if "ids" in row else next(texts) for row in rows]
-    for done, (row, result) in enumerate(zip(rows, generate(model, params, prompts, settings), strict=True), 1):
+    observed = _WATCH.value or write_trace is not None
+    engine = start(model, params, prompts, settings, record_trace=observed, decode=decode)
+    config, observers = model.config, []
+    if _WATCH.value:
+        given = int(settings.mode == "speculative")
+        watch = Watch(prompts, decode, config.mask_token_id, sys.stderr, given=given)
+        observers.append(watch.show)
+    if write_trace is not None:
+        trace = TraceWriter(write_trace, config, settings, prompts, decode)
+        observers.append(lambda steps: [trace.add(progress) for progress in steps])
+    results = in_order(_steps(engine, observers))
+    for done, (row, result) in enumerate(zip(rows, results, strict=True), 1):
         if write is None:
             _show(row, result, tokenizer)
             continue
-        fields = result._asdict()
-        del fields["trace"]
-        write(fields | {"text": tokenizer.decode(result.tokens) if tokenizer else None})
-        print(f"{done}/{len(rows)} prompts", file=sys.stderr)
+        write(_output_row(result))
+        if not _WATCH.value:
+            print(f"{done}/{len(rows)} prompts", file=sys.stderr)
+    if write_trace is not None:
+        trace.finish()
+
+
+def _steps(engine: Engine, observers: list[Callable[[list[Progress]], object]]) -> Iterator[Progress]:
+    for steps in iter_steps(engine):
+        for observer in observers:
+            observer(steps)
+        yield from steps
+
+
+def _output_row(result: Result) -> dict:
+    """The fields of the row that every mode has, and those of its mode."""
+    fields = {name: value for name, value in result._asdict().items() if name == "text" or value is not None}
+    fields.pop("trace", None)
+    if result.accepted_draft_tokens is not None:
+        fields["acceptance_length"] = result.acceptance_length
+    return fields | {"evaluations_per_token": result.evaluations_per_token}
+
+
+def _warn_of_large_blocks(settings: Settings, folder: pathlib.Path) -> None:
+    trained, size = trained_block_size(folder), settings.sampling.block_size
+    if settings.mode in ("diffusion", "speculative") and trained is not None and size > trained:
+        print(
+            f"warning: --block_size={size} is more than the {trained} that the denoiser was trained with; samples of "
+            "larger blocks collapse",
+            file=sys.stderr,
+        )
 
 
 def _show(row: dict, result: Result, tokenizer) -> None:
     if tokenizer:
         prompt = row["text"] if "text" in row else tokenizer.decode(result.prompt_ids)
-        print(prompt + tokenizer.decode(result.tokens))
+        print(prompt + result.text)
     else:
         print(*result.tokens)
     print(
         f"[{len(result.tokens)} tokens, {result.denoiser_evaluations} denoiser and "
-        f"{result.context_evaluations} context evaluations, ended by {result.finish_reason}]",
+        f"{result.context_evaluations} context evaluations{_drafts(result)}, ended by {result.finish_reason}]",
         file=sys.stderr,
     )
+
+
+def _drafts(result: Result) -> str:
+    if result.accepted_draft_tokens is None:
+        return ""
+    return f", {result.acceptance_length:.2f} drafted tokens kept a block"
 
 
 if __name__ == "__main__":

@@ -5,35 +5,51 @@
 Rows for --objective=ar: {"ids": [...]}; log-probability i is of ids[i + 1] given ids[..i], under the context tower.
 Rows for --objective=denoiser: {"ids": [...], "masked": [true, ...], "t": 0.5, "block_size": 16}; log-probability i is
 of ids[i] itself in the training-time forward pass, and "loss" the mean of their negatives over masked positions.
+Rows for --objective=nll_bound: {"ids": [...]}; an upper bound of the negative log-likelihood a token under block
+diffusion, by Monte Carlo, with its standard error.
+Rows for --objective=generations: as launch/generate.py writes them; how likely the new tokens are under the context
+tower, and how much they repeat themselves.
+Every objective but denoiser also prints a line about all rows together.
 """
+
+import sys
+from collections.abc import Callable
 
 from absl import flags
 
 from twotower_jax import command_line
 from twotower_jax.checkpoint.load import load
+from twotower_jax.generation import quality
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
 from twotower_jax.jsonl import read_rows, row_writer
-from twotower_jax.parameters import cast, parameter_table
+from twotower_jax.parameters import Params, cast, parameter_table
 from twotower_jax.tower import Execution
+from twotower_jax.two_tower import TwoTower
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "JSON Lines file of rows to score.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the scores.", required=True)
-_OBJECTIVE = flags.DEFINE_enum("objective", "ar", ["ar", "denoiser"], "Which tower scores.")
+_FIELDS = {
+    "ar": {"ids"},
+    "denoiser": {"ids", "masked", "t", "block_size"},
+    "nll_bound": {"ids"},
+    "generations": {"prompt_ids", "tokens"},
+}
+_OBJECTIVE = flags.DEFINE_enum("objective", "ar", list(_FIELDS), "What is scored, and by which tower.")
+_BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Of objective nll_bound.", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("samples", 16, "Of objective nll_bound: draws of noise a row.", lower_bound=2)
+_SEED = flags.DEFINE_integer("seed", 0, "Of objective nll_bound.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 
 
-def _read() -> list:
+def _read() -> list[dict]:
     rows = read_rows(_INPUT.value)
-    fields = {"ids"} if _OBJECTIVE.value == "ar" else {"ids", "masked", "t", "block_size"}
     for number, row in enumerate(rows, 1):
-        missing = sorted(fields - row.keys())
+        missing = sorted(_FIELDS[_OBJECTIVE.value] - row.keys())
         if missing:
             raise ValueError(f"{_INPUT.value}, row {number}: {', '.join(missing)} missing")
-    if _OBJECTIVE.value == "ar":
-        return [row["ids"] for row in rows]
-    return [DenoiserRow(row["ids"], row["masked"], row["t"], row["block_size"]) for row in rows]
+    return rows
 
 
 def main() -> None:
@@ -41,14 +57,69 @@ def main() -> None:
     with row_writer(_OUTPUT.value) as write:
         model, params, _ = load(_CHECKPOINT.value, execution=Execution(dtype=_DTYPE.value))
         params = cast(parameter_table(model), params, _DTYPE.value)
-        if _OBJECTIVE.value == "ar":
-            for logprobs in score_ar(model, params, rows, _BATCH_SIZE.value):
-                write({"logprobs": logprobs.tolist(), "loglikelihood": float(logprobs.sum(dtype="float64"))})
-            return
-        for row, logprobs in zip(rows, score_denoiser(model, params, rows, _BATCH_SIZE.value), strict=True):
-            masked = [float(-p) for p, m in zip(logprobs, row.masked, strict=True) if m]
-            loss = sum(masked) / len(masked) if masked else 0.0
-            write({"logprobs": logprobs.tolist(), "loglikelihood": -sum(masked), "loss": loss})
+        _SCORERS[_OBJECTIVE.value](model, params, rows, write)
+
+
+Write = Callable[[dict], None]
+
+
+def _ar(model: TwoTower, params: Params, rows: list[dict], write: Write) -> None:
+    total = []
+    for logprobs in score_ar(model, params, [row["ids"] for row in rows], _BATCH_SIZE.value):
+        loglikelihood = float(logprobs.sum(dtype="float64"))
+        write({"logprobs": logprobs.tolist(), "loglikelihood": loglikelihood})
+        total.append(quality.Likelihood(loglikelihood, len(logprobs)))
+    _print_perplexity(total)
+
+
+def _denoiser(model: TwoTower, params: Params, rows: list[dict], write: Write) -> None:
+    rows = [DenoiserRow(row["ids"], row["masked"], row["t"], row["block_size"]) for row in rows]
+    for row, logprobs in zip(rows, score_denoiser(model, params, rows, _BATCH_SIZE.value), strict=True):
+        masked = [float(-p) for p, m in zip(logprobs, row.masked, strict=True) if m]
+        loss = sum(masked) / len(masked) if masked else 0.0
+        write({"logprobs": logprobs.tolist(), "loglikelihood": -sum(masked), "loss": loss})
+
+
+def _nll_bound(model: TwoTower, params: Params, rows: list[dict], write: Write) -> None:
+    estimates = quality.nll_bound(
+        model,
+        params,
+        [row["ids"] for row in rows],
+        block_size=_BLOCK_SIZE.value,
+        samples=_SAMPLES.value,
+        seed=_SEED.value,
+        batch_size=_BATCH_SIZE.value,
+    )
+    for estimate in estimates:
+        write({"nll_bound": estimate.mean, "standard_error": estimate.standard_error, "tokens": estimate.tokens})
+    whole = quality.mean_estimate(estimates)
+    print(f"bound {whole.mean:.4f} ± {whole.standard_error:.4f} nats a token, {whole.tokens} tokens", file=sys.stderr)
+
+
+def _generations(model: TwoTower, params: Params, rows: list[dict], write: Write) -> None:
+    for number, row in enumerate(rows):
+        if not isinstance(row["prompt_ids"], list) or not row["prompt_ids"] or not isinstance(row["tokens"], list):
+            raise ValueError(f"row {number}: prompt_ids and tokens must be lists of token ids, with a prompt")
+    pairs = [(row["prompt_ids"], row["tokens"]) for row in rows]
+    likelihoods = quality.generated_likelihoods(model, params, pairs, _BATCH_SIZE.value)
+    collapsed = 0
+    for (_, tokens), likelihood in zip(pairs, likelihoods, strict=True):
+        found = quality.repetition(tokens)
+        collapsed += found.collapsed
+        perplexity = likelihood.perplexity if likelihood.tokens else None
+        about = {"loglikelihood": likelihood.log_likelihood, "perplexity": perplexity}
+        write(about | found._asdict())
+    _print_perplexity(likelihoods)
+    print(f"collapsed: {collapsed} of {len(rows)} rows", file=sys.stderr)
+
+
+def _print_perplexity(likelihoods: list[quality.Likelihood]) -> None:
+    whole = quality.Likelihood(sum(v.log_likelihood for v in likelihoods), sum(v.tokens for v in likelihoods))
+    if whole.tokens:
+        print(f"perplexity {whole.perplexity:.4f} under the context tower, {whole.tokens} tokens", file=sys.stderr)
+
+
+_SCORERS = {"ar": _ar, "denoiser": _denoiser, "nll_bound": _nll_bound, "generations": _generations}
 
 
 if __name__ == "__main__":

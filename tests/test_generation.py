@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.generation import DenoiserRow, Settings, generate, score_ar, score_denoiser
+from twotower_jax.generation import (
+    DenoiserRow,
+    Engine,
+    Settings,
+    generate,
+    positions,
+    score_ar,
+    score_denoiser,
+)
+from twotower_jax.generation.modes import autoregressive_block
+from twotower_jax.generation.slots import allocate, cache_bytes
+from twotower_jax.generation.stops import cut
 from twotower_jax.parameters import bind, flatten, unflatten
 from twotower_jax.two_tower import TwoTower
 
@@ -61,6 +72,162 @@ def test_a_row_gets_what_it_gets_alone(tiny, together):
 def test_order_and_neighbors_do_not_matter(tiny, together):
     backwards = run(tiny, PROMPTS[::-1], DIFFUSION)
     assert backwards[::-1] == together
+
+
+def test_rows_that_finish_make_room_and_nobody_notices(tiny, together):
+    """Rows of many lengths through two slots: each gets what it gets alone, in no more blocks than there is work."""
+    limits = [20, 3, 1, 20, 12, 5, 20, 8]
+    rows = [PROMPTS[i % 4] for i in range(8)]
+    settings = dataclasses.replace(DIFFUSION, sampling=SAMPLED, batch_size=4)
+    engine = Engine(*tiny, settings, capacity=128, slots=2)
+    assert [engine.submit(row, limit) for row, limit in zip(rows, limits, strict=True)] == list(range(8))
+    # The same row numbers, and so the same random numbers, in a table of another size.
+    expected = run(tiny, rows, settings)
+    results, calls, blocks = {}, 0, 0
+    while engine.busy:
+        calls += 1
+        for progress in engine.step():
+            blocks += 1
+            if progress.result is not None:
+                results[progress.number] = progress.result
+    for number, limit in enumerate(limits):
+        assert results[number].tokens == expected[number].tokens[:limit]
+    needed = sum(-(-limit // 8) for limit in limits)
+    assert blocks == needed
+    assert calls == -(-needed // 2)  # Both slots were in use from the first call to the last.
+
+
+def test_neighbors_change_no_bit(tiny):
+    """Of the confidences of every step, in a table of one size."""
+    first = run(tiny, [PROMPTS[3], PROMPTS[1], PROMPTS[2], PROMPTS[1]], DIFFUSION, record_trace=True)[0]
+    other = run(tiny, [PROMPTS[3], PROMPTS[2], PROMPTS[0], PROMPTS[0]], DIFFUSION, record_trace=True)[0]
+    assert first == other
+    assert first.trace[0].confidence != [0.0] * 8
+    assert [s.tokens for s in first.trace[:-1]] != [s.xt for s in first.trace[1:]]
+    assert sum(len(s.committed) for s in first.trace) == 24
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar"])
+def test_prompts_may_be_read_in_pieces(tiny, mode):
+    settings = dataclasses.replace(DIFFUSION, mode=mode, max_new_tokens=6)
+    whole = run(tiny, PROMPTS, settings)
+    assert run(tiny, PROMPTS, dataclasses.replace(settings, prefill_chunk=7)) == whole
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(tiny):
+    """While a row is generated, a prompt is read one piece a block."""
+    settings = dataclasses.replace(DIFFUSION, prefill_chunk=7)
+    engine = Engine(*tiny, settings, capacity=128, slots=2)
+    engine.submit(PROMPTS[0])
+    assert [p.number for p in engine.step()] == [0]
+    engine.submit(PROMPTS[2])  # 40 tokens, six pieces.
+    assert [p.number for p in engine.step()] == [0]
+    last = engine.step()
+    assert [p.number for p in last] == [0]
+    assert last[0].result is not None
+    results = [p.result for _ in range(3) for p in engine.step()]
+    assert results[-1].tokens == run(tiny, [PROMPTS[0], PROMPTS[2]], settings)[1].tokens
+
+
+STRATEGIES = [
+    {"strategy": "posterior", "schedule": "cosine", "confidence_threshold": 0.8},
+    {"strategy": "predict_and_noise", "schedule": "exponential", "confidence_threshold": 0.8},
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_is_reproducible_by_row(tiny, strategy):
+    sampling = dataclasses.replace(SAMPLED, **strategy)
+    settings = dataclasses.replace(DIFFUSION, sampling=sampling, max_new_tokens=12)
+    results = run(tiny, PROMPTS, settings)
+    for r in results:
+        assert tiny[0].config.mask_token_id not in r.tokens
+        assert r.blocks == 2
+        assert 2 <= r.denoiser_evaluations <= 2 * 4
+    assert run(tiny, [*PROMPTS[:3], PROMPTS[0]], settings)[:3] == results[:3]
+
+
+def _letters(tokens):
+    return "".join(chr(ord("a") + t % 26) for t in tokens)
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
+def test_stop_texts(tiny, mode, together):
+    """A stop text inside a block ends the row where it is complete; the text ends before it."""
+    settings = dataclasses.replace(DIFFUSION, mode=mode)
+    endless = together if mode == "diffusion" else run(tiny, PROMPTS, settings)
+    texts = [_letters(r.tokens) for r in endless]
+    stop = texts[2][9:11]
+    results = run(tiny, PROMPTS, dataclasses.replace(settings, stop=("not there", stop)), decode=_letters)
+    assert results[2].finish_reason == "stop"
+    for result, text, full in zip(results, texts, endless, strict=True):
+        place = text.find(stop)
+        assert result.text == (text if place < 0 else text[:place])
+        assert result.tokens == (full.tokens if place < 0 else full.tokens[: place + 2])
+        assert result.finish_reason == ("length" if place < 0 else "stop")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "expected"),
+    [
+        ("abcd", {"limit": 9}, ("abcd", None, None)),
+        ("abcd", {"limit": 3}, ("abc", "length", None)),
+        ("abcd", {"limit": 4}, ("abcd", "length", None)),
+        ("abcd", {"limit": 3, "eos": "d"}, ("abc", "length", None)),
+        ("abcb", {"limit": 4, "eos": "b"}, ("ab", "eos", None)),
+        ("abcd", {"limit": 9, "stop": ["cd", "bc"]}, ("abc", "stop", "a")),
+        ("abcd", {"limit": 2, "stop": ["bc"]}, ("ab", "length", "ab")),
+        ("abcd", {"limit": 9, "eos": "c", "stop": ["bc"]}, ("abc", "stop", "a")),
+        ("abcd", {"limit": 9, "eos": "b", "stop": ["bc"]}, ("ab", "eos", "ab")),
+        ("aXcd", {"limit": 9, "stop": ["yz"]}, ("aX", "stop", "ax")),  # X is a token of three letters.
+        ("aXcd", {"limit": 9, "stop": ["zc"]}, ("aXc", "stop", "axy")),
+    ],
+)
+def test_where_a_row_is_cut(tokens, options, expected):
+    def decode(ids):
+        return "".join(map(chr, ids)).replace("X", "xyz")
+
+    if "eos" in options:
+        options = options | {"eos": ord(options["eos"])}
+    found = cut([ord(t) for t in tokens], decode=decode if "stop" in options else None, **options)
+    assert ("".join(map(chr, found.tokens)), found.reason, found.text) == expected
+
+
+def test_stop_texts_need_a_tokenizer(tiny):
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        generate(*tiny, PROMPTS, dataclasses.replace(DIFFUSION, stop=("x",)))
+
+
+def test_caches_that_do_not_fit_are_refused(tiny):
+    # 40 + 24 + 8 positions at most, in multiples of 64: keys, values, states, convolutions and 21 bytes of counts.
+    row = 128 * 2 * 2 * 4 * 4 + 6 * 4 * 5 * 4 + 4 * (24 + 2 * 15) * 4 + 4 + 17
+    assert cache_bytes(tiny[0], 4, 128) == 4 * row
+    settings = dataclasses.replace(DIFFUSION, max_cache_gb=3.5 * row / 1e9)
+    with pytest.raises(ValueError, match=r"4 rows of 128 positions need .* GB.*max_cache_gb.*lower batch_size to 3,"):
+        generate(*tiny, PROMPTS, settings)
+    generate(*tiny, PROMPTS, dataclasses.replace(settings, batch_size=3))
+
+
+def test_rows_that_do_not_fit_their_slot_are_refused(tiny):
+    engine = Engine(*tiny, DIFFUSION, capacity=positions(40, 20, DIFFUSION), slots=1)
+    engine.submit(PROMPTS[2])
+    with pytest.raises(ValueError, match="prompt 1 needs 256 cache positions, and a slot has 128"):
+        engine.submit([4] * 150)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        engine.submit([4], 0)
+
+
+def test_the_cache_exists_once(small_config, random_params):
+    """It is given away to every call and written in place, stacked layers included: no temporary is nearly as large."""
+    model = TwoTower(small_config("****", vocab_size=8))
+    slots = allocate(model=model, batch=2, capacity=8192)
+    arguments = random_params(model), slots, jnp.ones(2, bool), jnp.uint32(0), jnp.int32(2)
+    sampling = SamplingConfig()
+    call = autoregressive_block.lower(*arguments, model=model, sampling=sampling, length=4, mock=False).compile()
+    memory = call.memory_analysis()
+    size = cache_bytes(model, 2, 8192)
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < 0.75 * size
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
@@ -138,7 +305,17 @@ def test_prompts_that_cannot_be_used(tiny, prompts, message):
 
 
 @pytest.mark.parametrize(
-    "values", [{"mode": "dream"}, {"max_new_tokens": 0}, {"batch_size": 0}, {"seed": -1}, {"seed": 2**32}]
+    "values",
+    [
+        {"mode": "dream"},
+        {"max_new_tokens": 0},
+        {"batch_size": 0},
+        {"prefill_chunk": 0},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"max_cache_gb": 0.0},
+        {"stop": ("",)},
+    ],
 )
 def test_settings_that_cannot_be_used(values):
     (name, value), *_ = values.items()

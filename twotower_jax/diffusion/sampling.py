@@ -14,6 +14,7 @@ Each strategy is a function of one row; `sample_step` maps it over the batch. So
 it has its own noise level, commits and stop, and gets what it would get alone.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,6 +165,7 @@ def sample_step(
     block: int | jax.Array,
     step: int | jax.Array,
     mask_token_id: int,
+    token_keys: jax.Array | None = None,
 ) -> StepResult:
     """Takes one denoising step.
 
@@ -179,28 +181,40 @@ def sample_step(
         block: index of the block in its row, a scalar or (B,).
         step: index of the step in the block, 0 ≤ step < T, a scalar or (B,).
         mask_token_id: the token that marks undecided positions; never predicted.
+        token_keys: (B, S) keys from which the tokens are drawn instead, each position's the same at every step: for
+            drafts that are to agree with a sample that somebody else draws from the same keys.
 
     Raises:
         ValueError: for shapes that do not fit each other or the config.
     """
     batch = xt.shape[0]
+    if token_keys is not None and token_keys.shape != xt.shape:
+        raise ValueError(f"expected token_keys {xt.shape}, one a position, got {token_keys.shape}")
     if xt.shape != (batch, config.block_size) or logits.shape[:-1] != xt.shape or keys.shape != (batch,):
         raise ValueError(
             f"expected xt (B, {config.block_size}), logits (B, {config.block_size}, V) and keys (B,), "
             f"got {xt.shape}, {logits.shape} and {keys.shape}"
         )
 
-    def step_row(key: jax.Array, xt: jax.Array, logits: jax.Array, block: jax.Array, step: jax.Array) -> StepResult:
+    choose = functools.partial(
+        predict,
+        mask_token_id=mask_token_id,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+
+    def step_row(
+        key: jax.Array,
+        xt: jax.Array,
+        logits: jax.Array,
+        block: jax.Array,
+        step: jax.Array,
+        token_keys: jax.Array | None,
+    ) -> StepResult:
         step_key = jax.random.fold_in(jax.random.fold_in(key, block), step)
         token_key, commit_key = jax.random.split(step_key)
-        prediction = predict(
-            token_key,
-            logits,
-            mask_token_id=mask_token_id,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        )
+        prediction = choose(token_key, logits) if token_keys is None else jax.vmap(choose)(token_keys, logits)
         masked = xt == mask_token_id
         chosen = _STRATEGIES[config.strategy](config, commit_key, step, masked, prediction.confidence)
         committed = chosen & prediction.finite
@@ -213,4 +227,4 @@ def sample_step(
 
     block = jnp.broadcast_to(jnp.asarray(block, jnp.int32), (batch,))
     step = jnp.broadcast_to(jnp.asarray(step, jnp.int32), (batch,))
-    return jax.vmap(step_row)(keys, xt, logits, block, step)
+    return jax.vmap(step_row)(keys, xt, logits, block, step, token_keys)

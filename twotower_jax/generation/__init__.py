@@ -1,10 +1,32 @@
 """Generation and scoring: the two-tower model and the diffusion rules brought together.
 
-`engine.generate` turns prompts into tokens in one of three modes; each mode is one compiled function from prompts to
-tokens (modes.py), with no round trip to the host in between. `score.py` gives log-probabilities of given tokens.
+settings.py       what a caller says and gets
+engine.py         a table of rows on the device, filled and emptied by the host between blocks
+slots.py          that table, and how prompts are read into it
+modes.py          one block of diffusion, AR and mock-AR, each a compiled function
+speculative.py    one block drafted by the denoiser and decided by the context
+stops.py          where a row ends
+watch.py          rows filling in, on a terminal
+trace.py          everything that happened, as JSON Lines
+trained.py        the block size that a checkpoint was trained with
+score.py          log-probabilities of given tokens
+quality.py        likelihoods, the denoiser's bound, repetition
 """
 
-from twotower_jax.generation.engine import Result, Settings, generate
+from twotower_jax.generation.engine import Engine, Progress, generate, positions
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
+from twotower_jax.generation.settings import MODES, Result, Settings, Step
 
-__all__ = ["DenoiserRow", "Result", "Settings", "generate", "score_ar", "score_denoiser"]
+__all__ = [
+    "MODES",
+    "DenoiserRow",
+    "Engine",
+    "Progress",
+    "Result",
+    "Settings",
+    "Step",
+    "generate",
+    "positions",
+    "score_ar",
+    "score_denoiser",
+]

@@ -1,81 +1,319 @@
-"""Prompts in, tokens out: batching, and what a caller gets of each row."""
+"""Prompts in, tokens out: a table of rows on the device, and the host that fills and empties it between blocks.
+
+The host calls one compiled function a block (modes.py, speculative.py) and looks at what came of it: rows that are done
+free their slot, and waiting prompts are read into it, in pieces. While rows are being generated a long prompt is read
+one piece a block, so that they do not wait for it.
+
+A row's numbers come from the same compiled arithmetic whatever its neighbors are; with another batch size the shapes
+of the matrix products are others, and so may be the last bits of its logits, but not its tokens.
+"""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.generation.modes import Generated, Prompts, Trace, autoregressive, diffusion, prefill
+from twotower_jax.generation.modes import Emitted, Trace, autoregressive_block, diffusion_block
+from twotower_jax.generation.settings import Result, Settings, Step
+from twotower_jax.generation.slots import First, Piece, allocate, cache_bytes, prefill
+from twotower_jax.generation.speculative import speculative_block
+from twotower_jax.generation.stops import Decode, cut
 from twotower_jax.parameters import Params
-from twotower_jax.tokens import check_ids, pad_rows
+from twotower_jax.tokens import check_ids
 from twotower_jax.two_tower import TwoTower
 
-MODES = ("diffusion", "ar", "mock_ar")
-# Prompts and caches are padded to a multiple of this, so that few lengths are compiled.
-_LENGTH_MULTIPLE = 32
+# Pieces of prompts have one of these lengths, or prefill_chunk; caches are a multiple of it.
+_PIECE, _PIECE_GROWTH = 64, 4
+_TOKENS_A_READ = 512  # Pieces are read together as long as they are not more than this.
+_TOKENS_A_CALL = 16  # Of the modes that generate one token at a time.
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to generate.
+class Progress(NamedTuple):
+    """What a row got from one block.
 
     Attributes:
-      mode: "diffusion", "ar" (the context tower alone) or "mock_ar" (the denoiser, one token at a time; a check).
-      max_new_tokens: of each row; need not be a multiple of the block.
-      sampling: block size, steps, strategy, temperature and filters; AR modes use the latter two.
-      seed: with a row's number the only source of randomness.
-      batch_size: rows computed together; no row's tokens depend on it.
-      ignore_eos: go on behind an end-of-text token.
+      number: the row's.
+      block: number of the block (of the call, where one token is generated at a time), or None: the first token of ar
+        and speculative, which reading the prompt gives.
+      start: how many new tokens the row had before.
+      tokens: new in this block, before the row is cut.
+      steps: the denoiser's, if a trace is recorded.
+      accepted: how many of the first tokens are a draft's, in speculative mode.
+      result: if the row is done.
+    """
+
+    number: int
+    block: int | None
+    start: int
+    tokens: list[int]
+    steps: list[Step] | None
+    accepted: int | None
+    result: Result | None
+
+
+@dataclasses.dataclass
+class _Row:
+    """A row's bookkeeping, from `submit` to its result."""
+
+    number: int
+    prompt: np.ndarray
+    limit: int
+    to_read: np.ndarray
+    read: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    denoiser_evaluations: int = 0
+    context_evaluations: int = 0
+    blocks: int = 0
+    accepted: int = 0
+    trace: list[Step] = dataclasses.field(default_factory=list)
+
+    @property
+    def reading(self) -> bool:
+        return self.read < max(1, len(self.to_read))
+
+
+def positions(prompt_length: int, max_new_tokens: int, settings: Settings) -> int:
+    """The cache positions that a row may come to use, whatever happens."""
+    new = max_new_tokens
+    if settings.mode in ("diffusion", "speculative"):
+        # A block is written whole, also where the row ends inside it.
+        new = _round_up(max_new_tokens, settings.sampling.block_size) + settings.sampling.block_size
+    # The last piece of a prompt is written with its padding.
+    chunk = settings.prefill_chunk
+    whole = (prompt_length - 1) // chunk * chunk
+    return max(prompt_length + new, whole + _piece_width(prompt_length - whole, chunk))
+
+
+def _piece_width(left: int, chunk: int) -> int:
+    """How many tokens the next piece of a prompt has, padding included; of nothing but the prompt's own length."""
+    width = _PIECE
+    while width < left:
+        width *= _PIECE_GROWTH
+    return min(width, chunk)
+
+
+class Engine:
+    """Generates continuously: rows are submitted at any time, and `step` advances all that are there by a block.
+
+    Args:
+      capacity: cache positions of each slot; see `positions`.
+      slots: rows computed together; None takes `settings.batch_size`.
+      decode: tokens to text, needed for stop texts.
+      record_trace: keep the denoiser's steps.
 
     Raises:
-      ValueError: at construction, naming the value.
+      ValueError: before anything is allocated, if the caches need more memory than there is, or a stop text is set and
+        no `decode` given.
     """
 
-    mode: str = "diffusion"
-    max_new_tokens: int = 64
-    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    seed: int = 0
-    batch_size: int = 8
-    ignore_eos: bool = False
+    def __init__(
+        self,
+        model: TwoTower,
+        params: Params,
+        settings: Settings,
+        *,
+        capacity: int,
+        slots: int | None = None,
+        decode: Decode | None = None,
+        record_trace: bool = False,
+    ):
+        if settings.stop and decode is None:
+            raise ValueError(f"stop={settings.stop!r} needs a tokenizer, to turn tokens into text")
+        self._model, self._params, self._settings = model, params, settings
+        self._decode, self._record = decode, record_trace
+        self._capacity = _round_up(capacity, _PIECE)
+        # AR's choice knows nothing of blocks: what does not count is left out, so that less is compiled.
+        sampling = settings.sampling
+        self._choice = SamplingConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        self._first = self._choice if settings.mode in ("ar", "speculative") else None
+        self._eos = None if settings.ignore_eos else model.config.eos_token_id
+        self._eos_or_none = np.int32(-1 if self._eos is None else self._eos)
+        self._table: list[_Row | None] = [None] * (slots or settings.batch_size)
+        self._waiting: deque[_Row] = deque()
+        self._submitted = 0
+        self._seed = np.uint32(settings.seed)
+        self.cache_bytes = cache_bytes(model, len(self._table), self._capacity)
+        _check_memory(self.cache_bytes, len(self._table), self._capacity, settings.max_cache_gb)
+        self._slots = allocate(model=model, batch=len(self._table), capacity=self._capacity)
 
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; the modes are {', '.join(MODES)}")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
+    def submit(self, prompt: Sequence[int], max_new_tokens: int | None = None) -> int:
+        """Adds a row; it waits until a slot is free. Returns its number, counting from 0.
 
+        Raises:
+          ValueError: for an empty prompt, an id outside the vocabulary, or a row that does not fit a slot.
+        """
+        number = self._submitted
+        ids = _checked(self._model, prompt, number)
+        limit = self._settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if limit < 1:
+            raise ValueError(f"prompt {number}: max_new_tokens must be at least 1, not {limit}")
+        needed = positions(len(ids), limit, self._settings)
+        if needed > self._capacity:
+            raise ValueError(f"prompt {number} needs {needed} cache positions, and a slot has {self._capacity}")
+        to_read = ids[:-1] if self._settings.mode == "mock_ar" else ids
+        self._waiting.append(_Row(number, ids, limit, to_read))
+        self._submitted += 1
+        return number
 
-class Step(NamedTuple):
-    """One evaluation of the denoiser on one row: block and step number, noise level, the block before the step."""
+    @property
+    def busy(self) -> bool:
+        """Whether a row is waiting or being generated."""
+        return bool(self._waiting) or any(self._table)
 
-    block: int
-    step: int
-    t: float
-    xt: list[int]
+    def step(self) -> list[Progress]:
+        """Reads prompts into free slots and generates one block of every row that is ready.
 
+        Returns:
+          what each row got, in the order of their numbers.
 
-class Result(NamedTuple):
-    """One row.
+        Raises:
+          FloatingPointError: if a row's logits are not finite; no row can go on after it.
+        """
+        firsts = self._read_prompts()
+        alive = np.array([row is not None and not row.reading for row in self._table])
+        emitted = self._block(alive) if alive.any() else None
+        # One transfer, behind the block: the first tokens do not hold it up.
+        chosen, emitted = jax.device_get(([first for _, first in firsts], emitted))
+        progress = []
+        for (rows, _), first in zip(firsts, chosen, strict=True):
+            for i, row in rows:
+                if not first.finite[i]:
+                    raise _not_finite(row)
+                row.tokens.append(int(first.tokens[i]))
+                progress.append(Progress(row.number, None, 0, list(row.tokens), None, None, None))
+        progress += [self._harvest(int(slot), emitted) for slot in np.flatnonzero(alive)]
+        return sorted(progress, key=lambda p: p.number)
 
-    Attributes:
-      prompt_ids, tokens: the new tokens only, cut after the first end-of-text token.
-      denoiser_evaluations, context_evaluations: passes of each tower that this row needed, the prompt's being one.
-      finish_reason: "eos" or "length".
-      trace: the denoiser's steps in diffusion mode, if asked for.
-    """
+    # Reading prompts.
 
-    prompt_ids: list[int]
-    tokens: list[int]
-    denoiser_evaluations: int
-    context_evaluations: int
-    finish_reason: str
-    trace: list[Step] | None = None
+    def _read_prompts(self) -> list[tuple[list[tuple[int, _Row]], First]]:
+        """Fills free slots; reads a piece of every prompt that is not read, or all pieces if nothing else is to do.
+
+        Returns:
+          for each call that chose first tokens, which of them belong to which rows, and the tokens.
+        """
+        for slot, row in enumerate(self._table):
+            if row is None and self._waiting:
+                self._table[slot] = self._waiting.popleft()
+        firsts = []
+        while True:
+            reading = [slot for slot, row in enumerate(self._table) if row is not None and row.reading]
+            by_width = {}
+            for slot in reading:
+                row = self._table[slot]
+                width = _piece_width(len(row.to_read) - row.read, self._settings.prefill_chunk)
+                by_width.setdefault(width, []).append(slot)
+            for width, group in sorted(by_width.items()):
+                firsts += self._read_pieces(width, group)
+            others = any(row is not None and not row.reading for row in self._table)
+            if others or not reading:
+                return firsts
+
+    def _read_pieces(self, width: int, group: list[int]) -> list[tuple[list[tuple[int, _Row]], First]]:
+        """The next pieces of the prompts in these slots, some of them in one call."""
+        firsts = []
+        together = min(len(self._table), max(_TOKENS_A_READ, width) // width)
+        while group:
+            # A few prompts are read one by one rather than with a table of padding.
+            size = together if len(group) * 4 > together else 1
+            firsts += self._read_rows(width, group[:size], size)
+            group = group[size:]
+        return firsts
+
+    def _read_rows(self, width: int, group: list[int], size: int) -> list[tuple[list[tuple[int, _Row]], First]]:
+        """The next pieces of the prompts in the slots of `group`, in a call for `size` rows."""
+        piece = Piece(
+            ids=np.full((size, width), self._model.config.pad_token_id, np.int32),
+            lengths=np.zeros(size, np.int32),
+            slot=np.full(size, len(self._table), np.int32),
+            first=np.zeros(size, bool),
+            last=np.zeros(size, bool),
+            number=np.zeros(size, np.uint32),
+            limit=np.zeros(size, np.int32),
+            unread=np.zeros(size, np.int32),
+        )
+        for i, slot in enumerate(group):
+            row = self._table[slot]
+            ids = row.to_read[row.read : row.read + width]
+            piece.ids[i, : len(ids)] = ids
+            piece.lengths[i], piece.slot[i] = len(ids), slot
+            piece.first[i] = row.read == 0
+            row.context_evaluations += len(ids) > 0 and row.read == 0
+            row.read += max(1, len(ids))
+            piece.last[i] = not row.reading
+            piece.number[i], piece.limit[i], piece.unread[i] = row.number, row.limit, row.prompt[-1]
+        self._slots, first = prefill(
+            self._params,
+            self._slots,
+            piece,
+            self._seed,
+            self._eos_or_none,
+            model=self._model,
+            first=self._first,
+        )
+        ready = [(i, self._table[group[i]]) for i in np.flatnonzero(piece.last).tolist()]
+        return [(ready, first)] if self._first and ready else []
+
+    # Blocks.
+
+    def _block(self, alive: np.ndarray) -> Emitted:
+        settings = self._settings
+        sampling = settings.sampling if settings.mode in ("diffusion", "speculative") else self._choice
+        if settings.mode == "diffusion":
+            block = functools.partial(diffusion_block, record=self._record)
+        elif settings.mode == "speculative":
+            block = functools.partial(speculative_block, tolerance=np.float32(settings.tolerance), record=self._record)
+        else:
+            block = functools.partial(autoregressive_block, length=_TOKENS_A_CALL, mock=settings.mode == "mock_ar")
+        self._slots, emitted = block(
+            self._params,
+            self._slots,
+            alive=alive,
+            seed=self._seed,
+            eos=self._eos_or_none,
+            model=self._model,
+            sampling=sampling,
+        )
+        return emitted
+
+    def _harvest(self, slot: int, emitted: Emitted) -> Progress:
+        row, settings = self._table[slot], self._settings
+        if not emitted.finite[slot]:
+            raise _not_finite(row)
+        block, before, count = row.blocks, len(row.tokens), int(emitted.count[slot])
+        new = emitted.tokens[slot, :count].tolist()
+        steps = None if emitted.trace is None else _steps(emitted.trace, slot, block)
+        row.tokens += new
+        row.trace += steps or ()
+        row.blocks += count > 0
+        row.denoiser_evaluations += int(emitted.denoiser_evaluations[slot])
+        row.context_evaluations += int(emitted.context_evaluations[slot])
+        decode = self._decode if settings.stop or not emitted.active[slot] else None
+        end = cut(row.tokens, row.limit, eos=self._eos, stop=settings.stop, decode=decode)
+        accepted = None if emitted.accepted is None else int(emitted.accepted[slot])
+        if accepted is not None:
+            row.accepted += min(accepted, max(0, len(end.tokens) - before))
+        result = None
+        if end.reason is not None:
+            self._table[slot] = None
+            drafts = settings.mode in ("diffusion", "speculative")
+            result = Result(
+                prompt_ids=row.prompt.tolist(),
+                tokens=end.tokens,
+                denoiser_evaluations=row.denoiser_evaluations,
+                context_evaluations=row.context_evaluations,
+                finish_reason=end.reason,
+                text=end.text,
+                blocks=row.blocks if drafts else None,
+                accepted_draft_tokens=row.accepted if settings.mode == "speculative" else None,
+                trace=row.trace if self._record and drafts else None,
+            )
+        return Progress(row.number, block, before, new, steps, accepted, result)
 
 
 def generate(
@@ -85,100 +323,108 @@ def generate(
     settings: Settings,
     *,
     record_trace: bool = False,
+    decode: Decode | None = None,
 ) -> Iterator[Result]:
-    """Continues every prompt; yields one result a prompt, in order, batch by batch.
+    """Continues every prompt; yields one result a prompt, in order, each as soon as those before it are done.
 
     Args:
       prompts: token ids, at least one each.
+      record_trace: keep the denoiser's steps in the results.
+      decode: tokens to text; needed for `settings.stop`.
 
     Raises:
-      ValueError: before anything is computed, for an empty prompt or an id outside the vocabulary; FloatingPointError
-        if a row's logits are not finite.
+      ValueError: before anything is computed, for an empty prompt, an id outside the vocabulary, or caches that do not
+        fit; FloatingPointError if a row's logits are not finite.
     """
+    engine = start(model, params, prompts, settings, record_trace=record_trace, decode=decode)
+    return in_order(progress for steps in iter_steps(engine) for progress in steps)
+
+
+def start(
+    model: TwoTower,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    *,
+    record_trace: bool = False,
+    decode: Decode | None = None,
+) -> Engine:
+    """An engine with room for these prompts, all of them submitted. Arguments and errors as of `generate`."""
     if not prompts:
         raise ValueError("no prompts given")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        row = check_ids(prompt, model.config.vocab_size, f"prompt {i}")
-        if row.ndim != 1 or row.size == 0:
-            raise ValueError(f"prompt {i} is empty; the model continues at least one token")
-        rows.append(row)
-    return _batches(model, params, rows, settings, record_trace)
-
-
-def _batches(model, params, rows, settings, record_trace):
-    width = max(map(len, rows))
-    for start in range(0, len(rows), settings.batch_size):
-        batch = rows[start : start + settings.batch_size]
-        # The last batch is filled up with its own last row, so that it is compiled no second time.
-        size = min(settings.batch_size, len(rows))
-        filled = batch + [batch[-1]] * (size - len(batch))
-        ids, lengths = pad_rows(filled, model.config.pad_token_id, _LENGTH_MULTIPLE)
-        ids = np.pad(ids, [(0, 0), (0, _round_up(width) - ids.shape[1])])
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(settings.seed), np.arange(start, start + size, dtype=np.uint32)
-        )
-        out = _run(model, params, Prompts(ids, lengths, keys), settings, record_trace)
-        out = jax.device_get(out)
-        for i, row in enumerate(batch):
-            yield _result(model, row, i, start + i, out, settings)
-
-
-def _round_up(length: int) -> int:
-    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-
-
-def _run(model, params, prompts, settings, record_trace) -> Generated:
-    eos = None if settings.ignore_eos else model.config.eos_token_id
-    sampling, mock = settings.sampling, settings.mode == "mock_ar"
-    num_blocks = -(-settings.max_new_tokens // sampling.block_size)
-    new = num_blocks * sampling.block_size if settings.mode == "diffusion" else settings.max_new_tokens
-    logits, cache = prefill(
+    rows = [_checked(model, prompt, number) for number, prompt in enumerate(prompts)]
+    engine = Engine(
+        model,
         params,
-        prompts.ids,
-        prompts.lengths - mock,
-        model=model,
-        capacity=_round_up(prompts.ids.shape[1] + new),
+        settings,
+        capacity=max(positions(len(row), settings.max_new_tokens, settings) for row in rows),
+        slots=min(settings.batch_size, len(rows)),
+        decode=decode,
+        record_trace=record_trace,
     )
-    if settings.mode == "diffusion":
-        return diffusion(
-            params, prompts, cache, model=model, sampling=sampling, num_blocks=num_blocks, eos=eos, record=record_trace
+    for row in rows:
+        engine.submit(row)
+    return engine
+
+
+def iter_steps(engine: Engine) -> Iterator[list[Progress]]:
+    """Block by block what the rows of an engine get, until none is left."""
+    while engine.busy:
+        yield engine.step()
+
+
+def in_order(steps: Iterable[Progress]) -> Iterator[Result]:
+    """The results in the order of their rows."""
+    done, number = {}, 0
+    for progress in steps:
+        if progress.result is not None:
+            done[progress.number] = progress.result
+        while number in done:
+            yield done.pop(number)
+            number += 1
+
+
+def _checked(model: TwoTower, prompt: Sequence[int], number: int) -> np.ndarray:
+    ids = check_ids(prompt, model.config.vocab_size, f"prompt {number}")
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError(f"prompt {number} is empty; the model continues at least one token")
+    return ids
+
+
+def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None) -> None:
+    available, where = None if limit_gb is None else int(limit_gb * 1e9), "max_cache_gb allows"
+    if available is None:
+        device = jax.devices()[0]
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            available = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+            where = f"{device.device_kind} has free"
+    if available is not None and needed > available:
+        fitting = available * slots // needed
+        remedy = f"lower batch_size to {fitting}, or" if fitting else "not one row fits; shorten the prompts or lower"
+        raise ValueError(
+            f"the caches of {slots} rows of {capacity} positions need {needed / 1e9:.3g} GB, and {where} "
+            f"{available / 1e9:.3g} GB; {remedy} max_new_tokens"
         )
-    return autoregressive(
-        params,
-        prompts,
-        logits,
-        cache,
-        model=model,
-        max_new_tokens=settings.max_new_tokens,
-        eos=eos,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        mock=mock,
-    )
 
 
-def _result(model, prompt, row, number, out: Generated, settings) -> Result:
-    if not out.finite[row]:
-        raise FloatingPointError(f"prompt {number}: the model's logits are not finite; are its weights?")
-    tokens = out.tokens[row, : settings.max_new_tokens].tolist()
-    reason = "length"
-    if not settings.ignore_eos and model.config.eos_token_id in tokens:
-        tokens = tokens[: tokens.index(model.config.eos_token_id) + 1]
-        reason = "eos"
-    return Result(
-        prompt_ids=prompt.tolist(),
-        tokens=tokens,
-        denoiser_evaluations=int(out.denoiser_evaluations[row]),
-        context_evaluations=int(out.context_evaluations[row]),
-        finish_reason=reason,
-        trace=None if out.trace is None else _steps(out.trace, row),
-    )
+def _not_finite(row: _Row) -> FloatingPointError:
+    return FloatingPointError(f"prompt {row.number}: the model's logits are not finite; are its weights?")
 
 
-def _steps(trace: Trace, row: int) -> list[Step]:
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _steps(trace: Trace, slot: int, block: int) -> list[Step]:
     return [
-        Step(int(n), int(k), float(trace.t[n, k, row]), trace.xt[n, k, row].tolist())
-        for n, k in np.argwhere(trace.active[:, :, row])
+        Step(
+            block,
+            step,
+            float(trace.t[step, slot]),
+            trace.xt[step, slot].tolist(),
+            trace.tokens[step, slot].tolist(),
+            trace.confidence[step, slot].tolist(),
+        )
+        for step in np.flatnonzero(trace.active[:, slot]).tolist()
     ]

@@ -1,0 +1,150 @@
+"""Tokens a second and evaluations of every mode, against the same model decoded by a plain loop, and against batches.
+
+Speed is counted by the clock, and in processor seconds, which other work on the machine changes less; they are those of
+all threads.
+
+The model has the shape of configs/tiny.py, with random weights: the time of an evaluation does not depend on what the
+weights are, and how many evaluations a block takes is forced, so that all loops do the same work. Diffusion takes
+`--steps` evaluations a block (a threshold of 1 commits by count alone), and `--tolerance=1` keeps every draft.
+
+Two plain loops do the same evaluations as diffusion at batch 1. Both hold the whole cache, look at the block on the
+host after each step, and sample a step with the library's own `sample_step`:
+
+    jitted   `denoise`, `sample_step` and `extend` are compiled, and called one after another from Python
+    eager    nothing is compiled: every operation is dispatched by itself, as a first port of the published code would
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from twotower_jax.benchmarks._shapes import demo_config
+from twotower_jax.diffusion import SamplingConfig, noise_level, sample_step
+from twotower_jax.generation import Settings, generate
+from twotower_jax.parameters import bind, initialize, parameter_table
+from twotower_jax.tower import Execution
+from twotower_jax.two_tower import TwoTower
+
+_PROMPT_LENGTH, _CAPACITY = 48, 256
+
+
+def define_flags() -> None:
+    flags.DEFINE_list("batches", ["1", "8", "64"], "Rows together.")
+    flags.DEFINE_integer("new_tokens", 128, "New tokens of each row.", lower_bound=16)
+    flags.DEFINE_integer("steps", 4, "Denoiser evaluations a block of 16.", lower_bound=1, upper_bound=16)
+    flags.DEFINE_integer("eager_tokens", 16, "New tokens of the eager loop, which is slow.", lower_bound=16)
+    flags.DEFINE_integer("repeats", 3, "Runs of each, of which the fastest counts.", lower_bound=1)
+
+
+def main() -> None:
+    values = flags.FLAGS
+    model = TwoTower(demo_config())
+    params = initialize(parameter_table(model), jax.random.key(0))
+    sampling = SamplingConfig(block_size=16, steps_per_block=values.steps, confidence_threshold=1.0)
+    settings = Settings(max_new_tokens=values.new_tokens, sampling=sampling, ignore_eos=True)
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {values.steps} evaluations a block of 16\n")
+    columns = "tokens/s | evaluations a token, denoiser + context | tokens a processor second | times batch 1"
+    print(f"| mode | batch | {columns} |")
+    print("|---|---|---|---|---|---|")
+    alone = {}
+    for mode, tolerance in (("diffusion", 0), ("ar", 0), ("mock_ar", 0), ("speculative", 0), ("speculative", 1)):
+        name = f"{mode}, every draft kept" if tolerance else mode
+        for batch in map(int, values.batches):
+            of_mode = dataclasses.replace(settings, mode=mode, tolerance=float(tolerance), batch_size=batch)
+            rates, evaluations = _engine(model, params, of_mode, batch, values.repeats)
+            first = alone.setdefault(name, rates)
+            times = f"{rates.processor / first.processor:.1f}"
+            speeds = f"{rates.clock:,.0f} | {evaluations} | {rates.processor:,.0f}"
+            print(f"| {name} | {batch} | {speeds} | {times} |", flush=True)
+    jitted = _best(lambda: _plain(model, params, settings, jax.jit), values.repeats)
+    # Without scanned segments: a scan is compiled even when nothing else is.
+    flat = TwoTower(demo_config(), execution=Execution(scan_layers=False))
+    flat_params = initialize(parameter_table(flat), jax.random.key(0))
+    short = dataclasses.replace(settings, max_new_tokens=values.eager_tokens)
+    eager = _best(lambda: _plain(flat, flat_params, short, lambda function: function), 1)
+    print("\n| diffusion, batch 1 | tokens/s | tokens a processor second | engine gives as many times |")
+    print("|---|---|---|---|")
+    engine = alone["diffusion"]
+    for name, rates in (("engine", engine), ("plain loop, jitted", jitted), ("plain loop, eager", eager)):
+        times = engine.processor / rates.processor
+        print(f"| {name} | {rates.clock:,.1f} | {rates.processor:,.1f} | {times:.1f} |")
+
+
+class Rates(NamedTuple):
+    """Tokens a second of the clock, and of the processor."""
+
+    clock: float
+    processor: float
+
+
+def _prompts(model: TwoTower, batch: int) -> list[list[int]]:
+    return np.random.default_rng(0).integers(4, model.config.vocab_size, (batch, _PROMPT_LENGTH)).tolist()
+
+
+def _engine(model, params, settings: Settings, batch: int, repeats: int) -> tuple[Rates, str]:
+    """Speed and evaluations a token."""
+    results = []
+
+    def run() -> int:
+        results[:] = generate(model, params, _prompts(model, batch), settings)
+        return sum(len(r.tokens) for r in results)
+
+    rates = _best(run, repeats)
+    tokens = sum(len(r.tokens) for r in results)
+    denoiser = sum(r.denoiser_evaluations for r in results) / tokens
+    context = sum(r.context_evaluations for r in results) / tokens
+    return rates, f"{denoiser:.2f} + {context:.2f}"
+
+
+def _best(run: Callable[[], int], repeats: int) -> Rates:
+    """Of the fastest run behind a first one, each measure by itself; `run` returns the number of tokens."""
+    run()
+    rates = []
+    for _ in range(repeats):
+        clock, processor = time.perf_counter(), time.process_time()
+        tokens = run()
+        rates.append(Rates(tokens / (time.perf_counter() - clock), tokens / (time.process_time() - processor)))
+    return Rates(*map(max, zip(*rates, strict=True)))
+
+
+_compiled = {}
+
+
+def _plain(model, params, settings: Settings, jit) -> int:
+    """Diffusion of one row as a plain loop; returns the number of tokens."""
+    sampling, mask = settings.sampling, model.config.mask_token_id
+    if jit not in _compiled:
+        _compiled[jit] = (
+            jit(lambda p, ids, n: bind(model, p).prefill(ids, n, _CAPACITY)),
+            jit(lambda p, block, t, cache: bind(model, p).denoise(block, t, cache)),
+            jit(
+                lambda keys, block, logits, n, step: sample_step(
+                    sampling, keys, block, logits, block=n, step=step, mask_token_id=mask
+                )
+            ),
+            jit(lambda p, block, n, cache: bind(model, p).extend(block, n, cache)),
+        )
+    prefill, denoise, sample, extend = _compiled[jit]
+    keys = jax.random.split(jax.random.key(settings.seed), 1)
+    ids = jnp.asarray(_prompts(model, 1))
+    _, cache = prefill(
+        params,
+        ids,
+        jnp.full(1, _PROMPT_LENGTH),
+    )
+    tokens = []
+    for n in range(settings.max_new_tokens // sampling.block_size):
+        block, step = jnp.full((1, sampling.block_size), mask, jnp.int32), 0
+        while bool(jnp.any(block == mask)):
+            logits = denoise(params, block, noise_level(block, mask), cache)
+            block = sample(keys, block, logits, n, step).xt
+            step += 1
+        tokens += np.asarray(block)[0].tolist()
+        _, cache = extend(params, block, jnp.full(1, sampling.block_size), cache)
+    return len(tokens)

@@ -1,0 +1,119 @@
+"""What a caller says and gets: settings, and the result of each row."""
+
+import dataclasses
+from typing import NamedTuple
+
+from twotower_jax.diffusion import SamplingConfig
+
+MODES = ("diffusion", "ar", "mock_ar", "speculative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to generate.
+
+    Attributes:
+      mode: "diffusion"; "ar" (the context tower alone); "speculative" (the denoiser drafts, the context decides: the
+        tokens of "ar", see speculative.py); or "mock_ar" (the denoiser, one token at a time; a check).
+      max_new_tokens: of each row; need not be a multiple of the block.
+      sampling: block size, steps, strategy, temperature and filters; one-token modes use the latter two.
+      seed: with a row's number the only source of randomness.
+      batch_size: rows computed together; no row's tokens depend on it.
+      ignore_eos: go on behind an end-of-text token.
+      stop: texts that end a row; needs a way to turn tokens into text, see `Engine`.
+      prefill_chunk: prompts are read in pieces of at most this many tokens.
+      tolerance: of mode "speculative", 0 … 1: how much less probable than AR's best token a drafted one may be.
+      max_cache_gb: refuse to start if the caches need more (GB of 10⁹ bytes); None asks the device.
+
+    Raises:
+      ValueError: at construction, naming the value.
+    """
+
+    mode: str = "diffusion"
+    max_new_tokens: int = 64
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    seed: int = 0
+    batch_size: int = 8
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    prefill_chunk: int = 512
+    tolerance: float = 0.0
+    max_cache_gb: float | None = None
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; the modes are {', '.join(MODES)}")
+        for name in ("max_new_tokens", "batch_size", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must hold texts that are not empty, not {self.stop!r}")
+        if not 0 <= self.tolerance <= 1:
+            raise ValueError(f"tolerance must lie in [0, 1], not {self.tolerance}")
+        if self.tolerance and self.mode != "speculative":
+            raise ValueError(f"tolerance={self.tolerance} changes nothing in mode {self.mode!r}")
+        if self.mode == "speculative" and self.sampling.block_size < 2:
+            raise ValueError("mode speculative needs a block_size of at least 2: the first token of a block is given")
+        if self.max_cache_gb is not None and not self.max_cache_gb > 0:
+            raise ValueError(f"max_cache_gb must be more than 0, not {self.max_cache_gb}")
+
+
+class Step(NamedTuple):
+    """One evaluation of the denoiser on one row.
+
+    Attributes:
+      block, step: numbers, both from 0.
+      t: the masked fraction before the step, which the denoiser is told.
+      xt: the block's S tokens before the step, the mask token where undecided.
+      tokens: the same after the step.
+      confidence: the probability of the token chosen at each position; says nothing where xt was decided.
+    """
+
+    block: int
+    step: int
+    t: float
+    xt: list[int]
+    tokens: list[int]
+    confidence: list[float]
+
+    @property
+    def committed(self) -> list[int]:
+        """The positions that the step decided."""
+        return [i for i, (before, after) in enumerate(zip(self.xt, self.tokens, strict=True)) if before != after]
+
+
+class Result(NamedTuple):
+    """One row.
+
+    Attributes:
+      prompt_ids, tokens: the new tokens only, cut behind the first end-of-text token, or behind the token with which a
+        stop text is complete.
+      denoiser_evaluations, context_evaluations: passes of each tower that this row needed, the prompt's being one.
+      finish_reason: "eos", "stop" or "length".
+      text: of the tokens, cut before the stop text; None where nothing turns tokens into text.
+      blocks: of diffusion and speculative, how many were denoised.
+      accepted_draft_tokens: of speculative, how many of `tokens` were drafted by the denoiser and kept.
+      trace: the denoiser's steps, if asked for.
+    """
+
+    prompt_ids: list[int]
+    tokens: list[int]
+    denoiser_evaluations: int
+    context_evaluations: int
+    finish_reason: str
+    text: str | None = None
+    blocks: int | None = None
+    accepted_draft_tokens: int | None = None
+    trace: list[Step] | None = None
+
+    @property
+    def evaluations_per_token(self) -> float:
+        """Passes of either tower for each new token."""
+        return (self.denoiser_evaluations + self.context_evaluations) / len(self.tokens)
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Mean number of drafted tokens kept a block, of speculative."""
+        return None if self.accepted_draft_tokens is None else self.accepted_draft_tokens / max(1, self.blocks)

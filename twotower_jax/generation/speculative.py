@@ -1,0 +1,122 @@
+"""Speculative decoding: the denoiser drafts a block, one context pass decides how much of it AR would have said.
+
+The first token g of a block is given: the newest one, chosen by AR and not yet read. The denoiser fills in the others,
+d_1 … d_{S-1}. The context tower reads g, d_1, …, d_{S-1} in one pass, the one that is needed anyway to extend its
+cache, and its logits say what AR chooses after each: y_0, …, y_{S-1}. Drafts are kept as long as d_{j+1} = y_j; with a
+of them kept the block gives y_0 … y_a, a + 1 tokens, and y_a is the next block's g. The cache keeps g, d_1, …, d_a:
+keys are counted, and the Mamba states advanced by a + 1 tokens (`TwoTower.keep`).
+
+**Why it is exact.** AR's token number n is a function y(n, prefix) of the tokens before it: the argmax of its logits,
+or at a temperature the argmax of its filtered logits plus Gumbel noise that is a function of seed, row and n alone
+(`slots.choose`, which mode "ar" calls with the same arguments). Every token given out here is y(n, prefix) at the
+prefix given out before it: for an accepted draft because it was compared with it, for the last one by construction. So,
+by induction over n, the output is AR's own, token for token, whatever was drafted. A draft decides only how many tokens
+a pass gives. The distribution is AR's for the same reason, and this is rejection sampling with a point mass for the
+proposal: given the prefix, a draft d that does not look at the noise of its position is accepted with probability
+p(y = d) = p_AR(d), and a rejected one is replaced by a sample of p_AR(· | ≠ d).
+
+A draft may look at that noise, because the output does not depend on the draft. So the denoiser chooses its tokens with
+the very noise with which AR will choose (a maximal-coupling argument: Daliri, Musco & Suresh 2024, arXiv 2408.07978).
+If both towers gave one distribution, every draft would be accepted; with distributions that differ by a total variation
+v, at least (1 − v) / (1 + v) of the drafts are, against 1 − v for the best possible coupling.
+
+The proof takes logits to be the same numbers whether the context reads tokens one at a time or a block at once. They
+agree up to rounding, so that a near tie, of two tokens within about 1e-5 in float32, may fall either way.
+
+**Tolerance** τ > 0 gives the guarantee up: d_{j+1} ≠ y_j is kept too if AR's probability of it, neither tempered nor
+filtered, is more than 1 − τ times that of AR's most probable token. At 1 every draft is kept, and only one token a
+block is AR's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from twotower_jax.diffusion import SamplingConfig, predict
+from twotower_jax.generation.modes import Emitted, denoise
+from twotower_jax.generation.slots import Slots, next_keys, row_keys
+from twotower_jax.parameters import Params, bind
+from twotower_jax.two_tower import TwoTower
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "record"), donate_argnames="slots")
+def speculative_block(
+    params: Params,
+    slots: Slots,
+    alive: jax.Array,
+    seed: jax.Array,
+    eos: jax.Array,
+    tolerance: jax.Array,
+    *,
+    model: TwoTower,
+    sampling: SamplingConfig,
+    record: bool,
+) -> tuple[Slots, Emitted]:
+    """One draft and its verification: 1 … S tokens a row. Arguments and results as in modes.py; tolerance a scalar."""
+    model = bind(model, params)
+    active = slots.active & alive
+    batch, size = active.shape[0], sampling.block_size
+
+    # Position j of the block holds new token count − 1 + j of its row.
+    numbers = slots.count[:, None] + jnp.arange(-1, size - 1)
+    keys = next_keys(seed, slots.number, jnp.concatenate([numbers, slots.count[:, None] + size - 1], axis=1))
+    masks = jnp.full((batch, size - 1), model.config.mask_token_id, jnp.int32)
+    draft = denoise(
+        model,
+        sampling,
+        slots.cache,
+        jnp.concatenate([slots.token[:, None], masks], axis=1),
+        active,
+        keys=row_keys(seed, slots.number),
+        block=slots.count,
+        record=record,
+        token_keys=keys[:, :size],
+    )
+    # AR may have said the mask token, which the denoiser then took for an undecided position.
+    block = draft.block.at[:, 0].set(slots.token)
+
+    logits, memories = model.verify(block, slots.cache)
+    choices, finite = _choices(sampling, keys[:, 1:], logits)
+    kept = _keep(block[:, 1:], choices[:, :-1], logits[:, :-1], tolerance)
+    accepted = jnp.sum(jnp.cumprod(kept, axis=1, dtype=jnp.int32), axis=1)
+
+    place = jnp.arange(size)
+    tokens = jnp.where(place < accepted[:, None], jnp.roll(block, -1, axis=1), choices)
+    added = jnp.where(active, accepted + 1, 0)
+    given_out = place < added[:, None]
+    count = slots.count + added
+    continuing = active & ~jnp.any((tokens == eos) & given_out, axis=1) & (count < slots.limit)
+    newest = jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
+    emitted = Emitted(
+        tokens=tokens,
+        count=added,
+        active=continuing,
+        denoiser_evaluations=draft.evaluations,
+        context_evaluations=active.astype(jnp.int32),
+        # Logits behind the first token that is not kept are of no text that is given out.
+        finite=~active | (draft.finite & jnp.all(finite | ~given_out, axis=1)),
+        accepted=jnp.where(active, accepted, 0),
+        trace=draft.trace,
+    )
+    slots = slots.replace(
+        cache=model.keep(slots.cache, memories, added),
+        token=jnp.where(active, newest, slots.token),
+        count=count,
+        active=continuing,
+    )
+    return slots, emitted
+
+
+def _choices(sampling: SamplingConfig, keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """AR's token (B, S) after each position, drawn as `slots.choose` draws it, and whether its logits were numbers."""
+    options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    prediction = jax.vmap(jax.vmap(functools.partial(predict, **options)))(keys, logits)
+    return prediction.tokens, prediction.finite
+
+
+def _keep(draft: jax.Array, choices: jax.Array, logits: jax.Array, tolerance: jax.Array) -> jax.Array:
+    """Whether to keep each draft token (B, S − 1), given AR's choices at the same places and its logits for them."""
+    drafted = jnp.take_along_axis(logits, draft[..., None], axis=-1)[..., 0]
+    # At tolerance 0 no token is more probable than the best, and at 1 every one is more probable than never.
+    return (draft == choices) | (drafted - jnp.max(logits, axis=-1) > jnp.log1p(-tolerance))
