@@ -1,8 +1,12 @@
 """What the tests share: small models with random weights that all matter, the recorded data, and how to compile."""
 
 import json
+import os
 import pathlib
 import shutil
+
+# Before jax is imported: eight virtual devices for the tests of meshes; everything else uses the first.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import hypothesis
 import jax
@@ -11,6 +15,7 @@ import pytest
 
 from twotower_jax import parameters
 from twotower_jax.config import ModelConfig
+from twotower_jax.train.config import TrainConfig, base_config, freeze
 
 # The same examples on every run, and no time limit on one (the first of a shape compiles).
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=25, database=None)
@@ -67,6 +72,36 @@ def small_config():
             "routed_scaling_factor": 2.5,
         }
         return ModelConfig(**values | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def step_config():
+    """Makes a tiny `TrainConfig` of a denoiser that any mesh of eight devices divides: 8 rows of 32, blocks of 4."""
+
+    def make(**changes) -> TrainConfig:
+        config = base_config(
+            model={
+                "hidden_size": 16,
+                "hybrid_override_pattern": "ME*ME",
+                "mamba_num_heads": 8,
+                "mamba_head_dim": 4,
+                "ssm_state_size": 8,
+                "n_groups": 4,
+                "chunk_size": 8,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 2,
+                "head_dim": 4,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 3,
+                "moe_intermediate_size": 24,
+                "moe_shared_expert_intermediate_size": 16,
+            }
+        )
+        config.update(objective="denoiser", sequence_length=32, batch_size=8, block_size=4, steps=4, learning_rate=1e-2)
+        config.update_from_flattened_dict(changes)
+        return freeze(config)
 
     return make
 

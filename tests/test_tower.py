@@ -389,7 +389,7 @@ def training_gradients(make, quick_jit):
     """(variant's context, …) → (loss, gradients), functions of the parameters, of training in blocks of 4."""
 
     @functools.cache
-    def functions(context, remat=False):
+    def functions(context, remat="none"):
         model = make("M*-", Variant(context=context), Execution(remat=remat)).model
 
         def loss(params):
@@ -445,10 +445,28 @@ def test_a_frozen_context_gets_no_gradient(make, training_gradients):
     assert_trees_close(frozen | {"context_tower": trained["context_tower"]}, trained, 1e-6)
 
 
-def test_rematerialization_changes_no_gradient(make, training_gradients):
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_documents_side_by_side_know_nothing_of_each_other(make, bidirectional):
+    """Three in one row, of 4, 8 and 4 tokens, give what each gives alone, in both towers."""
+    model = make("M*E", Variant(bidirectional_mamba=bidirectional), chunk_size=8)
+    clean, noisy, t = batch()
+    starts = np.repeat([0, 4, 12], [4, 8, 4]).astype(np.int32)[None].repeat(2, axis=0)
+
+    def states(clean, noisy, start=None):
+        return bind(model.model, model.params).training_states(clean, noisy, t, 4, start)
+
+    together = jax.jit(states)(clean, noisy, starts)
+    for begin, end in ((0, 4), (4, 12), (12, 16)):
+        alone = jax.jit(states)(clean[:, begin:end], noisy[:, begin:end])
+        for found, expected in zip(together, alone, strict=True):
+            np.testing.assert_allclose(found[:, begin:end], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["layer", "unit"])
+def test_rematerialization_changes_no_gradient(make, training_gradients, remat):
     params = make("M*-", Variant(context="trained")).params
     expected = training_gradients("frozen")[1](params)
-    assert_trees_close(training_gradients("frozen", remat=True)[1](params), expected, 1e-6)
+    assert_trees_close(training_gradients("frozen", remat=remat)[1](params), expected, 1e-6)
 
 
 def test_the_gradient_is_the_slope(make, training_gradients):

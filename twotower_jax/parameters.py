@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from twotower_jax import sharding
+
 Path = tuple[str, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Params = dict[str, Any]
@@ -139,6 +141,14 @@ def parameter_table(module: nnx.Module) -> dict[Path, Parameter]:
 def bind[M: nnx.Module](module: M, params: Params) -> M:
     """`module` with `params` for its arrays: a new object, ready for one functional call."""
     return nnx.merge(nnx.graphdef(module), params)
+
+
+def use(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array:
+    """The array of a bound parameter as a layer computes with it: cast, then gathered from where it is stored."""
+    value = variable[...]
+    value = value if dtype is None else value.astype(dtype)
+    axes = variable.get_metadata()["declaration"].axes
+    return sharding.gathered(value, axes[len(axes) - value.ndim :])  # inside a scan "layers" is gone
 
 
 def flatten(params: Params) -> dict[Path, Any]:

@@ -15,13 +15,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
+from twotower_jax.kernels.experts import ROUTING
 from twotower_jax.layers.attention import Attention, AttentionCache, AttentionMemory
 from twotower_jax.layers.common import RMSNorm
 from twotower_jax.layers.experts import MLP, Experts
 from twotower_jax.layers.mamba import Mamba, MambaCache, MambaMemory
 from twotower_jax.layers.time_conditioning import Modulation
-from twotower_jax.parameters import Scope, normal
+from twotower_jax.layers.vocabulary import lookup
+from twotower_jax.parameters import Scope, normal, use
+
+REMAT = ("none", "layer", "unit")
 
 LayerCache = MambaCache | AttentionCache | None
 LayerMemory = MambaMemory | AttentionMemory | None
@@ -37,12 +42,13 @@ class Execution:
     Attributes:
       dtype: of activations; routing, norms, states and softmax run in float32 or better regardless.
       scan_layers: stack and scan repeated segments; False lays parameters out layer by layer.
-      remat: recompute each unit of layers in the backward pass instead of keeping its activations.
+      remat: what the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each
+        layer; "unit", which keeps what enters each unit of a repeated segment.
     """
 
     dtype: jnp.dtype = jnp.float32
     scan_layers: bool = True
-    remat: bool = False
+    remat: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +115,18 @@ class Layer(nnx.Module):
         cache: LayerCache = None,
         cache_lengths: jax.Array | None = None,
         lengths: jax.Array | None = None,
+        document_start: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerMemory]:
         """One run of tokens h (B, L, D) after `cache`; returns the new h and the layer's memory of the run.
 
-        `lengths` (B,) counts the real tokens of each row, the rest being padding on the right.
+        `lengths` (B,) counts the real tokens of each row, the rest being padding on the right. `document_start` (B, L)
+        is the first position that each one may know of.
         """
         x = self._enter(h, None)
         if self.kind == "M":
-            y, memory = self.mixer.causal(x, cache, lengths)
+            y, memory = self.mixer.causal(x, cache, lengths, document_start)
         elif self.kind == "*":
-            y, memory = self.mixer.causal(x, cache, cache_lengths)
+            y, memory = self.mixer.causal(x, cache, cache_lengths, document_start)
         else:
             y, memory = self.mixer(x), None
         return self._leave(h, y, None), memory
@@ -131,13 +139,14 @@ class Layer(nnx.Module):
         *,
         cache_lengths: jax.Array | None = None,
         modulation: Modulation | None = None,
+        document_start: jax.Array | None = None,
     ) -> jax.Array:
         """Blocks h (B, L, D) side by side, reading the context layer's memory (or cache) before each left edge."""
         x = self._enter(h, modulation)
         if self.kind == "M":
-            y = self.mixer.blockwise(x, memory, block_size)
+            y = self.mixer.blockwise(x, memory, block_size, document_start)
         elif self.kind == "*":
-            y = self.mixer.blockwise(x, memory, block_size, cache_lengths)
+            y = self.mixer.blockwise(x, memory, block_size, cache_lengths, document_start)
         else:
             y = self.mixer(x)
         return self._leave(h, y, modulation)
@@ -152,7 +161,8 @@ class Layer(nnx.Module):
         return modulation.modulate(self.norm(x))
 
     def _leave(self, h, y, modulation):
-        return h + (y if modulation is None else modulation.gate * y).astype(h.dtype)
+        h = h + (y if modulation is None else modulation.gate * y).astype(h.dtype)
+        return sharding.constrain(h, ("batch", "length", None))
 
 
 class Segment(nnx.Module):
@@ -208,15 +218,22 @@ class Tower(nnx.Module):
     def embed(self, ids: jax.Array) -> jax.Array:
         """(B, L) int32 → (B, L, D). Ids are in range: they are checked on the host, where that can be an error."""
         residual = jnp.float32 if self.config.residual_in_fp32 else self.execution.dtype
-        return jnp.take(self.embeddings[...], ids, axis=0, mode="clip").astype(self.execution.dtype).astype(residual)
+        return lookup(use(self.embeddings, self.execution.dtype), ids).astype(residual)
 
     def finish(self, h: jax.Array) -> jax.Array:
         """The final norm."""
         return self.norm_f(h.astype(self.execution.dtype))
 
-    def causal(self, ids: jax.Array) -> jax.Array:
-        """Tokens (B, L) from the start of a text to the final hidden states (B, L, D)."""
-        h, _ = walk((self,), self.embed(ids), lambda layers, h, _: (layers[0].causal(h)[0], None))
+    def causal(self, ids: jax.Array, document_start: jax.Array | None = None) -> jax.Array:
+        """Tokens (B, L) from the start of a text to the final hidden states (B, L, D).
+
+        `document_start` (B, L) int32 is the first position that each one may know of; None for the start of the text.
+        """
+
+        def step(layers, h, _):
+            return layers[0].causal(h, document_start=document_start)[0], None
+
+        h, _ = walk((self,), self.embed(ids), step)
         return self.finish(h)
 
     def layer_outputs(self, ids: jax.Array) -> list[jax.Array]:
@@ -251,14 +268,111 @@ class Tower(nnx.Module):
             h, memory = layers[0].causal(h, cache=layer_cache, cache_lengths=start, lengths=lengths)
             if isinstance(memory, MambaMemory):
                 return h, memory.end
-            if isinstance(memory, AttentionMemory):
-                if layer_cache is None:
-                    return h, _allocate(memory, capacity)
-                return h, layer_cache.append(memory, start)
-            return h, None
+            if isinstance(memory, AttentionMemory) and layer_cache is None:
+                return h, _allocate(memory, capacity)
+            return h, memory
+
+        def append(old, new):
+            return old.append(new, start) if isinstance(new, AttentionMemory) else new
 
         h, layers = walk((self,), self.embed(ids), step, None if cache is None else cache.layers)
+        if cache is not None:
+            # Behind the walk, where the keys of all layers are written in place into a cache that is given away.
+            layers = self._each_layer(append, cache.layers, layers)
         return self.finish(h), Cache(layers=layers, lengths=start + lengths)
+
+    def read(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, PerLayer]:
+        """Reads tokens after `cache` without adding them to it; `keep` adds as many of them as turn out to be wanted.
+
+        Args:
+          ids: (B, L) int32.
+
+        Returns:
+          the final hidden states (B, L, D), and each layer's memory of the tokens.
+        """
+
+        def step(layers, h, layer_cache):
+            h, memory = layers[0].causal(h, cache=layer_cache, cache_lengths=cache.lengths)
+            # The state behind all of the tokens is not the one that will be kept.
+            return h, memory.replace(end=None) if isinstance(memory, MambaMemory) else memory
+
+        h, memories = walk((self,), self.embed(ids), step, cache.layers)
+        return self.finish(h), memories
+
+    def keep(self, cache: Cache, memories: PerLayer, lengths: jax.Array) -> Cache:
+        """The cache after the first `lengths` (B,) of the tokens that `read` read: what `extend` gives for these.
+
+        Keys are written and counted. States are advanced again from what each layer projected, with step size 0 behind
+        the kept tokens; no projection, attention or expert is computed a second time.
+        """
+
+        def advance(old, new):
+            if isinstance(new, MambaMemory):
+                return old.advance(new, lengths, self.config.chunk_size)
+            return old.append(new, cache.lengths)
+
+        return Cache(layers=self._each_layer(advance, cache.layers, memories), lengths=cache.lengths + lengths)
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """The cache of B texts that have not begun, with room for `capacity` positions each."""
+        c, dtype = self.config, self.execution.dtype
+
+        def of_layer(kind, leading):
+            if kind == "M":
+                conv = jnp.zeros((*leading, c.conv_kernel, c.conv_channels), dtype)
+                state = (*leading, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+                return MambaCache(conv=conv, state=jnp.zeros(state, jnp.float32))
+            if kind == "*":
+                shape = (*leading, capacity, c.num_key_value_heads, c.head_dim)
+                return AttentionCache(key=jnp.zeros(shape, dtype), value=jnp.zeros(shape, dtype))
+            return None
+
+        layers = []
+        for s in self.stretches:
+            leading = (s.repeats, batch) if s.repeats > 1 else (batch,)
+            layers.append(tuple(of_layer(kind, leading) for kind in s.unit))
+        return Cache(layers=layers, lengths=jnp.zeros(batch, jnp.int32))
+
+    def take_rows(self, cache: Cache, rows: jax.Array) -> Cache:
+        """The rows (R,) int32 of a cache as a cache of their own; an index out of range gives the last row."""
+
+        def take(axis, v):
+            return jnp.take(v, rows, axis=axis, mode="clip")
+
+        return self._by_rows(take, cache)
+
+    def put_rows(self, cache: Cache, rows: jax.Array, part: Cache) -> Cache:
+        """The cache with the rows (R,) int32, all different, replaced by those of `part`; none for one out of range."""
+
+        def put(axis, v, new):
+            return v.at[(slice(None),) * axis + (rows,)].set(new, mode="drop", unique_indices=True)
+
+        return self._by_rows(put, cache, part)
+
+    def clear_rows(self, cache: Cache, cleared: jax.Array) -> Cache:
+        """The cache with the rows of `cleared` (B,) bool as those of texts that have not begun."""
+
+        def clear(axis, v):
+            shape = (1,) * axis + (-1,) + (1,) * (v.ndim - axis - 1)
+            return jnp.where(cleared.reshape(shape), jnp.zeros_like(v), v)
+
+        return self._by_rows(clear, cache)
+
+    def _by_rows(self, function, cache: Cache, *others: Cache) -> Cache:
+        """`function(axis of the rows, array, …)` of each array."""
+        layers = [
+            jax.tree.map(functools.partial(function, 1 if s.repeats > 1 else 0), *segments)
+            for s, *segments in zip(self.stretches, cache.layers, *(other.layers for other in others), strict=True)
+        ]
+        return Cache(layers=layers, lengths=function(0, cache.lengths, *(other.lengths for other in others)))
+
+    def _each_layer(self, function: Callable[[Any, Any], Any], first: PerLayer, second: PerLayer) -> PerLayer:
+        """`function` of two entries of each layer, over the repeats where a segment is stacked."""
+        out = []
+        for s, pairs in zip(self.stretches, zip_layers(first, second), strict=True):
+            mapped = jax.vmap(function) if s.repeats > 1 else function
+            out.append(tuple(None if pair[0] is None else mapped(*pair) for pair in pairs))
+        return out
 
     def per_layer(self, stacked: jax.Array) -> PerLayer:
         """An array with a leading axis over all layers, as one entry a layer for `walk`."""
@@ -302,17 +416,20 @@ def walk[Carry](
     for i, stretch in enumerate(towers[0].stretches):
         graphdefs, states = zip(*(nnx.split(tower.segments[i]) for tower in towers), strict=True)
 
-        def unit(carry, unit_inputs, graphdefs=graphdefs):
+        def unit(carry, unit_inputs, graphdefs=graphdefs, stretch=stretch):
             states, layer_inputs = unit_inputs
             merged = [nnx.merge(*pair).layers for pair in zip(graphdefs, states, strict=True)]
             unit_outputs = []
             for j, layers in enumerate(zip(*merged, strict=True)):
-                carry, output = step(layers, carry, layer_inputs[j])
+                one_layer = functools.partial(step, layers)
+                if remat == "layer":
+                    one_layer = _recomputed(one_layer, stretch)
+                carry, output = one_layer(carry, layer_inputs[j])
                 unit_outputs.append(output)
             return carry, tuple(unit_outputs)
 
-        if remat:
-            unit = jax.checkpoint(unit, prevent_cse=stretch.repeats == 1)
+        if remat == "unit":
+            unit = _recomputed(unit, stretch)
         unit_inputs = (states, (None,) * len(stretch.unit) if inputs is None else inputs[i])
         if stretch.repeats == 1:
             carry, output = unit(carry, unit_inputs)
@@ -320,6 +437,12 @@ def walk[Carry](
             carry, output = jax.lax.scan(unit, carry, unit_inputs)
         outputs.append(output)
     return carry, outputs
+
+
+def _recomputed(function, stretch):
+    policy = jax.checkpoint_policies.save_only_these_names(ROUTING)
+    # In a loop nothing can be merged with the forward pass anyway.
+    return jax.checkpoint(function, policy=policy, prevent_cse=stretch.repeats == 1)
 
 
 def zip_layers(*entries: PerLayer) -> PerLayer:

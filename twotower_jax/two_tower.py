@@ -14,27 +14,9 @@ from flax import nnx
 
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.layers.time_conditioning import TimeConditioning, modulation
-from twotower_jax.parameters import LINEAR, Initializer, Params, Path, Scope, initialize, normal, parameter_table
-from twotower_jax.tower import Cache, Execution, Tower, walk, zip_layers
-
-
-class Head(nnx.Module):
-    """Hidden states to logits, (D, V)."""
-
-    def __init__(self, config: ModelConfig, scope: Scope):
-        self.weight = scope.declare(
-            "weight",
-            (config.hidden_size, config.vocab_size),
-            ("embed", "vocab"),
-            normal(config.initializer_range),
-            layout=LINEAR,
-        )
-
-    def __call__(self, h: jax.Array) -> jax.Array:
-        """(B, L, D) → (B, L, V) float32"""
-        precision = jax.lax.Precision.HIGHEST if h.dtype == jnp.float32 else None
-        weight = self.weight[...].astype(h.dtype)
-        return jnp.matmul(h, weight, precision=precision, preferred_element_type=jnp.float32)
+from twotower_jax.layers.vocabulary import Head
+from twotower_jax.parameters import Initializer, Params, Path, Scope, initialize, parameter_table, use
+from twotower_jax.tower import Cache, Execution, PerLayer, Tower, walk, zip_layers
 
 
 class Backbone(nnx.Module):
@@ -101,6 +83,19 @@ class TwoTower(nnx.Module):
         h, cache = self.context_tower.extend(ids, lengths, cache=cache)
         return self._last_logits(h, lengths), cache
 
+    def verify(self, block: jax.Array, cache: Cache) -> tuple[jax.Array, PerLayer]:
+        """What the context thinks of (B, S) tokens behind the cache, of which `keep` takes as many as turn out right.
+
+        Returns:
+          the context's logits after each of them, (B, S, V) float32, and the layers' memories for `keep`.
+        """
+        h, memories = self.context_tower.read(block, cache)
+        return self.context_head(h), memories
+
+    def keep(self, cache: Cache, memories: PerLayer, lengths: jax.Array) -> Cache:
+        """The cache after the first `lengths` (B,) of the tokens given to `verify`."""
+        return self.context_tower.keep(cache, memories, lengths)
+
     def _last_logits(self, h, lengths):
         last = jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         return self.context_head(last)[:, 0]
@@ -144,8 +139,13 @@ class TwoTower(nnx.Module):
 
     # Training.
 
-    def training_logits(
-        self, clean: jax.Array, noisy: jax.Array, t: jax.Array, block_size: int
+    def training_states(
+        self,
+        clean: jax.Array,
+        noisy: jax.Array,
+        t: jax.Array,
+        block_size: int,
+        document_start: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """One context pass over the clean tokens and one denoiser pass over all blocks of the noisy ones.
 
@@ -156,10 +156,12 @@ class TwoTower(nnx.Module):
           clean, noisy: (B, L) int32, L a multiple of S.
           t: (B,) float32, each sequence's noise level.
           block_size: S.
+          document_start: (B, L) int32, where several documents lie side by side: the first position of each one's own.
+            Every document starts with a block.
 
         Returns:
-          the denoiser's logits (B, L, V) float32, those at i for position i itself, and the context's final hidden
-          states (B, L, D), which `context_head` turns into next-token logits.
+          the final hidden states (B, L, D) of the denoiser, which `denoiser_head` turns into logits, those at i for
+          position i itself, and of the context, which `context_head` turns into next-token logits.
 
         Raises:
           ValueError: if S does not divide L.
@@ -170,14 +172,22 @@ class TwoTower(nnx.Module):
 
         def step(layers, carry, _, modulation):
             (context_layer, denoiser_layer), (h_context, h) = layers, carry
-            h_context, memory = context_layer.causal(h_context)
+            h_context, memory = context_layer.causal(h_context, document_start=document_start)
             if self.variant.context == "frozen":
                 h_context, memory = jax.lax.stop_gradient((h_context, memory))
-            return (h_context, denoiser_layer.blockwise(h, memory, block_size, modulation=modulation)), None
+            h = denoiser_layer.blockwise(h, memory, block_size, modulation=modulation, document_start=document_start)
+            return (h_context, h), None
 
         carry = context.embed(clean), denoiser.embed(noisy)
         (h_context, h), _ = self._walk_denoiser((context, denoiser), carry, step, t, None)
-        return self.denoiser_head(denoiser.finish(h)), context.finish(h_context)
+        return denoiser.finish(h), context.finish(h_context)
+
+    def training_logits(
+        self, clean: jax.Array, noisy: jax.Array, t: jax.Array, block_size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `training_states`, the denoiser's being logits already: (B, L, V) float32."""
+        h, h_context = self.training_states(clean, noisy, t, block_size)
+        return self.denoiser_head(h), h_context
 
     def _walk_denoiser(self, towers, carry, step, t, cache):
         """A `walk` whose step also gets the layer's cache and modulation: (layers, carry, cache, modulation)."""
@@ -185,7 +195,7 @@ class TwoTower(nnx.Module):
         caches = nothing if cache is None else cache.layers
         timed = self.time is not None and t is not None
         block = self.time(t) if timed else None
-        tables = towers[-1].per_layer(self.time.tables[...]) if timed else nothing
+        tables = towers[-1].per_layer(use(self.time.tables)) if timed else nothing
 
         def with_modulation(layers, carry, inputs):
             layer_cache, table = inputs

@@ -19,6 +19,7 @@ from twotower_jax.checkpoint.files import CheckpointError, check_link, read_json
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
+from twotower_jax.sharding import Placement
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
@@ -142,8 +143,11 @@ def _check_dtypes(folder: Folder) -> None:
         )
 
 
-def read_parameters(folder: Folder, table: Mapping[Path, Parameter]) -> Params:
-    """Reads every parameter of `table`, in the dtypes stored. The folder has passed `check`."""
+def read_parameters(folder: Folder, table: Mapping[Path, Parameter], sharding: Placement | None = None) -> Params:
+    """Reads every parameter of `table`, in the dtypes stored, to where `sharding` says, or to one device.
+
+    The folder has passed `check`.
+    """
 
     def read(parameter: Parameter) -> jax.Array:
         tensors = [folder.tensors[name] for name in parameter.tensors.flat]
@@ -155,7 +159,8 @@ def read_parameters(folder: Folder, table: Mapping[Path, Parameter]) -> Params:
                     f"{parameter.tensors.flat[0]!r} of the same stack is {array.dtype}"
                 )
             array[i] = parameter.from_tensor(tensor.read())
-        return jnp.asarray(array.reshape(parameter.shape))
+        array = array.reshape(parameter.shape)
+        return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding(parameter))
 
     return unflatten({path: read(parameter) for path, parameter in table.items()})
 
@@ -164,6 +169,8 @@ def load(
     path: str | pathlib.Path,
     variant: Variant = Variant(),  # noqa: B008 (frozen)
     execution: Execution = Execution(),  # noqa: B008 (frozen)
+    *,
+    sharding: Placement | None = None,
 ) -> tuple[TwoTower, Params]:
     """A folder of either kind as a two-tower model and its parameters, in the dtypes stored.
 
@@ -181,7 +188,7 @@ def load(
     if not folder.single_tower:
         # The folder is checked whole, also where the variant leaves its time conditioning out.
         check(folder, parameter_table(TwoTower(folder.config, execution=execution)))
-        return model, read_parameters(folder, table)
+        return model, read_parameters(folder, table, sharding)
     backbone_table = parameter_table(Backbone(folder.config, execution))
     check(folder, backbone_table)
-    return model, from_backbone(model, read_parameters(folder, backbone_table), jax.random.key(0))
+    return model, from_backbone(model, read_parameters(folder, backbone_table, sharding), jax.random.key(0))

@@ -3,10 +3,13 @@
 import pathlib
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from twotower_jax.checkpoint import huggingface, store, workdir
 from twotower_jax.checkpoint.safetensors_file import CheckpointError
 from twotower_jax.config import Variant
 from twotower_jax.parameters import Params
+from twotower_jax.sharding import stored_sharding
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
@@ -23,6 +26,9 @@ def load(
     path: str | pathlib.Path,
     variant: Variant | None = None,
     execution: Execution = Execution(),  # noqa: B008 (frozen)
+    *,
+    mesh: Mesh | None = None,
+    verify: bool = True,
 ) -> Loaded:
     """Loads a checkpoint of any kind. A single tower becomes both towers.
 
@@ -30,17 +36,21 @@ def load(
       path: a Hugging Face folder, a folder written by `launch/convert.py`, or a training workdir (its newest step).
       variant: of the model to make; None takes the one the checkpoint was trained as, or the default.
       execution: how the model is to be computed.
+      mesh: where parameters go, each device holding its part (see sharding.py); None for one device. From a converted
+        checkpoint or a workdir each host reads what its devices hold and no more.
+      verify: compare the files of a converted checkpoint or a workdir with their recorded hashes first.
 
     Raises:
       CheckpointError: if the folder is none of these, or is broken.
     """
     path = pathlib.Path(path)
+    sharding = None if mesh is None else lambda p: stored_sharding(mesh, p.axes, p.shape)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a Hugging Face folder, a converted one or a workdir")
     if (path / store.MANIFEST).exists():
-        model, params = store.load(path, variant, execution)
+        model, params = store.load(path, variant, execution, sharding=sharding, verify=verify)
     elif (path / workdir.CHECKPOINTS).exists():
         model, params = workdir.load(path, variant, execution)
     else:
-        model, params = huggingface.load(path, variant or Variant(), execution)
+        model, params = huggingface.load(path, variant or Variant(), execution, sharding=sharding)
     return Loaded(model, params, path)

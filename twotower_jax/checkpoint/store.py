@@ -1,13 +1,12 @@
 """This program's own checkpoint folder, written by `launch/convert.py`.
 
-    conversion.json   what was converted, and the size and SHA-256 of every file (`manifest.py`)
-    config.json       the model's configuration, as it came
-    tokenizer.json …  the tokenizer's files, as they came
-    params/           an Orbax checkpoint of the parameters in the layout of the default `Execution` (`arrays.py`)
+conversion.json   what was converted, and the size and SHA-256 of every file (`manifest.py`)
+config.json       the model's configuration, as it came
+tokenizer.json …  the tokenizer's files, as they came
+params/           an Orbax checkpoint of the parameters in the layout of the default `Execution` (`arrays.py`)
 """
 
 import pathlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from twotower_jax.checkpoint.manifest import Manifest
 from twotower_jax.checkpoint.plan import Place, segment_list, table_places
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
+from twotower_jax.sharding import Placement
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
@@ -87,7 +87,7 @@ def load(
     variant: Variant | None = None,
     execution: Execution = Execution(),  # noqa: B008 (frozen)
     *,
-    sharding: Callable[[Parameter], jax.sharding.Sharding] | None = None,
+    sharding: Placement | None = None,
     verify: bool = True,
 ) -> tuple[TwoTower, Params]:
     """A converted checkpoint as a two-tower model and its parameters, in the dtypes stored.

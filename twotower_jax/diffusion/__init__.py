@@ -18,6 +18,7 @@ from twotower_jax.diffusion.loss import (
     masked_cross_entropy,
     masked_loss_sum,
     next_token_cross_entropy,
+    next_tokens,
     token_log_probabilities,
 )
 from twotower_jax.diffusion.prediction import Prediction, predict, sample_tokens
@@ -40,6 +41,7 @@ __all__ = [
     "masked_cross_entropy",
     "masked_loss_sum",
     "next_token_cross_entropy",
+    "next_tokens",
     "noise_level",
     "predict",
     "sample_step",

@@ -74,15 +74,23 @@ def masked_cross_entropy(logits: jax.Array, targets: jax.Array, masked: jax.Arra
     return loss_sum.mean, loss_sum
 
 
-def next_token_cross_entropy(logits: jax.Array, ids: jax.Array, counted: jax.Array) -> tuple[jax.Array, LossSum]:
-    """Mean cross-entropy of logits (B, L, V) at i against ids (B, L) at i + 1, and the sums it is built on.
+def next_tokens(ids: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each position's next token (B, L) int32 and whether it counts (B, L) bool.
 
     `counted` (B,) bool says which rows count (not the padding of a last, partial batch). The first token of a row is no
-    target and its last logits have none: L − 1 tokens a row count.
+    target and its last position has none: L − 1 tokens a row count.
     """
     # The targets move and not the logits: a slice of length L − 1 would not divide over a mesh.
     is_last = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1) == ids.shape[1] - 1
-    return masked_cross_entropy(logits, jnp.roll(ids, -1, axis=1), counted[:, None] & ~is_last)
+    return jnp.roll(ids, -1, axis=1), counted[:, None] & ~is_last
+
+
+def next_token_cross_entropy(logits: jax.Array, ids: jax.Array, counted: jax.Array) -> tuple[jax.Array, LossSum]:
+    """Mean cross-entropy of logits (B, L, V) at i against ids (B, L) at i + 1, and the sums it is built on.
+
+    `counted` as in `next_tokens`.
+    """
+    return masked_cross_entropy(logits, *next_tokens(ids, counted))
 
 
 def loss_by_noise_level(log_probabilities: jax.Array, masked: jax.Array, t: jax.Array) -> LossSum:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from twotower_jax import kernels
+from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
 from twotower_jax.layers.common import Linear
 from twotower_jax.parameters import Scope, normal
@@ -59,7 +59,11 @@ class Attention(nnx.Module):
         )
 
     def causal(
-        self, x: jax.Array, cache: AttentionCache | None = None, cache_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        cache: AttentionCache | None = None,
+        cache_lengths: jax.Array | None = None,
+        document_start: jax.Array | None = None,
     ) -> tuple[jax.Array, AttentionMemory]:
         """One run of tokens, each seeing the cache and the tokens up to itself.
 
@@ -68,15 +72,17 @@ class Attention(nnx.Module):
         Args:
           x: (B, L, D).
           cache: of the tokens before, with (B,) `cache_lengths`; None for the start of a text.
+          document_start: (B, L) int32, the first position that each one may see; None for all.
 
         Returns:
           (B, L, D) and the keys and values of these tokens.
         """
         q, key, value = self._project(x)
-        sources = (kernels.Keys(key, value, jnp.arange(1, x.shape[1] + 1)),)
+        stop = jnp.arange(1, x.shape[1] + 1)[None]
+        sources = (kernels.Keys(key, value, stop, document_start),)
         if cache is not None:
             sources = (kernels.Keys(cache.key, cache.value, cache_lengths[:, None]), *sources)
-        return self._output(kernels.attention(q, sources)), AttentionMemory(key=key, value=value)
+        return self._output(_attend(q, sources)), AttentionMemory(key=key, value=value)
 
     def blockwise(
         self,
@@ -84,12 +90,14 @@ class Attention(nnx.Module):
         memory: AttentionMemory | AttentionCache,
         block_size: int,
         cache_lengths: jax.Array | None = None,
+        document_start: jax.Array | None = None,
     ) -> jax.Array:
         """Blocks of S tokens side by side, each seeing the context before its left edge and all of itself.
 
         Args:
           x: (B, L, D); with a cache for memory, L is S.
           memory: of the context's layer at the same depth; a cache comes with (B,) `cache_lengths`.
+          document_start: as in `causal`; every document starts with a block.
 
         Returns:
           (B, L, D)
@@ -98,9 +106,9 @@ class Attention(nnx.Module):
         if isinstance(memory, AttentionCache):
             stop = cache_lengths[:, None]
         else:
-            stop = jnp.arange(x.shape[1]) // block_size * block_size
-        sources = (kernels.Keys(memory.key, memory.value, stop),)
-        return self._output(kernels.attention(q, sources, own_block=(key, value), block_size=block_size))
+            stop = (jnp.arange(x.shape[1]) // block_size * block_size)[None]
+        sources = (kernels.Keys(memory.key, memory.value, stop, document_start),)
+        return self._output(_attend(q, sources, (key, value), block_size))
 
     def _project(self, x):
         """q (B, L, H, P), key and value (B, L, K, P)."""
@@ -110,3 +118,45 @@ class Attention(nnx.Module):
 
     def _output(self, y):
         return self.o_proj(y.reshape(*y.shape[:2], -1))
+
+
+def _attend(
+    q: jax.Array,
+    sources: tuple[kernels.Keys, ...],
+    own_block: tuple[jax.Array, jax.Array] | None = None,
+    block_size: int | None = None,
+) -> jax.Array:
+    """`kernels.attention`, every device taking its rows, its heads and its positions as queries.
+
+    Keys are few (two heads in the release): each device has all positions of them, and picks the heads that its
+    queries read.
+    """
+    heads, kv_heads = q.shape[2], sources[0].key.shape[2]
+    whole = ("batch", None, None, None)
+
+    def attend(q, sources, own_block):
+        pick = _heads_read(heads // kv_heads, q.shape[2], kv_heads)
+        sources = tuple(s._replace(key=pick(s.key), value=pick(s.value)) for s in sources)
+        own_block = None if own_block is None else tuple(map(pick, own_block))
+        return kernels.attention(q, sources, own_block=own_block, block_size=block_size)
+
+    def end_axes(end):
+        return None if end is None else (("batch", None)[end.shape[0] == 1], ("length", None)[end.shape[1] == 1])
+
+    queries = ("batch", "length", "heads", None)
+    own = ("batch", "length", None, None)
+    axes = (
+        queries,
+        tuple(kernels.Keys(whole, whole, end_axes(s.stop), end_axes(s.start)) for s in sources),
+        None if own_block is None else (own, own),
+    )
+    return sharding.local(attend, axes, queries)(q, sources, own_block)
+
+
+def _heads_read(ratio: int, heads: int, kv_heads: int):
+    """Picks, of (B, T, K, P) keys or values, those that this device's `heads` query heads read."""
+    if sharding.shards("tensor") == 1:
+        return lambda v: v
+    count = max(1, heads // ratio)
+    first = jax.lax.axis_index("tensor") * heads // ratio
+    return lambda v: jax.lax.dynamic_slice_in_dim(v, first, count, axis=2)

@@ -1,13 +1,14 @@
 """What every layer uses: RMSNorm, linear maps, activations."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from twotower_jax.kernels.experts import relu2
-from twotower_jax.parameters import LINEAR, Initializer, Scope, constant
+from twotower_jax.parameters import LINEAR, Initializer, Scope, constant, use
 
 # By the names of published configurations, where "gelu" is the exact one.
 ACTIVATIONS = {
@@ -36,13 +37,21 @@ class RMSNorm(nnx.Module):
         self.weight = scope.declare("weight", (width,), (axis,), constant(1.0), decay=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight[...], self.epsilon)
+        return rms_norm(x, use(self.weight), self.epsilon)
+
+
+def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Of products: float32 stays float32 on hardware whose default is to round it to bfloat16 or TF32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x · w in x's dtype. Float32 stays float32 on hardware whose default is to round it to bfloat16 or TF32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, w.astype(x.dtype), precision=precision)
+    """x · w in x's dtype."""
+    return jnp.matmul(x, w.astype(x.dtype), precision=precision_of(x.dtype))
+
+
+def _as_is(columns: jax.Array) -> jax.Array:
+    return columns
 
 
 class Linear(nnx.Module):
@@ -54,6 +63,7 @@ class Linear(nnx.Module):
         self.weight = scope.declare("weight", shape, axes, init, layout=LINEAR)
         self.bias = scope.declare("bias", shape[1:], axes[1:], constant(0.0), decay=False) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    def __call__(self, x: jax.Array, arrange: Callable[[jax.Array], jax.Array] = _as_is) -> jax.Array:
+        """(…, in) → (…, out); `arrange` reorders the columns of weight and bias, and so those of the result."""
+        y = matmul(x, arrange(use(self.weight, x.dtype)))
+        return y if self.bias is None else y + arrange(use(self.bias, y.dtype))

@@ -5,13 +5,25 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from twotower_jax import kernels
+from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
 from twotower_jax.kernels import double_float
-from twotower_jax.kernels.experts import Weights
+from twotower_jax.kernels.experts import ROUTING, Weights
+from twotower_jax.layers import expert_parallel
 from twotower_jax.layers.common import ACTIVATIONS, Linear
-from twotower_jax.parameters import LINEAR, Scope, constant, normal
+from twotower_jax.parameters import LINEAR, Scope, constant, normal, use
+
+# Logical axes, for `sharding.local`.
+_TOKENS = ("batch", "length", None)
+_ROUTER_AXES = ((None, None), (None,))
+_WEIGHT_AXES = Weights(
+    up=("experts", None, "expert_mlp"),
+    down=("experts", "expert_mlp", None),
+    up_bias=("experts", "expert_mlp"),
+    down_bias=("experts", None),
+)
 
 
 class MLP(nnx.Module):
@@ -61,9 +73,13 @@ class Router(nnx.Module):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Tokens (T, D) to the chosen experts (T, k) int32 and their weights (T, k) float32."""
+        return self.route(x, use(self.weight, jnp.float32), use(self.bias, jnp.float32))
+
+    def route(self, x: jax.Array, weight: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same, given the router's weight (D, E) and bias (E,), float32."""
         config = self.config
-        indices = self.choose(x)
-        weight = self.weight[...].astype(jnp.float32)
+        # Kept for the backward pass under any rematerialization.
+        indices = checkpoint_name(self._choose(*jax.lax.stop_gradient((x, weight, bias))), ROUTING)
         logits = jnp.matmul(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
         gates = jnp.take_along_axis(jax.nn.sigmoid(logits), indices, axis=-1)
         if config.norm_topk_prob:
@@ -72,9 +88,11 @@ class Router(nnx.Module):
 
     def choose(self, x: jax.Array) -> jax.Array:
         """The experts (T, k) int32 of tokens (T, D), best first."""
-        x, weight, bias = jax.lax.stop_gradient((x, self.weight[...], self.bias[...]))
+        return self(x)[0]
+
+    def _choose(self, x, weight, bias):
         scores = double_float.sigmoid(double_float.dot(x, weight))
-        bias = jnp.broadcast_to(bias.astype(jnp.float32), scores[0].shape)
+        bias = jnp.broadcast_to(bias, scores[0].shape)
         scores = double_float.add(scores, (bias, jnp.zeros_like(bias)))
         if self.config.n_group > 1:
             scores = self._keep_best_groups(scores)
@@ -134,13 +152,18 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, L, D) → (B, L, D)"""
-        tokens = x.reshape(-1, x.shape[-1])
-        indices, gates = self.router(tokens)
-        biases = (None if b is None else b[...] for b in (self.up_bias, self.down_bias))
-        weights = Weights(self.up[...], self.down[...], *biases)
-        y = kernels.expert_mlp(tokens, indices, gates, weights, activation=ACTIVATIONS[self.activation])
-        y = y.reshape(x.shape)
+        routed = sharding.local(self._routed, (_TOKENS, _ROUTER_AXES, _WEIGHT_AXES), _TOKENS)
+        router = use(self.router.weight, jnp.float32), use(self.router.bias, jnp.float32)
+        biases = (None if b is None else use(b, x.dtype) for b in (self.up_bias, self.down_bias))
+        y = routed(x, router, Weights(use(self.up, x.dtype), use(self.down, x.dtype), *biases))
         return y if self.shared_experts is None else y + self.shared_experts(x)
+
+    def _routed(self, x, router, weights):
+        """One device's tokens through the routed experts, which may be on other devices."""
+        tokens = x.reshape(-1, x.shape[-1])
+        indices, gates = self.router.route(tokens, *router)
+        y = expert_parallel.expert_mlp(tokens, indices, gates, weights, activation=ACTIVATIONS[self.activation])
+        return y.reshape(x.shape)
 
 
 def _stds(config: ModelConfig) -> tuple[float, float]:

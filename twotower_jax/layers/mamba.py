@@ -2,19 +2,26 @@
 
 `in_proj` gives [z | xBC | dt]. A causal convolution and SiLU run over xBC, which splits into x, B and C; the scan runs
 over them; `out_proj` takes the gated norm of the result, gate before norm.
+
+What lies between the two projections knows its own rows, positions, heads and groups only, and runs on each device by
+itself (`sharding.local`).
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from twotower_jax import kernels
+from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
+from twotower_jax.layers import sequence_parallel
 from twotower_jax.layers.common import Linear, rms_norm
-from twotower_jax.parameters import CONV, Scope, constant, normal, uniform
+from twotower_jax.parameters import CONV, Scope, constant, normal, uniform, use
 
 
 @flax.struct.dataclass
@@ -30,6 +37,16 @@ class MambaCache:
     conv: jax.Array
     state: jax.Array
 
+    def advance(self, memory: "MambaMemory", lengths: jax.Array, chunk_size: int) -> "MambaCache":
+        """The cache after the first `lengths` (B,) of the tokens of `memory`, which were read after this cache."""
+        kept = (jnp.arange(memory.dt.shape[1]) < lengths[:, None])[..., None]
+        dt, log_decay = (jnp.where(kept, v, 0.0) for v in (memory.dt, memory.log_decay))
+        # The output is not wanted, so that it does not matter what takes the place of C.
+        _, state = kernels.ssd(
+            memory.x, dt, log_decay, memory.b, memory.b, initial_state=self.state, chunk_size=chunk_size
+        )
+        return MambaCache(conv=_last_inputs(self.conv, memory.conv_input, lengths), state=state)
+
 
 @flax.struct.dataclass
 class MambaMemory:
@@ -37,7 +54,8 @@ class MambaMemory:
 
     Attributes:
       conv_input: (B, L, C), raw. x: (B, L, H, P). b: (B, L, G, N). dt, log_decay: (B, L, H) float32.
-      end: the cache after the last token.
+      end: the cache after the last token; None where sequences are divided over devices.
+      before: with sequences divided into n parts, the state before each, (n, B, H, P, N) float32; else None.
     """
 
     conv_input: jax.Array
@@ -45,7 +63,51 @@ class MambaMemory:
     b: jax.Array
     dt: jax.Array
     log_decay: jax.Array
-    end: MambaCache
+    end: MambaCache | None
+    before: jax.Array | None
+
+
+class _Core(NamedTuple):
+    """The parameters between the two projections, as one device has them: its channels and heads."""
+
+    conv_weight: jax.Array
+    conv_bias: jax.Array | None
+    a_log: jax.Array
+    d: jax.Array
+    dt_bias: jax.Array
+    norm_weight: jax.Array
+
+
+# A log-decay whose exponential is 0 in float32.
+_EVERYTHING = -1e4
+
+# Logical axes, for `sharding.local`.
+_TOKENS = ("batch", "length", "mamba_inner")
+_HEADS = ("batch", "length", "mamba_heads")
+_STATE = ("batch", "mamba_heads", None, None)
+_CORE_AXES = _Core(
+    conv_weight=(None, "mamba_inner"),
+    conv_bias=("mamba_inner",),
+    a_log=("mamba_heads",),
+    d=("mamba_heads",),
+    dt_bias=("mamba_heads",),
+    norm_weight=("mamba_inner",),
+)
+_BEFORE = ("batch", "length")
+_CACHE_AXES = MambaCache(conv=("batch", None, "mamba_inner"), state=_STATE)
+
+
+def _memory_axes() -> MambaMemory:
+    divided = sequence_parallel.divided()
+    return MambaMemory(
+        conv_input=_TOKENS,
+        x=(*_HEADS, None),
+        b=(*_HEADS, None),
+        dt=_HEADS,
+        log_decay=_HEADS,
+        end=None if divided else _CACHE_AXES,
+        before=("shard", *_STATE) if divided else None,
+    )
 
 
 class Mamba(nnx.Module):
@@ -59,7 +121,7 @@ class Mamba(nnx.Module):
         self.in_proj = Linear(
             scope.child("in_proj"),
             (c.hidden_size, inner + channels + heads),
-            ("embed", "mamba_inner"),
+            ("embed", "mamba_in"),
             normal(std),
             c.use_bias,
         )
@@ -84,7 +146,11 @@ class Mamba(nnx.Module):
         )
 
     def causal(
-        self, x: jax.Array, cache: MambaCache | None = None, lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        cache: MambaCache | None = None,
+        lengths: jax.Array | None = None,
+        document_start: jax.Array | None = None,
     ) -> tuple[jax.Array, MambaMemory]:
         """One run of tokens after `cache`.
 
@@ -93,90 +159,195 @@ class Mamba(nnx.Module):
           cache: of the tokens before; None for the start of a text.
           lengths: (B,) int32, how many of the L tokens of each row are real (the rest is padding on the right that
             changes neither the cache nor any real token); None for all.
+          document_start: (B, L) int32, the position of the first token that each one may know of; None for all.
 
         Returns:
           (B, L, D) and the memory, its `end` being the cache after the real tokens.
         """
-        z, conv_input, dt, log_decay = self._project(x, lengths)
-        if cache is None:
-            width = (x.shape[0], self.config.conv_kernel, conv_input.shape[-1])
-            cache = MambaCache(conv=jnp.zeros(width, conv_input.dtype), state=None)
-        xs, b, c = self._convolve(conv_input, cache.conv)
-        y, state = kernels.ssd(xs, dt, log_decay, b, c, initial_state=cache.state, chunk_size=self.config.chunk_size)
-        end = MambaCache(conv=_last_inputs(cache.conv, conv_input, lengths), state=state)
-        memory = MambaMemory(conv_input=conv_input, x=xs, b=b, dt=dt, log_decay=log_decay, end=end)
-        return self._output(self._skip(y, xs), z), memory
+        optional = zip((_CACHE_AXES, ("batch",), _BEFORE), (cache, lengths, document_start), strict=True)
+        axes = (_TOKENS, *(None if given is None else axes for axes, given in optional), _CORE_AXES)
+        core = sharding.local(self._causal, axes, (_TOKENS, _memory_axes()))
+        y, memory = core(self._project(x), cache, lengths, _tokens_before(document_start), self._core())
+        return self.out_proj(y), memory
 
-    def blockwise(self, x: jax.Array, memory: MambaMemory | MambaCache, block_size: int) -> jax.Array:
+    def _causal(self, projected, cache, lengths, before, core):
+        z, conv_input, dt, log_decay = self._split_projected(projected, core, lengths)
+        log_decay = _forget(log_decay, before)
+        divided = sequence_parallel.divided()
+        if divided and (cache is not None or lengths is not None):
+            raise ValueError("caches and padding need a mesh with sequence=1: only training divides sequences")
+        if cache is None:
+            width = self.config.conv_kernel
+            tail = (
+                sequence_parallel.inputs_before(conv_input, width)
+                if divided
+                else jnp.zeros((z.shape[0], width, conv_input.shape[-1]), conv_input.dtype)
+            )
+            cache = MambaCache(conv=tail, state=None)
+        xs, b, c = self._convolve(conv_input, core, cache.conv, before)
+        y, state = kernels.ssd(xs, dt, log_decay, b, c, initial_state=cache.state, chunk_size=self.config.chunk_size)
+        memory = MambaMemory(conv_input=conv_input, x=xs, b=b, dt=dt, log_decay=log_decay, end=None, before=None)
+        if divided:
+            seed = sequence_parallel.state_before(state, log_decay)
+            y += sequence_parallel.from_state(c, seed, jnp.cumsum(log_decay, axis=1))
+            memory = memory.replace(before=seed[None])
+        else:
+            end = MambaCache(conv=_last_inputs(cache.conv, conv_input, lengths), state=state)
+            memory = memory.replace(end=end)
+        return self._gated_norm(_skip(y, xs, core), z, core), memory
+
+    def blockwise(
+        self,
+        x: jax.Array,
+        memory: MambaMemory | MambaCache,
+        block_size: int,
+        document_start: jax.Array | None = None,
+    ) -> jax.Array:
         """Blocks of S tokens side by side, each seeded with the context's state at its left edge.
 
         Args:
           x: (B, L, D); with a cache for memory, L is S.
           memory: of the context's layer at the same depth.
+          document_start: as in `causal`; every document starts with a block.
 
         Returns:
           (B, L, D)
         """
-        z, conv_input, dt, log_decay = self._project(x)
+        memory_axes = _CACHE_AXES if isinstance(memory, MambaCache) else _memory_axes()
+
+        def blocks(projected, memory, before, core):
+            return self._blockwise(projected, memory, before, core, block_size)
+
+        axes = (_TOKENS, memory_axes, None if document_start is None else _BEFORE, _CORE_AXES)
+        core = sharding.local(blocks, axes, _TOKENS)
+        return self.out_proj(core(self._project(x), memory, _tokens_before(document_start), self._core()))
+
+    def _blockwise(self, projected, memory, before, core, block_size):
+        z, conv_input, dt, log_decay = self._split_projected(projected, core)
+        chunk_size = self.config.chunk_size
         if isinstance(memory, MambaCache):
-            xs, b, c = self._convolve(conv_input, memory.conv)
-            y, _ = kernels.ssd(xs, dt, log_decay, b, c, initial_state=memory.state, chunk_size=self.config.chunk_size)
+            xs, b, c = self._convolve(conv_input, core, memory.conv)
+            y, _ = kernels.ssd(xs, dt, log_decay, b, c, initial_state=memory.state, chunk_size=chunk_size)
         else:
-            weight, bias = self._conv_parameters()
-            xs, b, c = self._split(kernels.block_causal_conv(conv_input, memory.conv_input, weight, bias, block_size))
+            divided = sequence_parallel.divided()
+            tail = sequence_parallel.inputs_before(memory.conv_input, self.config.conv_kernel) if divided else None
+            conv = core.conv_weight, core.conv_bias
+            xbc = kernels.block_causal_conv(conv_input, memory.conv_input, *conv, block_size, tail, before)
+            xs, b, c = self._split(xbc)
+            forward_decay = _forget(log_decay, before)
             y = kernels.two_tower_ssd(
-                *(xs, dt, log_decay, b, c),
+                *(xs, dt, forward_decay, b, c),
                 *(memory.x, memory.dt, memory.log_decay, memory.b),
                 block_size=block_size,
-                chunk_size=self.config.chunk_size,
+                chunk_size=chunk_size,
             )
-        y = self._skip(y, xs)
+            if divided:
+                decay = _decay_through_context(forward_decay, memory.log_decay, block_size)
+                y += sequence_parallel.from_state(c, memory.before[0], decay)
+        y = _skip(y, xs, core)
         if self.bidirectional:
-            y = (y + self._reversed(conv_input, dt, log_decay, block_size)) / 2
-        return self._output(y, z)
+            y = (y + self._reversed(conv_input, dt, log_decay, core, block_size)) / 2
+        return self._gated_norm(y, z, core)
 
-    def _project(self, x, lengths=None):
+    def _project(self, x):
+        """in_proj, its columns device by device: each device's share of z, x, B, C and dt side by side."""
+        c = self.config
+        bc = c.n_groups * c.ssm_state_size
+        arrange = _by_device(c.mamba_inner, c.mamba_inner, bc, bc, c.mamba_num_heads)
+        return self.in_proj(x, arrange)
+
+    def _core(self):
+        c = self.config
+        bc = c.n_groups * c.ssm_state_size
+        arrange = _by_device(c.mamba_inner, bc, bc)
+        return _Core(
+            conv_weight=arrange(use(self.conv_weight)),
+            conv_bias=None if self.conv_bias is None else arrange(use(self.conv_bias)),
+            a_log=use(self.A_log, jnp.float32),
+            d=use(self.D, jnp.float32),
+            dt_bias=use(self.dt_bias, jnp.float32),
+            norm_weight=use(self.norm_weight),
+        )
+
+    # From here on everything is one device's own: its rows and positions, and H heads of G groups, which may be fewer
+    # than the model's.
+
+    def _split_projected(self, projected, core, lengths=None):
         """The parts of in_proj: z (B, L, H·P), raw xBC (B, L, C), dt and dt·A (B, L, H) float32."""
-        inner, channels = self.config.mamba_inner, self.config.conv_channels
-        z, conv_input, dt = jnp.split(self.in_proj(x), [inner, inner + channels], axis=-1)
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+        inner = core.norm_weight.shape[0]
+        z, conv_input, dt = jnp.split(projected, [inner, inner + core.conv_weight.shape[1]], axis=-1)
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + core.dt_bias)
         if self.config.time_step_limit is not None:
             dt = jnp.clip(dt, *self.config.time_step_limit)
         if lengths is not None:
-            dt = jnp.where(jnp.arange(x.shape[1])[:, None] < lengths[:, None, None], dt, 0.0)
-        return z, conv_input, dt, -dt * jnp.exp(self.A_log[...].astype(jnp.float32))
+            dt = jnp.where(jnp.arange(dt.shape[1])[:, None] < lengths[:, None, None], dt, 0.0)
+        return z, conv_input, dt, -dt * jnp.exp(core.a_log)
 
-    def _conv_parameters(self):
-        return self.conv_weight[...], None if self.conv_bias is None else self.conv_bias[...]
-
-    def _convolve(self, conv_input, tail):
-        return self._split(kernels.causal_conv(conv_input, *self._conv_parameters(), tail))
+    def _convolve(self, conv_input, core, tail, before=None):
+        return self._split(kernels.causal_conv(conv_input, core.conv_weight, core.conv_bias, tail, before))
 
     def _split(self, xbc):
         """x (B, L, H, P), B and C (B, L, G, N)."""
         c, leading = self.config, xbc.shape[:-1]
-        x, b, c_ = jnp.split(xbc, [c.mamba_inner, c.mamba_inner + c.n_groups * c.ssm_state_size], axis=-1)
-        groups = (*leading, c.n_groups, c.ssm_state_size)
-        return x.reshape(*leading, c.mamba_num_heads, c.mamba_head_dim), b.reshape(groups), c_.reshape(groups)
+        # H·P to 2·G·N is the same share on every device.
+        inner = xbc.shape[-1] * c.mamba_inner // c.conv_channels
+        x, b, c_ = jnp.split(xbc, [inner, (inner + xbc.shape[-1]) // 2], axis=-1)
+        groups = (*leading, -1, c.ssm_state_size)
+        return x.reshape(*leading, -1, c.mamba_head_dim), b.reshape(groups), c_.reshape(groups)
 
-    def _skip(self, y, x):
-        return y + self.D[...].astype(jnp.float32)[:, None] * x.astype(jnp.float32)
-
-    def _reversed(self, conv_input, dt, log_decay, block_size):
+    def _reversed(self, conv_input, dt, log_decay, core, block_size):
         """The scan of every block from its right end, from zeros, in the block's own order."""
 
         def flip(v):
             return jnp.flip(v.reshape(-1, block_size, *v.shape[2:]), axis=1)
 
-        xs, b, c = self._convolve(flip(conv_input), None)
+        xs, b, c = self._convolve(flip(conv_input), core, None)
         y, _ = kernels.ssd(xs, flip(dt), flip(log_decay), b, c, chunk_size=self.config.chunk_size)
-        return jnp.flip(self._skip(y, xs), axis=1).reshape(*dt.shape, -1)
+        return jnp.flip(_skip(y, xs, core), axis=1).reshape(*dt.shape, -1)
 
-    def _output(self, y, z):
-        """Gated norm over G groups, gate before norm, then out_proj; y is float32 (B, L, H, P)."""
+    def _gated_norm(self, y, z, core):
+        """Gated norm over groups, gate before norm; y is float32 (B, L, H, P), the result (B, L, H·P) in z's dtype."""
         gated = y.reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
-        normed = rms_norm(gated, self.norm_weight[...], self.config.layer_norm_epsilon, self.config.n_groups)
-        return self.out_proj(normed.astype(z.dtype))
+        groups = core.a_log.shape[0] * self.config.n_groups // self.config.mamba_num_heads
+        return rms_norm(gated, core.norm_weight, self.config.layer_norm_epsilon, groups).astype(z.dtype)
+
+
+def _skip(y: jax.Array, x: jax.Array, core: _Core) -> jax.Array:
+    return y + core.d[:, None] * x.astype(jnp.float32)
+
+
+def _tokens_before(document_start: jax.Array | None) -> jax.Array | None:
+    """How many tokens of its document lie before each position, (B, L) int32."""
+    return None if document_start is None else jnp.arange(document_start.shape[1]) - document_start
+
+
+def _forget(log_decay: jax.Array, before: jax.Array | None) -> jax.Array:
+    """(B, L, H) log-decays with which the first token of a document forgets all that was."""
+    return log_decay if before is None else jnp.where((before == 0)[..., None], _EVERYTHING, log_decay)
+
+
+def _decay_through_context(log_decay: jax.Array, context_log_decay: jax.Array, block_size: int) -> jax.Array:
+    """Log-decay from the left end of (B, L, H) to each position: the context's up to the block, then its own."""
+    in_blocks = log_decay.reshape(log_decay.shape[0], -1, block_size, log_decay.shape[2])
+    context = jnp.cumsum(context_log_decay, axis=1)[:, block_size - 1 :: block_size]
+    before = jnp.pad(context[:, :-1], [(0, 0), (1, 0), (0, 0)])
+    return (jnp.cumsum(in_blocks, axis=2) + before[:, :, None]).reshape(log_decay.shape)
+
+
+def _by_device(*widths: int) -> Callable[[jax.Array], jax.Array]:
+    """Reorders columns of parts of these widths so that a device along "tensor" has an equal share of every part."""
+    shards = sharding.shards("tensor")
+
+    def arrange(columns):
+        if shards == 1:
+            return columns
+        parts = jnp.split(columns, np.cumsum(widths)[:-1], axis=-1)
+        leading = columns.shape[:-1]
+        shares = [part.reshape(*leading, shards, part.shape[-1] // shards) for part in parts]
+        columns = jnp.concatenate(shares, axis=-1).reshape(columns.shape)
+        return sharding.constrain(columns, (*(None,) * len(leading), "mamba_inner"))
+
+    return arrange
 
 
 def _last_inputs(before: jax.Array, new: jax.Array, lengths: jax.Array | None) -> jax.Array:

@@ -1,0 +1,230 @@
+"""twotower_jax/sharding.py: losses and gradients on eight virtual devices against one, and what moves between them."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twotower_jax.config import Variant
+from twotower_jax.parameters import flatten, parameter_table, unflatten
+from twotower_jax.sharding import MESH_AXES, MeshShape, batch_sharding, make_mesh, spec, stored_sharding
+from twotower_jax.tower import Execution
+from twotower_jax.train.objectives import Denoiser, NoiseKey, make_objective
+from twotower_jax.train.step import abstract_state, make_optimizer, make_step, start_state, tables
+from twotower_jax.two_tower import TwoTower
+
+# Of a gradient, by norm: sums are taken in another order, nothing else.
+TOLERANCE = 3e-6
+ROWS, LENGTH, BLOCK = 8, 32, 4
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"sequence": 8},
+    {"expert": 8},
+    {"tensor": 4, "data": 2},
+    {"fsdp": 2, "expert": 2, "tensor": 2},
+    {"sequence": 2, "fsdp": 2, "expert": 2},
+    {"sequence": 2, "tensor": 2, "data": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def objective(small_config):
+    """Everything in it: both towers train, every kind of layer, a bidirectional denoiser, both losses."""
+    config = small_config(
+        "M*E-",
+        mamba_num_heads=8,
+        n_groups=4,
+        num_attention_heads=8,
+        moe_intermediate_size=8,
+        moe_shared_expert_intermediate_size=16,
+    )
+    variant = Variant(context="trained", context_loss=True, bidirectional_mamba=True)
+    return Denoiser(TwoTower(config, variant, Execution(remat="layer")))
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.random.default_rng(0).integers(4, 40, (ROWS, LENGTH)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def gradients(objective, ids, quick_jit, random_params):
+    """A mesh's shape, or None → loss and gradients by path."""
+    params = random_params(objective.model)
+    table = parameter_table(objective.model)
+
+    def loss(params, ids):
+        losses = objective.losses(params, ids, jnp.ones(ROWS, bool), NoiseKey(0, 3, jnp.arange(ROWS)), BLOCK)
+        return sum(losses[term].mean for term in objective.terms)
+
+    def compute(shape):
+        if shape is None:
+            value, found = quick_jit(jax.value_and_grad(loss))(params, ids)
+        else:
+            mesh = make_mesh(MeshShape(**shape))
+            places = unflatten({path: stored_sharding(mesh, p.axes, p.shape) for path, p in table.items()})
+            with jax.set_mesh(mesh):
+                function = quick_jit(jax.value_and_grad(loss), out_shardings=(None, places))
+                value, found = function(jax.device_put(params, places), jax.device_put(ids, batch_sharding(mesh)))
+        return float(value), {path: np.asarray(g, np.float64) for path, g in flatten(found).items()}
+
+    return compute
+
+
+@pytest.fixture(scope="module")
+def on_one_device(gradients):
+    return gradients(None)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "-".join(f"{k}{v}" for k, v in shape.items()))
+def test_loss_and_every_gradient_are_those_of_one_device(objective, gradients, on_one_device, shape):
+    loss, found = gradients(shape)
+    expected_loss, expected = on_one_device
+    assert abs(loss - expected_loss) < 2e-6 * expected_loss
+    for path, gradient in found.items():
+        assert np.any(expected[path]) == parameter_table(objective.model)[path].trainable, path
+        assert np.linalg.norm(gradient - expected[path]) <= TOLERANCE * np.linalg.norm(expected[path]), path
+
+
+# The train step as a whole.
+
+
+@pytest.fixture(scope="module")
+def run_steps(ids):
+    """Two steps of a config from the same start: state, metrics of the second, and the compiled program."""
+
+    def run(config, random_params):
+        objective = make_objective(config, config.model_config(40))
+        optimizer = make_optimizer(config, tables(objective)[0])
+        mesh = make_mesh(config.mesh) if config.mesh != MeshShape() else None
+        params = random_params(objective.model)
+
+        def steps():
+            state, frozen = start_state(objective, optimizer, params, mesh)
+            step = jax.jit(make_step(config, objective, optimizer, BLOCK), donate_argnums=0)
+            batch = ids if mesh is None else jax.device_put(ids, batch_sharding(mesh))
+            compiled = step.lower(state, frozen, batch).compile({"xla_backend_optimization_level": 0})
+            for _ in range(2):
+                state, metrics = compiled(state, frozen, batch)
+            return state, metrics, compiled
+
+        if mesh is None:
+            return steps()
+        with jax.set_mesh(mesh):
+            return steps()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_device_steps(run_steps, step_config, random_params):
+    return run_steps(step_config(), random_params)
+
+
+def close(found, expected, tolerance):
+    for path, array in flatten(found).items():
+        other = np.asarray(flatten(expected)[path], np.float64)
+        assert np.linalg.norm(np.asarray(array, np.float64) - other) <= tolerance * np.linalg.norm(other), path
+
+
+@pytest.mark.parametrize("changes", [{"mesh.fsdp": 2, "mesh.expert": 4}, {"accumulate": 4}], ids=str)
+def test_two_steps_are_those_of_one_device(run_steps, step_config, random_params, one_device_steps, changes):
+    """Parameters, losses and norms, on a mesh, and with the batch taken in parts."""
+    expected, expected_metrics, _ = one_device_steps
+    state, metrics, _ = run_steps(step_config(**changes), random_params)
+    close(state.params, expected.params, 2e-5)  # AdamW's first steps divide small gradients by their own size
+    np.testing.assert_allclose(metrics.loss, expected_metrics.loss, rtol=3e-6)
+    np.testing.assert_allclose(metrics.grad_norm, expected_metrics.grad_norm, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.count, b.count),
+        *({name: losses for name, losses in m.losses.items()} for m in (metrics, expected_metrics)),
+        is_leaf=lambda node: hasattr(node, "count") and hasattr(node, "total"),
+    )
+
+
+def collectives(compiled):
+    """(kind, elements of the largest operand) of every collective of a program."""
+    found = set()
+    for line in compiled.as_text().splitlines():
+        match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
+        if match:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            found.add((match[2], max(int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "shape, kinds",
+    [
+        ({"data": 8}, {"all-reduce"}),
+        ({"fsdp": 8}, {"all-reduce", "all-gather", "reduce-scatter"}),
+        ({"expert": 8}, {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"}),
+    ],
+    ids=str,
+)
+def test_no_collective_that_the_design_does_not_expect(run_steps, step_config, random_params, shape, kinds):
+    """Gathered are single layers' parameters, never activations of the whole batch or a stack of layers."""
+    config = step_config(**{f"mesh.{axis}": size for axis, size in shape.items()})
+    _, _, compiled = run_steps(config, random_params)
+    table = parameter_table(make_objective(config, config.model_config(40)).model)
+    largest = max(int(np.prod(p.shape[1:] if p.axes[0] == "layers" else p.shape)) for p in table.values())
+    for kind, size in collectives(compiled):
+        assert kind in kinds, (kind, size)
+        if kind == "all-gather":
+            assert size <= largest, (kind, size)
+
+
+# The rules.
+
+
+def test_a_mesh_axis_divides_an_array_once():
+    sizes = {"fsdp": 2, "expert": 2, "tensor": 2}
+    assert spec(("experts", "embed", "expert_mlp"), (8, 16, 8), sizes, stored=True) == jax.P("expert", "fsdp", "tensor")
+    assert spec(("embed", "mlp"), (16, 8), sizes, stored=True) == jax.P(("fsdp", "expert"), "tensor")
+    assert spec(("embed", "mlp"), (16, 8), sizes) == jax.P(None, "tensor")
+
+
+def test_what_does_not_divide_stays_whole():
+    assert spec(("embed", "mlp"), (6, 9), {"fsdp": 2, "expert": 2, "tensor": 2}, stored=True) == jax.P("fsdp", None)
+
+
+def test_state_is_divided_evenly(step_config):
+    """Every matrix with a side of D = 16 over all devices of fsdp, its moments like itself."""
+    config = step_config(**{"mesh.fsdp": 8})
+    objective = make_objective(config, config.model_config(40))
+    optimizer = make_optimizer(config, tables(objective)[0])
+    mesh = make_mesh(config.mesh)
+    state, frozen = abstract_state(objective, optimizer, mesh)
+    adam = state.optimizer[1][0]
+    for tree in (state.params, adam.mu, adam.nu, frozen):
+        for path, leaf in flatten(tree).items():
+            divided = leaf.sharding.num_devices // (leaf.sharding.shard_shape(leaf.shape) == leaf.shape and 8 or 1)
+            shape = parameter_table(objective.model)[path].tensor_shape
+            matrix = len(shape) > 1 and 16 in shape
+            assert divided == (8 if matrix else 1), path
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ({"fsdp": 0}, "fsdp=0"),
+        ({"fsdp": -1, "data": -1}, "only one axis"),
+        ({"fsdp": 3}, "fsdp=3 does not fit 8 devices"),
+        ({"fsdp": -1, "expert": 3}, "does not fit 8 devices"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_cannot_be(shape, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(MeshShape(**shape))
+
+
+def test_the_rest_of_the_devices():
+    assert make_mesh(MeshShape(fsdp=-1, expert=2)).shape == dict.fromkeys(MESH_AXES, 1) | {"fsdp": 4, "expert": 2}
+    assert dataclasses.asdict(MeshShape(data=-1).resolve(8))["data"] == 8

@@ -1,0 +1,121 @@
+"""Expert products over a mesh: tokens go to the devices that hold their experts, and come back.
+
+Inside `sharding.local` a device has its own tokens, E/n of the E experts, n devices along the axis "expert", and F/m of
+every expert's width, m devices along "tensor". Rows (a token and one of its experts) are sorted by expert, hence by
+device, and exchanged in all-to-all of fixed size: at most `capacity` rows from any device to any other. What does not
+fit goes in a further round, so that no row is dropped and memory does not depend on how uneven the routing is; all
+devices agree on the number of rounds, which is 1 unless one pair has more than `_SLACK` times its even share.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from twotower_jax import kernels, sharding
+from twotower_jax.kernels.experts import Activation, Weights, sort_by_expert
+
+AXIS = "expert"
+# Room for a pair of devices, as a multiple of its even share of the rows.
+_SLACK = 1.5
+
+
+def expert_mlp(
+    x: jax.Array, indices: jax.Array, gates: jax.Array, weights: Weights, *, activation: Activation
+) -> jax.Array:
+    """`kernels.expert_mlp` of this device's tokens, with its part of the weights.
+
+    Args:
+      x: (T, D). indices: (T, k) int32 in [0, E). gates: (T, k). weights: of E/n experts, F/m wide.
+
+    Returns:
+      (T, D), complete.
+    """
+    if sharding.shards("tensor") > 1 and weights.down_bias is not None:
+        # The sum over "tensor" is to hold it once.
+        first = jax.lax.axis_index("tensor") == 0
+        weights = weights._replace(down_bias=jnp.where(first, weights.down_bias, 0))
+    if sharding.shards(AXIS) == 1:
+        y = kernels.expert_mlp(x, indices, gates, weights, activation=activation)
+    else:
+        y = _exchanged(x, indices, gates, weights, activation)
+    return jax.lax.psum(y, "tensor") if sharding.shards("tensor") > 1 else y
+
+
+class _Plan(NamedTuple):
+    """Which rows go where.
+
+    Attributes:
+      order: (T·k,) int32, rows sorted by expert.
+      first, count: (n,) int32, the rows of each device in that order.
+      expert: (T·k,) int32, each row's expert, unsorted.
+    """
+
+    order: jax.Array
+    first: jax.Array
+    count: jax.Array
+    expert: jax.Array
+
+
+def _exchanged(x, indices, gates, weights, activation):
+    shards, here = sharding.shards(AXIS), weights.up.shape[0]
+    tokens, choices = indices.shape
+    expert = indices.reshape(-1)
+    by_expert = sort_by_expert(expert, shards * here)
+    count = jnp.sum(by_expert.sizes.reshape(shards, here), axis=1)
+    plan = _Plan(by_expert.order, jnp.cumsum(count) - count, count, expert)
+    capacity = min(expert.size, max(8, math.ceil(_SLACK * expert.size / shards)))
+    axes = [axis for axis in sharding.MESH_AXES if sharding.shards(axis) > 1]
+    rounds = jax.lax.pmax(jnp.max(-(-count // capacity)), axes)
+    rows = _in_rounds(activation, capacity, x, weights, plan, rounds)
+    chosen = rows.reshape(tokens, choices, -1).astype(jnp.float32)
+    return jnp.sum(chosen * gates.astype(jnp.float32)[..., None], axis=1).astype(x.dtype)
+
+
+def _one_round(activation, capacity, plan, number, x, weights):
+    """What round `number` adds to the rows (T·k, D): the outputs of the rows that it takes, zeros elsewhere."""
+    shards, here, total = sharding.shards(AXIS), weights.up.shape[0], plan.expert.size
+    place = number * capacity + jnp.arange(capacity)  # among the rows of one pair of devices
+    taken = place[None] < plan.count[:, None]
+    row = plan.order[jnp.where(taken, plan.first[:, None] + place[None], 0)]  # (n, capacity)
+    choices = total // x.shape[0]
+    sent = jnp.where(taken[..., None], x[row // choices], 0)
+    expert = jnp.where(taken, plan.expert[row] % here, here)  # `here`: no row
+    received, expert = (jax.lax.all_to_all(v, AXIS, 0, 0, tiled=True) for v in (sent, expert))
+    ones = jnp.ones((shards * capacity, 1), jnp.float32)
+    y = kernels.expert_mlp(
+        received.reshape(-1, x.shape[1]), expert.reshape(-1, 1), ones, weights, activation=activation
+    )
+    back = jax.lax.all_to_all(y.reshape(received.shape), AXIS, 0, 0, tiled=True)
+    row = jnp.where(taken, row, total)
+    return jnp.zeros((total, x.shape[1]), x.dtype).at[row].set(back, mode="drop")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_rounds(activation, capacity, x, weights, plan, rounds):
+    """The outputs of all rows, (T·k, D), not yet weighted."""
+
+    def body(number, rows):
+        return rows + _one_round(activation, capacity, plan, number, x, weights)
+
+    return jax.lax.fori_loop(0, rounds, body, jnp.zeros((plan.expert.size, x.shape[1]), x.dtype))
+
+
+def _in_rounds_forward(activation, capacity, x, weights, plan, rounds):
+    return _in_rounds(activation, capacity, x, weights, plan, rounds), (x, weights, plan, rounds)
+
+
+def _in_rounds_backward(activation, capacity, residuals, g):
+    x, weights, plan, rounds = residuals
+
+    def body(number, total):
+        _, pullback = jax.vjp(functools.partial(_one_round, activation, capacity, plan, number), x, weights)
+        return jax.tree.map(jnp.add, total, pullback(g))
+
+    dx, dweights = jax.lax.fori_loop(0, rounds, body, jax.tree.map(jnp.zeros_like, (x, weights)))
+    return dx, dweights, None, None
+
+
+_in_rounds.defvjp(_in_rounds_forward, _in_rounds_backward)

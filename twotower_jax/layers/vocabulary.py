@@ -1,0 +1,128 @@
+"""From tokens to vectors and back: embedding lookup, and the head with its log-probabilities.
+
+With a mesh that has "tensor", each device has its share of the vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from twotower_jax import sharding
+from twotower_jax.config import ModelConfig
+from twotower_jax.layers.common import precision_of
+from twotower_jax.parameters import LINEAR, Scope, normal, use
+
+_TOKENS = ("batch", "length")
+# Logits that may exist at once on a device, 1 GiB in float32.
+_MAX_LOGITS = 2**28
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table (V, D) for (B, L) int32 ids: (B, L, D). Ids are in range: the host checks them."""
+
+    def take(table, ids):
+        if sharding.shards("tensor") == 1:
+            return _take(table, ids)
+        place, here = _place_here(table.shape[0], ids)
+        return jax.lax.psum(jnp.where(here[..., None], _take(table, place), 0), "tensor")
+
+    return sharding.local(take, (("vocab", None), _TOKENS), (*_TOKENS, None))(table, ids)
+
+
+@jax.custom_vjp
+def _take(table, ids):
+    return jnp.take(table, ids, axis=0, mode="clip")
+
+
+def _take_forward(table, ids):
+    return _take(table, ids), (table, ids)
+
+
+def _take_backward(residuals, g):
+    # A frequent token's gradients are many: summed in float32, whatever the table's dtype.
+    table, ids = residuals
+    ids = jnp.clip(ids, 0, table.shape[0] - 1)
+    return jnp.zeros(table.shape, jnp.float32).at[ids].add(g.astype(jnp.float32)).astype(table.dtype), None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+def _place_here(size: int, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The places of ids in this device's share of the vocabulary, and whether they are in it."""
+    place = ids - (jax.lax.axis_index("tensor") * size if sharding.shards("tensor") > 1 else 0)
+    return place, (place >= 0) & (place < size)
+
+
+class Head(nnx.Module):
+    """Hidden states to logits, (D, V)."""
+
+    def __init__(self, config: ModelConfig, scope: Scope):
+        self.weight = scope.declare(
+            "weight",
+            (config.hidden_size, config.vocab_size),
+            ("embed", "vocab"),
+            normal(config.initializer_range),
+            layout=LINEAR,
+        )
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """(B, L, D) → (B, L, V) float32"""
+        return _logits(h, use(self.weight, h.dtype))
+
+    def log_probabilities(self, h: jax.Array, ids: jax.Array) -> jax.Array:
+        """log softmax(logits)[ids], in tiles of positions so that the logits of all of them never exist together.
+
+        Args:
+          h: (B, L, D). ids: (B, L) int32, in range.
+
+        Returns:
+          (B, L) float32.
+        """
+        function = sharding.local(_log_probabilities, ((*_TOKENS, None), (None, "vocab"), _TOKENS), _TOKENS)
+        return function(h, use(self.weight, h.dtype), ids)
+
+
+def _logits(h: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.matmul(h, weight, precision=precision_of(h.dtype), preferred_element_type=jnp.float32)
+
+
+def _log_probabilities(h, weight, ids):
+    tokens, width, size = ids.size, h.shape[-1], weight.shape[1]
+    tile = max(1, _MAX_LOGITS // size)
+    if tokens <= tile:
+        return _tile_log_probabilities(h.reshape(-1, width), ids.reshape(-1), weight).reshape(ids.shape)
+    tiles = -(-tokens // tile)
+    tile = -(-tokens // tiles)
+    padding = tiles * tile - tokens
+    h = jnp.pad(h.reshape(-1, width), [(0, padding), (0, 0)]).reshape(tiles, tile, width)
+    targets = jnp.pad(ids.reshape(-1), (0, padding)).reshape(tiles, tile)
+    # The weight goes in as float32, so that its gradient is summed over the tiles in float32.
+    wide = weight.astype(jnp.float32)
+
+    @jax.checkpoint
+    def one_tile(inputs):
+        return _tile_log_probabilities(*inputs, wide.astype(weight.dtype))
+
+    return jax.lax.map(one_tile, (h, targets)).reshape(-1)[:tokens].reshape(ids.shape)
+
+
+def _tile_log_probabilities(h: jax.Array, ids: jax.Array, weight: jax.Array) -> jax.Array:
+    """(T, D) and (T,) → (T,) float32, with this device's share (D, V/n) of the weight."""
+    logits = _logits(h, weight)
+    place, _ = _place_here(weight.shape[1], ids)
+    # Chosen by comparison and not by gather, whose gradient would be a scatter into an array of the logits' size.
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == place[:, None]
+    summed, largest = _over_vocabulary()
+    high = largest(jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+    normalizer = high + jnp.log(summed(jnp.sum(jnp.exp(logits - high[:, None]), axis=-1)))
+    return summed(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)) - normalizer
+
+
+def _over_vocabulary():
+    """Sum and maximum over the devices that share the vocabulary."""
+    if sharding.shards("tensor") == 1:
+        return (lambda v: v), (lambda v: v)
+    return functools.partial(jax.lax.psum, axis_name="tensor"), functools.partial(jax.lax.pmax, axis_name="tensor")

@@ -1,0 +1,5 @@
+"""What a run needs of hardware that is not there: the real step, compiled for it.
+
+hardware.py   topologies by name, and the memory of their devices
+plan.py       a config's train step compiled for one of them: bytes by kind, gates, time
+"""

@@ -1,0 +1,249 @@
+"""How arrays lie on a mesh of devices: its axes, and the rules from logical axes to them.
+
+| mesh axis | what it divides |
+|---|---|
+| data | the batch; everything else is repeated along it |
+| fsdp | the batch, and every matrix at rest (ZeRO-3: gathered where it is used, one layer at a time) |
+| sequence | the positions of a sequence; matrices at rest as well |
+| expert | the routed experts; the batch and all other matrices at rest as well |
+| tensor | heads, Mamba channels, widths of MLPs and experts, the vocabulary |
+
+Parameters carry logical axes (`Parameter.axes`), activations are given theirs where it matters. Both are looked up in
+`RULES`. The mesh is the one in force (`jax.set_mesh`); without one, or on one device, nothing here does anything, and
+the program is the one that runs on a laptop.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from twotower_jax.config import ModelConfig
+
+if TYPE_CHECKING:  # parameters.py imports this module
+    from twotower_jax.parameters import Parameter
+
+MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
+BATCH = ("data", "fsdp", "expert")
+
+Axes = tuple[str | None, ...]
+# Where a declared parameter goes.
+Placement = Callable[["Parameter"], jax.sharding.Sharding]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The mesh axes that divide a logical axis: of parameters at rest, and of parameters in use and of activations."""
+
+    stored: tuple[str, ...]
+    used: tuple[str, ...]
+
+
+RULES: Mapping[str, Rule] = {
+    # Of parameters. A mesh axis divides an array once: the experts' matrices leave "expert" to their first axis.
+    "layers": Rule((), ()),
+    "experts": Rule(("expert",), ("expert",)),
+    "embed": Rule(("fsdp", "sequence", "expert"), ()),
+    "vocab": Rule(("tensor",), ("tensor",)),
+    "heads": Rule(("tensor",), ("tensor",)),
+    "kv_heads": Rule(("tensor",), ()),  # few: computed everywhere
+    "mamba_in": Rule(("tensor",), ()),  # z, x, B, C and dt side by side: divided once they are apart
+    "mamba_inner": Rule(("tensor",), ("tensor",)),
+    "mamba_heads": Rule(("tensor",), ("tensor",)),
+    "mlp": Rule(("tensor",), ("tensor",)),
+    "expert_mlp": Rule(("tensor",), ("tensor",)),
+    # Of activations.
+    "batch": Rule((), BATCH),
+    "length": Rule((), ("sequence",)),
+    "shard": Rule((), ("sequence",)),  # one entry for each part of a sequence
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis of the mesh; -1, for one of them, takes all that are left."""
+
+    data: int = 1
+    fsdp: int = 1
+    sequence: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh: {name}={size} must be at least 1, or -1 for all devices that are left")
+        if sum(size == -1 for size in sizes.values()) > 1:
+            raise ValueError("mesh: only one axis can be -1")
+
+    def resolve(self, devices: int) -> "MeshShape":
+        """With -1 replaced.
+
+        Raises:
+          ValueError: if the axes do not multiply to the number of devices.
+        """
+        sizes = dataclasses.asdict(self)
+        given = math.prod(size for size in sizes.values() if size != -1)
+        sizes = {name: devices // given if size == -1 else size for name, size in sizes.items()}
+        if math.prod(sizes.values()) != devices:
+            text = " × ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items() if size != 1) or "1"
+            raise ValueError(f"mesh: {text} does not fit {devices} devices")
+        return MeshShape(**sizes)
+
+    @property
+    def batch_shards(self) -> int:
+        return math.prod(getattr(self, axis) for axis in BATCH)
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices (or of those given), neighbors along "tensor" being nearest to one another.
+
+    Raises:
+      ValueError: if the shape does not fit them.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = shape.resolve(len(devices))
+    sizes = tuple(getattr(shape, axis) for axis in MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def check_fits(shape: MeshShape, model: ModelConfig, batch_size: int, sequence_length: int, block_size: int) -> None:
+    """Refuses a mesh (resolved) that cannot divide a model and its batches evenly.
+
+    Raises:
+      ValueError: naming the axis and what it does not divide.
+    """
+
+    def divides(axis: str, size: int, whole: int, name: str):
+        if whole % size:
+            raise ValueError(f"mesh: {axis}={size} does not divide {name}={whole}")
+
+    divides(" × ".join(BATCH), shape.batch_shards, batch_size, "the batch, or the part of it taken at once,")
+    divides("sequence", shape.sequence, sequence_length, "sequence_length")
+    if shape.sequence > 1:
+        divides("sequence × block_size", shape.sequence * block_size, sequence_length, "sequence_length")
+        if sequence_length // shape.sequence < model.conv_kernel:
+            raise ValueError(f"mesh: sequence={shape.sequence} leaves a device fewer than {model.conv_kernel} tokens")
+    pattern, tensor = model.hybrid_override_pattern, shape.tensor
+    divides("tensor", tensor, model.vocab_size, "vocab_size")
+    if "M" in pattern:
+        divides("tensor", tensor, model.n_groups, "n_groups")
+    if "*" in pattern:
+        divides("tensor", tensor, model.num_attention_heads, "num_attention_heads")
+        ratio, heads = model.num_attention_heads // model.num_key_value_heads, model.num_attention_heads // tensor
+        if heads % ratio and ratio % heads:
+            raise ValueError(f"mesh: tensor={tensor} gives a device {heads} heads, which do not read whole key heads")
+    if "E" in pattern:
+        divides("expert", shape.expert, model.n_routed_experts, "n_routed_experts")
+        divides("tensor", tensor, model.moe_intermediate_size, "moe_intermediate_size")
+        if model.n_shared_experts:
+            divides("tensor", tensor, model.moe_shared_expert_intermediate_size, "moe_shared_expert_intermediate_size")
+    if "-" in pattern:
+        divides("tensor", tensor, model.intermediate_size, "intermediate_size")
+
+
+def shards(axis: str) -> int:
+    """The number of devices along an axis of the mesh in force; 1 without one."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
+def _on_mesh() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], *, stored: bool = False) -> PartitionSpec:
+    """How an array with these logical axes is divided over a mesh of these sizes.
+
+    A dimension takes the mesh axes of its rule, each once an array, as long as their product divides it. Vectors are
+    stored whole everywhere: dividing them would save nothing.
+    """
+    if stored and len(axes) - axes.count("layers") < 2:
+        return PartitionSpec()
+    taken: set[str] = set()
+    # The experts' axis first, whatever its place: what it takes is not left for the others.
+    order = sorted(range(len(axes)), key=lambda i: axes[i] != "experts")
+    parts: list[tuple[str, ...]] = [()] * len(axes)
+    for i in order:
+        if axes[i] is None:
+            continue
+        rule = RULES[axes[i]]
+        count = 1
+        for axis in rule.stored if stored else rule.used:
+            if axis in taken or sizes.get(axis, 1) == 1 or shape[i] % (count * sizes[axis]):
+                continue
+            count *= sizes[axis]
+            taken.add(axis)
+            parts[i] += (axis,)
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def stored_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter, its gradient and its moments lie."""
+    return NamedSharding(mesh, spec(axes, shape, mesh.shape, stored=True))
+
+
+def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+    """Where a batch of token ids (B, L) lies, or of (B,) anything."""
+    return NamedSharding(mesh, PartitionSpec(BATCH, *(("sequence",) if ndim > 1 else ())))
+
+
+def constrain(x: jax.Array, axes: Axes, *, stored: bool = False) -> jax.Array:
+    """An activation with its logical axes, laid out so; with `stored`, a gradient, laid out as its parameter is."""
+    if not _on_mesh():
+        return x
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes, stored=stored))
+
+
+def gathered(value: jax.Array, axes: Axes) -> jax.Array:
+    """A parameter as it is used: whole but for its experts and widths. Its gradient is summed into where it lies."""
+    return _gather(value, axes) if _on_mesh() else value
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(value, axes):
+    return constrain(value, axes)
+
+
+def _gather_forward(value, axes):
+    return constrain(value, axes), None
+
+
+def _gather_backward(axes, _, gradient):
+    return (constrain(gradient, axes, stored=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`function` on every device's own part of the arrays, which is what kernels want; without a mesh, `function`.
+
+    Args:
+      function: of local arrays; it may use collectives over axes that `shards` says to exist.
+      inputs: logical axes of every argument, as a prefix of the tree of arguments: tuples of names.
+      outputs: the same of what it returns. A dimension must be divisible by the devices along its axis.
+    """
+    if not _on_mesh():
+        return function
+    present = {axis for axis in MESH_AXES if shards(axis) > 1}
+
+    def to_spec(axes):
+        parts = [tuple(a for a in (RULES[axis].used if axis else ()) if a in present) for axis in axes]
+        return PartitionSpec(*(part or None for part in parts))
+
+    def to_specs(tree):
+        return jax.tree.map(to_spec, tree, is_leaf=_is_axes)
+
+    return jax.shard_map(function, in_specs=to_specs(inputs), out_specs=to_specs(outputs), check_vma=False)
+
+
+def _is_axes(node: Any) -> bool:
+    # A NamedTuple of axes is a tree of them.
+    return type(node) is tuple and all(axis is None or isinstance(axis, str) for axis in node)
