@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.learning_rate = 1e-4
     config.final_learning_rate = 1e-6
     config.dtype = "bfloat16"
-    config.remat = True
+    config.remat = "layer"
     config.validation_every = 5_000
     config.checkpoint_every = 1_000
     return config

@@ -1,6 +1,7 @@
 """Training: settings, schedules, the step, the objectives under every variant, runs and how they resume."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
@@ -25,10 +26,12 @@ from twotower_jax.diffusion import LossSum, next_token_cross_entropy
 from twotower_jax.parameters import bind, flatten, parameter_table, unflatten
 from twotower_jax.tower import Execution
 from twotower_jax.train.config import CHANGEABLE, TrainConfig, base_config, freeze
+from twotower_jax.train.distributed import Placement
 from twotower_jax.train.loop import train
 from twotower_jax.train.metrics import METRICS, LossWindow, MetricsWriter, duration, last_row
 from twotower_jax.train.objectives import Denoiser, NoiseKey, make_objective
 from twotower_jax.train.schedule import BlockStage, WarmupStableDecay, block_stages, learning_rate
+from twotower_jax.train.skips import Batch, blame
 from twotower_jax.train.start import make_start
 from twotower_jax.train.step import (
     abstract_state,
@@ -294,6 +297,32 @@ def test_the_step_is_adamw_on_the_clipped_gradient(make_config, random_params, q
         np.testing.assert_allclose(flatten(after.params)[path], before - 2e-2 * step, rtol=1e-3, atol=1e-5)
 
 
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(make_config, random_params, quick_jit):
+    config = make_config(warmup_fraction=0.5)
+    config = dataclasses.replace(config, model=dict(config.model) | {"hybrid_override_pattern": "-"})
+    objective = make_objective(config, config.model_config(20))
+    trained, frozen = split(objective, random_params(objective.model))
+    optimizer = make_optimizer(config, tables(objective)[0])
+    # Token 19 breaks whatever row it is in.
+    trained["tower"]["embeddings"] = trained["tower"]["embeddings"].at[19].set(jnp.inf)
+    ids = jax.random.randint(jax.random.key(1), (6, 8), 0, 19)
+    step = quick_jit(make_step(config, objective, optimizer, 8))
+    before, metrics = step(initial_state(optimizer, trained), frozen, ids)
+    assert not metrics.skipped
+    broken = ids.at[2, 3].set(19).at[5, 0].set(19)
+    after, metrics = step(before, frozen, broken)
+    assert metrics.skipped and not jnp.isfinite(metrics.grad_norm) and after.step == before.step + 1 == 2
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    jax.tree.map(np.testing.assert_array_equal, before.optimizer, after.optimizer)
+    # The schedule goes by the updates that were made: the next step has the rate of the one left out.
+    _, again = step(after, frozen, ids)
+    assert not again.skipped and again.learning_rate == metrics.learning_rate > 0
+
+    noise = functools.partial(NoiseKey, config.seed, 1)
+    found = blame(objective, noise, 8, before.params, frozen, Batch(np.asarray(broken), broken), Placement())
+    assert found.rows == [2, 5] and found.tokens[5].tolist() == broken[5].tolist()
+
+
 # Variants.
 
 TWO_LAYERS = MODEL | {"hybrid_override_pattern": "M*", "hidden_size": 16}
@@ -399,10 +428,10 @@ def test_the_frozen_tower_is_untouched(backbone_run, denoiser_run):
         path for path in buffers if path[0] == "denoiser_tower"
     }
     # Neither the frozen tower nor moments for it are in the step's checkpoint.
-    with orbax_steps.steps(denoiser_run[1] / workdir.CHECKPOINTS) as manager:
-        metadata = manager.item_metadata(12)
-    assert "context_tower" not in metadata["params"] and "context_head" not in metadata["params"]
-    assert "context_tower" not in metadata["optimizer"]["1"]["0"]["mu"]
+    step = denoiser_run[1] / workdir.CHECKPOINTS / "12"
+    stored, moments = orbax_steps.stored_arrays(step / "params"), orbax_steps.stored_arrays(step / "optimizer")
+    assert "context_tower" not in stored and "context_head" not in stored
+    assert "context_tower" not in moments["1"]["0"]["mu"]
     assert (denoiser_run[1] / workdir.FROZEN).is_dir()
 
 
@@ -431,6 +460,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name, request, tmp_pa
     assert states[0][3]["data"]["step"] == 12
     lines.clear()
     assert train(config, copy, lines.append).metrics["step"] == 12 and "nothing to do" in lines[-1]
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(backbone_run, tmp_path, quiet):
+    config, folder, _ = backbone_run
+    asked = iter([""] * 7 + ["SIGTERM"])
+    result = train(config, tmp_path / "run", quiet, stop=lambda: next(asked))
+    assert (result.step, result.stopped) == (6, "SIGTERM")
+    assert orbax_steps.committed_steps(tmp_path / "run" / workdir.CHECKPOINTS) == [4, 6]
+    # Before any step there is nothing to save, and nothing is lost either.
+    assert train(config, tmp_path / "run", quiet, stop=lambda: "SIGINT").step == 6
+    result = train(config, tmp_path / "run", quiet)
+    assert (result.step, result.stopped) == (12, "")
+    assert rows(tmp_path / "run") == rows(folder)
+    assert same_bits(workdir.load(tmp_path / "run")[1], workdir.load(folder)[1])
 
 
 def test_the_validation_loss_is_that_of_the_held_out_text(backbone_run, quick_jit):
@@ -495,9 +538,15 @@ def test_folders_that_are_no_workdir_are_refused(make_config, tmp_path, quiet):
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(make_config, tmp_path, quiet):
     config = make_config(learning_rate=1e30, warmup_fraction=0.0, decay_fraction=0.0, checkpoint_every=1)
     config = dataclasses.replace(config, model=dict(config.model) | {"hybrid_override_pattern": "-"})
-    with pytest.raises(FloatingPointError, match="step 2: loss .*, gradient norm (nan|inf): not finite"):
-        train(config, tmp_path / "run", quiet)
-    assert orbax_steps.latest_step(tmp_path / "run" / workdir.CHECKPOINTS) == 1
+    config = dataclasses.replace(config, max_skipped_steps=2)
+    lines = []
+    with pytest.raises(FloatingPointError) as error:
+        train(config, tmp_path / "run", lines.append)
+    assert [line.split(":")[0] for line in lines if "left out" in line] == ["step 2", "step 3"]
+    # The weights, and not some of the sequences, are to blame: the first eight rows would be named, there are five.
+    assert "step 4: loss" in str(error.value) and "3 steps in a row (max_skipped_steps=2)" in str(error.value)
+    assert "rows of the batch to blame: 0, 1, 2, 3, 4; row 0 begins" in str(error.value)
+    assert orbax_steps.latest_step(tmp_path / "run" / workdir.CHECKPOINTS) == 3
 
 
 # Checkpoints.
@@ -507,18 +556,25 @@ def test_only_the_newest_finished_checkpoints_stay_and_count(backbone_run, tmp_p
     folder = backbone_run[1] / workdir.CHECKPOINTS
     assert sorted(p.name for p in folder.iterdir()) == ["12", "8"]
     shutil.copytree(folder, tmp_path / "steps")
-    shutil.copytree(folder / "12", tmp_path / "steps" / "16.orbax-checkpoint-tmp")
+    shutil.copytree(folder / "12", tmp_path / "steps" / "16.writing.orbax-checkpoint-tmp")
+    shutil.copytree(folder / "12", tmp_path / "steps" / "4.removed")
     shutil.copytree(folder / "12", tmp_path / "steps" / "20")
-    (tmp_path / "steps" / "20" / "commit_success.txt").unlink()
+    (tmp_path / "steps" / "20" / orbax_steps.HASHES).unlink()
     assert orbax_steps.latest_step(tmp_path / "steps") == 12
+    orbax_steps.clean_up(tmp_path / "steps")
+    assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["12", "20", "8"]
     assert orbax_steps.latest_step(tmp_path / "nothing") is None
 
 
 def test_arrays_of_another_kind_are_refused(tmp_path):
     arrays = {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(4)}
-    orbax_steps.save_arrays(tmp_path / "arrays", arrays)
+    writer = orbax_steps.FolderWriter()
+    writer.start(tmp_path / "folder", {"tree": arrays}, {})
+    writer.wait()
+    writer.close()
+    arrays_folder = tmp_path / "folder" / "tree"
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-    assert same_bits(orbax_steps.restore_arrays(tmp_path / "arrays", target), arrays)
+    assert same_bits(orbax_steps.restore_arrays(arrays_folder, target), arrays)
     for wrong, message in [
         (target | {"b": jax.ShapeDtypeStruct((4,), jnp.bfloat16)}, "array b is float32"),
         (target | {"b": jax.ShapeDtypeStruct((5,), jnp.float32)}, "expected float32 [5]"),
@@ -526,7 +582,7 @@ def test_arrays_of_another_kind_are_refused(tmp_path):
         ({"a": target["a"]}, "array b is not of this model"),
     ]:
         with pytest.raises(CheckpointError) as error:
-            orbax_steps.restore_arrays(tmp_path / "arrays", wrong)
+            orbax_steps.restore_arrays(arrays_folder, wrong)
         assert message in str(error.value)
     with pytest.raises(CheckpointError, match="no such folder"):
         orbax_steps.restore_arrays(tmp_path / "nothing", target)

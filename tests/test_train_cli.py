@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = '''
+CONFIG = """
 from twotower_jax.train.config import base_config
 
 
@@ -33,7 +33,7 @@ def get_config():
     config.log_every = 1
     config.checkpoint_every = 1
     return config
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 def start(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
     # Little optimization: the step runs a few times only.
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
@@ -76,6 +76,8 @@ REFUSED = [
     (("--config=config.py", "--workdir=w", "--config.sequence_length=96000"), "sequence_length 96000"),
     (("--config=config.py", "--workdir=config.py"), "config.py is a file"),
     (("--config=config.py", "--workdir=text"), "holds files but no config.json"),
+    (("--config=config.py", "--workdir=w", "--profile_steps=5"), "profile_steps='5' is not FIRST:LAST"),
+    (("--config=config.py", "--workdir=w", "--process_id=1"), "--num_processes and --process_id belong together"),
 ]
 
 
@@ -98,6 +100,7 @@ def test_a_run_and_its_continuation(folder):
     run = folder / "deep" / "run"
     assert {path.name for path in run.iterdir()} >= {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoints"}
     assert "parameters train" in out and "step 3/3" in out and "tokens/s" in out and "left" in out
+    assert "memory of each device:" in out and "FLOPs a step" in out and "tokens a step" in out
     assert json.loads((run / "config.json").read_text())["learning_rate"] == 0.01
 
     other = start(folder, *arguments, "--config.seed=1")

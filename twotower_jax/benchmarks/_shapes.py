@@ -32,6 +32,28 @@ def tiny_config() -> ModelConfig:
     )
 
 
+def demo_config() -> ModelConfig:
+    """The shape of the demonstration model, configs/tiny.py."""
+    return ModelConfig(
+        vocab_size=1024,
+        hidden_size=128,
+        hybrid_override_pattern="MEM*E",
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=32,
+        n_groups=2,
+        chunk_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        moe_shared_expert_intermediate_size=256,
+        routed_scaling_factor=2.5,
+    )
+
+
 def abstract_params(module: nnx.Module) -> Params:
     """Shapes of a module's parameters, float32."""
     table = parameter_table(module)

@@ -22,7 +22,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    model = TwoTower(dataclasses.replace(tiny_config(), chunk_size=_CHUNK), execution=Execution(remat=True))
+    model = TwoTower(dataclasses.replace(tiny_config(), chunk_size=_CHUNK), execution=Execution(remat="unit"))
     config = model.config
     mamba_layers = config.hybrid_override_pattern.count("M")
     state = config.mamba_inner * config.ssm_state_size * 4

@@ -36,11 +36,11 @@ def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
         try:
             _clear(partial)
             yield partial
-            _sync(partial)
+            sync_tree(partial)
             if os.path.lexists(final):
                 raise ValueError(f"{final}: came into being meanwhile")
             partial.rename(final)
-            _fsync(final.parent)
+            sync_path(final.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -56,14 +56,14 @@ def _clear(folder: pathlib.Path) -> None:
             entry.unlink()
 
 
-def _sync(folder: pathlib.Path) -> None:
+def sync_tree(folder: pathlib.Path) -> None:
     """Waits until every file and folder below is on the disk."""
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(_fsync, (entry for entry in folder.rglob("*"))))
-    _fsync(folder)
+        list(pool.map(sync_path, (entry for entry in folder.rglob("*"))))
+    sync_path(folder)
 
 
-def _fsync(path: pathlib.Path) -> None:
+def sync_path(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

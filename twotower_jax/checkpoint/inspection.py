@@ -98,10 +98,9 @@ def _workdir(path: pathlib.Path):
     step = orbax_steps.latest_step(path / workdir.CHECKPOINTS)
     if step is None:
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
-    with orbax_steps.steps(path / workdir.CHECKPOINTS) as manager:
-        trees = {"": orbax_steps.stored_params(manager, step)}
+    trees = {"": orbax_steps.stored_arrays(path / workdir.CHECKPOINTS / str(step) / workdir.PARAMS)}
     if (path / workdir.FROZEN).is_dir():
-        trees["frozen: "] = orbax_steps.stored_arrays(path / workdir.FROZEN)
+        trees["frozen: "] = orbax_steps.stored_arrays(path / workdir.FROZEN / workdir.PARAMS)
     found = [
         {"name": label + "/".join(array_path), "dtype": str(array.dtype), "shape": list(array.shape)}
         for label, tree in trees.items()

@@ -87,11 +87,11 @@ def read(folder: pathlib.Path) -> Manifest:
     for field in ("source_files", "files"):
         if not isinstance(raw[field], dict):
             fail(f"has {field} that are not an object")
-        raw[field] = {name: _digest(path, name, value) for name, value in raw[field].items()}
+        raw[field] = {name: parse_digest(path, name, value) for name, value in raw[field].items()}
     return Manifest(**raw)
 
 
-def _digest(path: pathlib.Path, name: str, value: Any) -> Digest:
+def parse_digest(path: pathlib.Path, name: str, value: Any) -> Digest:
     parts = pathlib.PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\0" in name:
         raise CheckpointError(f"{path}: lists {name!r}, which is outside the checkpoint's folder")

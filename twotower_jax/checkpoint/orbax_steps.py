@@ -1,120 +1,184 @@
-"""Orbax under a workdir: the steps of `checkpoints/`, and single folders of arrays.
+"""Folders of arrays under a workdir, written by Orbax in the background: the steps of `checkpoints/`, and `frozen/`.
 
-What Orbax leaves to its caller is done here: every array is compared with what is expected before it is read (it casts
-float32 to bfloat16 or int32 without a word), placed on this process's devices and not those of the run that saved, and
-every save is waited for (a failed one that nobody waits for is silent).
+    FOLDER/TREE/…        Orbax, one folder for each tree of arrays
+    FOLDER/NAME.json     JSON values beside them
+    FOLDER/hashes.json   size and SHA-256 of every other file
+
+A folder takes its name last, in one renaming, when all of it is written, hashed and on the disk. What Orbax leaves to
+its caller is done here: an error of a background save is kept until somebody asks; files are hashed, and compared with
+their hashes before they are read (flipped bits load silently); every array is compared with what is expected (float32
+is cast to bfloat16 or int32 without a word); and arrays are placed as the reader wants, not as the writer had them.
 """
 
+import contextlib
+import functools
+import json
+import logging
+import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.checkpoint import manifest
+from twotower_jax.checkpoint.atomic import sync_path, sync_tree
+from twotower_jax.checkpoint.files import CheckpointError, read_json
 from twotower_jax.parameters import Params, flatten, unflatten
 
-# The parts of a step.
-PARAMS, OPTIMIZER, RUN = "params", "optimizer", "run"
+HASHES = "hashes.json"
+_PARTIAL, _REMOVED = ".writing", ".removed"
+# Writing that takes longer has failed.
+_PATIENCE_SECONDS = 3600
+
+
+class SaveError(RuntimeError):
+    """What a run has to keep could not be written; the message says what and why."""
+
+
+def committed_steps(folder: pathlib.Path) -> list[int]:
+    """The numbers of all whole checkpoints, in order."""
+    return sorted(int(step.name) for step in folder.glob("*") if step.name.isdecimal() and (step / HASHES).exists())
 
 
 def latest_step(folder: pathlib.Path) -> int | None:
-    """The newest step whose checkpoint is complete: Orbax renames a checkpoint to its number as the last thing."""
-    return max(_committed_steps(folder), default=None)
+    """The newest whole checkpoint."""
+    return max(committed_steps(folder), default=None)
 
 
-def _committed_steps(folder: pathlib.Path) -> Iterator[int]:
-    for step in folder.glob("*"):
-        if step.name.isdecimal() and (step / "commit_success.txt").exists():
-            yield int(step.name)
+class FolderWriter:
+    """Writes folders one after another in the background.
 
-
-def steps(folder: pathlib.Path, keep: int | None = None) -> ocp.CheckpointManager:
-    """The steps of a folder, for reading, or with `keep` for writing and keeping the newest so many as well.
-
-    To be closed after use; a context manager.
+    Every process of a run calls it alike and writes its parts of the arrays; process 0 completes the folder. An error
+    of the background is raised by the next call, whichever it is.
     """
-    return ocp.CheckpointManager(
-        folder.absolute(),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=keep is not None,
-            cleanup_tmp_directories=keep is not None,
-            enable_async_checkpointing=False,
-        ),
-        item_handlers={
-            PARAMS: ocp.StandardCheckpointHandler(),
-            OPTIMIZER: ocp.StandardCheckpointHandler(),
-            RUN: ocp.JsonCheckpointHandler(),
-        },
-    )
+
+    def __init__(self):
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_PATIENCE_SECONDS)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        _say_failures_once()
+
+    def start(
+        self,
+        final: pathlib.Path,
+        trees: Mapping[str, Params],
+        values: Mapping[str, Any],
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begins to write a folder, which replaces one of that name; returns when the arrays may change.
+
+        Args:
+          trees: nested dictionaries of global arrays, by name.
+          values: JSON-able, by name.
+          then: is called on process 0 when the folder is complete.
+
+        Raises:
+          SaveError: if the folder before this one could not be written, or this one not be begun.
+        """
+        self.wait()
+        final = final.absolute()
+        partial = final.with_name(final.name + _PARTIAL)
+        with _as_save_error(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+            self._checkpointer.save(partial, args=ocp.args.Composite(**items), force=True)
+        self._thread = threading.Thread(target=self._finish, args=(partial, final, dict(values), then), daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error waits to be raised."""
+        return self._error is not None
+
+    def raise_failure(self) -> None:
+        """Raises SaveError if a save has failed; does not wait for one that is under way."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Returns when all is on the disk; raises SaveError if it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_failure()
+
+    def close(self) -> None:
+        """Lets go of Orbax's threads, after `wait`."""
+        self._checkpointer.close()
+
+    def _finish(self, partial: pathlib.Path, final: pathlib.Path, values: Mapping[str, Any], then: Callable[[], None]):
+        try:
+            with _as_save_error(final):
+                self._checkpointer.wait_until_finished()
+                if jax.process_index() == 0:
+                    _commit(partial, final, values)
+                    then()
+        except BaseException as error:  # whatever it is, the thread that trains has to hear of it
+            self._error = error
 
 
-def save_step(manager: ocp.CheckpointManager, step: int, params: Params, optimizer: Params, run: Mapping[str, Any]):
-    """Saves a step of nested dictionaries of arrays and JSON values; it is on disk when this returns."""
-    items = {
-        PARAMS: ocp.args.StandardSave(params),
-        OPTIMIZER: ocp.args.StandardSave(optimizer),
-        RUN: ocp.args.JsonSave(dict(run)),
-    }
-    saved = manager.save(step, args=ocp.args.Composite(**items), force=True)
-    manager.wait_until_finished()
-    if not saved:
-        raise RuntimeError(f"{manager.directory}: step {step} was not saved")
+def clean_up(folder: pathlib.Path, name: str = "*") -> None:
+    """Removes what a killed process left half written or half removed of the folders called `name`."""
+    for kind in (_PARTIAL, _REMOVED):
+        for entry in folder.glob(f"{name}{kind}*"):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
-def stored_params(manager: ocp.CheckpointManager, step: int) -> Params:
-    """Shape and dtype of every parameter of a step."""
-    return manager.item_metadata(step)[PARAMS]
+def keep_newest(folder: pathlib.Path, count: int) -> None:
+    """Removes all but the newest `count` checkpoints. One that is half removed has no number any more."""
+    for step in committed_steps(folder)[:-count]:
+        removed = folder / f"{step}{_REMOVED}"
+        (folder / str(step)).rename(removed)
+        shutil.rmtree(removed)
 
 
-def restore_step(manager: ocp.CheckpointManager, step: int, targets: Mapping[str, Params]) -> dict[str, Params]:
-    """Reads parts of a step into trees of `jax.ShapeDtypeStruct`.
+def verify(folder: pathlib.Path, *, only: str = "") -> None:
+    """Compares the files of a folder, or of its tree `only`, with their hashes; each process reads a share.
+
+    Raises:
+      CheckpointError: naming the file that differs or is missing.
+    """
+    path = folder / HASHES
+    files = read_json(path)
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path}: is not an object of hashes by file")
+    files = {name: manifest.parse_digest(path, name, value) for name, value in files.items()}
+    manifest.verify(folder, files, [name for name in files if name.startswith(f"{only}/" if only else "")])
+
+
+def stored_arrays(folder: pathlib.Path) -> Params:
+    """Shape and dtype of every array of a tree's folder.
+
+    Raises:
+      CheckpointError: if the folder is not there, or is not one of Orbax.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; the checkpoint is not whole")
+    try:
+        return ocp.StandardCheckpointHandler().metadata(folder.absolute()).tree
+    except (AttributeError, FileNotFoundError) as error:
+        raise CheckpointError(f"{folder}: is not a folder of arrays ({error})") from None
+
+
+def restore_arrays(folder: pathlib.Path, target: Params) -> Params:
+    """Reads a tree's folder into a tree of `jax.ShapeDtypeStruct`, each array placed as its target's sharding says.
+
+    Without a sharding, on this process's first device.
 
     Raises:
       CheckpointError: if an array is missing, left over, or of another shape or dtype.
     """
-    metadata = manager.item_metadata(step)
-    for name, target in targets.items():
-        _check_fits(pathlib.Path(manager.directory) / str(step) / name, metadata[name], target)
-    arguments = {name: ocp.args.StandardRestore(_placed(target)) for name, target in targets.items()}
-    return dict(manager.restore(step, args=ocp.args.Composite(**arguments)))
-
-
-def restore_run(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The JSON values of a step."""
-    return manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
-
-
-def save_arrays(folder: pathlib.Path, arrays: Params) -> None:
-    """Writes a folder of arrays, replacing what is there; all of it or nothing."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), arrays, force=True)
-        checkpointer.wait_until_finished()
-
-
-def stored_arrays(folder: pathlib.Path) -> Params:
-    """Shape and dtype of every array of a folder.
-
-    Raises:
-      CheckpointError: if the folder is not there.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; the frozen parameters are missing")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.metadata(folder.absolute()).item_metadata.tree
-
-
-def restore_arrays(folder: pathlib.Path, target: Params) -> Params:
-    """Reads a folder of arrays into a tree of `jax.ShapeDtypeStruct`.
-
-    Raises:
-      CheckpointError: as in `restore_step`.
-    """
     _check_fits(folder, stored_arrays(folder), target)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute(), _placed(target))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or device), target)
+    return ocp.StandardCheckpointHandler().restore(folder.absolute(), args=ocp.args.StandardRestore(placed))
 
 
 def name_leaves(tree: Any) -> tuple[Params, Any]:
@@ -130,6 +194,66 @@ def unname_leaves(named: Params, order: Params, structure: Any) -> Any:
     return jax.tree.unflatten(structure, [leaves[path] for path in flatten(order)])
 
 
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replaces a small file, which is on the disk when this returns.
+
+    Raises:
+      SaveError: if it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with _as_save_error(path):
+        partial.write_text(text, encoding="utf-8")
+        sync_path(partial)
+        os.replace(partial, path)
+        sync_path(path.parent)
+
+
+def _commit(partial: pathlib.Path, final: pathlib.Path, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        (partial / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda name: manifest.digest_file(partial / name), names)
+        hashes = {name: digest._asdict() for name, digest in zip(names, digests, strict=True)}
+    (partial / HASHES).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
+    sync_tree(partial)
+    if final.exists():
+        removed = final.with_name(final.name + _REMOVED)
+        final.rename(removed)
+        partial.rename(final)
+        shutil.rmtree(removed)
+    else:
+        partial.rename(final)
+    sync_path(final.parent)
+
+
+@contextlib.contextmanager
+def _as_save_error(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except SaveError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SaveError(f"{path}: could not be written: {reason}") from error
+
+
+@functools.cache
+def _say_failures_once() -> None:
+    """Leaves out what would be printed, with tracebacks, beside the error that is raised."""
+    # Orbax logs what it raises as well, and asyncio what all the other writes raised.
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+    # TensorStore has nobody to tell of a write that ends when another one has failed.
+    hook = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = without_closed_loops
+
+
 def _check_fits(where: pathlib.Path, stored: Params, target: Params) -> None:
     stored, target = flatten(stored), flatten(target)
     if odd := sorted(stored.keys() ^ target.keys()):
@@ -142,8 +266,3 @@ def _check_fits(where: pathlib.Path, stored: Params, target: Params) -> None:
                 f"{where}: array {'/'.join(path)} is {found.dtype} {list(found.shape)}, "
                 f"expected {wanted.dtype} {list(wanted.shape)}"
             )
-
-
-def _placed(target: Params) -> Params:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or device), target)

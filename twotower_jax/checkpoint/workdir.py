@@ -2,18 +2,21 @@
 
     config.json        the run's settings, the model's shape among them
     tokenizer.json …   the tokenizer's files
-    frozen/            the parameters that do not train, once
-    checkpoints/STEP/  Orbax: params/ (float32), optimizer/, run/ (step, data position, open sums, settings)
+    frozen/            params/: the parameters that do not train, once
+    checkpoints/STEP/  params/ (float32), optimizer/, run.json (step, data position, open sums, settings)
 
-A workdir belongs to one run: settings that make it another one are refused, with the differences.
+Both kinds of folder appear whole or not at all, with the hashes of their files (`orbax_steps.py`). A workdir belongs to
+one run: settings that make it another one are refused, with the differences. One run at a time writes to it.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +30,8 @@ from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
 CONFIG, CHECKPOINTS, FROZEN = "config.json", "checkpoints", "frozen"
+# The trees of a step's folder and its JSON values; a frozen folder has params alone.
+PARAMS, OPTIMIZER, RUN = "params", "optimizer", "run"
 
 Settings = dict[str, Any]
 
@@ -66,42 +71,75 @@ class Workdir:
         self.model = _model_config(self.path, saved)
         self.step = orbax_steps.latest_step(self.path / CHECKPOINTS)
 
-    def create(self, model: ModelConfig, frozen: Params) -> None:
-        """Writes what a new workdir holds once: settings and frozen parameters."""
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While this run writes to the workdir; process 0 holds the lock, for as long as it lives.
+
+        Raises:
+          ValueError: if another run holds it.
+        """
+        if jax.process_index() > 0:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write_settings(model)
+        lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"workdir {self.path}: another run is training in it; choose another one") from None
+            yield
+        finally:
+            os.close(lock)
+
+    def create(self, model: ModelConfig, frozen: Params) -> None:
+        """Writes what a new workdir holds once: settings and frozen parameters. Every process calls it.
+
+        Raises:
+          SaveError: if it cannot be written.
+        """
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_settings(model)
+            orbax_steps.clean_up(self.path, FROZEN)
         if frozen:
-            orbax_steps.save_arrays(self.path / FROZEN, frozen)
+            writer = orbax_steps.FolderWriter()
+            writer.start(self.path / FROZEN, {PARAMS: frozen}, {})
+            writer.wait()
+            writer.close()
 
     def write_settings(self, model: ModelConfig) -> None:
-        """Writes config.json, all of it or nothing."""
-        settings = self._settings | {"model": dataclasses.asdict(model)}
-        partial = self.path / f"{CONFIG}.partial"
-        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path / CONFIG)
+        """Writes config.json, all of it or nothing; on process 0."""
+        if jax.process_index() == 0:
+            settings = self._settings | {"model": dataclasses.asdict(model)}
+            orbax_steps.write_atomically(self.path / CONFIG, json.dumps(settings, indent=2) + "\n")
 
     def restore(self, params: Params, optimizer: Any, frozen: Params) -> tuple[Params, Any, Params, dict[str, Any]]:
-        """Reads the newest checkpoint.
+        """Reads the newest checkpoint, after comparing its files and those of the frozen parameters with their hashes.
 
         Args:
-          params, optimizer, frozen: trees of `jax.ShapeDtypeStruct` that what is read must fit.
+          params, optimizer, frozen: trees of `jax.ShapeDtypeStruct` that what is read must fit. Each array is placed as
+            its `sharding` says, whatever mesh it was saved from.
 
         Returns:
           params, optimizer state, frozen parameters, and the `run` given to `save`.
 
         Raises:
-          CheckpointError: if an array is missing, left over, or of another shape or dtype.
+          CheckpointError: if a file is not as it was written, or an array is missing, left over, or of another shape or
+            dtype. Nothing falls back to an earlier checkpoint by itself; the message says how to.
         """
-        named, structure = orbax_steps.name_leaves(optimizer)
-        with orbax_steps.steps(self.path / CHECKPOINTS) as manager:
-            run = orbax_steps.restore_run(manager, self.step)
-            targets = {orbax_steps.PARAMS: params, orbax_steps.OPTIMIZER: named}
-            items = orbax_steps.restore_step(manager, self.step, targets)
+        folder = _step_folder(self.path, self.step)
+        if frozen:
+            orbax_steps.verify(self.path / FROZEN)
+        run = read_json(folder / f"{RUN}.json")
         if run["identity"] != _digest(self._identity):
             raise CheckpointError(f"{self.path}: step {self.step} was saved by a run of other settings than {CONFIG}")
-        optimizer = orbax_steps.unname_leaves(items[orbax_steps.OPTIMIZER], named, structure)
-        frozen = orbax_steps.restore_arrays(self.path / FROZEN, frozen) if frozen else {}
-        return items[orbax_steps.PARAMS], optimizer, frozen, run
+        named, structure = orbax_steps.name_leaves(optimizer)
+        params = orbax_steps.restore_arrays(folder / PARAMS, params)
+        optimizer = orbax_steps.restore_arrays(folder / OPTIMIZER, named)
+        optimizer = orbax_steps.unname_leaves(optimizer, named, structure)
+        frozen = orbax_steps.restore_arrays(self.path / FROZEN / PARAMS, frozen) if frozen else {}
+        return params, optimizer, frozen, run
 
     def saver(self, keep: int) -> "Saver":
         """What writes checkpoints, keeping the newest `keep`; a context manager."""
@@ -109,22 +147,55 @@ class Workdir:
 
 
 class Saver:
-    """Writes checkpoints; every save is on disk when it returns."""
+    """Writes checkpoints in the background, one at a time. Every process of a run calls it alike."""
 
     def __init__(self, path: pathlib.Path, keep: int, settings: Settings, digest: str):
-        self._manager = orbax_steps.steps(path / CHECKPOINTS, keep)
+        self._folder, self._keep = path / CHECKPOINTS, keep
         self._about = {"settings": settings, "identity": digest}
+        if jax.process_index() == 0:
+            orbax_steps.clean_up(self._folder)
+        self._writer = orbax_steps.FolderWriter()
 
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # A process of several that leaves alone must not wait for the others; they may be gone.
+        if kind not in (None, FloatingPointError) and jax.process_count() > 1:
+            return
+        # Of two errors the first one counts.
+        with contextlib.suppress(*(() if kind is None else (orbax_steps.SaveError,))):
+            self._writer.wait()
+        self._writer.close()
 
     def save(self, step: int, params: Params, optimizer: Any, run: Mapping[str, Any]) -> None:
-        """Saves a step. `run` is JSON-able and comes back from `Workdir.restore`."""
+        """Begins to save a step; the arrays may change when this returns. Older checkpoints go when it is on the disk.
+
+        `run` is JSON-able and comes back from `Workdir.restore`.
+
+        Raises:
+          SaveError: if this or the one before cannot be written.
+        """
         named, _ = orbax_steps.name_leaves(optimizer)
-        orbax_steps.save_step(self._manager, step, params, named, dict(run) | {"step": step} | self._about)
+        self._writer.start(
+            self._folder / str(step),
+            {PARAMS: params, OPTIMIZER: named},
+            {RUN: dict(run) | {"step": step} | self._about},
+            lambda: orbax_steps.keep_newest(self._folder, self._keep),
+        )
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed."""
+        return self._writer.failed
+
+    def raise_failure(self) -> None:
+        """Raises SaveError if a save has failed; does not wait for one that is under way."""
+        self._writer.raise_failure()
+
+    def wait(self) -> None:
+        """Returns when every save is on the disk; raises SaveError if one could not be written."""
+        self._writer.wait()
 
 
 def load(
@@ -150,12 +221,13 @@ def load(
     step = orbax_steps.latest_step(path / CHECKPOINTS)
     if step is None:
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
+    folder = _step_folder(path, step, only=PARAMS)
     single = settings["objective"] == "autoregressive"
     trained_as = Variant(**settings["variant"])
     variant = variant or (Variant() if single else trained_as)
     stored = Backbone(config) if single else TwoTower(config, trained_as)
     table = parameter_table(stored)
-    params = _read_parameters(path, step, table)
+    params = _read_parameters(path, folder / PARAMS, table)
     model = TwoTower(config, variant)
     if single:
         params = from_backbone(model, params, jax.random.key(0))
@@ -217,20 +289,33 @@ def _digest(identity: Settings) -> str:
 # Parameters of a finished step.
 
 
-def _read_parameters(path: pathlib.Path, step: int, table: Mapping[Path, Parameter]) -> Params:
+def _step_folder(path: pathlib.Path, step: int, only: str = "") -> pathlib.Path:
+    """The folder of a step, whose files are as they were written; `only` one of its trees is looked at."""
+    folder = path / CHECKPOINTS / str(step)
+    try:
+        orbax_steps.verify(folder, only=only)
+    except CheckpointError as error:
+        earlier = max((s for s in orbax_steps.committed_steps(folder.parent) if s < step), default=None)
+        advice = f"to go on from step {earlier}, remove {folder}" if earlier else "there is no earlier checkpoint"
+        raise CheckpointError(f"{error}; {advice}") from None
+    return folder
+
+
+def _read_parameters(path: pathlib.Path, trained: pathlib.Path, table: Mapping[Path, Parameter]) -> Params:
     """Trained and frozen parameters together, in the dtypes stored."""
+
     def target(stored: Mapping[Path, Any]) -> Params:
         if odd := stored.keys() - table.keys():
             raise CheckpointError(f"{path}: array {'/'.join(min(odd))} is not of this model")
         return unflatten({p: jax.ShapeDtypeStruct(table[p].shape, jnp.dtype(stored[p].dtype)) for p in stored})
 
-    with orbax_steps.steps(path / CHECKPOINTS) as manager:
-        stored = flatten(orbax_steps.stored_params(manager, step))
-        items = orbax_steps.restore_step(manager, step, {orbax_steps.PARAMS: target(stored)})
-    params = flatten(items[orbax_steps.PARAMS])
+    def read(folder: pathlib.Path) -> dict[Path, jax.Array]:
+        return flatten(orbax_steps.restore_arrays(folder, target(flatten(orbax_steps.stored_arrays(folder)))))
+
+    params = read(trained)
     if params.keys() != table.keys():
-        stored = flatten(orbax_steps.stored_arrays(path / FROZEN))
-        params |= flatten(orbax_steps.restore_arrays(path / FROZEN, target(stored)))
+        orbax_steps.verify(path / FROZEN)
+        params |= read(path / FROZEN / PARAMS)
     if absent := table.keys() - params.keys():
         raise CheckpointError(f"{path}: array {'/'.join(min(absent))} is missing")
     return unflatten({p: params[p] for p in table})

@@ -14,13 +14,30 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from twotower_jax.config import ModelConfig, Variant
-from twotower_jax.tower import Execution
+from twotower_jax.sharding import MeshShape
+from twotower_jax.tower import REMAT, Execution
 
 OBJECTIVES = ("autoregressive", "denoiser")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # A resumed run may change these: none of them alters the steps already made.
-CHANGEABLE = ("steps", "log_every", "validation_every", "checkpoint_every", "keep_checkpoints", "data")
+CHANGEABLE = (
+    "steps",
+    "log_every",
+    "validation_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data",
+    "mesh",
+    "accumulate",
+    "remat",
+    "max_skipped_steps",
+    "peak_flops",
+    "wandb_project",
+    "sample_every",
+    "sample_prompts",
+    "sample_tokens",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +57,16 @@ class TrainConfig:
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
-    # A .txt file, a .jsonl file or a folder of them; "" is the documentation shipped with Python.
+    # A .txt file, a .jsonl file or a folder of them; a folder made by launch/prepare.py; the prefix of a Megatron set;
+    # or a .json file that mixes several by weight. "" is the documentation shipped with Python. See docs/data.md.
     data: str = ""
+    # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
+    # counts for nothing.
+    reset_at_documents: bool = False
     # Of the tokenizer trained on that text, at most. Unused with init_from.
     vocab_size: int = 2048
-    # Share of the tokens held out for the validation loss, in whole documents; 0 for no validation.
+    # Share of the tokens held out for the validation loss, in whole documents; 0 for no validation. What is held out of
+    # prepared data was decided when they were made.
     validation_fraction: float = 0.01
     # Tokens in a sequence, a multiple of every block size; sequences in a step.
     sequence_length: int = 256
@@ -67,24 +89,40 @@ class TrainConfig:
     seed: int = 0
     # Of activations and of the frozen parameters; trained parameters and their moments are float32.
     dtype: str = "float32"
-    # Recompute activations in the backward pass instead of keeping them.
-    remat: bool = False
+    # What the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each layer;
+    # "unit", which keeps what enters each unit of a repeated segment.
+    remat: str = "none"
+    # Devices along each axis of the mesh, see `MeshShape`; -1, for one of them, takes all that are left.
+    mesh: MeshShape = MeshShape()
+    # Parts of a batch whose gradients are computed one after the other and added up.
+    accumulate: int = 1
     # In steps; 0 validates, or saves, at the end only.
     log_every: int = 10
     validation_every: int = 0
     checkpoint_every: int = 0
     # The newest so many checkpoints stay.
     keep_checkpoints: int = 2
+    # Steps in a row that may be left out because the loss or the gradient is not finite; one more ends the run.
+    max_skipped_steps: int = 5
+    # Of one device, in FLOP/s, for the utilization; 0 looks it up by the device's kind.
+    peak_flops: float = 0.0
+    # Also log to this project of Weights & Biases (package `wandb`).
+    wandb_project: str = ""
+    # Of a denoiser run: continue each of these texts by so many tokens; every so many steps, 0 for never.
+    sample_every: int = 0
+    sample_prompts: tuple = ()
+    sample_tokens: int = 64
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
         _check(self.objective in OBJECTIVES, f"objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
         _check(self.dtype in DTYPES, f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
-        for name in ("steps", "batch_size", "log_every", "keep_checkpoints", "vocab_size"):
+        _check(self.remat in REMAT, f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
+        for name in ("steps", "batch_size", "log_every", "keep_checkpoints", "vocab_size", "accumulate"):
             _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         _check(self.sequence_length >= 2, f"sequence_length={self.sequence_length} must be at least 2")
-        for name in ("validation_every", "checkpoint_every"):
+        for name in ("validation_every", "checkpoint_every", "max_skipped_steps", "peak_flops", "sample_every"):
             _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be at least 0 and less than 2**32")
         _check(
@@ -93,6 +131,7 @@ class TrainConfig:
         )
         self._check_optimizer()
         self._check_blocks()
+        self._check_samples()
 
     def _check_optimizer(self):
         for name in ("learning_rate", "clip_norm"):
@@ -125,11 +164,24 @@ class TrainConfig:
             f"block_curriculum={self.block_curriculum} must start at fraction 0 and go on at increasing ones below 1",
         )
         # Of a backbone too: a denoiser is to be trained on it, on the same sequences.
-        for size in [size for _, size in self.block_curriculum] if self.block_size is None else [self.block_size]:
+        for size in self.block_sizes:
             _check(
                 self.sequence_length % size == 0,
                 f"sequence_length={self.sequence_length} is not a multiple of the block size {size}",
             )
+
+    def _check_samples(self):
+        ok = all(isinstance(prompt, str) and prompt for prompt in self.sample_prompts)
+        _check(ok, f"sample_prompts={self.sample_prompts!r} must be texts that are not empty")
+        _check(self.sample_tokens >= 1, f"sample_tokens={self.sample_tokens} must be at least 1")
+        if self.sample_every:
+            _check(self.sample_prompts, f"sample_every={self.sample_every} needs sample_prompts")
+            _check(self.objective == "denoiser", f"sample_every={self.sample_every} needs objective='denoiser'")
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """Of the whole run, in order."""
+        return [size for _, size in self.block_curriculum] if self.block_size is None else [self.block_size]
 
     @property
     def execution(self) -> Execution:
@@ -152,9 +204,10 @@ def base_config(model: Mapping[str, Any]) -> ConfigDict:
     config.model = ConfigDict({name: model.get(name, default) for name, default in _model_fields().items()})
     config.model.update(model)
     for field in dataclasses.fields(TrainConfig):
-        if field.name not in ("model", "variant", "block_size"):
+        if field.name not in ("model", "variant", "mesh", "block_size"):
             config[field.name] = field.default
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
+    config.mesh = ConfigDict(dataclasses.asdict(MeshShape()))
     config.block_size = config_dict.placeholder(int)
     return config
 
@@ -168,11 +221,13 @@ def freeze(config: ConfigDict) -> TrainConfig:
     values = config.to_dict()
     if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)}):
         raise ValueError(f"config: there is no field {unknown[0]!r}")
-    try:
-        variant = Variant(**values.pop("variant"))
-    except TypeError as error:
-        raise ValueError(f"config: variant: {error}") from None
-    frozen = TrainConfig(variant=variant, **values)
+    parts = {}
+    for name, part in (("variant", Variant), ("mesh", MeshShape)):
+        try:
+            parts[name] = part(**values.pop(name))
+        except TypeError as error:
+            raise ValueError(f"config: {name}: {error}") from None
+    frozen = TrainConfig(**parts, **values)
     frozen.model_config(max(frozen.vocab_size, 4))  # room for the special tokens; the real size comes later
     return frozen
 

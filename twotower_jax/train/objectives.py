@@ -13,14 +13,14 @@ import jax.numpy as jnp
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import (
+    Corruption,
     LossSum,
     NoiseSchedule,
     corrupt,
     loss_by_block_position,
     loss_by_noise_level,
     masked_loss_sum,
-    next_token_cross_entropy,
-    token_log_probabilities,
+    next_tokens,
 )
 from twotower_jax.parameters import Params, Path, bind, initialize, parameter_table
 from twotower_jax.train.config import TrainConfig
@@ -43,6 +43,18 @@ class NoiseKey(NamedTuple):
     index: jax.Array
 
 
+class Documents(NamedTuple):
+    """Documents side by side in a batch, none of which is to know of another.
+
+    Attributes:
+      start: (B, L) int32, the first position of each position's document.
+      counted: (B, L) bool, False for the padding between documents.
+    """
+
+    start: jax.Array
+    counted: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Autoregressive:
     """A backbone on next tokens.
@@ -62,10 +74,24 @@ class Autoregressive:
     def is_trained(self, path: Path) -> bool:
         return True
 
-    def losses(self, params: Params, ids: jax.Array, counted: jax.Array, noise: NoiseKey, block_size: int) -> Losses:
+    def losses(
+        self,
+        params: Params,
+        ids: jax.Array,
+        counted: jax.Array,
+        noise: NoiseKey,
+        block_size: int,
+        documents: Documents | None = None,
+    ) -> Losses:
         """The loss of (B, L) tokens, of the rows that `counted` (B,) bool says. Noise and block size play no part."""
-        _, loss_sum = next_token_cross_entropy(bind(self.model, params).logits(ids), ids, counted)
-        return {"next_token_loss": loss_sum}
+        model = bind(self.model, params)
+        h = model.tower.causal(ids, documents and documents.start)
+        targets, counted = _next_tokens(ids, counted, documents)
+        return {"next_token_loss": masked_loss_sum(model.head.log_probabilities(h, targets), counted)}
+
+    def counts(self, ids: jax.Array, noise: NoiseKey, documents: Documents | None = None) -> dict[str, jax.Array]:
+        """How many tokens each term is the mean of, known before any parameter is."""
+        return {"next_token_loss": _count(_next_tokens(ids, jnp.ones(len(ids), bool), documents)[1])}
 
     def start(self, checkpoint: Params | None, key: jax.Array) -> Params:
         """A two-tower checkpoint's context tower and its head, or random weights."""
@@ -99,31 +125,53 @@ class Denoiser:
     def is_trained(self, path: Path) -> bool:
         return is_trainable(self.model.variant, path)
 
-    def losses(self, params: Params, ids: jax.Array, counted: jax.Array, noise: NoiseKey, block_size: int) -> Losses:
+    def losses(
+        self,
+        params: Params,
+        ids: jax.Array,
+        counted: jax.Array,
+        noise: NoiseKey,
+        block_size: int,
+        documents: Documents | None = None,
+    ) -> Losses:
         """The losses of (B, L) tokens in blocks of `block_size`, and the masked one by noise level and block position.
 
         `counted` (B,) bool says which rows count.
         """
         model = bind(self.model, params)
-        noisy, masked, t = corrupt(
-            ids,
-            seed=noise.seed,
-            step=noise.step,
-            example_index=noise.index,
-            mask_token_id=model.config.mask_token_id,
-            schedule=NoiseSchedule("linear"),
-        )
-        logits, h_context = model.training_logits(ids, noisy, t, block_size)
-        log_p = token_log_probabilities(logits, ids)
+        noisy, masked, t = self._corrupt(ids, noise)
+        h, h_context = model.training_states(ids, noisy, t, block_size, documents and documents.start)
+        log_p = model.denoiser_head.log_probabilities(h, ids)
         masked &= counted[:, None]
+        if documents is not None:
+            masked &= documents.counted
         losses = {
             "masked_loss": masked_loss_sum(log_p, masked),
             "by_noise_level": loss_by_noise_level(log_p, masked, t),
             "by_block_position": loss_by_block_position(log_p, masked, block_size),
         }
         if model.variant.context_loss:
-            _, losses["context_loss"] = next_token_cross_entropy(model.context_head(h_context), ids, counted)
+            targets, counted = _next_tokens(ids, counted, documents)
+            losses["context_loss"] = masked_loss_sum(model.context_head.log_probabilities(h_context, targets), counted)
         return losses
+
+    def counts(self, ids: jax.Array, noise: NoiseKey, documents: Documents | None = None) -> dict[str, jax.Array]:
+        """How many tokens each term is the mean of, known before any parameter is."""
+        masked = self._corrupt(ids, noise).masked
+        counts = {"masked_loss": _count(masked if documents is None else masked & documents.counted)}
+        if self.model.variant.context_loss:
+            counts["context_loss"] = _count(_next_tokens(ids, jnp.ones(len(ids), bool), documents)[1])
+        return counts
+
+    def _corrupt(self, ids: jax.Array, noise: NoiseKey) -> Corruption:
+        return corrupt(
+            ids,
+            seed=noise.seed,
+            step=noise.step,
+            example_index=noise.index,
+            mask_token_id=self.model.config.mask_token_id,
+            schedule=NoiseSchedule("linear"),
+        )
 
     def start(self, checkpoint: Params | None, key: jax.Array) -> Params:
         """The checkpoint's parameters, or both towers from one random backbone."""
@@ -132,6 +180,19 @@ class Denoiser:
         backbone = Backbone(self.model.config, self.model.context_tower.execution)
         key, time_key = jax.random.split(key)
         return from_backbone(self.model, initialize(parameter_table(backbone), key), time_key)
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, dtype=jnp.int32)
+
+
+def _next_tokens(ids: jax.Array, counted: jax.Array, documents: Documents | None) -> tuple[jax.Array, jax.Array]:
+    """`next_tokens`, no token being predicted from another document, and no padding."""
+    targets, mask = next_tokens(ids, counted)
+    if documents is not None:
+        same = jnp.roll(documents.start, -1, axis=1) == documents.start
+        mask &= same & jnp.roll(documents.counted, -1, axis=1)
+    return targets, mask
 
 
 Objective = Autoregressive | Denoiser

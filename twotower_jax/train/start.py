@@ -1,4 +1,4 @@
-"""What a run starts from: tokenizer, model shape, first parameters, and the text as windows of tokens."""
+"""What a run starts from: tokenizer, model shape, first parameters, and the data as windows of tokens."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,10 @@ from tokenizers import Tokenizer
 from twotower_jax.checkpoint.load import load
 from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.config import ModelConfig
-from twotower_jax.data import (
-    PackedSequences,
-    load_tokenizer,
-    pack_documents,
-    python_documentation,
-    read_documents,
-    train_tokenizer,
-)
+from twotower_jax.data import load_tokenizer
+from twotower_jax.data.mixture import Mixture
+from twotower_jax.data.opening import Data, Packing, Windows
+from twotower_jax.data.windows import Concatenation
 from twotower_jax.parameters import Params
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Objective, make_objective
@@ -33,20 +29,20 @@ class Start(NamedTuple):
     model: ModelConfig
     objective: Objective
     params: Params | None
-    training: PackedSequences
-    validation: PackedSequences | None
+    training: Windows | Mixture
+    validation: Windows | Concatenation | None
 
 
 def make_start(config: TrainConfig, workdir: Workdir) -> Start:
     """Reads all inputs and checks them against one another; writes nothing.
 
     A workdir with a checkpoint comes first: tokenizer and model are its own. Then `init_from`; then random weights
-    and a tokenizer trained on the text.
+    and a tokenizer that comes with the data or is trained on the text.
 
     Raises:
       ValueError, OSError: for inputs that are missing, broken, or do not fit together.
     """
-    documents = read_documents(config.data) if config.data else python_documentation()
+    data = Data(config.data)
     checkpoint = None
     if workdir.step is not None:
         tokenizer, model = load_tokenizer(workdir.path), workdir.model
@@ -61,16 +57,16 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
                 f"model's vocab_size {model.vocab_size}"
             )
     else:
-        tokenizer = train_tokenizer(documents, config.vocab_size)
+        tokenizer = data.tokenizer(config.vocab_size)
         model = config.model_config(tokenizer.get_vocab_size())
-    training, validation = pack_documents(
-        documents,
-        tokenizer,
+    packing = Packing(
         sequence_length=config.sequence_length,
         vocab_size=model.vocab_size,
         validation_fraction=config.validation_fraction,
         seed=config.seed,
+        align=max(config.block_sizes) if config.reset_at_documents else None,
     )
+    training, validation = data.windows(tokenizer, packing)
     objective = make_objective(config, model)
     params = objective.start(checkpoint, jax.random.key(config.seed)) if workdir.step is None else None
     return Start(tokenizer, model, objective, params, training, validation)

@@ -12,10 +12,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from twotower_jax.diffusion import LossSum
 from twotower_jax.parameters import Parameter, Params, Path, flatten, parameter_table, unflatten
+from twotower_jax.sharding import constrain, stored_sharding
 from twotower_jax.train.config import TrainConfig
-from twotower_jax.train.objectives import Losses, NoiseKey, Objective
+from twotower_jax.train.objectives import Documents, Losses, NoiseKey, Objective
 from twotower_jax.train.schedule import learning_rate
 
 # The noise of validation is the same in every run, so that runs compare.
@@ -45,12 +48,14 @@ class StepMetrics(NamedTuple):
       loss: () float32, what was minimized.
       grad_norm: () float32, global, before clipping.
       learning_rate: () float32.
+      skipped: () bool, whether `loss` or `grad_norm` is not finite, so that parameters and moments stayed as they were.
     """
 
     losses: Losses
     loss: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
+    skipped: jax.Array
 
 
 def tables(objective: Objective) -> tuple[dict[Path, Parameter], dict[Path, Parameter]]:
@@ -95,14 +100,45 @@ def initial_state(optimizer: optax.GradientTransformation, trained: Params) -> T
     return TrainState(step=jnp.zeros((), jnp.int32), params=trained, optimizer=optimizer.init(trained))
 
 
-def abstract_state(objective: Objective, optimizer: optax.GradientTransformation) -> tuple[TrainState, Params]:
-    """Shapes and dtypes of the state and of the frozen parameters."""
+def abstract_state(
+    objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> tuple[TrainState, Params]:
+    """Shapes and dtypes of the state and of the frozen parameters and, with a mesh, where they lie on it."""
     trained, frozen = tables(objective)
-    params = {path: jax.ShapeDtypeStruct(p.shape, jnp.float32) for path, p in trained.items()}
+
+    def sharding(parameter: Parameter):
+        return None if mesh is None else stored_sharding(mesh, parameter.axes, parameter.shape)
+
+    params = unflatten(
+        {path: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding(p)) for path, p in trained.items()}
+    )
     rest = {
-        path: jax.ShapeDtypeStruct(p.shape, jnp.float32 if p.float32 else objective.dtype) for path, p in frozen.items()
+        path: jax.ShapeDtypeStruct(p.shape, jnp.float32 if p.float32 else objective.dtype, sharding=sharding(p))
+        for path, p in frozen.items()
     }
-    return jax.eval_shape(lambda p: initial_state(optimizer, p), unflatten(params)), unflatten(rest)
+    state = jax.eval_shape(lambda p: initial_state(optimizer, p), params)
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+
+        def placed(leaf, like=None):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere if like is None else like.sharding)
+
+        # Moments lie where their parameters do.
+        moments = optax.tree.map_params(optimizer, placed, state.optimizer, params, transform_non_params=placed)
+        state = TrainState(step=placed(state.step), params=params, optimizer=moments)
+    return state, unflatten(rest)
+
+
+def start_state(
+    objective: Objective, optimizer: optax.GradientTransformation, params: Params, mesh: Mesh | None = None
+) -> tuple[TrainState, Params]:
+    """The state before the first step and the frozen parameters, on a mesh if there is one."""
+    trained, frozen = split(objective, params)
+    if mesh is None:
+        return initial_state(optimizer, trained), frozen
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh))
+    trained, frozen = jax.device_put((trained, frozen), (shardings[0].params, shardings[1]))
+    return jax.jit(lambda p: initial_state(optimizer, p), out_shardings=shardings[0])(trained), frozen
 
 
 def total_loss(objective: Objective, losses: Losses) -> jax.Array:
@@ -115,24 +151,71 @@ def make_step(
 ) -> Callable[[TrainState, Params, jax.Array], tuple[TrainState, StepMetrics]]:
     """One step: `(state, frozen, ids (B, L) int32) → (state, metrics)`, pure, to be compiled with the state donated.
 
-    Its noise is a function of seed, step and row of the batch alone.
+    `documents` may follow, where documents that lie side by side in `ids` are not to know of one another.
+
+    Rows are taken in `config.accumulate` parts one after the other, whose gradients add up to those of the whole batch.
+    The noise is a function of seed, step and row of the batch alone. A loss or gradient that is not finite never
+    reaches the weights: such a step changes nothing but the number of steps made.
     """
     schedule = learning_rate(config)
+    stored = tables(objective)[0]
 
-    def step(state: TrainState, frozen: Params, ids: jax.Array) -> tuple[TrainState, StepMetrics]:
-        noise = NoiseKey(config.seed, state.step, jnp.arange(ids.shape[0]))
+    def gradients_of(params, frozen, rows, noise, counts):
+        """Gradients and losses of some rows, as their share of means over `counts`."""
 
         def loss_fn(trained: Params) -> tuple[jax.Array, Losses]:
+            ids, documents = rows
             counted = jnp.ones(ids.shape[0], bool)
-            losses = objective.losses(merge(trained, frozen), ids, counted, noise, block_size)
-            return total_loss(objective, losses), losses
+            losses = objective.losses(merge(trained, frozen), ids, counted, noise, block_size, documents)
+            return sum(LossSum(losses[term].total, counts[term]).mean for term in objective.terms), losses
 
-        (loss, losses), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        gradients, losses = jax.grad(loss_fn, has_aux=True)(params)
+        return _as_stored(stored, gradients), losses
+
+    def step(
+        state: TrainState, frozen: Params, ids: jax.Array, documents: Documents | None = None
+    ) -> tuple[TrainState, StepMetrics]:
+        rows, noise = (ids, documents), NoiseKey(config.seed, state.step, jnp.arange(ids.shape[0]))
+        counts = objective.counts(ids, noise, documents)
+        if config.accumulate == 1:
+            gradients, losses = gradients_of(state.params, frozen, rows, noise, counts)
+        else:
+
+            def of_part(part):
+                some_rows, index = part
+                return gradients_of(state.params, frozen, some_rows, noise._replace(index=index), counts)
+
+            def add_part(total, part):
+                return jax.tree.map(jnp.add, total, of_part(part)), None
+
+            parts = jax.tree.map(lambda v: _in_parts(v, config.accumulate), (rows, noise.index))
+            shapes = jax.eval_shape(of_part, jax.tree.map(lambda v: v[0], parts))
+            zeros, no_losses = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
+            (gradients, losses), _ = jax.lax.scan(add_part, (_as_stored(stored, zeros), no_losses), parts)
+        loss = total_loss(objective, losses)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        metrics = StepMetrics(losses, loss, optax.tree.norm(gradients), schedule(state.step))
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
+        grad_norm = optax.tree.norm(gradients)
+        skipped = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+        # The optimizer counts the updates it made, and takes its rate by that count.
+        rate = schedule(optax.tree.get_all_with_path(state.optimizer, "count")[0][1])
+        metrics = StepMetrics(losses, loss, grad_norm, rate, skipped)
+        # A choice between whole arrays, element by element, which is part of the update's own loop over them.
+        old, new = (state.params, state.optimizer), (optax.apply_updates(state.params, updates), optimizer_state)
+        params, optimizer_state = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), old, new)
+        return TrainState(state.step + 1, params, optimizer_state), metrics
 
     return step
+
+
+def _in_parts(rows: jax.Array, count: int) -> jax.Array:
+    """(B, …) → (count, B / count, …), every part having rows of every device."""
+    return jnp.moveaxis(rows.reshape(-1, count, *rows.shape[1:]), 1, 0)
+
+
+def _as_stored(table: Mapping[Path, Parameter], params: Params) -> Params:
+    """Gradients laid out as the parameters that they are of."""
+    flat = flatten(params)
+    return unflatten({path: constrain(flat[path], table[path].axes, stored=True) for path in flat})
 
 
 def make_validation(
@@ -140,7 +223,15 @@ def make_validation(
 ) -> Callable[[Params, Params, jax.Array, jax.Array, jax.Array], Losses]:
     """`(trained, frozen, ids (B, L), counted (B,) bool, index (B,)) → losses`; the noise depends on the index alone."""
 
-    def validate(trained: Params, frozen: Params, ids: jax.Array, counted: jax.Array, index: jax.Array) -> Losses:
-        return objective.losses(merge(trained, frozen), ids, counted, NoiseKey(VALIDATION_SEED, 0, index), block_size)
+    def validate(
+        trained: Params,
+        frozen: Params,
+        ids: jax.Array,
+        counted: jax.Array,
+        index: jax.Array,
+        documents: Documents | None = None,
+    ) -> Losses:
+        noise = NoiseKey(VALIDATION_SEED, 0, index)
+        return objective.losses(merge(trained, frozen), ids, counted, noise, block_size, documents)
 
     return validate
