@@ -27,6 +27,8 @@ from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
 @pytest.fixture(scope="module")
 def sources(data, backbone_folder, backbone_folder_bf16) -> dict[str, pathlib.Path]:
     return {

@@ -243,5 +243,3 @@ def test_dry_run_of_a_wrong_list(change, message, backbone_folder, tmp_path):
     with pytest.raises(CheckpointError) as error:
         listing.dry_run(tmp_path / "list.json", "identity")
     assert message in str(error.value) and str(tmp_path / "list.json") in str(error.value)
-
-

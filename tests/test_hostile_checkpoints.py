@@ -201,6 +201,7 @@ def test_header_length(size, folder):
 
 def test_a_million_entries(folder):
     """60 MB of header are refused unread; what is allowed at most is read."""
+
     def entries(count):
         return "{" + ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count)) + "}"
 

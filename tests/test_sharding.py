@@ -166,7 +166,7 @@ def collectives(compiled):
         ({"fsdp": 8}, {"all-reduce", "all-gather", "reduce-scatter"}),
         ({"expert": 8}, {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"}),
     ],
-    ids=str,
+    ids=["data", "fsdp", "expert"],
 )
 def test_no_collective_that_the_design_does_not_expect(run_steps, step_config, random_params, shape, kinds):
     """Gathered are single layers' parameters, never activations of the whole batch or a stack of layers."""

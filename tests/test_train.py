@@ -26,12 +26,12 @@ from twotower_jax.diffusion import LossSum, next_token_cross_entropy
 from twotower_jax.parameters import bind, flatten, parameter_table, unflatten
 from twotower_jax.tower import Execution
 from twotower_jax.train.config import CHANGEABLE, TrainConfig, base_config, freeze
-from twotower_jax.train.distributed import Placement
 from twotower_jax.train.loop import train
 from twotower_jax.train.metrics import METRICS, LossWindow, MetricsWriter, duration, last_row
 from twotower_jax.train.objectives import Denoiser, NoiseKey, make_objective
+from twotower_jax.train.placement import Placement
 from twotower_jax.train.schedule import BlockStage, WarmupStableDecay, block_stages, learning_rate
-from twotower_jax.train.skips import Batch, blame
+from twotower_jax.train.skips import blame
 from twotower_jax.train.start import make_start
 from twotower_jax.train.step import (
     abstract_state,
@@ -319,7 +319,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(make_config, ra
     assert not again.skipped and again.learning_rate == metrics.learning_rate > 0
 
     noise = functools.partial(NoiseKey, config.seed, 1)
-    found = blame(objective, noise, 8, before.params, frozen, Batch(np.asarray(broken), broken), Placement())
+    placement = Placement(None, len(broken))
+    batch = placement.batch({"ids": np.asarray(broken)})
+    found = blame(objective, noise, 8, before.params, frozen, batch, placement)
     assert found.rows == [2, 5] and found.tokens[5].tolist() == broken[5].tolist()
 
 

@@ -115,16 +115,15 @@ def test_keys_are_counted_on_average():
     assert (causal, blockwise) == ((length + 1) / 2, (length + size) / 2)
 
 
-def test_the_peak_is_known_given_or_left_out(monkeypatch):
-    assert flops.peak_flops(config_of()) is None
-    assert flops.peak_flops(config_of(peak_flops=2e9)) == 2e9 * jax.device_count()
+def test_the_peak_is_known_given_or_left_out():
+    here = jax.devices()[:2]
+    assert flops.peak_flops(config_of(), here) is None
+    assert flops.peak_flops(config_of(peak_flops=2e9), here) == 4e9
 
     class Device:
         device_kind = "NVIDIA H200"
 
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert flops.peak_flops(config_of()) == 4 * 989e12
+    assert flops.peak_flops(config_of(), [Device()] * 4) == 4 * 989e12
 
 
 # Memory and profiles.

@@ -32,7 +32,7 @@ BATCH = ("data", "fsdp", "expert")
 
 Axes = tuple[str | None, ...]
 # Where a declared parameter goes.
-Placement = Callable[["Parameter"], jax.sharding.Sharding]
+ShardingOf = Callable[["Parameter"], jax.sharding.Sharding]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from twotower_jax.checkpoint.files import CheckpointError, check_link, read_json
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
-from twotower_jax.sharding import Placement
+from twotower_jax.sharding import ShardingOf
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
@@ -143,7 +143,7 @@ def _check_dtypes(folder: Folder) -> None:
         )
 
 
-def read_parameters(folder: Folder, table: Mapping[Path, Parameter], sharding: Placement | None = None) -> Params:
+def read_parameters(folder: Folder, table: Mapping[Path, Parameter], sharding: ShardingOf | None = None) -> Params:
     """Reads every parameter of `table`, in the dtypes stored, to where `sharding` says, or to one device.
 
     The folder has passed `check`.
@@ -170,7 +170,7 @@ def load(
     variant: Variant = Variant(),  # noqa: B008 (frozen)
     execution: Execution = Execution(),  # noqa: B008 (frozen)
     *,
-    sharding: Placement | None = None,
+    sharding: ShardingOf | None = None,
 ) -> tuple[TwoTower, Params]:
     """A folder of either kind as a two-tower model and its parameters, in the dtypes stored.
 

@@ -21,7 +21,7 @@ from twotower_jax.checkpoint.manifest import Manifest
 from twotower_jax.checkpoint.plan import Place, segment_list, table_places
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
-from twotower_jax.sharding import Placement
+from twotower_jax.sharding import ShardingOf
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
@@ -87,7 +87,7 @@ def load(
     variant: Variant | None = None,
     execution: Execution = Execution(),  # noqa: B008 (frozen)
     *,
-    sharding: Placement | None = None,
+    sharding: ShardingOf | None = None,
     verify: bool = True,
 ) -> tuple[TwoTower, Params]:
     """A converted checkpoint as a two-tower model and its parameters, in the dtypes stored.

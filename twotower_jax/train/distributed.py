@@ -1,4 +1,4 @@
-"""Several processes as one run: starting them, placing what each reads, agreeing, and noticing that one is lost."""
+"""Several processes as one run: starting them, agreeing, and noticing that one is lost."""
 
 import contextlib
 import faulthandler
@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -112,38 +111,3 @@ class Agreement:
     def _start(self, number: int) -> jax.Array:
         mine = np.full(jax.local_device_count(), number, np.int32)
         return self._largest(jax.make_array_from_process_local_data(self._apart, mine))
-
-
-class Placement:
-    """Where a run's arrays lie: the state whole on every device, the rows of a batch divided among them.
-
-    With a single device nothing is placed, and everything is the program of one device.
-    """
-
-    def __init__(self):
-        self.batch = self.state = None
-        if jax.device_count() > 1 and jax.process_count() > 1:
-            mesh = Mesh(np.array(jax.devices()), ("data",))
-            self.batch = NamedSharding(mesh, PartitionSpec("data"))
-            self.state = NamedSharding(mesh, PartitionSpec())
-
-    def rows(self, rows: np.ndarray) -> Any:
-        """A global array of which this process has some rows (B / P, …)."""
-        return rows if self.batch is None else jax.make_array_from_process_local_data(self.batch, rows)
-
-    def whole(self, tree: Any) -> Any:
-        """Global arrays of values that every process has."""
-        if self.state is None:
-            return tree
-
-        def whole(value: Any) -> jax.Array:
-            host = np.asarray(value)
-            return jax.make_array_from_callback(host.shape, self.state, lambda index: host[index])
-
-        return jax.tree.map(whole, tree)
-
-    def abstract(self, tree: Any) -> Any:
-        """A tree of `jax.ShapeDtypeStruct` for arrays that are to lie so."""
-        if self.state is None:
-            return tree
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.state), tree)

@@ -18,6 +18,8 @@ expert, k of E experts a token, S block, V vocabulary):
 A trained part counts three times, once forward and twice backward (by its input and by its weights), a frozen one once.
 """
 
+from collections.abc import Sequence
+
 import jax
 
 from twotower_jax.config import ModelConfig
@@ -82,9 +84,9 @@ def step_flops(config: TrainConfig, model: ModelConfig, block_size: int) -> floa
     return config.batch_size * (length * per_token + per_sequence)
 
 
-def peak_flops(config: TrainConfig) -> float | None:
+def peak_flops(config: TrainConfig, devices: Sequence[jax.Device]) -> float | None:
     """Of all devices of the run, in FLOP/s; None where it is neither given nor known."""
-    kind = jax.devices()[0].device_kind
+    kind = devices[0].device_kind
     known = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
     peak = config.peak_flops or (known[0] if known else 0.0)
-    return peak * jax.device_count() or None
+    return peak * len(devices) or None

@@ -28,21 +28,21 @@ from twotower_jax.train.metrics import (
     progress_line,
     writing,
 )
-from twotower_jax.train.objectives import Losses, NoiseKey
+from twotower_jax.train.objectives import Documents, Losses, NoiseKey
+from twotower_jax.train.placement import Batch, Placement
 from twotower_jax.train.samples import Samples
 from twotower_jax.train.schedule import BlockStage, block_stages
-from twotower_jax.train.skips import Batch, Skips, blame
+from twotower_jax.train.skips import Skips, blame
 from twotower_jax.train.start import Start, make_start
 from twotower_jax.train.step import (
     StepMetrics,
     TrainState,
     abstract_state,
-    initial_state,
     make_optimizer,
     make_step,
     make_validation,
     merge,
-    split,
+    start_state,
     tables,
 )
 
@@ -132,9 +132,9 @@ class _Run:
         self.config, self.folder, self.start, self.report, self.stop = config, folder, start, report, stop
         self.objective = start.objective
         self.optimizer = make_optimizer(config, tables(self.objective)[0])
-        self.processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        self.data = TrainingData(start.training, batch_size=config.batch_size, seed=config.seed, **self.processes)
-        self.placement = distributed.Placement()
+        self.placement = Placement(start.mesh, config.batch_size)
+        reading = self.placement.reading
+        self.data = TrainingData(start.training, batch_size=config.batch_size, seed=config.seed, **reading)
         self.agreement = distributed.Agreement()
         self.profiler = watch.Profiler(profile)
         self.samples = self._make_samples()
@@ -159,7 +159,7 @@ class _Run:
     def describe(self) -> None:
         config, start = self.config, self.start
         trained, frozen = (count(table) for table in tables(self.objective))
-        devices, processes = jax.devices(), jax.process_count()
+        devices, processes = self.devices, jax.process_count()
         among = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
         among += f" in {processes} processes" if processes > 1 else ""
         self.report(
@@ -173,13 +173,17 @@ class _Run:
             f"vocabulary {start.model.vocab_size:,}"
         )
 
+    @property
+    def devices(self) -> list[jax.Device]:
+        """That the run uses, of all processes."""
+        mesh = self.placement.mesh
+        return jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+
     def begin(self) -> None:
         """The first step of a new run, and what its workdir holds once."""
         config, folder = self.config, self.folder
-        trained, frozen = self.placement.whole(split(self.objective, self.start.params))
+        self.state, self.frozen = start_state(self.objective, self.optimizer, self.start.params, self.placement.mesh)
         self.start = self.start._replace(params=None)  # so that memory holds them once
-        self.frozen = frozen
-        self.state = self.placement.whole(initial_state(self.optimizer, trained))
         folder.create(self.start.model, self.frozen)
         if distributed.is_leader():
             with writing(folder.path):
@@ -190,7 +194,7 @@ class _Run:
 
     def resume(self) -> None:
         """The newest checkpoint."""
-        state, frozen = self.placement.abstract(abstract_state(self.objective, self.optimizer))
+        state, frozen = abstract_state(self.objective, self.optimizer, self.placement.mesh)
         params, optimizer, self.frozen, run = self.folder.restore(state.params, state.optimizer, frozen)
         self.step = self.saved_step = self.folder.step
         step = self.placement.whole(jnp.int32(self.step))
@@ -228,13 +232,13 @@ class _Run:
         config = self.config
         with self.stopwatch.paused():
             make_one_step = self._compile(stage.block_size)
-        validate = jax.jit(make_validation(self.objective, stage.block_size))
+        everywhere = self.placement.everywhere
+        validate = jax.jit(make_validation(self.objective, stage.block_size), out_shardings=everywhere)
         while self.step < stage.stop and not self._is_to_stop(saver, self.agreement.exchange):
-            rows = next(self.data)["ids"]
-            batch = Batch(rows, self.placement.rows(rows))
+            batch = self.placement.batch(next(self.data))
             with self.stopwatch.paused():
                 self.profiler.before(self.step + 1)
-            self.state, metrics = make_one_step(self.state, self.frozen, batch.ids)
+            self.state, metrics = make_one_step(self.state, self.frozen, *batch[1:])
             self._settle(stage)  # the step before, while the device is busy with this one
             self.step += 1
             self.tokens += config.batch_size * config.sequence_length
@@ -252,7 +256,7 @@ class _Run:
                 self._log(metrics, validate if validating else None)
             if self.samples and _due(self.step, config.sample_every):
                 with self.stopwatch.paused():
-                    params = merge(self.state.params, self.frozen)
+                    params = jax.device_put(merge(self.state.params, self.frozen), self.devices[0])
                     self.samples.write(self.step, params, stage.block_size, self.report)
             if saving:
                 with self.stopwatch.paused():
@@ -286,10 +290,18 @@ class _Run:
 
     def _compile(self, block_size: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
         config, started = self.config, Stopwatch()
-        step = jax.jit(make_step(config, self.objective, self.optimizer, block_size), donate_argnums=0)
+        step = make_step(config, self.objective, self.optimizer, block_size)
+        where = None
+        if self.placement.mesh is not None:
+            where = jax.tree.map(lambda leaf: leaf.sharding, self.state), self.placement.everywhere
         shape = (config.batch_size, config.sequence_length)
-        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.batch)
-        compiled = step.lower(self.state, self.frozen, ids).compile()
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.ids_sharding())
+        documents = None
+        if config.reset_at_documents:
+            documents = Documents(ids, jax.ShapeDtypeStruct(shape, jnp.bool, sharding=ids.sharding))
+        with self.placement.in_force():
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=where)
+            compiled = jitted.lower(self.state, self.frozen, ids, self.placement.index, documents).compile()
         blocks = f" for blocks of {block_size}" if config.objective == "denoiser" else ""
         needed = watch.temporaries(compiled)
         self.flops = flops.step_flops(config, self.start.model, block_size)
@@ -336,7 +348,7 @@ class _Run:
             **means,
         }
         seconds_a_step = seconds * config.batch_size * config.sequence_length / tokens
-        if peak := flops.peak_flops(config):
+        if peak := flops.peak_flops(config, self.devices):
             row["model_flops_utilization"] = self.flops / seconds_a_step / peak
         if validate is not None:
             with self.stopwatch.paused():
@@ -350,12 +362,13 @@ class _Run:
 
     def _validation(self, validate: Callable[..., Losses]) -> Row:
         """Losses over all windows held out."""
-        size, processes = self.config.batch_size, self.processes["process_count"]
-        mine = self.processes["process_index"] * size // processes + np.arange(size // processes, dtype=np.int32)
+        size, placement = self.config.batch_size, self.placement
         window = LossWindow(self.objective.terms)
-        for i, batch in enumerate(validation_batches(self.start.validation, size, **self.processes)):
-            rows = (batch["ids"], batch["weight"] > 0, mine + np.int32(i * size))
-            losses = validate(self.state.params, self.frozen, *map(self.placement.rows, rows))
+        for i, read in enumerate(validation_batches(self.start.validation, size, **placement.reading)):
+            batch = placement.batch(read)
+            counted, index = map(placement.rows, (read["weight"] > 0, placement.numbers + np.int32(i * size)))
+            with placement.in_force():
+                losses = validate(self.state.params, self.frozen, batch.ids, counted, index, batch.documents)
             window.add(jax.device_get(losses))
         return window.means()
 

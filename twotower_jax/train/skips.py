@@ -1,5 +1,6 @@
 """Steps whose loss or gradient is not finite: how many there may be, and which sequences are to blame."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,8 +11,8 @@ import optax
 from tokenizers import Tokenizer
 
 from twotower_jax.parameters import Params
-from twotower_jax.train.distributed import Placement
 from twotower_jax.train.objectives import NoiseKey, Objective
+from twotower_jax.train.placement import Batch, Placement
 from twotower_jax.train.step import merge, total_loss
 
 # Enough to look at; where all are at fault, it is not the data.
@@ -39,13 +40,6 @@ class Skips:
     def set_state(self, state: dict[str, int]) -> None:
         """Goes on from what `get_state` returned."""
         self.in_a_row, self.total = state["in_a_row"], state["total"]
-
-
-class Batch(NamedTuple):
-    """A batch as this process read it, its rows (B / P, L) int32, and as the step gets it, global ids (B, L)."""
-
-    rows: np.ndarray
-    ids: jax.Array | np.ndarray
 
 
 class Blame(NamedTuple):
@@ -78,24 +72,27 @@ def blame(
 
     `noise` is that of the step, given the rows' numbers. All processes of a run call this alike.
     """
-    size = batch.ids.shape[0]
-    mine = jax.process_index() * len(batch.rows) + np.arange(len(batch.rows))
+    size, mine = batch.ids.shape[0], placement.numbers
 
-    @jax.jit
-    def finite(trained: Params, frozen: Params, ids: jax.Array, counted: jax.Array) -> jax.Array:
+    @functools.partial(jax.jit, out_shardings=placement.everywhere)
+    def finite(trained: Params, frozen: Params, batch: Batch, counted: jax.Array) -> jax.Array:
+        ids, documents = batch.ids, batch.documents
         # In the place of a row that does not count stands one that does: 0 · ∞ in its backward pass would be NaN.
-        ids = jnp.where(counted[:, None], ids, ids[jnp.argmax(counted)])
+        first = jnp.argmax(counted)
+        ids, documents = jax.tree.map(lambda v: jnp.where(counted[:, None], v, v[first]), (ids, documents))
 
         def loss(trained: Params) -> jax.Array:
             params = merge(trained, frozen)
-            return total_loss(objective, objective.losses(params, ids, counted, noise(jnp.arange(size)), block_size))
+            losses = objective.losses(params, ids, counted, noise(batch.index), block_size, documents)
+            return total_loss(objective, losses)
 
         value, gradients = jax.value_and_grad(loss)(trained)
         return jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradients))
 
     def is_finite(rows: range) -> bool:
         counted = placement.rows(np.isin(mine, rows))
-        return bool(jax.device_get(finite(trained, frozen, batch.ids, counted)))
+        with placement.in_force():
+            return bool(jax.device_get(finite(trained, frozen, batch, counted)))
 
     rows = _search(is_finite, range(size))[:_NAMED_ROWS]
     return Blame(rows, {row: batch.rows[row - mine[0]] for row in rows if row in mine})

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from twotower_jax.checkpoint.load import load
@@ -12,9 +13,11 @@ from twotower_jax.data import load_tokenizer
 from twotower_jax.data.mixture import Mixture
 from twotower_jax.data.opening import Data, Packing, Windows
 from twotower_jax.data.windows import Concatenation
-from twotower_jax.parameters import Params
+from twotower_jax.parameters import Params, parameter_table, unflatten
+from twotower_jax.sharding import MeshShape, check_fits, stored_sharding
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Objective, make_objective
+from twotower_jax.train.placement import choose_mesh
 
 
 class Start(NamedTuple):
@@ -23,6 +26,7 @@ class Start(NamedTuple):
     Attributes:
       params: the first parameters of all of the model; None where they come from the workdir's checkpoint.
       training, validation: windows of tokens; validation is None where nothing is held out.
+      mesh: of the devices that the run uses; None for one.
     """
 
     tokenizer: Tokenizer
@@ -31,6 +35,7 @@ class Start(NamedTuple):
     params: Params | None
     training: Windows | Mixture
     validation: Windows | Concatenation | None
+    mesh: Mesh | None
 
 
 def make_start(config: TrainConfig, workdir: Workdir) -> Start:
@@ -42,14 +47,14 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
     Raises:
       ValueError, OSError: for inputs that are missing, broken, or do not fit together.
     """
-    data = Data(config.data)
+    data, mesh = Data(config.data), choose_mesh(config.mesh)
     checkpoint = None
     if workdir.step is not None:
         tokenizer, model = load_tokenizer(workdir.path), workdir.model
     elif config.init_from:
         # Any will do for a backbone, which takes the context tower alone.
         variant = None if config.objective == "autoregressive" else config.variant
-        loaded = load(config.init_from, variant, config.execution)
+        loaded = load(config.init_from, variant, config.execution, mesh=mesh)
         tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
         if tokenizer.get_vocab_size() > model.vocab_size:
             raise ValueError(
@@ -59,6 +64,10 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
     else:
         tokenizer = data.tokenizer(config.vocab_size)
         model = config.model_config(tokenizer.get_vocab_size())
+    if mesh is not None:
+        rows = config.batch_size // config.accumulate
+        for block_size in config.block_sizes:
+            check_fits(MeshShape(**mesh.shape), model, rows, config.sequence_length, block_size)
     packing = Packing(
         sequence_length=config.sequence_length,
         vocab_size=model.vocab_size,
@@ -68,5 +77,21 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
     )
     training, validation = data.windows(tokenizer, packing)
     objective = make_objective(config, model)
-    params = objective.start(checkpoint, jax.random.key(config.seed)) if workdir.step is None else None
-    return Start(tokenizer, model, objective, params, training, validation)
+    params = _first_parameters(config, objective, checkpoint, mesh) if workdir.step is None else None
+    return Start(tokenizer, model, objective, params, training, validation, mesh)
+
+
+def _first_parameters(
+    config: TrainConfig, objective: Objective, checkpoint: Params | None, mesh: Mesh | None
+) -> Params:
+    def draw() -> Params:
+        return objective.start(None, jax.random.key(config.seed))
+
+    if checkpoint is not None:
+        return objective.start(checkpoint, jax.random.key(config.seed))
+    if mesh is None:
+        return draw()
+    # Each device draws its part.
+    table = parameter_table(objective.model)
+    places = unflatten({path: stored_sharding(mesh, p.axes, p.shape) for path, p in table.items()})
+    return jax.jit(draw, out_shardings=places)()

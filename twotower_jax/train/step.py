@@ -19,6 +19,7 @@ from twotower_jax.parameters import Parameter, Params, Path, flatten, parameter_
 from twotower_jax.sharding import constrain, stored_sharding
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Documents, Losses, NoiseKey, Objective
+from twotower_jax.train.placement import place
 from twotower_jax.train.schedule import learning_rate
 
 # The noise of validation is the same in every run, so that runs compare.
@@ -133,12 +134,14 @@ def start_state(
     objective: Objective, optimizer: optax.GradientTransformation, params: Params, mesh: Mesh | None = None
 ) -> tuple[TrainState, Params]:
     """The state before the first step and the frozen parameters, on a mesh if there is one."""
-    trained, frozen = split(objective, params)
     if mesh is None:
+        trained, frozen = split(objective, params)
         return initial_state(optimizer, trained), frozen
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh))
-    trained, frozen = jax.device_put((trained, frozen), (shardings[0].params, shardings[1]))
-    return jax.jit(lambda p: initial_state(optimizer, p), out_shardings=shardings[0])(trained), frozen
+    table = parameter_table(objective.model)
+    placed = {path: place(a, stored_sharding(mesh, table[path].axes, a.shape)) for path, a in flatten(params).items()}
+    trained, frozen = split(objective, unflatten(placed))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh)[0])
+    return jax.jit(lambda p: initial_state(optimizer, p), out_shardings=shardings)(trained), frozen
 
 
 def total_loss(objective: Objective, losses: Losses) -> jax.Array:
@@ -151,7 +154,8 @@ def make_step(
 ) -> Callable[[TrainState, Params, jax.Array], tuple[TrainState, StepMetrics]]:
     """One step: `(state, frozen, ids (B, L) int32) → (state, metrics)`, pure, to be compiled with the state donated.
 
-    `documents` may follow, where documents that lie side by side in `ids` are not to know of one another.
+    Two more arguments may follow: the rows' numbers (B,) int32 if they are not 0 … B − 1, and the `Documents` that lie
+    side by side in `ids` and are not to know of one another.
 
     Rows are taken in `config.accumulate` parts one after the other, whose gradients add up to those of the whole batch.
     The noise is a function of seed, step and row of the batch alone. A loss or gradient that is not finite never
@@ -173,9 +177,14 @@ def make_step(
         return _as_stored(stored, gradients), losses
 
     def step(
-        state: TrainState, frozen: Params, ids: jax.Array, documents: Documents | None = None
+        state: TrainState,
+        frozen: Params,
+        ids: jax.Array,
+        index: jax.Array | None = None,
+        documents: Documents | None = None,
     ) -> tuple[TrainState, StepMetrics]:
-        rows, noise = (ids, documents), NoiseKey(config.seed, state.step, jnp.arange(ids.shape[0]))
+        index = jnp.arange(ids.shape[0]) if index is None else index
+        rows, noise = (ids, documents), NoiseKey(config.seed, state.step, index)
         counts = objective.counts(ids, noise, documents)
         if config.accumulate == 1:
             gradients, losses = gradients_of(state.params, frozen, rows, noise, counts)
