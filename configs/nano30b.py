@@ -9,6 +9,10 @@ tokens in blocks of 32, 32 again and 16. The paper trained on about 2.1 T tokens
 lengths of the schedule's parts, are ours.
 
 31,577,940,288 parameters a tower, 63,185,902,848 in all, of which 31.6 G train.
+
+On a pod the same command on every host, with --distributed. The mesh takes all devices: eight share the experts, the
+rest divide the batch and all matrices (docs/scale.md says what that needs on which hardware). The batch must be a
+multiple of the devices.
 """
 
 from ml_collections import ConfigDict
@@ -45,6 +49,8 @@ def get_config() -> ConfigDict:
     config.final_learning_rate = 1e-6
     config.dtype = "bfloat16"
     config.remat = "layer"
+    config.mesh.fsdp = -1
+    config.mesh.expert = 8
     config.validation_every = 5_000
     config.checkpoint_every = 1_000
     return config

@@ -1,4 +1,4 @@
-"""About 100 million parameters a tower, for one GPU.
+"""About 100 million parameters a tower, for one GPU or a few.
 
     python launch/train.py --config=configs/small100m.py --workdir=runs/backbone --config.data=TEXT
     python launch/train.py --config=configs/small100m.py --workdir=runs/denoiser --config.data=TEXT \\
@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     config.learning_rate = 1e-3
     config.final_learning_rate = 1e-5
     config.dtype = "bfloat16"
+    config.mesh.data = -1  # every GPU of the machine takes a share of the batch
     config.log_every = 20
     config.validation_every = 1_000
     config.checkpoint_every = 1_000

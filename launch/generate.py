@@ -5,7 +5,8 @@
 
 DIR is a Hugging Face folder, a converted checkpoint, or a training workdir. Rows of a prompts file are {"text": ...} or
 {"ids": [...]}; each gives one output row, in order. --mode=speculative gives what --mode=ar gives, in fewer passes if
-the denoiser drafts well. --watch shows blocks filling in; --trace=FILE writes every step down.
+the denoiser drafts well. --watch shows blocks filling in; --trace=FILE writes every step down. What launch/tune.py
+wrote into DIR/generation_config.json takes the place of the defaults of the flags of the same names.
 """
 
 import contextlib
@@ -17,14 +18,16 @@ from absl import flags
 
 from twotower_jax import command_line
 from twotower_jax.checkpoint.load import load
-from twotower_jax.data import encode, load_tokenizer
+from twotower_jax.data import load_tokenizer
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
 from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
+from twotower_jax.generation.operating_point import FILE, read_operating_point
+from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.generation.settings import MODES, Result, Settings
 from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
-from twotower_jax.jsonl import read_rows, row_writer
+from twotower_jax.jsonl import row_writer
 from twotower_jax.parameters import cast, parameter_table
 from twotower_jax.tower import Execution
 
@@ -56,16 +59,28 @@ _WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
 _TRACE = flags.DEFINE_string("trace", None, "JSON Lines file for every step of every row.")
 
 
+def _sampling_flags() -> dict:
+    """Block size, steps, strategy and threshold: the flags given, then what the checkpoint says, then defaults."""
+    chosen = read_operating_point(_CHECKPOINT.value)
+    given = {flag.name: flag.value for flag in (_BLOCK_SIZE, _STEPS, _STRATEGY, _THRESHOLD) if flag.present}
+    if given.get("strategy", chosen.get("strategy")) not in (None, "confidence"):
+        chosen.pop("confidence_threshold", None)  # The other strategies have none.
+    followed = {name: value for name, value in chosen.items() if name not in given}
+    if followed and _MODE.value in ("diffusion", "speculative"):
+        settings = ", ".join(f"{name}={value}" for name, value in followed.items())
+        print(f"{FILE} of the checkpoint: {settings}", file=sys.stderr)
+    values = {"block_size": _BLOCK_SIZE.value, "strategy": _STRATEGY.value} | chosen | given
+    return {"steps_per_block": values["block_size"]} | values
+
+
 def _settings() -> Settings:
-    optional = {"confidence_threshold": _THRESHOLD.value, "schedule": _SCHEDULE.value}
+    schedule = {} if _SCHEDULE.value is None else {"schedule": _SCHEDULE.value}
     sampling = SamplingConfig(
-        block_size=_BLOCK_SIZE.value,
-        steps_per_block=_BLOCK_SIZE.value if _STEPS.value is None else _STEPS.value,
-        strategy=_STRATEGY.value,
+        **_sampling_flags(),
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
-        **{name: value for name, value in optional.items() if value is not None},
+        **schedule,
     )
     return Settings(
         mode=_MODE.value,
@@ -86,15 +101,7 @@ def _rows() -> list[dict]:
         raise ValueError("give either --prompt=TEXT or --prompts=FILE.jsonl")
     if _PROMPT.value is not None:
         return [{"text": _PROMPT.value}]
-    rows = read_rows(_PROMPTS.value)
-    for number, row in enumerate(rows, 1):
-        if ("text" in row) == ("ids" in row):
-            raise ValueError(f'{_PROMPTS.value}, row {number}: expected either "text" or "ids"')
-        if "text" in row and not isinstance(row["text"], str):
-            raise ValueError(f'{_PROMPTS.value}, row {number}: "text" must be a string')
-        if "ids" in row and not isinstance(row["ids"], list):
-            raise ValueError(f'{_PROMPTS.value}, row {number}: "ids" must be a list of token ids')
-    return rows
+    return read_prompts(_PROMPTS.value)
 
 
 def _tokenizer(folder, needed: bool):
@@ -132,8 +139,7 @@ def _generate(
     tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
     decode = tokenizer.decode if tokenizer else None
     _warn_of_large_blocks(settings, folder)
-    texts = iter(encode(tokenizer, [row["text"] for row in rows if "text" in row]) if tokenizer else ())
-    prompts = [row["ids"] if "ids" in row else next(texts) for row in rows]
+    prompts = prompt_ids(rows, tokenizer)
     observed = _WATCH.value or write_trace is not None
     engine = start(model, params, prompts, settings, record_trace=observed, decode=decode)
     config, observers = model.config, []

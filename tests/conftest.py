@@ -1,12 +1,8 @@
 """What the tests share: small models with random weights that all matter, the recorded data, and how to compile."""
 
 import json
-import os
 import pathlib
 import shutil
-
-# Before jax is imported: eight virtual devices for the tests of meshes; everything else uses the first.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import hypothesis
 import jax
@@ -20,6 +16,9 @@ from twotower_jax.train.config import TrainConfig, base_config, freeze
 # The same examples on every run, and no time limit on one (the first of a shape compiles).
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.load_profile("seeded")
+
+# Virtual devices for the tests of meshes; everything else uses the first.
+jax.config.update("jax_num_cpu_devices", 8)
 
 DATA = pathlib.Path(__file__).parent / "data"
 

@@ -7,12 +7,14 @@ import sys
 import jax
 import pytest
 
-from twotower_jax.planning import hardware, report
+from twotower_jax.parameters import parameter_table
+from twotower_jax.planning import hardware, report, serving
 from twotower_jax.planning.hardware import Hardware
 from twotower_jax.planning.plan import find_forbidden, plan_step
 from twotower_jax.sharding import MeshShape
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import tables
+from twotower_jax.two_tower import TwoTower
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,20 @@ def test_what_is_ruled_out_is_found(step_config):
     )
     assert states.found == ["f32[64,8,4,8]"]
     assert dense.found == ["bf16[256,192]"]
+
+
+def test_serving_on_one_device(step_config):
+    """Weights in bfloat16, and caches of two Mamba layers and one with keys."""
+    model = step_config().model_config(40)
+    hardware = Hardware("cpu", jax.devices(), 8, 2**30, 1e12)
+    plan = serving.plan_serving(model, hardware, batch=2, capacity=64, block_size=4)
+    table = parameter_table(TwoTower(model))
+    assert plan.weights == sum(math.prod(p.shape) * (4 if p.float32 else 2) for p in table.values())
+    keys, convolution, state = 2 * 2 * 64 * 2 * 4 * 2, 2 * 4 * (32 + 2 * 4 * 8) * 2, 2 * 8 * 4 * 8 * 4
+    assert plan.cache == keys + 2 * (convolution + state) + 2 * 4
+    assert len(plan.functions) == 3 and plan.fits
+    assert not plan._replace(memory=plan.total).fits
+    assert "fits" in serving.describe(plan)
 
 
 @pytest.mark.parametrize("name", ["v9:1", "v5p", "v5p:", "v5p:2x-1", "v5p:axb", "h200"])

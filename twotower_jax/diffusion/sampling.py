@@ -96,17 +96,23 @@ def _surest(count: jax.Array, masked: jax.Array, confidence: jax.Array) -> jax.A
 
 
 # The strategies. Each says which positions of one row to commit, (S,) bool, given a key for its own draws, the index of
-# the step, () int32, the masked positions, (S,) bool, and the confidence of every position's prediction, (S,) float32.
+# the step, () int32, the masked positions, (S,) bool, the confidence of every position's prediction, (S,) float32, and
+# the threshold γ of the strategy confidence.
 
 
 def _commit_confidence(
-    config: SamplingConfig, key: jax.Array, step: jax.Array, masked: jax.Array, confidence: jax.Array
+    config: SamplingConfig,
+    key: jax.Array,
+    step: jax.Array,
+    masked: jax.Array,
+    confidence: jax.Array,
+    threshold: jax.Array,
 ) -> jax.Array:
     """All positions surer than γ, and at least ceil(masked / steps left) of the surest: one or more, at the end all."""
     num_masked = jnp.sum(masked, dtype=jnp.int32)
     steps_left = config.steps_per_block - step
     required = (num_masked + steps_left - 1) // steps_left
-    num_above = jnp.sum(masked & (confidence > config.confidence_threshold), dtype=jnp.int32)
+    num_above = jnp.sum(masked & (confidence > threshold), dtype=jnp.int32)
     return _surest(jnp.maximum(num_above, required), masked, confidence)
 
 
@@ -121,7 +127,12 @@ def _levels(config: SamplingConfig, step: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def _commit_posterior(
-    config: SamplingConfig, key: jax.Array, step: jax.Array, masked: jax.Array, confidence: jax.Array
+    config: SamplingConfig,
+    key: jax.Array,
+    step: jax.Array,
+    masked: jax.Array,
+    confidence: jax.Array,
+    threshold: jax.Array,
 ) -> jax.Array:
     """Each masked position with probability (α_s − α_t) / (1 − α_t), independently: MDLM's ancestral sampling.
 
@@ -133,7 +144,12 @@ def _commit_posterior(
 
 
 def _commit_predict_and_noise(
-    config: SamplingConfig, key: jax.Array, step: jax.Array, masked: jax.Array, confidence: jax.Array
+    config: SamplingConfig,
+    key: jax.Array,
+    step: jax.Array,
+    masked: jax.Array,
+    confidence: jax.Array,
+    threshold: jax.Array,
 ) -> jax.Array:
     """The surest: so many that floor(S · (1 − α_s)) positions stay masked, never fewer than one, in the last step all.
 
@@ -166,6 +182,7 @@ def sample_step(
     step: int | jax.Array,
     mask_token_id: int,
     token_keys: jax.Array | None = None,
+    threshold: jax.Array | None = None,
 ) -> StepResult:
     """Takes one denoising step.
 
@@ -183,6 +200,7 @@ def sample_step(
         mask_token_id: the token that marks undecided positions; never predicted.
         token_keys: (B, S) keys from which the tokens are drawn instead, each position's the same at every step: for
             drafts that are to agree with a sample that somebody else draws from the same keys.
+        threshold: () float32, γ in place of the config's, so that a sweep of it compiles once.
 
     Raises:
         ValueError: for shapes that do not fit each other or the config.
@@ -196,6 +214,7 @@ def sample_step(
             f"got {xt.shape}, {logits.shape} and {keys.shape}"
         )
 
+    threshold = jnp.float32(config.confidence_threshold) if threshold is None else threshold
     choose = functools.partial(
         predict,
         mask_token_id=mask_token_id,
@@ -216,7 +235,7 @@ def sample_step(
         token_key, commit_key = jax.random.split(step_key)
         prediction = choose(token_key, logits) if token_keys is None else jax.vmap(choose)(token_keys, logits)
         masked = xt == mask_token_id
-        chosen = _STRATEGIES[config.strategy](config, commit_key, step, masked, prediction.confidence)
+        chosen = _STRATEGIES[config.strategy](config, commit_key, step, masked, prediction.confidence, threshold)
         committed = chosen & prediction.finite
         return StepResult(
             xt=jnp.where(committed, prediction.tokens.astype(xt.dtype), xt),

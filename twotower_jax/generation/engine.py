@@ -265,7 +265,10 @@ class Engine:
         settings = self._settings
         sampling = settings.sampling if settings.mode in ("diffusion", "speculative") else self._choice
         if settings.mode == "diffusion":
-            block = functools.partial(diffusion_block, record=self._record)
+            # γ is an argument: one compiled function serves all thresholds.
+            threshold = np.float32(sampling.confidence_threshold)
+            sampling = dataclasses.replace(sampling, confidence_threshold=SamplingConfig.confidence_threshold)
+            block = functools.partial(diffusion_block, threshold=threshold, record=self._record)
         elif settings.mode == "speculative":
             block = functools.partial(speculative_block, tolerance=np.float32(settings.tolerance), record=self._record)
         else:

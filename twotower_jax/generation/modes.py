@@ -73,12 +73,13 @@ def denoise(
     block: jax.Array,
     record: bool,
     token_keys: jax.Array | None = None,
+    threshold: jax.Array | None = None,
 ) -> Denoised:
     """Fills in the mask tokens of `start` (B, S) in at most `steps_per_block` evaluations.
 
     Args:
       active: (B,) bool; the other rows stay as they are.
-      keys: (B,), of the rows. block: (B,) int32, numbers. token_keys: as in `sample_step`.
+      keys: (B,), of the rows. block: (B,) int32, numbers. token_keys, threshold: as in `sample_step`.
     """
     mask_id, steps = model.config.mask_token_id, sampling.steps_per_block
     batch, size = start.shape
@@ -96,7 +97,15 @@ def denoise(
         t = noise_level(xt, mask_id)
         logits = model.denoise(xt, t, cache)
         result = sample_step(
-            sampling, keys, xt, logits, block=block, step=step, mask_token_id=mask_id, token_keys=token_keys
+            sampling,
+            keys,
+            xt,
+            logits,
+            block=block,
+            step=step,
+            mask_token_id=mask_id,
+            token_keys=token_keys,
+            threshold=threshold,
         )
         new = jnp.where(moving[:, None], result.xt, xt)
         if record:
@@ -121,6 +130,7 @@ def diffusion_block(
     alive: jax.Array,
     seed: jax.Array,
     eos: jax.Array,
+    threshold: jax.Array | None = None,
     *,
     model: TwoTower,
     sampling: SamplingConfig,
@@ -130,7 +140,8 @@ def diffusion_block(
     frame).
 
     The block starts as mask tokens and is denoised; the context tower then reads it to extend its cache, for the rows
-    that go on. A row ends with the block that holds `eos` or reaches its limit.
+    that go on. A row ends with the block that holds `eos` or reaches its limit. `threshold` () float32 replaces that of
+    `sampling`.
     """
     model = bind(model, params)
     size = sampling.block_size
@@ -145,6 +156,7 @@ def diffusion_block(
         keys=row_keys(seed, slots.number),
         block=slots.count // size,
         record=record,
+        threshold=threshold,
     )
     added = jnp.where(active, size, 0)
     count = slots.count + added

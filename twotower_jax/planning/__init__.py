@@ -1,5 +1,6 @@
 """What a run needs of hardware that is not there: the real step, compiled for it.
 
 hardware.py   topologies by name, and the memory of their devices
-plan.py       a config's train step compiled for one of them: bytes by kind, gates, time
+plan.py       a config's train step compiled for one of them: bytes by kind, gates, time; report.py prints it
+serving.py    generation's functions compiled for one device
 """

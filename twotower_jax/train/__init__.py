@@ -7,6 +7,7 @@ step.py        state, optimizer, and the pure functions (state, frozen, batch) â
 start.py       what a run starts from: tokenizer, model shape, parameters, data
 metrics.py     losses summed between log lines, metrics.jsonl, TensorBoard, the progress line
 flops.py       the arithmetic of a step, for the utilization; watch.py: memory and profiles; samples.py: texts
+placement.py   where a run's arrays lie: its mesh, the rows of a batch that each process reads
 skips.py       steps whose loss is not finite: how many, and whose fault
 distributed.py several processes as one run; supervisor.py and stopping.py: how they end
 loop.py        the run itself, from first batch to last checkpoint

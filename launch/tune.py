@@ -1,0 +1,165 @@
+"""Finds the setting of diffusion for a checkpoint, given prompts and this machine: how fast, and how near to AR.
+
+    python launch/tune.py --checkpoint=DIR --prompts=prompts.jsonl --output=tuning --min_agreement=0.9
+    python launch/tune.py --checkpoint=DIR --prompts=prompts.jsonl --output=tuning --write
+
+Runs AR and every combination of thresholds, steps and blocks on all prompts, greedily. The folder gets results.json,
+plot.svg, and generation_config.json with the fastest setting of at least that agreement. --write puts that file into
+the checkpoint's folder too (other fields of one that is there are kept), where launch/generate.py follows it.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+import jax
+from absl import flags
+
+from twotower_jax import command_line
+from twotower_jax.checkpoint import store
+from twotower_jax.checkpoint.files import read_json
+from twotower_jax.checkpoint.load import load
+from twotower_jax.data import load_tokenizer
+from twotower_jax.generation.operating_point import FILE, merged, read_operating_point
+from twotower_jax.generation.prompts import prompt_ids, read_prompts
+from twotower_jax.generation.settings import Settings
+from twotower_jax.generation.trained import trained_block_size
+from twotower_jax.generation.tune import Point, Sweep, grid, sweep
+from twotower_jax.parameters import cast, parameter_table
+from twotower_jax.tower import Execution
+from twotower_jax.visualize.tradeoff import plot
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
+_PROMPTS = flags.DEFINE_string("prompts", None, 'JSON Lines: {"text": ...} or {"ids": [...]}.', required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; made if it does not exist.", required=True)
+_THRESHOLDS = flags.DEFINE_list("thresholds", ["0.6", "0.8", "0.9"], "Confidence thresholds to try.")
+_STEPS = flags.DEFINE_list("steps", ["4", "8", "16"], "Most evaluations a block to try.")
+_BLOCKS = flags.DEFINE_list("blocks", ["8", "16"], "Block sizes to try; none above what was trained.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed runs of each setting, of which the median counts.", lower_bound=1)
+_MIN_AGREEMENT = flags.DEFINE_float(
+    "min_agreement", 0.9, "Least part of equal tokens that a chosen setting has.", lower_bound=0.0, upper_bound=1.0
+)
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind an end-of-text token, so that all rows are as long.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
+_WRITE = flags.DEFINE_bool("write", False, f"Also write {FILE} into the checkpoint's folder.")
+
+
+def _numbers(flag, kind: type) -> list:
+    try:
+        return [kind(text) for text in flag.value]
+    except ValueError:
+        raise ValueError(f"--{flag.name}={','.join(flag.value)}: not a list of {kind.__name__} values") from None
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+    """A converted checkpoint that has the file has its hash too, and would count as broken with another one."""
+    manifest = folder / store.MANIFEST
+    if manifest.exists() and FILE in read_json(manifest).get("files", {}):
+        raise ValueError(
+            f"--write: {manifest} holds the hash of {FILE}; tune the Hugging Face folder and convert again"
+        )
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--write: {folder} cannot be written")
+
+
+def main() -> None:
+    samplings = grid(_numbers(_THRESHOLDS, float), _numbers(_STEPS, int), _numbers(_BLOCKS, int))
+    settings = Settings(
+        max_new_tokens=_MAX_NEW_TOKENS.value, batch_size=_BATCH_SIZE.value, ignore_eos=_IGNORE_EOS.value
+    )
+    rows, output = read_prompts(_PROMPTS.value), pathlib.Path(_OUTPUT.value)
+    read_operating_point(_CHECKPOINT.value)  # What is merged at the end must be readable.
+    output.mkdir(parents=True, exist_ok=True)
+    model, params, folder = load(_CHECKPOINT.value, execution=Execution(dtype=_DTYPE.value))
+    if _WRITE.value:
+        _check_writable(folder)
+    trained = trained_block_size(folder)
+    usable = [sampling for sampling in samplings if trained is None or sampling.block_size <= trained]
+    if not usable:
+        raise ValueError(f"--blocks={','.join(_BLOCKS.value)}: all are larger than the trained block of {trained}")
+    if len(usable) < len(samplings):
+        print(f"warning: blocks larger than the trained one of {trained} are left out", file=sys.stderr)
+    params = cast(parameter_table(model), params, _DTYPE.value)
+    tokenizer = load_tokenizer(folder) if any("text" in row for row in rows) else None
+    try:
+        measured = sweep(
+            model,
+            params,
+            prompt_ids(rows, tokenizer),
+            settings,
+            usable,
+            _ROUNDS.value,
+            lambda message: print(message, file=sys.stderr, flush=True),
+        )
+    except FloatingPointError as error:
+        command_line.fail(f"{_CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
+    best = measured.best(_MIN_AGREEMENT.value)
+    _write(output / "results.json", json.dumps(_results(measured, best, len(rows)), indent=2) + "\n")
+    _write(output / "plot.svg", plot(measured, best))
+    # Beside the results stands what --write would write.
+    content = merged(folder, best.sampling, trained)
+    _write(output / FILE, content)
+    if _WRITE.value:
+        _write(folder / FILE, content)
+    _show(measured, best)
+
+
+def _results(measured: Sweep, best: Point, prompts: int) -> dict:
+    return {
+        "version": 1,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "dtype": _DTYPE.value,
+        "prompts": prompts,
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "batch_size": _BATCH_SIZE.value,
+        "rounds": _ROUNDS.value,
+        "ignore_eos": _IGNORE_EOS.value,
+        "min_agreement": _MIN_AGREEMENT.value,
+        "ar": measured.ar.row(),
+        "points": [point.row() for point in measured.points],
+        "tokens_per_evaluation_to_break_even": measured.needed,
+        "chosen": best.row(),
+    }
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _show(measured: Sweep, best: Point) -> None:
+    print("| block | steps | threshold | tokens an evaluation | tokens/s | agreement | to first difference | nats | |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for point in (measured.ar, *measured.points):
+        s = point.sampling
+        setting = f"{s.block_size} | {s.steps_per_block} | {s.confidence_threshold:g}" if s else "AR | |"
+        notes = ["front"] * point.pareto + ["chosen"] * (point is best)
+        speed = f"{point.tokens_per_evaluation:.2f} | {point.tokens_per_second:,.1f}"
+        quality = f"{point.agreement:.3f} | {point.agreement_prefix:.3f} | {point.log_likelihood:.3f}"
+        print(f"| {setting} | {speed} | {quality} | {', '.join(notes)} |")
+    print()
+    for size, needed in measured.needed.items():
+        most = max(p.tokens_per_evaluation for p in measured.points if p.sampling.block_size == size)
+        print(f"blocks of {size}: as fast as AR from {needed:.2f} tokens an evaluation on; the most here is {most:.2f}")
+    faster = sum(p.tokens_per_second >= measured.ar.tokens_per_second for p in measured.points)
+    print(f"{faster} of {len(measured.points)} settings are at least as fast as AR")
+    if best.agreement < _MIN_AGREEMENT.value:
+        print(
+            f"no setting agrees with AR in {_MIN_AGREEMENT.value:g} of the tokens; chosen is the one of most "
+            f"agreement, {best.agreement:.3f}"
+        )
+    if best.tokens_per_second < measured.ar.tokens_per_second:
+        print("the chosen setting is slower than --mode=ar")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

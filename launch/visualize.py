@@ -1,0 +1,51 @@
+"""Draws a row of a trace: a page with a slider over its steps, an animated image, and charts.
+
+    python launch/generate.py --checkpoint=DIR --prompt="The list object" --trace=trace.jsonl
+    python launch/visualize.py --trace=trace.jsonl --output=pictures
+
+The folder gets page.html, which needs no other file and no network; animation.gif, text that resolves block by block;
+heatmap.svg, which step decided each position; and steps.svg, how many steps each block took.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import flags
+
+from twotower_jax import command_line
+from twotower_jax.visualize.charts import heat_map, steps_chart
+from twotower_jax.visualize.page import page
+from twotower_jax.visualize.story import TraceError, read_story
+
+_TRACE = flags.DEFINE_string("trace", None, "Trace file, as launch/generate.py --trace writes it.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the pictures; made if it does not exist.", required=True)
+_ROW = flags.DEFINE_integer("row", 0, "Which row of the trace, counted from 0.")
+
+
+def main() -> None:
+    try:
+        from twotower_jax.visualize.animation import animation
+    except ImportError:
+        raise ValueError("animations need Pillow: pip install 'twotower_jax[visual]', or pip install pillow") from None
+    try:
+        story = read_story(_TRACE.value, _ROW.value)
+    except TraceError as error:
+        command_line.fail(str(error), command_line.BROKEN_CHECKPOINT)
+    files = {
+        "page.html": page(story).encode(),
+        "animation.gif": animation(story),
+        "heatmap.svg": heat_map(story).encode(),
+        "steps.svg": steps_chart(story).encode(),
+    }
+    folder = pathlib.Path(_OUTPUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+        print(f"{folder / name}: {len(content):,} bytes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

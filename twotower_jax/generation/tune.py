@@ -1,0 +1,173 @@
+"""A sweep of diffusion's settings on given prompts and this hardware, against AR: speed, and how near to AR it stays.
+
+Everything is greedy. A point is (block size, steps, threshold); thresholds share a compiled function, so each (block
+size, steps) is compiled once. A first pass of every point gives its tokens, compiles, and is not timed; then rounds go
+through AR and all points in turn, so that a machine that slows down slows all of them, and the median counts.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.generation.engine import generate
+from twotower_jax.generation.quality import generated_likelihoods
+from twotower_jax.generation.settings import Result, Settings
+from twotower_jax.parameters import Params
+from twotower_jax.two_tower import TwoTower
+
+
+@dataclasses.dataclass
+class Point:
+    """What was measured of AR (`sampling` None) or of a setting of diffusion, over all prompts.
+
+    Attributes:
+      tokens_per_evaluation: new tokens over passes of either tower, reading the prompt being one.
+      tokens_per_second: by the clock, the median of the rounds.
+      evaluations_per_second: of rows, both towers' together.
+      agreement: of the positions of AR's row or this one, the part where both have the same token.
+      agreement_prefix: the part of them that comes before a row's first difference.
+      log_likelihood: of the new tokens under the context tower given what precedes them, nats a token.
+      pareto: no other setting has both more agreement and more tokens a second, or one more and the other equal.
+    """
+
+    sampling: SamplingConfig | None
+    tokens_per_evaluation: float
+    tokens_per_second: float
+    evaluations_per_second: float
+    agreement: float
+    agreement_prefix: float
+    log_likelihood: float
+    pareto: bool = False
+
+    def row(self) -> dict[str, Any]:
+        """For results.json."""
+        values = dataclasses.asdict(self)
+        sampling = values.pop("sampling")
+        names = ("block_size", "steps_per_block", "confidence_threshold") if sampling else ()
+        return {name: sampling[name] for name in names} | values
+
+
+@dataclasses.dataclass
+class Sweep:
+    """AR, the settings in the order of `grid`, and the rule that picks one.
+
+    Attributes:
+      needed: for each block size the tokens an evaluation at which diffusion is as fast as AR here: AR's tokens a
+        second over the median of its own evaluations a second.
+    """
+
+    ar: Point
+    points: list[Point]
+    needed: dict[int, float]
+
+    def best(self, min_agreement: float) -> Point:
+        """The fastest of at least this agreement; where there is none, the one of most, and of equals the fastest."""
+        enough = [point for point in self.points if point.agreement >= min_agreement]
+        if enough:
+            return max(enough, key=lambda point: point.tokens_per_second)
+        return max(self.points, key=lambda point: (point.agreement, point.tokens_per_second))
+
+
+def grid(thresholds: Sequence[float], steps: Sequence[int], blocks: Sequence[int]) -> list[SamplingConfig]:
+    """All combinations, those of one compiled function together. More steps than a block has tokens are the same as
+    that many, and stand for them.
+
+    Raises:
+      ValueError: for a value out of range, or an empty list.
+    """
+    if not (thresholds and steps and blocks):
+        raise ValueError("thresholds, steps and blocks must each hold at least one value")
+    points = {
+        (block, min(step, block), threshold): None
+        for block in sorted(set(blocks))
+        for step in sorted(set(steps))
+        for threshold in sorted(set(thresholds))
+    }
+    return [SamplingConfig(block_size=b, steps_per_block=s, confidence_threshold=t) for b, s, t in points]
+
+
+def sweep(
+    model: TwoTower,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    samplings: Sequence[SamplingConfig],
+    rounds: int = 3,
+    report: Callable[[str], None] = lambda message: None,
+) -> Sweep:
+    """Measures AR and every sampling.
+
+    Args:
+      settings: of every run, but for mode and sampling.
+      rounds: timed ones.
+      report: gets a line after each run.
+
+    Raises:
+      ValueError, FloatingPointError: as of `generate`.
+    """
+    runs = [dataclasses.replace(settings, mode="ar", sampling=SamplingConfig())]
+    runs += [dataclasses.replace(settings, mode="diffusion", sampling=sampling) for sampling in samplings]
+    results = []
+    for number, run in enumerate(runs, 1):
+        results.append(list(generate(model, params, prompts, run)))
+        report(f"compiled {number}/{len(runs)}")
+    seconds = [[] for _ in runs]
+    for turn in range(1, rounds + 1):
+        for run, times in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            for _ in generate(model, params, prompts, run):
+                pass
+            times.append(time.perf_counter() - start)
+        report(f"round {turn}/{rounds}")
+    points = []
+    for run, rows, times in zip(runs, results, seconds, strict=True):
+        likelihoods = generated_likelihoods(
+            model, params, [(row.prompt_ids, row.tokens) for row in rows], settings.batch_size
+        )
+        sampling = run.sampling if run.mode == "diffusion" else None
+        total = sum(x.log_likelihood for x in likelihoods) / sum(x.tokens for x in likelihoods)
+        points.append(_point(sampling, rows, results[0], statistics.median(times), total))
+    ar, points = points[0], points[1:]
+    for point in points:
+        point.pareto = not any(_dominates(other, point) for other in points)
+    needed = {}
+    for size in sorted({sampling.block_size for sampling in samplings}):
+        rates = [p.evaluations_per_second for p in points if p.sampling.block_size == size]
+        needed[size] = ar.tokens_per_second / statistics.median(rates)
+    return Sweep(ar, points, needed)
+
+
+def agreement(tokens: Sequence[int], reference: Sequence[int]) -> tuple[int, int, int]:
+    """Equal tokens at equal places; those before the first difference; and the places that either row has."""
+    equal = [a == b for a, b in zip(tokens, reference, strict=False)]
+    return sum(equal), [*equal, False].index(False), max(len(tokens), len(reference))
+
+
+def _point(
+    sampling: SamplingConfig | None,
+    rows: Sequence[Result],
+    reference: Sequence[Result],
+    seconds: float,
+    log_likelihood: float,
+) -> Point:
+    tokens = sum(len(row.tokens) for row in rows)
+    evaluations = sum(row.denoiser_evaluations + row.context_evaluations for row in rows)
+    counts = [agreement(row.tokens, ar.tokens) for row, ar in zip(rows, reference, strict=True)]
+    equal, prefix, places = (sum(column) for column in zip(*counts, strict=True))
+    return Point(
+        sampling=sampling,
+        tokens_per_evaluation=tokens / evaluations,
+        tokens_per_second=tokens / seconds,
+        evaluations_per_second=evaluations / seconds,
+        agreement=equal / places,
+        agreement_prefix=prefix / places,
+        log_likelihood=log_likelihood,
+    )
+
+
+def _dominates(a: Point, b: Point) -> bool:
+    ours, theirs = (a.agreement, a.tokens_per_second), (b.agreement, b.tokens_per_second)
+    return ours != theirs and all(x >= y for x, y in zip(ours, theirs, strict=True))

@@ -1,0 +1,110 @@
+"""What generation takes of one device that is not there: its three functions, compiled for it."""
+
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from twotower_jax.config import ModelConfig
+from twotower_jax.parameters import bind, parameter_table, unflatten
+from twotower_jax.planning.hardware import GIB, Hardware
+from twotower_jax.planning.plan import HEADROOM
+from twotower_jax.sharding import MeshShape, make_mesh
+from twotower_jax.tower import Execution
+from twotower_jax.two_tower import TwoTower
+
+
+class Function(NamedTuple):
+    """One compiled function: bytes that it needs beside weights and cache, seconds that compiling took."""
+
+    name: str
+    temporaries: int
+    compile_seconds: float
+
+
+class ServingPlan(NamedTuple):
+    """Both towers in bfloat16 on one device, `batch` rows of `capacity` positions. Bytes.
+
+    Attributes:
+      weights, cache: what stays. functions: what each needs for a while; the largest counts.
+    """
+
+    hardware: str
+    batch: int
+    capacity: int
+    block_size: int
+    weights: int
+    cache: int
+    memory: int
+    functions: list[Function]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + max(function.temporaries for function in self.functions)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= (1 - HEADROOM) * self.memory
+
+
+def plan_serving(
+    model_config: ModelConfig, hardware: Hardware, *, batch: int, capacity: int, block_size: int
+) -> ServingPlan:
+    """Compiles prefill of a prompt's piece, a denoiser's evaluation and the extension of the cache for one device."""
+    mesh = make_mesh(MeshShape(), list(hardware.devices)[:1])
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    model = TwoTower(model_config, execution=Execution(dtype=jnp.bfloat16))
+
+    def abstract(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    params = unflatten(
+        {
+            path: abstract(p.shape, jnp.float32 if p.float32 else jnp.bfloat16)
+            for path, p in parameter_table(model).items()
+        }
+    )
+    cache = jax.tree.map(
+        lambda leaf: abstract(leaf.shape, leaf.dtype),
+        jax.eval_shape(lambda: model.context_tower.empty_cache(batch, capacity)),
+    )
+    piece, block = abstract((1, min(256, capacity)), jnp.int32), abstract((batch, block_size), jnp.int32)
+    one_row = jax.tree.map(
+        lambda leaf: abstract(leaf.shape, leaf.dtype),
+        jax.eval_shape(lambda: model.context_tower.empty_cache(1, capacity)),
+    )
+    lengths, t = abstract((batch,), jnp.int32), abstract((batch,), jnp.float32)
+    calls = {
+        "prefill of a piece of one row": (
+            lambda p, *a: bind(model, p).extend(*a),
+            (piece, abstract((1,), jnp.int32), one_row),
+        ),
+        "denoiser evaluation": (lambda p, *a: bind(model, p).denoise(*a), (block, t, cache)),
+        "extension by a block": (lambda p, *a: bind(model, p).extend(*a), (block, lengths, cache)),
+    }
+    functions = []
+    with jax.set_mesh(mesh):
+        for name, (function, arguments) in calls.items():
+            started = time.monotonic()
+            compiled = jax.jit(function).lower(params, *arguments).compile()
+            needed = compiled.memory_analysis()
+            temporaries = needed.temp_size_in_bytes + needed.output_size_in_bytes
+            functions.append(Function(name, temporaries, time.monotonic() - started))
+    weights, held = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(v)) for v in (params, cache))
+    return ServingPlan(hardware.name, batch, capacity, block_size, weights, held, hardware.memory, functions)
+
+
+def describe(plan: ServingPlan) -> str:
+    """Some lines."""
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines = [
+        f"{plan.hardware}: both towers on one device, {plan.batch} rows of {plan.capacity} positions, blocks of "
+        f"{plan.block_size}",
+        f"  GiB: weights {plan.weights / GIB:.2f}, caches {plan.cache / GIB:.2f}, in all {plan.total / GIB:.2f} of "
+        f"{plan.memory / GIB:.0f}: {verdict} with {HEADROOM:.0%} to stay free",
+    ]
+    for function in plan.functions:
+        needs = f"{function.temporaries / GIB:.2f} GiB more"
+        lines.append(f"  {function.name}: {needs}, compiled in {function.compile_seconds:.0f} s")
+    return "\n".join(lines)

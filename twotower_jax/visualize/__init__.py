@@ -1,0 +1,1 @@
+"""Pictures of generation: a trace as a page, an animation and charts, and a sweep as a plot."""
