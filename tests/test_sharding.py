@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twotower_jax.checkpoint.load import load
 from twotower_jax.config import Variant
 from twotower_jax.parameters import flatten, parameter_table, unflatten
 from twotower_jax.sharding import MESH_AXES, MeshShape, batch_sharding, make_mesh, spec, stored_sharding
@@ -228,3 +229,13 @@ def test_a_mesh_that_cannot_be(shape, message):
 def test_the_rest_of_the_devices():
     assert make_mesh(MeshShape(fsdp=-1, expert=2)).shape == dict.fromkeys(MESH_AXES, 1) | {"fsdp": 4, "expert": 2}
     assert dataclasses.asdict(MeshShape(data=-1).resolve(8))["data"] == 8
+
+
+def test_a_checkpoint_loads_onto_a_mesh(data):
+    """Every array where it is stored, with the bytes that one device gets."""
+    mesh = make_mesh(MeshShape(fsdp=4, expert=2))
+    loaded, whole = (load(data / "tiny" / "checkpoint", mesh=m) for m in (mesh, None))
+    for path, parameter in parameter_table(loaded.model).items():
+        array, expected = flatten(loaded.params)[path], flatten(whole.params)[path]
+        assert array.sharding == stored_sharding(mesh, parameter.axes, parameter.shape), path
+        assert np.asarray(array).tobytes() == np.asarray(expected).tobytes(), path

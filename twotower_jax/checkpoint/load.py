@@ -38,7 +38,8 @@ def load(
       execution: how the model is to be computed.
       mesh: where parameters go, each device holding its part (see sharding.py); None for one device. From a converted
         checkpoint or a workdir each host reads what its devices hold and no more.
-      verify: compare the files of a converted checkpoint or a workdir with their recorded hashes first.
+      verify: compare the files of a converted checkpoint with their recorded hashes first; those of a workdir always
+        are.
 
     Raises:
       CheckpointError: if the folder is none of these, or is broken.
@@ -50,7 +51,7 @@ def load(
     if (path / store.MANIFEST).exists():
         model, params = store.load(path, variant, execution, sharding=sharding, verify=verify)
     elif (path / workdir.CHECKPOINTS).exists():
-        model, params = workdir.load(path, variant, execution)
+        model, params = workdir.load(path, variant, execution, sharding=sharding)
     else:
         model, params = huggingface.load(path, variant or Variant(), execution, sharding=sharding)
     return Loaded(model, params, path)

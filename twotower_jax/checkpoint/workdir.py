@@ -26,6 +26,7 @@ from twotower_jax.checkpoint import orbax_steps
 from twotower_jax.checkpoint.files import CheckpointError, read_json
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.parameters import Parameter, Params, Path, flatten, initialize, parameter_table, unflatten
+from twotower_jax.sharding import ShardingOf
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
@@ -202,6 +203,8 @@ def load(
     path: str | pathlib.Path,
     variant: Variant | None = None,
     execution: Execution = Execution(),  # noqa: B008 (frozen)
+    *,
+    sharding: ShardingOf | None = None,
 ) -> tuple[TwoTower, Params]:
     """The newest step of a workdir as a two-tower model and its parameters, in the dtypes stored.
 
@@ -211,6 +214,7 @@ def load(
     Args:
       variant: of the model to make; None takes the one trained, or the default for a backbone.
       execution: of the model to make.
+      sharding: where each stored parameter goes; None for one device. Fresh ones, if any, are on one device.
 
     Raises:
       CheckpointError: if there is no checkpoint, it is broken, or cannot become `variant`.
@@ -227,7 +231,7 @@ def load(
     variant = variant or (Variant() if single else trained_as)
     stored = Backbone(config) if single else TwoTower(config, trained_as)
     table = parameter_table(stored)
-    params = _read_parameters(path, folder / PARAMS, table)
+    params = _read_parameters(path, folder / PARAMS, table, sharding)
     model = TwoTower(config, variant)
     if single:
         params = from_backbone(model, params, jax.random.key(0))
@@ -301,13 +305,20 @@ def _step_folder(path: pathlib.Path, step: int, only: str = "") -> pathlib.Path:
     return folder
 
 
-def _read_parameters(path: pathlib.Path, trained: pathlib.Path, table: Mapping[Path, Parameter]) -> Params:
+def _read_parameters(
+    path: pathlib.Path, trained: pathlib.Path, table: Mapping[Path, Parameter], sharding: ShardingOf | None
+) -> Params:
     """Trained and frozen parameters together, in the dtypes stored."""
 
     def target(stored: Mapping[Path, Any]) -> Params:
         if odd := stored.keys() - table.keys():
             raise CheckpointError(f"{path}: array {'/'.join(min(odd))} is not of this model")
-        return unflatten({p: jax.ShapeDtypeStruct(table[p].shape, jnp.dtype(stored[p].dtype)) for p in stored})
+
+        def array(p: Path) -> jax.ShapeDtypeStruct:
+            place = sharding(table[p]) if sharding else None
+            return jax.ShapeDtypeStruct(table[p].shape, jnp.dtype(stored[p].dtype), sharding=place)
+
+        return unflatten({p: array(p) for p in stored})
 
     def read(folder: pathlib.Path) -> dict[Path, jax.Array]:
         return flatten(orbax_steps.restore_arrays(folder, target(flatten(orbax_steps.stored_arrays(folder)))))
