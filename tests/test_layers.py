@@ -335,7 +335,8 @@ def test_experts(small_config, random_params, quick_jit, changes):
     mixer = Experts(config, SCOPE)
     params, x = random_params(mixer), draw(1, B, 9, D)
     p = to_float64(params)
-    y = quick_jit(lambda p, x: bind(mixer, p)(x))(params, x)
+    y, load = quick_jit(lambda p, x: bind(mixer, p).with_load(x))(params, x)
+    tokens = np.zeros(8)
     for row in range(B):
         for i in range(9):
             token = x[row, i].astype(np.float64)
@@ -346,6 +347,7 @@ def test_experts(small_config, random_params, quick_jit, changes):
                 biased[4:] *= first < second
                 biased[:4] *= first >= second
             chosen = np.argsort(-biased)[:3]
+            tokens[chosen] += 1
             expected = np.zeros(D)
             for e in chosen:
                 hidden = np.maximum(token @ p["up"][e] + (p["up_bias"][e] if "up_bias" in p else 0), 0) ** 2
@@ -354,6 +356,7 @@ def test_experts(small_config, random_params, quick_jit, changes):
             if config.n_shared_experts:
                 expected += literal_mlp(p["shared_experts"], token, lambda v: np.maximum(v, 0) ** 2)
             assert_close(y[row, i], expected)
+    np.testing.assert_allclose(load, tokens / (B * 9 * 3 / 8), rtol=1e-6)
 
 
 def test_a_token_of_nan_stays_alone(small_config, random_params, quick_jit):
@@ -466,7 +469,7 @@ def test_norm_and_modulation_come_in_the_order_of_the_kind(small_config, random_
     @quick_jit
     def run(params, h, memory, shift, scale, gate):
         bound = bind(layer, params)
-        y = bound.blockwise(h, memory, 5, cache_lengths=lengths, modulation=Modulation(shift, scale, gate))
+        y, _ = bound.blockwise(h, memory, 5, cache_lengths=lengths, modulation=Modulation(shift, scale, gate))
 
         def mixer(x):
             if kind == "M":

@@ -140,16 +140,22 @@ class Layer(nnx.Module):
         cache_lengths: jax.Array | None = None,
         modulation: Modulation | None = None,
         document_start: jax.Array | None = None,
-    ) -> jax.Array:
-        """Blocks h (B, L, D) side by side, reading the context layer's memory (or cache) before each left edge."""
-        x = self._enter(h, modulation)
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Blocks h (B, L, D) side by side, reading the context layer's memory (or cache) before each left edge.
+
+        Returns:
+          the new h, and of experts their load (`Experts.with_load`).
+        """
+        x, load = self._enter(h, modulation), None
         if self.kind == "M":
             y = self.mixer.blockwise(x, memory, block_size, document_start)
         elif self.kind == "*":
             y = self.mixer.blockwise(x, memory, block_size, cache_lengths, document_start)
+        elif self.kind == "E":
+            y, load = self.mixer.with_load(x)
         else:
             y = self.mixer(x)
-        return self._leave(h, y, modulation)
+        return self._leave(h, y, modulation), load
 
     def _enter(self, h, modulation):
         x = h.astype(self.dtype)

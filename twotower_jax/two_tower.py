@@ -8,6 +8,8 @@ dictionary of arrays into one for a functional call, and every method is then a 
     logits = parameters.bind(model, params).context_logits(ids)
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,6 +32,21 @@ class Backbone(nnx.Module):
     def logits(self, ids: jax.Array) -> jax.Array:
         """(B, L) int32 → (B, L, V) float32; logits at i predict token i + 1."""
         return self.head(self.tower.causal(ids))
+
+
+class TrainingStates(NamedTuple):
+    """What a pass over clean and noisy tokens gives.
+
+    Attributes:
+      denoiser: (B, L, D), which `denoiser_head` turns into logits, those at i for position i itself.
+      context: (B, L, D), which `context_head` turns into next-token logits.
+      expert_load: (layers with experts, E) float32, the tokens of each of the denoiser's experts as a multiple of the
+        even share; None without experts.
+    """
+
+    denoiser: jax.Array
+    context: jax.Array
+    expert_load: jax.Array | None
 
 
 class TwoTower(nnx.Module):
@@ -114,7 +131,7 @@ class TwoTower(nnx.Module):
 
         def step(layers, h, layer_cache, modulation):
             lengths = cache.lengths
-            h = layers[0].blockwise(h, layer_cache, block.shape[1], cache_lengths=lengths, modulation=modulation)
+            h, _ = layers[0].blockwise(h, layer_cache, block.shape[1], cache_lengths=lengths, modulation=modulation)
             return h, None
 
         h, _ = self._walk_denoiser((tower,), tower.embed(block), step, t, cache)
@@ -146,7 +163,7 @@ class TwoTower(nnx.Module):
         t: jax.Array,
         block_size: int,
         document_start: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> TrainingStates:
         """One context pass over the clean tokens and one denoiser pass over all blocks of the noisy ones.
 
         Both towers go down the layers together: the memory of one context layer exists at a time. Block n sees the
@@ -158,10 +175,6 @@ class TwoTower(nnx.Module):
           block_size: S.
           document_start: (B, L) int32, where several documents lie side by side: the first position of each one's own.
             Every document starts with a block.
-
-        Returns:
-          the final hidden states (B, L, D) of the denoiser, which `denoiser_head` turns into logits, those at i for
-          position i itself, and of the context, which `context_head` turns into next-token logits.
 
         Raises:
           ValueError: if S does not divide L.
@@ -175,19 +188,22 @@ class TwoTower(nnx.Module):
             h_context, memory = context_layer.causal(h_context, document_start=document_start)
             if self.variant.context == "frozen":
                 h_context, memory = jax.lax.stop_gradient((h_context, memory))
-            h = denoiser_layer.blockwise(h, memory, block_size, modulation=modulation, document_start=document_start)
-            return (h_context, h), None
+            h, load = denoiser_layer.blockwise(
+                h, memory, block_size, modulation=modulation, document_start=document_start
+            )
+            return (h_context, h), load
 
         carry = context.embed(clean), denoiser.embed(noisy)
-        (h_context, h), _ = self._walk_denoiser((context, denoiser), carry, step, t, None)
-        return denoiser.finish(h), context.finish(h_context)
+        (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None)
+        loads = [load for load in denoiser.by_layer(loads) if load is not None]
+        return TrainingStates(denoiser.finish(h), context.finish(h_context), jnp.stack(loads) if loads else None)
 
     def training_logits(
         self, clean: jax.Array, noisy: jax.Array, t: jax.Array, block_size: int
     ) -> tuple[jax.Array, jax.Array]:
         """As `training_states`, the denoiser's being logits already: (B, L, V) float32."""
-        h, h_context = self.training_states(clean, noisy, t, block_size)
-        return self.denoiser_head(h), h_context
+        states = self.training_states(clean, noisy, t, block_size)
+        return self.denoiser_head(states.denoiser), states.context
 
     def _walk_denoiser(self, towers, carry, step, t, cache):
         """A `walk` whose step also gets the layer's cache and modulation: (layers, carry, cache, modulation)."""

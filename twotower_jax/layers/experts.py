@@ -152,18 +152,26 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, L, D) → (B, L, D)"""
-        routed = sharding.local(self._routed, (_TOKENS, _ROUTER_AXES, _WEIGHT_AXES), _TOKENS)
+        return self.with_load(x)[0]
+
+    def with_load(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, L, D) → (B, L, D), and each expert's number of tokens as a multiple of the even share, (E,) float32."""
+        routed = sharding.local(self._routed, (_TOKENS, _ROUTER_AXES, _WEIGHT_AXES), (_TOKENS, (None,)))
         router = use(self.router.weight, jnp.float32), use(self.router.bias, jnp.float32)
         biases = (None if b is None else use(b, x.dtype) for b in (self.up_bias, self.down_bias))
-        y = routed(x, router, Weights(use(self.up, x.dtype), use(self.down, x.dtype), *biases))
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        y, tokens = routed(x, router, Weights(use(self.up, x.dtype), use(self.down, x.dtype), *biases))
+        load = tokens * (tokens.size / (x.shape[0] * x.shape[1] * self.router.config.num_experts_per_tok))
+        return (y if self.shared_experts is None else y + self.shared_experts(x)), load
 
     def _routed(self, x, router, weights):
         """One device's tokens through the routed experts, which may be on other devices."""
         tokens = x.reshape(-1, x.shape[-1])
         indices, gates = self.router.route(tokens, *router)
         y = expert_parallel.expert_mlp(tokens, indices, gates, weights, activation=ACTIVATIONS[self.activation])
-        return y.reshape(x.shape)
+        load = jnp.bincount(indices.reshape(-1), length=router[1].size).astype(jnp.float32)
+        if over := [axis for axis in (*sharding.BATCH, "sequence") if sharding.shards(axis) > 1]:
+            load = jax.lax.psum(load, over)
+        return y.reshape(x.shape), load
 
 
 def _stds(config: ModelConfig) -> tuple[float, float]:

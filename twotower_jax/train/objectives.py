@@ -136,12 +136,13 @@ class Denoiser:
     ) -> Losses:
         """The losses of (B, L) tokens in blocks of `block_size`, and the masked one by noise level and block position.
 
+        Beside them `expert_load`: of each layer with experts, the busiest one's tokens as a multiple of the even share.
         `counted` (B,) bool says which rows count.
         """
         model = bind(self.model, params)
         noisy, masked, t = self._corrupt(ids, noise)
-        h, h_context = model.training_states(ids, noisy, t, block_size, documents and documents.start)
-        log_p = model.denoiser_head.log_probabilities(h, ids)
+        states = model.training_states(ids, noisy, t, block_size, documents and documents.start)
+        log_p = model.denoiser_head.log_probabilities(states.denoiser, ids)
         masked &= counted[:, None]
         if documents is not None:
             masked &= documents.counted
@@ -152,7 +153,11 @@ class Denoiser:
         }
         if model.variant.context_loss:
             targets, counted = _next_tokens(ids, counted, documents)
-            losses["context_loss"] = masked_loss_sum(model.context_head.log_probabilities(h_context, targets), counted)
+            log_p = model.context_head.log_probabilities(states.context, targets)
+            losses["context_loss"] = masked_loss_sum(log_p, counted)
+        if states.expert_load is not None:
+            busiest = jax.lax.stop_gradient(jnp.max(states.expert_load, axis=1))
+            losses["expert_load"] = LossSum(busiest, jnp.ones(busiest.shape, jnp.int32))
         return losses
 
     def counts(self, ids: jax.Array, noise: NoiseKey, documents: Documents | None = None) -> dict[str, jax.Array]:
