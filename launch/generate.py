@@ -14,6 +14,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
+import jax
 from absl import flags
 
 from twotower_jax import command_line
@@ -134,7 +135,9 @@ def _generate(
     write: Callable[[dict], None] | None,
     write_trace: Callable[[dict], None] | None,
 ) -> None:
-    model, params, folder = load(_CHECKPOINT.value, execution=Execution(dtype=_DTYPE.value))
+    # A scan over stacked layers compiles sooner, which counts on a CPU, but copies the experts out of the stack.
+    execution = Execution(dtype=_DTYPE.value, scan_layers=jax.default_backend() == "cpu")
+    model, params, folder = load(_CHECKPOINT.value, execution=execution)
     params = cast(parameter_table(model), params, _DTYPE.value)
     tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
     decode = tokenizer.decode if tokenizer else None

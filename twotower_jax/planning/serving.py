@@ -14,6 +14,8 @@ from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
+EVALUATION = "denoiser evaluation"
+
 
 class Function(NamedTuple):
     """One compiled function: bytes that it needs beside weights and cache, seconds that compiling took."""
@@ -54,7 +56,8 @@ def plan_serving(
     """Compiles prefill of a prompt's piece, a denoiser's evaluation and the extension of the cache for one device."""
     mesh = make_mesh(MeshShape(), list(hardware.devices)[:1])
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    model = TwoTower(model_config, execution=Execution(dtype=jnp.bfloat16))
+    # As generate.py has it on an accelerator: a scan over stacked layers would copy each layer's experts.
+    model = TwoTower(model_config, execution=Execution(dtype=jnp.bfloat16, scan_layers=False))
 
     def abstract(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
@@ -80,16 +83,18 @@ def plan_serving(
             lambda p, *a: bind(model, p).extend(*a),
             (piece, abstract((1,), jnp.int32), one_row),
         ),
-        "denoiser evaluation": (lambda p, *a: bind(model, p).denoise(*a), (block, t, cache)),
+        EVALUATION: (lambda p, *a: bind(model, p).denoise(*a), (block, t, cache)),
         "extension by a block": (lambda p, *a: bind(model, p).extend(*a), (block, lengths, cache)),
     }
     functions = []
     with jax.set_mesh(mesh):
         for name, (function, arguments) in calls.items():
             started = time.monotonic()
-            compiled = jax.jit(function).lower(params, *arguments).compile()
+            # What extends a cache is given the old one to write into.
+            donated = () if name == EVALUATION else (len(arguments),)
+            compiled = jax.jit(function, donate_argnums=donated).lower(params, *arguments).compile()
             needed = compiled.memory_analysis()
-            temporaries = needed.temp_size_in_bytes + needed.output_size_in_bytes
+            temporaries = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
             functions.append(Function(name, temporaries, time.monotonic() - started))
     weights, held = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(v)) for v in (params, cache))
     return ServingPlan(hardware.name, batch, capacity, block_size, weights, held, hardware.memory, functions)
