@@ -445,6 +445,20 @@ def test_a_frozen_context_gets_no_gradient(make, training_gradients):
     assert_trees_close(frozen | {"context_tower": trained["context_tower"]}, trained, 1e-6)
 
 
+def test_expert_load_comes_in_the_order_of_the_layers(make, quick_jit):
+    """Of a pattern with repeats: the same as laid out layer by layer, and on average 1."""
+    clean, noisy, t = batch()
+    scanned, flat = make("MEE" * 2 + "E"), make("MEE" * 2 + "E", execution=Execution(scan_layers=False))
+    params = move(scanned.params, parameter_table(scanned.model), parameter_table(flat.model))
+    found, expected = (
+        quick_jit(lambda p, m=m: bind(m.model, p).training_states(clean, noisy, t, 4).expert_load)(p)
+        for m, p in ((scanned, scanned.params), (flat, params))
+    )
+    assert found.shape == (5, 8)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(np.mean(found, axis=1), 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_documents_side_by_side_know_nothing_of_each_other(make, bidirectional):
     """Three in one row, of 4, 8 and 4 tokens, give what each gives alone, in both towers."""
@@ -458,7 +472,7 @@ def test_documents_side_by_side_know_nothing_of_each_other(make, bidirectional):
     together = jax.jit(states)(clean, noisy, starts)
     for begin, end in ((0, 4), (4, 12), (12, 16)):
         alone = jax.jit(states)(clean[:, begin:end], noisy[:, begin:end])
-        for found, expected in zip(together, alone, strict=True):
+        for found, expected in zip(together[:2], alone[:2], strict=True):
             np.testing.assert_allclose(found[:, begin:end], expected, atol=2e-5)
 
 

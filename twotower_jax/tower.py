@@ -390,6 +390,15 @@ class Tower(nnx.Module):
             out.append(tuple(part[:, j] if s.repeats > 1 else part[0, j] for j in range(width)))
         return out
 
+    def stacked(self, entries: PerLayer) -> jax.Array | None:
+        """The vectors that some layers gave in a `walk` as rows of one array, in the layers' order; None for none."""
+        rows = []
+        for segment in entries:
+            # (repeats, layers of the unit, …), or without the first axis where nothing repeats.
+            vectors = [vector for vector in segment if vector is not None]
+            rows += [jnp.stack(vectors, axis=-2).reshape(-1, vectors[0].shape[-1])] if vectors else []
+        return jnp.concatenate(rows) if rows else None
+
     def by_layer(self, entries: PerLayer) -> list[Any]:
         """The outputs of a `walk` as a list with one entry a layer, in order."""
         out = []

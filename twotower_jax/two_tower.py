@@ -195,8 +195,7 @@ class TwoTower(nnx.Module):
 
         carry = context.embed(clean), denoiser.embed(noisy)
         (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None)
-        loads = [load for load in denoiser.by_layer(loads) if load is not None]
-        return TrainingStates(denoiser.finish(h), context.finish(h_context), jnp.stack(loads) if loads else None)
+        return TrainingStates(denoiser.finish(h), context.finish(h_context), denoiser.stacked(loads))
 
     def training_logits(
         self, clean: jax.Array, noisy: jax.Array, t: jax.Array, block_size: int
