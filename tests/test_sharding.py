@@ -1,6 +1,7 @@
 """twotower_jax/sharding.py: losses and gradients on eight virtual devices against one, and what moves between them."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -10,8 +11,11 @@ import pytest
 
 from twotower_jax.checkpoint.load import load
 from twotower_jax.config import Variant
+from twotower_jax.kernels import expert_mlp
+from twotower_jax.kernels.experts import Weights, relu2
+from twotower_jax.layers import expert_parallel
 from twotower_jax.parameters import flatten, parameter_table, unflatten
-from twotower_jax.sharding import MESH_AXES, MeshShape, batch_sharding, make_mesh, spec, stored_sharding
+from twotower_jax.sharding import MESH_AXES, MeshShape, batch_sharding, local, make_mesh, spec, stored_sharding
 from twotower_jax.tower import Execution
 from twotower_jax.train.objectives import Denoiser, NoiseKey, make_objective
 from twotower_jax.train.step import abstract_state, make_optimizer, make_step, start_state, tables
@@ -240,3 +244,36 @@ def test_a_checkpoint_loads_onto_a_mesh(data):
         array, expected = flatten(loaded.params)[path], flatten(whole.params)[path]
         assert array.sharding == stored_sharding(mesh, parameter.axes, parameter.shape), path
         assert np.asarray(array).tobytes() == np.asarray(expected).tobytes(), path
+
+
+@pytest.mark.parametrize("shape", [{"expert": 4}, {"expert": 2, "tensor": 2}], ids=["expert", "tensor"])
+def test_no_row_is_dropped_when_all_go_to_one_device(quick_jit, shape):
+    """All rows of every device to experts 0 and 1: several rounds, and the outputs and gradients of one device."""
+    rng = np.random.default_rng(0)
+    x, gates = rng.standard_normal((64, 6)), rng.uniform(0.1, 1, (64, 2))
+    weights = Weights(*(rng.standard_normal(s) for s in ((8, 6, 4), (8, 4, 6), (8, 4), (8, 6))))
+    x, gates, weights = jax.tree.map(np.float32, (x, gates, weights))
+    indices = np.tile(np.int32([0, 1]), (64, 1))
+    devices = jax.devices()[: int(np.prod(list(shape.values())))]
+    rows = ("batch", None)
+    axes = Weights(
+        ("experts", None, "expert_mlp"), ("experts", "expert_mlp", None), ("experts", "expert_mlp"), ("experts", None)
+    )
+
+    def results(function):
+        def loss(x, gates, weights):
+            y = function(x, indices, gates, weights)
+            return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+        return quick_jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(x, gates, weights)
+
+    def on_a_mesh(*args):
+        return local(functools.partial(expert_parallel.expert_mlp, activation=relu2), (rows, rows, rows, axes), rows)(
+            *args
+        )
+
+    expected = results(expert_mlp)
+    with jax.set_mesh(make_mesh(MeshShape(**shape), devices)):
+        found = results(on_a_mesh)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.max(np.abs(other)))
