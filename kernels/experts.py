@@ -35,6 +35,7 @@ EXPERT_MLP = Op(
     "expert_mlp",
     {
         "xla": Implementation("experts_xla", "expert_mlp"),
+        "dense": Implementation("simple", "expert_mlp"),
         "ragged_dot": Implementation("experts_ragged", "expert_mlp", platform="tpu"),
     },
 )
