@@ -15,7 +15,10 @@ from twotower_jax.parameters import Scope, normal
 
 @flax.struct.dataclass
 class AttentionCache:
-    """Keys and values of the tokens so far: key and value (B, T, K, P), of which each row uses its first `lengths`."""
+    """Keys and values of the tokens so far: key and value (B, K, T, P), of which each row uses its first `lengths`.
+
+    Heads come before positions, so that a head's keys are one matrix, as the products want them.
+    """
 
     key: jax.Array
     value: jax.Array
@@ -28,7 +31,7 @@ class AttentionCache:
 
         def write(old, update):
             return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
-                old, update.astype(old.dtype), lengths, 0
+                old, update.astype(old.dtype), lengths, 1
             )
 
         return AttentionCache(key=write(self.key, new.key), value=write(self.value, new.value))
@@ -36,7 +39,7 @@ class AttentionCache:
 
 @flax.struct.dataclass
 class AttentionMemory:
-    """Keys and values of a whole sequence, (B, L, K, P) each."""
+    """Keys and values of a whole sequence, (B, K, L, P) each."""
 
     key: jax.Array
     value: jax.Array
@@ -111,10 +114,11 @@ class Attention(nnx.Module):
         return self._output(_attend(q, sources, (key, value), block_size))
 
     def _project(self, x):
-        """q (B, L, H, P), key and value (B, L, K, P)."""
-        return tuple(
+        """q (B, L, H, P), key and value (B, K, L, P)."""
+        q, key, value = (
             proj(x).reshape(*x.shape[:-1], -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return q, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
 
     def _output(self, y):
         return self.o_proj(y.reshape(*y.shape[:2], -1))
@@ -131,7 +135,7 @@ def _attend(
     Keys are few (two heads in the release): each device has all positions of them, and picks the heads that its
     queries read.
     """
-    heads, kv_heads = q.shape[2], sources[0].key.shape[2]
+    heads, kv_heads = q.shape[2], sources[0].key.shape[1]
     whole = ("batch", None, None, None)
 
     def attend(q, sources, own_block):
@@ -144,7 +148,7 @@ def _attend(
         return None if end is None else (("batch", None)[end.shape[0] == 1], ("length", None)[end.shape[1] == 1])
 
     queries = ("batch", "length", "heads", None)
-    own = ("batch", "length", None, None)
+    own = ("batch", None, "length", None)
     axes = (
         queries,
         tuple(kernels.Keys(whole, whole, end_axes(s.stop), end_axes(s.start)) for s in sources),
@@ -154,9 +158,9 @@ def _attend(
 
 
 def _heads_read(ratio: int, heads: int, kv_heads: int):
-    """Picks, of (B, T, K, P) keys or values, those that this device's `heads` query heads read."""
+    """Picks, of (B, K, T, P) keys or values, those that this device's `heads` query heads read."""
     if sharding.shards("tensor") == 1:
         return lambda v: v
     count = max(1, heads // ratio)
     first = jax.lax.axis_index("tensor") * heads // ratio
-    return lambda v: jax.lax.dynamic_slice_in_dim(v, first, count, axis=2)
+    return lambda v: jax.lax.dynamic_slice_in_dim(v, first, count, axis=1)
