@@ -45,6 +45,8 @@ ATTENTION = Op(
         "xla": Implementation("attention_xla", "attention"),
         "pallas_tpu": Implementation("attention_tpu", "attention", platform="tpu", has_limits=True),
         "pallas_tpu_interpret": Implementation("attention_tpu", "attention", options=(("interpret", True),)),
+        "mosaic_gpu": Implementation("attention_gpu", "attention", platform="gpu", has_limits=True),
+        "mosaic_gpu_interpret": Implementation("attention_gpu", "attention", options=(("interpret", True),)),
         "reference": Implementation("reference", "attention"),
     },
 )

@@ -25,8 +25,8 @@ _ROWS, _ROWS_BACKWARD, _KEYS = 1024, 512, 512
 _PACKED = 16
 # Places of a row's numbers in `stats`, float32 (exact for positions below 2²⁴); eight of them, a tile's sublanes.
 _START, _STOP, _LSE, _DELTA, _STATS = 0, 1, 2, 3, 8
-# Places in `limits`, of each tile of rows: of its rows' starts and stops.
-_FIRST, _ALL_FROM, _ALL_TO, _LAST, _LIMITS = 0, 1, 2, 3, 4
+# Numbers of each tile of rows in `limits`: the least and greatest of its rows' starts and stops.
+_LIMITS = 4
 
 
 class _Cut(NamedTuple):
@@ -286,16 +286,6 @@ def _gradient_of_keys_kernel(
     dk_ref[...] *= scale
 
 
-def _spans(limits, cut: _Cut, tiles: int):
-    """For each tile of keys the tiles of rows, from the first to behind the last, of which some row sees it."""
-    begin = jnp.arange(tiles)[:, None] * cut.keys
-    first, last = (limits[:, None, :, place] for place in (_FIRST, _LAST))
-    meet = (first < begin + cut.keys) & (last > begin)  # (B, tiles of keys, tiles of rows)
-    some = jnp.any(meet, axis=-1)
-    end = jnp.where(some, cut.tiles - jnp.argmax(meet[..., ::-1], axis=-1), 0)
-    return jnp.stack([jnp.where(some, jnp.argmax(meet, axis=-1), 0), end], axis=-1).astype(jnp.int32)
-
-
 def _backward(q, k, v, ranges, do, lse, delta, *, interpret):
     heads, count, head_dim = q.shape
     key_count = k.shape[1]
@@ -319,7 +309,7 @@ def _backward(q, k, v, ranges, do, lse, delta, *, interpret):
         _gradient_of_keys_kernel,
         cut,
         (heads, tiles),
-        [limits.reshape(-1), _spans(limits, cut, tiles).reshape(-1)],
+        [limits.reshape(-1), flash.spans(limits, cut.keys, tiles).reshape(-1)],
         [(keys, k), (keys, v), (whole, q), (whole, do), (whole, stats)],
         [(keys, k.shape, jnp.float32)] * 2,
         [tile, tile, pltpu.VMEM((2, _STATS, cut.rows), jnp.float32), pltpu.SemaphoreType.DMA((3, 2))],

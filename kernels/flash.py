@@ -51,6 +51,31 @@ class Kernels(NamedTuple):
     backward: Callable
 
 
+def combine(outs, lses):
+    """The output (…, P) and lse of the whole, from those of its parts."""
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    top = functools.reduce(jnp.maximum, lses)
+    shares = [jnp.exp(lse - top) for lse in lses]
+    total = sum(shares)
+    out = sum((share / total)[..., None] * out for share, out in zip(shares, outs, strict=True))
+    return out, top + jnp.log(total)
+
+
+def spans(limits: jax.Array, keys: int, tiles: int) -> jax.Array:
+    """(B, tiles, 2) int32: for each of `tiles` tiles of keys, from which to behind which tile of rows some see it.
+
+    Args:
+      limits: (B, tiles of rows, 4), the least and greatest start and stop of each.
+      keys: of a tile.
+    """
+    begin = jnp.arange(tiles)[:, None] * keys
+    meet = (limits[:, None, :, 0] < begin + keys) & (limits[:, None, :, 3] > begin)  # (B, tiles, tiles of rows)
+    some = jnp.any(meet, axis=-1)
+    end = jnp.where(some, meet.shape[-1] - jnp.argmax(meet[..., ::-1], axis=-1), 0)
+    return jnp.stack([jnp.where(some, jnp.argmax(meet, axis=-1), 0), end], axis=-1).astype(jnp.int32)
+
+
 def _dense_forward(q, key, value, seen):
     """One part as XLA computes it: (…, M, P), (…, T, P), seen broadcastable to (…, M, T) or None for all."""
     s = xla.scores(q, key)
@@ -153,14 +178,8 @@ def _forward(kernels, blocks, length, q, sources, own):
     parts = _parts(kernels, blocks, length, sources, own)
     # Rounded once: what is still to be summed stays in float32.
     dtype = q.dtype if len(parts) == 1 else jnp.float32
-    outs, lses = zip(*(part.forward(q, dtype) for part in parts), strict=True)
-    if len(parts) == 1:
-        return outs[0].astype(q.dtype), lses[0]
-    top = functools.reduce(jnp.maximum, lses)
-    shares = [jnp.exp(lse - top) for lse in lses]
-    total = sum(shares)
-    out = sum((share / total)[..., None] * out for share, out in zip(shares, outs, strict=True))
-    return out.astype(q.dtype), top + jnp.log(total)
+    out, lse = combine(*zip(*(part.forward(q, dtype) for part in parts), strict=True))
+    return out.astype(q.dtype), lse
 
 
 def _forward_rule(kernels, blocks, length, q, sources, own):
