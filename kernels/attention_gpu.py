@@ -396,8 +396,9 @@ def unsupported(q, sources, *, own_block=None, block_size=None, tile_size=None) 
     return flash.unsupported(q, sources, own_block, 64)
 
 
-def attention(q, sources, *, own_block=None, block_size=None, tile_size=None, sizes=Sizes(), interpret=False):
+def attention(q, sources, *, own_block=None, block_size=None, tile_size=None, sizes=None, interpret=False):
     """`kernels.attention`, same arguments and results. `interpret` runs it on any backend, with any head dim."""
+    sizes = sizes or Sizes()
     if interpret:
         sizes = sizes._replace(interpret=plgpu.InterpretGPUParams())
     return flash.attention(_kernels(sizes), q, sources, own_block=own_block, block_size=block_size)

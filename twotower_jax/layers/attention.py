@@ -46,8 +46,14 @@ class AttentionMemory:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, scope: Scope):
+    def __init__(
+        self,
+        config: ModelConfig,
+        scope: Scope,
+        backends: kernels.Backends = kernels.Backends(),  # noqa: B008 (frozen)
+    ):
         self.config = config
+        self.backends = backends
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         std, bias = config.initializer_range, config.attention_bias
@@ -85,7 +91,9 @@ class Attention(nnx.Module):
         sources = (kernels.Keys(key, value, stop, document_start),)
         if cache is not None:
             sources = (kernels.Keys(cache.key, cache.value, cache_lengths[:, None]), *sources)
-        return self._output(_attend(q, sources)), AttentionMemory(key=key, value=value)
+        return self._output(_attend(q, sources, implementation=self.backends.attention)), AttentionMemory(
+            key=key, value=value
+        )
 
     def blockwise(
         self,
@@ -111,7 +119,7 @@ class Attention(nnx.Module):
         else:
             stop = (jnp.arange(x.shape[1]) // block_size * block_size)[None]
         sources = (kernels.Keys(memory.key, memory.value, stop, document_start),)
-        return self._output(_attend(q, sources, (key, value), block_size))
+        return self._output(_attend(q, sources, (key, value), block_size, self.backends.attention))
 
     def _project(self, x):
         """q (B, L, H, P), key and value (B, K, L, P)."""
@@ -129,6 +137,7 @@ def _attend(
     sources: tuple[kernels.Keys, ...],
     own_block: tuple[jax.Array, jax.Array] | None = None,
     block_size: int | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`kernels.attention`, every device taking its rows, its heads and its positions as queries.
 
@@ -142,7 +151,7 @@ def _attend(
         pick = _heads_read(heads // kv_heads, q.shape[2], kv_heads)
         sources = tuple(s._replace(key=pick(s.key), value=pick(s.value)) for s in sources)
         own_block = None if own_block is None else tuple(map(pick, own_block))
-        return kernels.attention(q, sources, own_block=own_block, block_size=block_size)
+        return kernels.attention(q, sources, own_block=own_block, block_size=block_size, implementation=implementation)
 
     def end_axes(end):
         return None if end is None else (("batch", None)[end.shape[0] == 1], ("length", None)[end.shape[1] == 1])
