@@ -332,7 +332,7 @@ class Tower(nnx.Module):
                 state = (*leading, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
                 return MambaCache(conv=conv, state=jnp.zeros(state, jnp.float32))
             if kind == "*":
-                shape = (*leading, capacity, c.num_key_value_heads, c.head_dim)
+                shape = (*leading, c.num_key_value_heads, capacity, c.head_dim)
                 return AttentionCache(key=jnp.zeros(shape, dtype), value=jnp.zeros(shape, dtype))
             return None
 
@@ -470,8 +470,8 @@ def zip_layers(*entries: PerLayer) -> PerLayer:
 
 def _allocate(memory: AttentionMemory, capacity: int) -> AttentionCache:
     def grow(v):
-        if v.shape[1] > capacity:
-            raise ValueError(f"a cache of {capacity} positions cannot take {v.shape[1]} tokens")
-        return jnp.pad(v, [(0, 0), (0, capacity - v.shape[1]), (0, 0), (0, 0)])
+        if v.shape[2] > capacity:
+            raise ValueError(f"a cache of {capacity} positions cannot take {v.shape[2]} tokens")
+        return jnp.pad(v, [(0, 0), (0, 0), (0, capacity - v.shape[2]), (0, 0)])
 
     return AttentionCache(key=grow(memory.key), value=grow(memory.value))
