@@ -284,6 +284,7 @@ class Tower(nnx.Module):
         h, layers = walk((self,), self.embed(ids), step, None if cache is None else cache.layers)
         if cache is not None:
             # Behind the walk, where the keys of all layers are written in place into a cache that is given away.
+            h, layers = jax.lax.optimization_barrier((h, layers))
             layers = self._each_layer(append, cache.layers, layers)
         return self.finish(h), Cache(layers=layers, lengths=start + lengths)
 
