@@ -350,7 +350,9 @@ class Tower(nnx.Module):
         def of_layer(kind, leading):
             if kind == "M":
                 channels, heads = "mamba_inner", "mamba_heads"
-                return MambaCache(conv=(*leading, "batch", None, channels), state=(*leading, "batch", heads, None, None))
+                return MambaCache(
+                    conv=(*leading, "batch", None, channels), state=(*leading, "batch", heads, None, None)
+                )
             if kind == "*":
                 axes = (*leading, "batch", None, None, None)
                 return AttentionCache(key=axes, value=axes)
