@@ -27,7 +27,8 @@ from twotower_jax.parameters import AS_IS, GROUPS, ROWS, Parameter, Params, Path
 from twotower_jax.sharding import RULES
 
 VALUES, SCALES = "values", "scales"
-VALUE_DTYPE, SCALE_DTYPE = np.dtype(np.int8), np.dtype(ml_dtypes.bfloat16)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+VALUE_DTYPE, SCALE_DTYPE = np.dtype(np.int8), _BFLOAT16
 _LARGEST = {8: 127, 4: 7}
 # What is worked on at a time: it should stay in a core's cache.
 _TILE_NUMBERS = 1 << 17
@@ -77,15 +78,6 @@ class Method:
             for name, shape in shapes.items()
         }
 
-    def abstract(self, parameter: Parameter) -> Quantized:
-        """Shapes and dtypes of a quantized matrix."""
-        parts = self.parts(parameter)
-        return Quantized(
-            jax.ShapeDtypeStruct(parts[VALUES].shape, VALUE_DTYPE),
-            jax.ShapeDtypeStruct(parts[SCALES].shape, SCALE_DTYPE),
-            self.layout(parameter)[0],
-        )
-
     def quantize(self, parameter: Parameter, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values and scales of one tensor (K, N) of a parameter, in this program's orientation; see `quantize`."""
         bits, group = self.layout(parameter)
@@ -93,6 +85,21 @@ class Method:
 
 
 METHODS = {method.name: method for method in (Method("int8", 8), Method("int4", 4))}
+
+
+def abstract(
+    parameter: Parameter, method: Method | None, dtype: np.dtype = _BFLOAT16
+) -> jax.ShapeDtypeStruct | Quantized:
+    """Shape and dtype of a parameter or of the two arrays of a quantized one; `dtype` of what is neither quantized nor
+    has to be float32."""
+    if method is None or parameter.scales is None:
+        return jax.ShapeDtypeStruct(parameter.shape, np.float32 if parameter.float32 else dtype)
+    parts = method.parts(parameter)
+    return Quantized(
+        jax.ShapeDtypeStruct(parts[VALUES].shape, VALUE_DTYPE),
+        jax.ShapeDtypeStruct(parts[SCALES].shape, SCALE_DTYPE),
+        method.layout(parameter)[0],
+    )
 
 
 def disk_table(table: Mapping[Path, Parameter], method: Method | None) -> dict[Path, Parameter]:
@@ -104,6 +111,20 @@ def disk_table(table: Mapping[Path, Parameter], method: Method | None) -> dict[P
         else:
             arrays |= {part.path: part for part in method.parts(parameter).values()}
     return arrays
+
+
+def kind_bytes(table: Mapping[Path, Parameter], method: Method | None) -> dict[str, int]:
+    """What a model's weights take, by kind, where all that is not quantized is bfloat16 or has to be float32."""
+    sizes = dict.fromkeys(("routed experts", "embeddings and heads", "other matrices", "the rest"), 0)
+    for parameter in table.values():
+        if parameter.scales is None:
+            kind = "the rest"
+        elif parameter.scales == GROUPS:
+            kind = "routed experts"
+        else:
+            kind = "embeddings and heads" if "vocab" in parameter.axes else "other matrices"
+        sizes[kind] += sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(abstract(parameter, method)))
+    return sizes
 
 
 def check_mesh(table: Mapping[Path, Parameter], params: Params, mesh: Mesh) -> None:

@@ -9,7 +9,7 @@ from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.kernels.quantized import Quantized
 from twotower_jax.parameters import Parameter
-from twotower_jax.quantization import SCALES, VALUES, Method
+from twotower_jax.quantization import SCALES, VALUES, Method, abstract
 from twotower_jax.sharding import ShardingOf
 
 Index = tuple[int, ...]
@@ -30,7 +30,7 @@ def read_quantized(
       CheckpointError: naming the tensor, if it holds numbers that are not finite.
       ValueError: if the method does not fit the parameter.
     """
-    target, parts = method.abstract(parameter), method.parts(parameter)
+    target, parts = abstract(parameter, method), method.parts(parameter)
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = {name: sharding(part) if sharding else one_device for name, part in parts.items()}
     # Memory that is not written to is not there.
