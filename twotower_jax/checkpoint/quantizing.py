@@ -1,6 +1,6 @@
 """Matrices quantized while a checkpoint is read: tensor by tensor, so that what is read is never there as a whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.kernels.quantized import Quantized
-from twotower_jax.parameters import Parameter
+from twotower_jax.parameters import Parameter, Params, Path, flatten, unflatten
 from twotower_jax.quantization import SCALES, VALUES, Method, abstract
 from twotower_jax.sharding import ShardingOf
 
@@ -48,6 +48,18 @@ def read_quantized(
         return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
 
     return Quantized(put(values, places[VALUES]), put(scales, places[SCALES]), target.bits)
+
+
+def quantize_params(table: Mapping[Path, Parameter], params: Params, method: Method) -> Params:
+    """Parameters that are there already, on one device: the numbers that loading them from a checkpoint gives."""
+
+    def one(path: Path, array: jax.Array) -> jax.Array | Quantized:
+        if table[path].scales is None:
+            return array
+        host = np.asarray(array)
+        return read_quantized(table[path], method, lambda index: host[index], None)
+
+    return unflatten({path: one(path, array) for path, array in flatten(params).items()})
 
 
 def quantize_tensor(
