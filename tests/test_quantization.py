@@ -218,7 +218,7 @@ def test_half_a_scale_through_the_whole_path(method, converted):
         error = np.abs(np.asarray(dequantize(leaf, jnp.float32)) - np.asarray(array, np.float32))
         assert (error <= scale / 2 * (1 + 1e-5)).all()
         quantized += array.size
-    assert quantized > 0.97 * sum(array.size for array in flatten(whole.params).values())
+    assert quantized > 0.95 * sum(array.size for array in flatten(whole.params).values())
 
 
 def test_a_workdir(sources, tmp_path):
@@ -358,11 +358,12 @@ def test_commands(converted, sources, tmp_path):
 # Computing.
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scan_layers", [True, False])
-def test_computes_what_its_weights_say(method, scan_layers, small_config, random_params, quick_jit):
+@pytest.mark.parametrize(
+    ("method", "pattern", "scan_layers"), [("int8", "M*E-M*E-", True), ("int4", "M*E-", False), ("int4", "EE", True)]
+)
+def test_computes_what_its_weights_say(method, pattern, scan_layers, small_config, random_params, quick_jit):
     """The model of the quantized matrices' numbers in float32 arrays: the same to rounding, in every pass."""
-    model = TwoTower(small_config("M*E-M*E-", mlp_bias=True), execution=Execution(scan_layers=scan_layers))
+    model = TwoTower(small_config(pattern, mlp_bias=True), execution=Execution(scan_layers=scan_layers))
     params = quantize_params(parameter_table(model), random_params(model), METHODS[method])
     ids = np.random.default_rng(0).integers(4, 40, (2, 16)).astype(np.int32)
 

@@ -96,7 +96,7 @@ def read(folder: pathlib.Path) -> Manifest:
         fail(f"has kind {raw['kind']!r}; known are two_tower and single_tower")
     if "quantization" in raw:
         stored = raw["quantization"]
-        if not isinstance(stored, dict) or stored.get("method") not in METHODS:
+        if not isinstance(stored, dict) or stored.get("method") not in list(METHODS):
             fail(f"has quantization {stored!r}; known methods are {', '.join(METHODS)}")
     for field in ("source_files", "files"):
         if not isinstance(raw[field], dict):
