@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from twotower_jax.kernels.dispatch import Implementation, Op
+from twotower_jax.kernels.quantized import Quantized
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -23,12 +24,21 @@ def relu2(x: jax.Array) -> jax.Array:
 
 
 class Weights(NamedTuple):
-    """The routed experts' matrices: up (E, D, F), down (E, F, D), and biases (E, F), (E, D) or None."""
+    """The routed experts' matrices: up (E, D, F), down (E, F, D), and biases (E, F), (E, D) or None.
 
-    up: jax.Array
-    down: jax.Array
+    Either matrix may be `Quantized`: it stands for what `dequantize` gives in the rows' dtype.
+    """
+
+    up: jax.Array | Quantized
+    down: jax.Array | Quantized
     up_bias: jax.Array | None = None
     down_bias: jax.Array | None = None
+
+
+def refuse_gradient(weights: Weights) -> None:
+    """Raises ValueError if a matrix is quantized: whole numbers have no gradient."""
+    if any(isinstance(part, Quantized) for part in weights):
+        raise ValueError("quantized experts have no gradient; dequantize them for training")
 
 
 EXPERT_MLP = Op(
@@ -36,6 +46,8 @@ EXPERT_MLP = Op(
     {
         "xla": Implementation("experts_xla", "expert_mlp"),
         "dense": Implementation("simple", "expert_mlp"),
+        "pallas_tpu": Implementation("experts_tpu", "expert_mlp", platform="tpu", has_limits=True),
+        "pallas_tpu_interpret": Implementation("experts_tpu", "expert_mlp", options=(("interpret", True),)),
         "ragged_dot": Implementation("experts_ragged", "expert_mlp", platform="tpu"),
     },
 )

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels.experts import Activation, Weights, sort_by_expert, weighted_sum
+from twotower_jax.kernels.experts import Activation, Weights, refuse_gradient, sort_by_expert, weighted_sum
+from twotower_jax.kernels.quantized import as_array
 
 
 class _Tiles(NamedTuple):
@@ -54,10 +55,10 @@ def _layout(indices: jax.Array, num_experts: int, tile: int) -> _Tiles:
 def _one_tile(activation: Activation, x: jax.Array, weights: Weights) -> jax.Array:
     """The MLP of one expert on one tile: x (tile, D), weights without their leading axis; float32 accumulation."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    hidden = jnp.matmul(x, weights.up.astype(x.dtype), precision=precision)
+    hidden = jnp.matmul(x, as_array(weights.up, x.dtype), precision=precision)
     if weights.up_bias is not None:
         hidden += weights.up_bias.astype(x.dtype)
-    out = jnp.matmul(activation(hidden), weights.down.astype(x.dtype), precision=precision)
+    out = jnp.matmul(activation(hidden), as_array(weights.down, x.dtype), precision=precision)
     if weights.down_bias is not None:
         out += weights.down_bias.astype(x.dtype)
     return out
@@ -75,6 +76,7 @@ def _tiled_mlp(activation: Activation, x: jax.Array, weights: Weights, expert: j
 
 
 def _tiled_mlp_forward(activation, x, weights, expert, used):
+    refuse_gradient(weights)
     return _tiled_mlp(activation, x, weights, expert, used), (x, weights, expert, used)
 
 

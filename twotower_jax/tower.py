@@ -25,7 +25,7 @@ from twotower_jax.layers.experts import MLP, Experts, Routing
 from twotower_jax.layers.mamba import Mamba, MambaCache, MambaMemory
 from twotower_jax.layers.time_conditioning import Modulation
 from twotower_jax.layers.vocabulary import lookup
-from twotower_jax.parameters import Scope, normal, use
+from twotower_jax.parameters import ROWS, Scope, normal, use
 
 REMAT = ("none", "layer", "unit")
 
@@ -214,6 +214,7 @@ class Tower(nnx.Module):
             (config.vocab_size, config.hidden_size),
             ("vocab", "embed"),
             normal(config.initializer_range),
+            scales=ROWS,
         )
         self.stretches = segments(config.hybrid_override_pattern, execution.scan_layers)
         for i, stretch in enumerate(self.stretches):
@@ -227,7 +228,8 @@ class Tower(nnx.Module):
     def embed(self, ids: jax.Array) -> jax.Array:
         """(B, L) int32 → (B, L, D). Ids are in range: they are checked on the host, where that can be an error."""
         residual = jnp.float32 if self.config.residual_in_fp32 else self.execution.dtype
-        return lookup(use(self.embeddings, self.execution.dtype), ids).astype(residual)
+        rows = lookup(use(self.embeddings, self.execution.dtype), ids)
+        return rows.astype(self.execution.dtype).astype(residual)
 
     def finish(self, h: jax.Array) -> jax.Array:
         """The final norm."""
