@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from twotower_jax import sharding
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation.modes import Emitted, Trace, autoregressive_block, diffusion_block
 from twotower_jax.generation.settings import Result, Settings, Step
@@ -178,7 +179,7 @@ class Engine:
         alive = np.array([row is not None and not row.reading for row in self._table])
         emitted = self._block(alive) if alive.any() else None
         # One transfer, behind the block: the first tokens do not hold it up.
-        chosen, emitted = jax.device_get(([first for _, first in firsts], emitted))
+        chosen, emitted = jax.device_get(sharding.whole(([first for _, first in firsts], emitted)))
         progress = []
         for (rows, _), first in zip(firsts, chosen, strict=True):
             for i, row in rows:
@@ -397,7 +398,7 @@ def _checked(model: TwoTower, prompt: Sequence[int], number: int) -> np.ndarray:
 def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None) -> None:
     available, where = None if limit_gb is None else int(limit_gb * 1e9), "max_cache_gb allows"
     if available is None:
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         stats = device.memory_stats() or {}
         if "bytes_limit" in stats:
             available = stats["bytes_limit"] - stats.get("bytes_in_use", 0)

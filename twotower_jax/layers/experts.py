@@ -169,7 +169,7 @@ class Experts(nnx.Module):
         indices, gates = self.router.route(tokens, *router)
         y = expert_parallel.expert_mlp(tokens, indices, gates, weights, activation=ACTIVATIONS[self.activation])
         load = jnp.bincount(indices.reshape(-1), length=router[1].size).astype(jnp.float32)
-        if over := [axis for axis in (*sharding.BATCH, "sequence") if sharding.shards(axis) > 1]:
+        if over := sharding.dividing("batch", "length"):
             load = jax.lax.psum(load, over)
         return y.reshape(x.shape), load
 
