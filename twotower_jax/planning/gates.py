@@ -15,6 +15,7 @@ from twotower_jax.parameters import Parameter
 from twotower_jax.sharding import MeshShape, spec
 from twotower_jax.train.config import TrainConfig
 
+STATES, DENSE, WEIGHT_COPIES = "a state for every block", "a dense expansion over the experts", "a copy of a weight"
 # Weights that count, in elements.
 _LARGE = 1 << 20
 # Instructions that move elements and compute nothing, and those that do not even move them.
@@ -32,10 +33,14 @@ class Gate(NamedTuple):
     found: list[str]
 
 
+def describe(gates: Iterable[Gate]) -> list[str]:
+    """A line for each."""
+    return [f"  {gate.name}: {', '.join(gate.found) or 'none'}" for gate in gates]
+
+
 class _Instruction(NamedTuple):
     """`dims` without those of size 1; `called` is a fusion's computation."""
 
-    dtype: str
     shape: str
     dims: tuple[int, ...]
     opcode: str
@@ -52,7 +57,7 @@ def per_block_states(program: str, config: TrainConfig, model: ModelConfig, bloc
         for shape, dims in _shapes(program):
             if math.prod(dims) >= least and sorted(dims[-2:]) == sorted((head_dim, states)):
                 found.append(shape)
-    return Gate("a state for every block", found)
+    return Gate(STATES, found)
 
 
 def dense_experts(program: str, config: TrainConfig, model: ModelConfig, sizes: MeshShape) -> Gate:
@@ -65,12 +70,10 @@ def dense_experts(program: str, config: TrainConfig, model: ModelConfig, sizes: 
             expanded = dims[-1] == experts * width or sorted(dims[-2:]) == sorted((experts, width))
             if expanded and math.prod(dims) >= least:
                 found.append(shape)
-    return Gate("a dense expansion over the experts", found)
+    return Gate(DENSE, found)
 
 
-def weight_copies(
-    program: str, table: Iterable[Parameter], sizes: Mapping[str, int], least: int = _LARGE
-) -> Gate:
+def weight_copies(program: str, table: Iterable[Parameter], sizes: Mapping[str, int], least: int = _LARGE) -> Gate:
     """Weights, as they are used on a device or as they lie there, moved by an instruction that computes nothing.
 
     Cutting the part of one layer that lies on a device out of its stack does not count where weights are gathered
@@ -91,16 +94,17 @@ def weight_copies(
             if math.prod(shape[layers:]) >= least:
                 kind |= {_matrix(shape[layers:]), _matrix(shape)}
     padded = {tuple(sorted(-(-size // 128) * 128 for size in shape)) for shape in used}
-    fused = dict(_fused(program))
+    bodies = dict(_computations(program))
+    fused = {instruction.called for body in bodies.values() for instruction in body}
     found = []
-    for instruction in _instructions(program):
-        moved = _moved(instruction, fused)
+    for instruction in (one for name, body in bodies.items() if name not in fused for one in body):
+        moved = _moved(instruction, bodies)
         matrix = tuple(sorted(instruction.dims))
         if moved and (matrix in used or "pad" in moved and matrix in padded):
             found.append(f"{instruction.shape} by {moved[0]}")
         elif matrix in at_rest and {"copy", "transpose"} & set(moved):
             found.append(f"{instruction.shape} at rest by {moved[0]}")
-    return Gate("a copy of a weight", [f"{found.count(one)} × {one}" for one in sorted(set(found))])
+    return Gate(WEIGHT_COPIES, [f"{found.count(one)} × {one}" for one in sorted(set(found))])
 
 
 def _tokens(config: TrainConfig, sizes: MeshShape) -> int:
@@ -123,7 +127,7 @@ def _shapes(program: str) -> Iterator[tuple[str, list[int]]]:
         yield shape, [int(n) for n in shape[shape.index("[") + 1 : -1].split(",")]
 
 
-def _by_computation(program: str) -> Iterator[tuple[str, list[_Instruction]]]:
+def _computations(program: str) -> Iterator[tuple[str, list[_Instruction]]]:
     name, body = "", []
     for line in program.splitlines():
         if match := _COMPUTATION.match(line):
@@ -132,30 +136,15 @@ def _by_computation(program: str) -> Iterator[tuple[str, list[_Instruction]]]:
             dims = tuple(int(n) for n in match[3].split(",") if n and n != "1")
             called = _CALLED.search(line)
             shape = f"{match[2]}[{match[3]}]"
-            body.append(_Instruction(match[2], shape, dims, match[4], called[1] if called else None))
+            body.append(_Instruction(shape, dims, match[4], called[1] if called else None))
         elif line.startswith("}"):
             yield name, body
 
 
-def _fused(program: str) -> Iterator[tuple[str, list[_Instruction]]]:
-    """The computations that fusions call."""
-    names = {instruction.called for _, body in _by_computation(program) for instruction in body if instruction.called}
-    return ((name, body) for name, body in _by_computation(program) if name in names)
-
-
-def _instructions(program: str) -> Iterator[_Instruction]:
-    """Those that have buffers of their own."""
-    bodies = dict(_by_computation(program))
-    fused = {instruction.called for body in bodies.values() for instruction in body if instruction.called}
-    for name, body in bodies.items():
-        if name not in fused:
-            yield from body
-
-
-def _moved(instruction: _Instruction, fused: Mapping[str, list[_Instruction]]) -> list[str]:
+def _moved(instruction: _Instruction, bodies: Mapping[str, list[_Instruction]]) -> list[str]:
     """The moves that an instruction is made of; none if it also computes."""
     if instruction.opcode != "fusion":
         return [instruction.opcode] if instruction.opcode in _MOVES else []
     # What is computed of single numbers is where a slice begins.
-    inside = [one.opcode for one in fused.get(instruction.called, ()) if one.dims]
+    inside = [one.opcode for one in bodies.get(instruction.called, ()) if one.dims]
     return [op for op in inside if op in _MOVES] if all(op in (*_MOVES, *_STANDS) for op in inside) else []
