@@ -5,8 +5,8 @@
     python launch/compile.py --config=configs/nano30b.py --table=scale.json [--topology=v6e:16x16] [--prices=v5p=3.5]
 
 The second compiles what generation runs on one device, both towers in bfloat16, instead of the train step. The third
-makes the table of docs/scale.md: every row that the file lacks, each in a process of its own, and prints the table; with
---topology it makes these rows again, and no others.
+makes the table of docs/scale.md: every row that the file lacks, each in a process of its own, and prints the table;
+with --topology it makes these rows again, and no others.
 
 Topologies are TPUs, such as v5p:8x8x4, v6e:16x16 or tpu7x:4x4x8 (package libtpu), and NVIDIA H200s, such as h200:64
 (packages jax-cuda13-plugin and jax-cuda13-pjrt). Several may be given, separated by commas. Ends with status 1 if one

@@ -1,8 +1,8 @@
 """Buffers that the design rules out, looked for in a compiled program.
 
-A program is HLO as text, one device's part of it. Three things must not be in it: a state for every block, a product of
-all rows with all experts, and a weight that is copied before it is used, because it lies in memory in another order than
-the product wants, or because it is cut out of a stack of layers.
+A program is HLO as text, one device's part of it. Three things must not be in it: a state for every block, a product
+of all rows with all experts, and a weight that is copied before it is used, because it lies in memory in another order
+than the product wants, or because it is cut out of a stack of layers.
 """
 
 import math
@@ -93,14 +93,13 @@ def weight_copies(program: str, table: Iterable[Parameter], sizes: Mapping[str, 
             layers = parameter.axes.count("layers")
             if math.prod(shape[layers:]) >= least:
                 kind |= {_matrix(shape[layers:]), _matrix(shape)}
-    padded = {tuple(sorted(-(-size // 128) * 128 for size in shape)) for shape in used}
     bodies = dict(_computations(program))
     fused = {instruction.called for body in bodies.values() for instruction in body}
     found = []
     for instruction in (one for name, body in bodies.items() if name not in fused for one in body):
         moved = _moved(instruction, bodies)
         matrix = tuple(sorted(instruction.dims))
-        if moved and (matrix in used or "pad" in moved and matrix in padded):
+        if moved and (matrix in used or "pad" in moved and any(_is_padded(matrix, shape) for shape in used)):
             found.append(f"{instruction.shape} by {moved[0]}")
         elif matrix in at_rest and {"copy", "transpose"} & set(moved):
             found.append(f"{instruction.shape} at rest by {moved[0]}")
@@ -120,6 +119,12 @@ def _share(size: int, part: str | tuple[str, ...] | None, sizes: Mapping[str, in
 def _matrix(shape: list[int]) -> tuple[int, ...]:
     """In whatever order it lies."""
     return tuple(sorted(size for size in shape if size > 1))
+
+
+def _is_padded(matrix: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Up to the next multiple of 128, which is as far as a tile can ask for."""
+    pairs = list(zip(matrix, shape, strict=False))
+    return len(matrix) == len(shape) and all(size <= wide <= -(-size // 128) * 128 for wide, size in pairs)
 
 
 def _shapes(program: str) -> Iterator[tuple[str, list[int]]]:

@@ -1,6 +1,7 @@
 """The table of docs/scale.md: the published model on all hardware that it is planned for, row by row.
 
-Rows are kept in a JSON file as they come, so that what was interrupted goes on, and one row can be made again by itself.
+Rows are kept in a JSON file as they come, so that what was interrupted goes on, and one row can be made again by
+itself.
 """
 
 import datetime
@@ -56,9 +57,11 @@ def load(path: pathlib.Path) -> Results:
         return {}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        return {row.name: results[row.name] for row in ROWS if row.name in results}
-    except (ValueError, TypeError):
-        raise ValueError(f"{path}: not a file of this table's rows; name another, or remove it") from None
+    except ValueError:
+        results = None
+    if not isinstance(results, dict) or not all(isinstance(figures, dict) for figures in results.values()):
+        raise ValueError(f"{path}: not a file of this table's rows; name another, or remove it")
+    return {row.name: results[row.name] for row in ROWS if row.name in results}
 
 
 def store(path: pathlib.Path, row: str, figures: dict[str, Any]) -> None:
