@@ -194,7 +194,7 @@ class Experts(nnx.Module):
             implementation=self.backends.expert_mlp,
         )
         load = jnp.bincount(indices.reshape(-1), length=router[1].size).astype(jnp.float32)
-        if over := [axis for axis in (*sharding.BATCH, "sequence") if sharding.shards(axis) > 1]:
+        if over := sharding.dividing("batch", "length"):
             load = jax.lax.psum(load, over)
         return y.reshape(x.shape), load, indices.reshape(*x.shape[:2], -1)
 
