@@ -41,20 +41,25 @@ def refuse_gradient(weights: Weights) -> None:
         raise ValueError("quantized experts have no gradient; dequantize them for training")
 
 
-_GPU = Implementation("experts_gpu", "expert_mlp", platform="gpu", has_limits=True)
-_GPU_GROUPED = Implementation("experts_grouped_gpu", "expert_mlp", platform="gpu", has_limits=True)
+def _interpreted(module: str) -> Implementation:
+    return Implementation(module, "expert_mlp", options=(("interpret", True),))
+
+
+def _made_for(platform: str, module: str) -> Implementation:
+    return Implementation(module, "expert_mlp", platform=platform, has_limits=True)
+
 
 EXPERT_MLP = Op(
     "expert_mlp",
     {
         "xla": Implementation("experts_xla", "expert_mlp"),
-        "pallas_tpu": Implementation("experts_tpu", "expert_mlp", platform="tpu", has_limits=True),
-        "pallas_tpu_interpret": Implementation("experts_tpu", "expert_mlp", options=(("interpret", True),)),
-        "ragged_dot": Implementation("experts_ragged", "expert_mlp", platform="tpu", has_limits=True),
-        "mosaic_gpu": _GPU,
-        "mosaic_gpu_interpret": interpreted(_GPU),
-        "mosaic_gpu_grouped": _GPU_GROUPED,
-        "mosaic_gpu_grouped_interpret": interpreted(_GPU_GROUPED),
+        "pallas_tpu": _made_for("tpu", "experts_tpu"),
+        "pallas_tpu_interpret": _interpreted("experts_tpu"),
+        "ragged_dot": _made_for("tpu", "experts_ragged"),
+        "mosaic_gpu": _made_for("gpu", "experts_gpu"),
+        "mosaic_gpu_interpret": _interpreted("experts_gpu"),
+        "mosaic_gpu_grouped": _made_for("gpu", "experts_grouped_gpu"),
+        "mosaic_gpu_grouped_interpret": _interpreted("experts_grouped_gpu"),
     },
 )
 

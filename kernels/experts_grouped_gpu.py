@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from twotower_jax.kernels import hopper
 from twotower_jax.kernels.experts import Activation, Weights
 from twotower_jax.kernels.experts_tiles import Tiles, in_tiles
-from twotower_jax.kernels.grouped_gpu import BLOCK, STEP, Groups, outer, product
+from twotower_jax.kernels.grouped_gpu import STEP, Groups, outer, product
+from twotower_jax.kernels.pipeline_gpu import BLOCK
 from twotower_jax.kernels.quantized import Quantized
 
 
@@ -41,7 +42,7 @@ def expert_mlp(
     weights: Weights,
     *,
     activation: Activation,
-    interpret=None,
+    interpret: bool = False,
 ) -> jax.Array:
     """See `experts.expert_mlp`; rows in bfloat16, no biases."""
     tiles = in_tiles(indices, weights.up.shape[0], BLOCK)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from twotower_jax.kernels import experts_ragged
 from twotower_jax.kernels.experts import Activation, Weights
 from twotower_jax.kernels.experts_touched import touched_experts, with_gradient
 from twotower_jax.kernels.quantized import Quantized
@@ -196,8 +197,7 @@ def _specs(cut: _Cut, weights: Weights) -> list[pl.BlockSpec]:
     return specs + [pl.BlockSpec((None, rows, cut.model), down) for rows in _widths(weights.down, cut.tile)]
 
 
-@with_gradient
-def _forward(activation: Activation, interpret, x, indices, gates, weights: Weights) -> jax.Array:
+def _forward(activation: Activation, interpret: bool, x, indices, gates, weights: Weights) -> jax.Array:
     tokens, model = x.shape
     touched = touched_experts(indices, weights.up.shape[0])
     choices = gates.shape[1]
@@ -245,6 +245,13 @@ def _forward(activation: Activation, interpret, x, indices, gates, weights: Weig
     return out[:tokens].astype(x.dtype)
 
 
+def _again(activation, interpret, x, indices, gates, weights):
+    return experts_ragged.expert_mlp(x, indices, gates, weights, activation=activation)
+
+
+_expert_mlp = with_gradient(_forward, _again)
+
+
 def expert_mlp(
     x: jax.Array,
     indices: jax.Array,
@@ -252,7 +259,7 @@ def expert_mlp(
     weights: Weights,
     *,
     activation: Activation,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: bool = False,
 ) -> jax.Array:
     """See `experts.expert_mlp`; few rows, no biases."""
-    return _forward(activation, interpret, x, indices, gates, weights)
+    return _expert_mlp(activation, interpret, x, indices, gates, weights)

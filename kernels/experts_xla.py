@@ -8,6 +8,7 @@ The backward pass recomputes the hidden layer from the rows, so that forward kee
 """
 
 import functools
+
 import jax
 import jax.numpy as jnp
 
