@@ -160,9 +160,11 @@ class Pipeline:
         )(*arrays)
 
 
-def write(space, warpgroup, value: jax.Array, out) -> None:
-    """Stores a warpgroup's result by way of its place in shared memory."""
+def write(space, warpgroup, value: jax.Array, out, transposed: bool = False) -> None:
+    """Stores a warpgroup's result, or its transpose, by way of its place in shared memory."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    space[warpgroup] = value.astype(space.dtype)
+    place = space.at[warpgroup]
+    place = place.T if transposed else place
+    place[...] = value.astype(space.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(space.at[warpgroup], out)
