@@ -31,10 +31,10 @@ _SMALLEST_TILE, _LARGEST_TILE = 16, 64
 _COLUMNS = WARPGROUPS * BLOCK
 # Rows that share a scale.
 _GROUP = 64
-# Thread blocks on a multiprocessor: while one ends a tile, the other reads.
-_BLOCKS = 2
-# Of shared memory for a block's operands (a multiprocessor has 228 KiB), and of steps there.
-_SHARED_BYTES, _MOST_STAGES = 84 * 2**10, 8
+# Shared memory of a multiprocessor, for its thread blocks: two, so that one reads while the other ends a tile, or one
+# where two could not read far enough ahead.
+_SHARED_BYTES = 216 * 2**10
+_FEWEST_STAGES, _MOST_STAGES = 3, 8
 
 
 def tile_size(rows: int, num_experts: int) -> int:
@@ -62,7 +62,7 @@ def unsupported(x, indices, gates, weights: Weights, *, activation: Activation) 
     return not_hopper()
 
 
-class _Kinds(NamedTuple):
+class _Stored(NamedTuple):
     """How one step's part of the weights lies in shared memory.
 
     Attributes:
@@ -76,25 +76,29 @@ class _Kinds(NamedTuple):
     piece: int
 
     @classmethod
-    def of(cls, matrix: jax.Array | Quantized) -> "_Kinds":
+    def of(cls, matrix: jax.Array | Quantized) -> "_Stored":
         if not isinstance(matrix, Quantized):
             return cls(_GROUP, _GROUP, jnp.bfloat16, _GROUP)
         step = 2 * _GROUP
         return cls(step, step * matrix.bits // 8, jnp.int8, _GROUP * matrix.bits // 8)
 
-    def stages(self, tile: int) -> int:
-        one = self.stored * _COLUMNS * jnp.dtype(self.dtype).itemsize + 2 * tile * self.step
-        return min(_MOST_STAGES, _SHARED_BYTES // one)
+    def blocks_and_stages(self, tile: int) -> tuple[int, int]:
+        """Thread blocks on a multiprocessor, and steps that each has in shared memory."""
+        quantized = self.dtype == jnp.int8
+        one = self.stored * _COLUMNS * jnp.dtype(self.dtype).itemsize + 2 * tile * self.step + 8 * _COLUMNS * quantized
+        rest = 2 * tile * _COLUMNS + 4 * _GROUP * _COLUMNS * quantized
+        blocks = 2 if _SHARED_BYTES // 2 - rest >= _FEWEST_STAGES * one else 1
+        return blocks, min(_MOST_STAGES, (_SHARED_BYTES // blocks - rest) // one)
 
 
 def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | None, interpret: bool) -> jax.Array:
     """(tiles · tile, K) and (E, K, N): (tiles · tile, N), each tile with its expert's matrix; unused ones unwritten."""
-    quantized, kind = isinstance(matrix, Quantized), _Kinds.of(matrix)
+    quantized, kind = isinstance(matrix, Quantized), _Stored.of(matrix)
     summed, columns = matrix.shape[1:]
     steps, across, pieces = -(-summed // kind.step), -(-columns // _COLUMNS), kind.step // kind.piece
-    stages = kind.stages(tile)
+    blocks, stages = kind.blocks_and_stages(tile)
     copies = pieces + WARPGROUPS * (1 + quantized)
-    pipeline = Pipeline(tile, stages, copies, blocks=_BLOCKS, scaled=quantized)
+    pipeline = Pipeline(tile, stages, copies, blocks=blocks, scaled=quantized)
 
     def body(source_rows, expert, used, *refs, **scratch):
         *parts, out = refs
@@ -126,16 +130,17 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
                 numbers[0] = ((packed & 15) ^ 8).astype(jnp.bfloat16) - 8
                 numbers[1] = (packed & -16).astype(jnp.bfloat16) * (1 / 16)
             plgpu.commit_smem()
-            for group in range(2):
 
-                def one(accumulator, group=group):
+            def both(*accumulators):
+                for group, accumulator in enumerate(accumulators):
                     for half in range(halves):
                         where = (half, pl.ds(group * kind.piece, kind.piece)) if halves == 2 else (group,)
                         operand_piece = operand.at[place, group * halves + half].T
                         plgpu.wgmma(accumulator, numbers.at[where].T, operand_piece)
-                    return accumulator[...]
+                return [accumulator[...] for accumulator in accumulators]
 
-                product = pl.run_scoped(one, plgpu.ACC((BLOCK, tile), jnp.float32))
+            accumulators = [plgpu.ACC((BLOCK, tile), jnp.float32)] * 2
+            for group, product in enumerate(pl.run_scoped(both, *accumulators)):
                 scale = scratch["scales"][place, warpgroup, group]
                 sums += product * lax.broadcast_in_dim(scale, sums.shape, (0,))
             return sums

@@ -122,13 +122,16 @@ def product(
             if activation is not None:
                 sums = activation(sums.astype(jnp.bfloat16).astype(jnp.float32))
 
-            @pl.when(warpgroup < blocks[pair])
+            @pl.when(works(t, warpgroup))
             def _():
                 block = first[pair] + warpgroup
                 place = out.at[pl.ds(block * BLOCK, BLOCK), pl.ds(n * _COLUMNS, _COLUMNS)]
                 write(scratch["result"], warpgroup, sums, place)
 
-        _PIPELINE.run(used[0] * across, scratch, lambda t: jnp.int32(steps), copy, multiply, finish)
+        def works(t, warpgroup):
+            return warpgroup < blocks[lax.div(t, across)]
+
+        _PIPELINE.run(used[0] * across, scratch, lambda t: jnp.int32(steps), copy, multiply, finish, works)
 
     scratch = _spaces((_COLUMNS, STEP) if transposed else (STEP, _COLUMNS))
     out = jax.ShapeDtypeStruct((rows.shape[0], columns), jnp.bfloat16)

@@ -55,6 +55,7 @@ class Pipeline:
         copy: Callable,
         multiply: Callable,
         finish: Callable,
+        works: Callable = lambda t, warpgroup: True,
     ) -> None:
         """What a thread block does, as one of its three warpgroups.
 
@@ -66,6 +67,7 @@ class Pipeline:
           multiply: (accumulator, place, warpgroup), adds a step's product; if `scaled`, (sums, place, warpgroup) →
             sums, float32.
           finish: (t, sums, warpgroup), writes the result.
+          works: (t, warpgroup), whether a warpgroup has anything to do there; the other may have the tensor core then.
         """
         warpgroup, number = lax.axis_index("warpgroup"), PROCESSORS * self.blocks
         here = lax.axis_index("block")
@@ -102,7 +104,15 @@ class Pipeline:
             def tile(i, step):
                 t = here + i * number
                 count = steps(t)
-                finish(t, self._sums(count, step, filled, freed, multiply, warpgroup), warpgroup)
+                taken = jnp.where(works(t, warpgroup), count, 0)
+                finish(t, self._sums(taken, step, filled, freed, multiply, warpgroup), warpgroup)
+
+                def let_go(k, _):
+                    place = lax.rem(step + k, self.stages)
+                    plgpu.barrier_wait(filled.at[place])
+                    plgpu.barrier_arrive(freed.at[place])
+
+                lax.fori_loop(taken, count, let_go, None)
                 return step + count
 
             lax.fori_loop(0, mine, tile, jnp.int32(0))
