@@ -53,6 +53,7 @@ EXPERT_MLP = Op(
     "expert_mlp",
     {
         "xla": Implementation("experts_xla", "expert_mlp"),
+        "dense": Implementation("simple", "expert_mlp"),
         "pallas_tpu": _made_for("tpu", "experts_tpu"),
         "pallas_tpu_interpret": _interpreted("experts_tpu"),
         "ragged_dot": _made_for("tpu", "experts_ragged"),

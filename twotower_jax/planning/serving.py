@@ -6,10 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twotower_jax import quantization
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import bind, parameter_table, unflatten
 from twotower_jax.planning.hardware import GIB, Hardware
 from twotower_jax.planning.plan import HEADROOM
+from twotower_jax.quantization import Method
 from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
@@ -26,7 +28,7 @@ class Function(NamedTuple):
 
 
 class ServingPlan(NamedTuple):
-    """Both towers in bfloat16 on one device, `batch` rows of `capacity` positions. Bytes.
+    """Both towers in bfloat16 or quantized on one device, `batch` rows of `capacity` positions. Bytes.
 
     Attributes:
       weights, cache: what stays. functions: what each needs for a while; the largest counts.
@@ -40,6 +42,7 @@ class ServingPlan(NamedTuple):
     cache: int
     memory: int
     functions: list[Function]
+    method: str | None = None
 
     @property
     def total(self) -> int:
@@ -51,7 +54,13 @@ class ServingPlan(NamedTuple):
 
 
 def plan_serving(
-    model_config: ModelConfig, hardware: Hardware, *, batch: int, capacity: int, block_size: int
+    model_config: ModelConfig,
+    hardware: Hardware,
+    *,
+    batch: int,
+    capacity: int,
+    block_size: int,
+    quantize: Method | None = None,
 ) -> ServingPlan:
     """Compiles prefill of a prompt's piece, a denoiser's evaluation and the extension of the cache for one device."""
     mesh = make_mesh(MeshShape(), list(hardware.devices)[:1])
@@ -62,11 +71,9 @@ def plan_serving(
     def abstract(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    params = unflatten(
-        {
-            path: abstract(p.shape, jnp.float32 if p.float32 else jnp.bfloat16)
-            for path, p in parameter_table(model).items()
-        }
+    params = jax.tree.map(
+        lambda leaf: abstract(leaf.shape, leaf.dtype),
+        unflatten({path: quantization.abstract(p, quantize) for path, p in parameter_table(model).items()}),
     )
     cache = jax.tree.map(
         lambda leaf: abstract(leaf.shape, leaf.dtype),
@@ -97,15 +104,16 @@ def plan_serving(
             temporaries = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
             functions.append(Function(name, temporaries, time.monotonic() - started))
     weights, held = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(v)) for v in (params, cache))
-    return ServingPlan(hardware.name, batch, capacity, block_size, weights, held, hardware.memory, functions)
+    name = None if quantize is None else quantize.name
+    return ServingPlan(hardware.name, batch, capacity, block_size, weights, held, hardware.memory, functions, name)
 
 
 def describe(plan: ServingPlan) -> str:
     """Some lines."""
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines = [
-        f"{plan.hardware}: both towers on one device, {plan.batch} rows of {plan.capacity} positions, blocks of "
-        f"{plan.block_size}",
+        f"{plan.hardware}: both towers in {plan.method or 'bfloat16'} on one device, {plan.batch} rows of "
+        f"{plan.capacity} positions, blocks of {plan.block_size}",
         f"  GiB: weights {plan.weights / GIB:.2f}, caches {plan.cache / GIB:.2f}, in all {plan.total / GIB:.2f} of "
         f"{plan.memory / GIB:.0f}: {verdict} with {HEADROOM:.0%} to stay free",
     ]
