@@ -34,6 +34,7 @@ __all__ = [
     "chosen",
     "expert_mlp",
     "implementations",
+    "platform_of",
     "ssd",
     "two_tower_ssd",
 ]
@@ -44,6 +45,11 @@ _OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, EXPERT_MLP, ATTEN
 def implementations(op: str) -> tuple[str, ...]:
     """The names that `implementation` of an op takes; empty for an op that has only one form and no such argument."""
     return tuple(_OPS[op].implementations) if op in _OPS else ()
+
+
+def platform_of(op: str, implementation: str) -> str | None:
+    """The platform that an implementation is made for, on which None may choose it; None if it is for no one."""
+    return _OPS[op].implementations[implementation].platform
 
 
 def chosen(op: str, *args, implementation: str | None = None, **kwargs) -> Choice:

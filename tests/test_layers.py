@@ -339,7 +339,7 @@ def test_experts(small_config, random_params, quick_jit, changes):
     mixer = Experts(config, SCOPE)
     params, x = random_params(mixer), draw(1, B, 9, D)
     p = to_float64(params)
-    y, load = quick_jit(lambda p, x: bind(mixer, p).with_load(x))(params, x)
+    y, (load, _) = quick_jit(lambda p, x: bind(mixer, p).with_routing(x))(params, x)
     tokens = np.zeros(8)
     for row in range(B):
         for i in range(9):
