@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels import flash
 from twotower_jax.kernels.attention_xla import MASKED
+from twotower_jax.kernels.gpu import not_hopper
 
 _LOG2E = math.log2(math.e)
 # Rows, or keys, of a warpgroup; keys of a tile, forward and backward; blocks that keep a chip busy.
@@ -113,8 +114,10 @@ def _part(first, last, splits: int):
 
 
 def _call(kernel, cut: _Cut, grid, inputs, outputs, scratch):
+    body = functools.partial(kernel, cut=cut)
+    body.__name__ = f"attention{kernel.__name__.removesuffix('_kernel')}"
     return plgpu.kernel(
-        functools.partial(kernel, cut=cut),
+        body,
         out_type=outputs,
         scratch_types=scratch,
         grid=tuple(grid.values()),
@@ -391,6 +394,8 @@ def _kernels(sizes: Sizes) -> flash.Kernels:
 
 def unsupported(q, sources, *, own_block=None, block_size=None, tile_size=None) -> str | None:
     """Why the hardware cannot run `attention` on these arrays, or None."""
+    if problem := not_hopper():
+        return problem
     if q.dtype != jnp.bfloat16:
         return f"queries are {q.dtype}: the tensor core multiplies bfloat16"
     return flash.unsupported(q, sources, own_block, 64)
