@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels import flash
 from twotower_jax.kernels.attention_xla import MASKED
-from twotower_jax.kernels.gpu import not_hopper
+from twotower_jax.kernels.hopper import interpreter, not_hopper
 
 _LOG2E = math.log2(math.e)
 # Rows, or keys, of a warpgroup; keys of a tile, forward and backward; blocks that keep a chip busy.
@@ -405,5 +405,5 @@ def attention(q, sources, *, own_block=None, block_size=None, tile_size=None, si
     """`kernels.attention`, same arguments and results. `interpret` runs it on any backend, with any head dim."""
     sizes = sizes or Sizes()
     if interpret:
-        sizes = sizes._replace(interpret=plgpu.InterpretGPUParams())
+        sizes = sizes._replace(interpret=interpreter(True))
     return flash.attention(_kernels(sizes), q, sources, own_block=own_block, block_size=block_size)

@@ -1,4 +1,4 @@
-"""Compiles the scans and attention for chips that are not there, at the shapes of the 30B model, and shows what they take.
+"""Compiles scans and attention for chips that are not there, at the shapes of the 30B model, and shows what they take.
 
     python launch/benchmark.py kernel_compile --topology=v5p:2x2x1
 
