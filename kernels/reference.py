@@ -56,7 +56,7 @@ def two_tower_ssd(*arrays, block_size, chunk_size=None):
 
 
 def _float32_or_more(v):
-    return v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    return v if jnp.finfo(v.dtype).bits >= 32 else v.astype(jnp.float32)
 
 
 def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state):
@@ -91,7 +91,7 @@ def attention(q, sources, *, own_block=None, block_size=None, tile_size=None):
     batch, length = q.shape[:2]
     keys, values, masks = [], [], []
     for source in sources:
-        position, stop = jnp.arange(source.key.shape[2]), source.stop[..., None]
+        position, stop = jnp.arange(source.key.shape[2], dtype=jnp.int32), source.stop[..., None]
         start = jnp.zeros_like(stop) if source.start is None else source.start[..., None]
         visible = jnp.broadcast_to((position >= start) & (position < stop), (batch, length, position.size))
         seen = jnp.any(visible, axis=1)[:, None, :, None]  # What nobody sees may be NaN.
