@@ -10,11 +10,12 @@ Public ops: `ssd`, `two_tower_ssd` (ssd.py), `block_scan` (block_scan.py), `caus
 Their oracles, written as literally as the maths allows, stand in reference.py.
 
 An op with several implementations takes `implementation`, a name or None, which chooses by platform and shapes
-(dispatch.py); `chosen` says what it chooses. The scans have an XLA form (ssd_xla.py) and Pallas TPU kernels (files
-ending in _tpu.py, on tpu.py and tpu_layout.py).
+(dispatch.py); `chosen` says what it chooses; a `Backends` (backends.py) holds one for each op. The scans have an XLA
+form (ssd_xla.py) and Pallas TPU kernels (files ending in _tpu.py, on tpu.py and tpu_layout.py).
 """
 
 from twotower_jax.kernels.attention import Keys, attention
+from twotower_jax.kernels.backends import Backends
 from twotower_jax.kernels.block_scan import BLOCK_SCAN, BlockWeights, block_scan
 from twotower_jax.kernels.causal_conv import block_causal_conv, causal_conv
 from twotower_jax.kernels.dispatch import Choice
@@ -22,6 +23,7 @@ from twotower_jax.kernels.experts import EXPERT_MLP, expert_mlp
 from twotower_jax.kernels.ssd import SSD, TWO_TOWER_SSD, ssd, two_tower_ssd
 
 __all__ = [
+    "Backends",
     "BlockWeights",
     "Choice",
     "Keys",

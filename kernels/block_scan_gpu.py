@@ -15,7 +15,6 @@ so y leaves the kernel without gate and norm, and XLA fuses these into a second 
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from twotower_jax.kernels.block_scan import LONGEST_BLOCK
 from twotower_jax.kernels.gated_norm import gated_norm
 from twotower_jax.kernels.gpu_rows import add_products, parts, tiled
-from twotower_jax.kernels.log_decay import cumulative
+from twotower_jax.kernels.log_decay import two_parts
 
 _ROWS = 64  # Of one product of a warpgroup; positions are padded to as many where they are rows.
 _UNIT = 16  # Positions are padded to multiples of this where they are summed over.
@@ -34,8 +33,8 @@ _SHARED_BYTES = 220 * 2**10  # Of the 227 KiB that a program may have.
 _PROGRAMS = 4 * 132  # At least as many, if there are: four for each processor of an H100 or H200.
 _MOST_HEADS = 4  # Of a program; a copy takes at most 256 channels.
 
-# What is precomputed for each position: step size, sums of log-decays in two parts, exp(a_i), w_j.
-_DT, _COARSE, _FINE, _FROM_START, _WEIGHT = range(5)
+# What is given for each position, step size and log-decay in two parts; and the sums of the last two.
+_DT, _COARSE, _FINE = range(3)
 
 
 def _heads_a_program(batch: int, heads: int, per_group: int) -> int:
@@ -55,7 +54,7 @@ def _kernel(
     heads: int, per_group: int, length: int, inner: int, swizzle: int, next_state: bool,
 ):  # fmt: skip
     next_ref, scratch = (refs[0], refs[1:]) if next_state else (None, refs)
-    raw_x, raw_b, raw_c, b_smem, c_smem, x_smem, weighted_smem, mixing_smem, state_smem, barrier = scratch
+    raw_x, raw_b, raw_c, b_smem, c_smem, x_smem, weighted_smem, mixing_smem, sums_smem, state_smem, barrier = scratch
     row, block = lax.axis_index("row"), lax.axis_index("heads")
     head_dim, state_size = state_ref.shape[2:]
     width, padded = weight_ref.shape[0], x_smem[0].shape[0]
@@ -78,7 +77,7 @@ def _kernel(
         layout = plgpu.Layout.SMEM_GMEM_COPY((padded, count), jnp.bfloat16, swizzle)
 
         def per_channel(ref):
-            vector = plgpu.load(ref, layout=layout.reduce(0), optimized=False)
+            vector = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
             return plgpu.layout_cast(lax.broadcast_in_dim(vector, (padded, count), (1,)), layout)
 
         columns = pl.ds(first, count)
@@ -127,19 +126,22 @@ def _kernel(
         if r:
             state = states(r)
 
-        def down(which, h=h):
-            vector = plgpu.load(rows_ref.at[row, h, which], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        def down(vector):
             return lax.broadcast_in_dim(vector, square, (0,))
 
-        def along(which, h=h):
-            vector = rows_ref.at[row, h, which, pl.ds(0, padded)]
-            vector = plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        def along(ref):
+            vector = plgpu.load(ref.at[pl.ds(0, padded)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
             return lax.broadcast_in_dim(vector, square, (1,))
 
+        sums = [jnp.sum(jnp.where(i <= j, along(rows_ref.at[row, h, k]), 0.0), axis=1) for k in (_COARSE, _FINE)]
+        for k, vector in enumerate(sums):
+            sums_smem[k, :] = vector
+        coarse, fine = (along(sums_smem.at[k]) for k in range(2))
         # Masked before the exponential, which would overflow below the diagonal.
-        difference = (along(_COARSE) - down(_COARSE)) + (along(_FINE) - down(_FINE))
+        difference = (coarse - down(sums[0])) + (fine - down(sums[1]))
         decay = jnp.exp(jnp.where(j <= i, difference, -jnp.inf))
-        mixing = scores * decay * down(_DT) + jnp.where(j == i, skip_ref[h], 0.0)
+        dt = plgpu.load(rows_ref.at[row, h, _DT], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        mixing = scores * decay * down(dt) + jnp.where(j == i, skip_ref[h].astype(jnp.float32), 0.0)
         # Below the last position the scores are of rows that nobody wrote.
         for ref, part in zip(mixing_smem, parts(jnp.where(j <= i, mixing, 0.0)), strict=True):
             ref[...] = part
@@ -147,20 +149,25 @@ def _kernel(
         for ref, part in zip(x_smem, parts(x), strict=True):
             ref[...] = part
         if next_state:
-            vector = rows_ref.at[row, h, _WEIGHT, pl.ds(0, padded)]
-            vector = plgpu.load(vector, layout=layout.reduce(1), optimized=False)
-            weights = plgpu.layout_cast(lax.broadcast_in_dim(vector, x.shape, (0,)), layout)
+            last = [sums_smem[k, _ROWS - 1] for k in range(2)]
+
+            def of_rows(ref, layout=layout):
+                return plgpu.load(ref.at[pl.ds(0, padded)], layout=layout.reduce(1), optimized=False)
+
+            to_edge = (last[0] - of_rows(sums_smem.at[0])) + (last[1] - of_rows(sums_smem.at[1]))
+            weights = of_rows(rows_ref.at[row, h, _DT]) * jnp.exp(to_edge)
+            weights = plgpu.layout_cast(lax.broadcast_in_dim(weights, x.shape, (0,)), layout)
             for ref, part in zip(weighted_smem, parts(x.astype(jnp.float32) * weights), strict=True):
                 ref[...] = part
         plgpu.commit_smem()
         across = product(square, of_registers(parts(state)), c_columns)
         mixing_rows = [ref.at[pl.ds(0, padded)] for ref in mixing_smem]
         within = product(square, [ref.transpose((1, 0)) for ref in x_smem], mixing_rows)
-        y = across * along(_FROM_START) + within
+        y = across * jnp.exp(coarse + fine) + within
         plgpu.store(y_ref.at[row, h], y, optimized=False)
         if next_state:
             added = product(state.shape, [ref.transpose((1, 0)) for ref in weighted_smem], b_rows)
-            kept = state * rows_ref[row, h, _FROM_START, _ROWS - 1]
+            kept = state * jnp.exp(last[0] + last[1])
             plgpu.store(next_ref.at[row, h], kept + added, optimized=False)
 
 
@@ -171,7 +178,7 @@ def unsupported(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon,
     if not 0 < length <= LONGEST_BLOCK:
         return f"a block of {length} tokens is not one of 1 to {LONGEST_BLOCK}"
     if head_dim != _ROWS or state_size % 64 or state_size > 256:
-        return f"heads of {head_dim} with a state of {state_size} are not heads of {_ROWS} with one of 64, 128, 192 or 256"
+        return f"heads of {head_dim} with a state of {state_size}: only {_ROWS} with 64, 128, 192 or 256"
     in_program = _heads_a_program(z.shape[0], heads, heads // groups)
     needed = _shared_bytes(length, state_size, head_dim, in_program, width, xbc.dtype)
     if needed > _SHARED_BYTES:
@@ -186,16 +193,12 @@ def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, 
     padded = length + -length % _UNIT
     width, channels = weights.conv_weight.shape
     in_program = _heads_a_program(batch, heads, heads // groups)
-    swizzle = plgpu.find_swizzle(padded * 16)
+    swizzle = min(64, plgpu.find_swizzle(padded * 16))
 
-    dt, log_decay = (
-        jnp.pad(v.astype(jnp.float32), [(0, 0), (0, _ROWS - length), (0, 0)]) for v in (dt, log_decay)
-    )
-    sums = cumulative(log_decay[:, None], _ROWS).map(lambda v: v[:, 0])
-    weight = dt * jnp.exp(sums.map(lambda v: v[:, -1:]) - sums)
-    rows = jnp.stack([dt, sums.coarse, sums.fine, jnp.exp(sums.total), weight])
+    rows = jnp.stack([dt.astype(jnp.float32), *two_parts(log_decay.astype(jnp.float32), _ROWS)])
+    rows = jnp.pad(jnp.moveaxis(rows, (1, 3, 0, 2), (0, 1, 2, 3)), [(0, 0)] * 3 + [(0, _ROWS - length)])
     tail = tail[:, tail.shape[1] - (width - 1) :].astype(xbc.dtype)
-    bias = jnp.zeros(channels, jnp.float32) if weights.conv_bias is None else weights.conv_bias.astype(jnp.float32)
+    bias = jnp.zeros(channels, jnp.float32) if weights.conv_bias is None else weights.conv_bias
 
     copies = 1 if xbc.dtype == jnp.bfloat16 else 3
     raw = width - 1 + padded
@@ -208,6 +211,7 @@ def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, 
         [tiled((padded, head_dim), swizzle)] * copies,
         [tiled((padded, head_dim), swizzle)] * (3 if next_state else 0),
         [tiled((_ROWS, padded), swizzle)] * 3,
+        plgpu.SMEM((2, _ROWS), jnp.float32),
         [tiled((_ROWS, state_size), swizzle)] * (3 if interpret else 0),
         plgpu.Barrier(num_arrivals=6 if width > 1 else 3),
     ]
@@ -233,10 +237,10 @@ def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, 
     y, *last = kernel(
         xbc,
         tail,
-        weights.conv_weight.astype(jnp.float32),
+        weights.conv_weight,
         bias,
-        jnp.moveaxis(rows, (1, 3, 0, 2), (0, 1, 2, 3)),
-        weights.skip.astype(jnp.float32),
+        rows,
+        weights.skip,
         state.astype(jnp.float32),
     )
     y = jnp.moveaxis(y[..., :length], 3, 1)

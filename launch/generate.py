@@ -14,11 +14,9 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
-import jax
 from absl import flags
 
-from twotower_jax import command_line
-from twotower_jax.checkpoint.load import load
+from twotower_jax import command_line, model_flags
 from twotower_jax.data import load_tokenizer
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
 from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
@@ -29,10 +27,8 @@ from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
-from twotower_jax.parameters import cast, parameter_table
-from twotower_jax.tower import Execution
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
+flags.adopt_module_key_flags(model_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
 _PROMPTS = flags.DEFINE_string("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
 _OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the results; without it the texts are printed.")
@@ -48,7 +44,6 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable toke
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the most probable tokens that hold this much; 1: all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind an end-of-text token.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
 _TOLERANCE = flags.DEFINE_float(
@@ -62,7 +57,7 @@ _TRACE = flags.DEFINE_string("trace", None, "JSON Lines file for every step of e
 
 def _sampling_flags() -> dict:
     """Block size, steps, strategy and threshold: the flags given, then what the checkpoint says, then defaults."""
-    chosen = read_operating_point(_CHECKPOINT.value)
+    chosen = read_operating_point(model_flags.CHECKPOINT.value)
     given = {flag.name: flag.value for flag in (_BLOCK_SIZE, _STEPS, _STRATEGY, _THRESHOLD) if flag.present}
     if given.get("strategy", chosen.get("strategy")) not in (None, "confidence"):
         chosen.pop("confidence_threshold", None)  # The other strategies have none.
@@ -126,7 +121,7 @@ def main() -> None:
         try:
             _generate(settings, rows, write, trace)
         except FloatingPointError as error:
-            command_line.fail(f"{_CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
+            command_line.fail(f"{model_flags.CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
 
 
 def _generate(
@@ -135,10 +130,7 @@ def _generate(
     write: Callable[[dict], None] | None,
     write_trace: Callable[[dict], None] | None,
 ) -> None:
-    # A scan over stacked layers compiles sooner, which counts on a CPU, but copies the experts out of the stack.
-    execution = Execution(dtype=_DTYPE.value, scan_layers=jax.default_backend() == "cpu")
-    model, params, folder = load(_CHECKPOINT.value, execution=execution)
-    params = cast(parameter_table(model), params, _DTYPE.value)
+    model, params, folder = model_flags.load_model()
     tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
     decode = tokenizer.decode if tokenizer else None
     _warn_of_large_blocks(settings, folder)

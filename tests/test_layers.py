@@ -13,7 +13,7 @@ from twotower_jax.layers.experts import MLP, Experts
 from twotower_jax.layers.mamba import Mamba, MambaCache
 from twotower_jax.layers.time_conditioning import Modulation, TimeConditioning, modulation, sinusoids
 from twotower_jax.parameters import Scope, bind, initialize, normal, parameter_table
-from twotower_jax.tower import Layer
+from twotower_jax.tower import Execution, Layer
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -197,7 +197,7 @@ def test_mamba_without_a_cache_starts_from_zeros(small_config, random_params, qu
 def test_mamba_blocks_read_the_context(small_config, random_params, quick_jit, block, blocks, bidirectional):
     """Each block by itself, after the context up to its left edge; the context has weights of its own."""
     config = small_config("M")
-    context, denoiser = Mamba(config, SCOPE), Mamba(config, SCOPE, bidirectional)
+    context, denoiser = Mamba(config, SCOPE), Mamba(config, SCOPE, bidirectional=bidirectional)
     context_params, params = random_params(context, 1), random_params(denoiser, 2)
     clean, noisy = draw(1, B, block * blocks, D), draw(2, B, block * blocks, D)
 
@@ -219,7 +219,7 @@ def test_mamba_blocks_read_the_context(small_config, random_params, quick_jit, b
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_mamba_block_behind_a_cache(small_config, random_params, quick_jit, bidirectional):
     config = small_config("M")
-    mixer = Mamba(config, SCOPE, bidirectional)
+    mixer = Mamba(config, SCOPE, bidirectional=bidirectional)
     params = random_params(mixer)
     literal = LiteralMamba(config, params)
     tail, state = literal.zeros()
@@ -444,7 +444,7 @@ def test_published_start_of_the_tables(small_config):
 
 
 def make_layer(config, kind, random_params, dtype=jnp.float32):
-    layer = Layer(config, kind, Scope(("",)), dtype, False)
+    layer = Layer(config, kind, Scope(("",)), Execution(dtype=dtype), False)
     return layer, random_params(layer)
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
+from twotower_jax.kernels import Backends
 from twotower_jax.kernels.experts import ROUTING
 from twotower_jax.layers.attention import Attention, AttentionCache, AttentionMemory
 from twotower_jax.layers.common import RMSNorm
@@ -44,11 +45,13 @@ class Execution:
       scan_layers: stack and scan repeated segments; False lays parameters out layer by layer.
       remat: what the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each
         layer; "unit", which keeps what enters each unit of a repeated segment.
+      backends: the implementation of each kernel.
     """
 
     dtype: jnp.dtype = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
+    backends: Backends = Backends()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +97,17 @@ def segments(pattern: str, scan_layers: bool = True) -> tuple[Stretch, ...]:
 class Layer(nnx.Module):
     """h + mixer(norm(h)), or its time-conditioned form in the denoiser."""
 
-    def __init__(self, config: ModelConfig, kind: str, scope: Scope, dtype: jnp.dtype, bidirectional: bool):
+    def __init__(self, config: ModelConfig, kind: str, scope: Scope, execution: Execution, bidirectional: bool):
         self.kind = kind
-        self.dtype = dtype
+        self.dtype = execution.dtype
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, scope.child("norm"))
         scope = scope.child("mixer")
         if kind == "M":
-            self.mixer = Mamba(config, scope, bidirectional)
+            self.mixer = Mamba(config, scope, execution.backends, bidirectional)
         elif kind == "*":
-            self.mixer = Attention(config, scope)
+            self.mixer = Attention(config, scope, execution.backends)
         elif kind == "E":
-            self.mixer = Experts(config, scope)
+            self.mixer = Experts(config, scope, execution.backends)
         else:
             self.mixer = MLP(config, config.intermediate_size, scope)
 
@@ -175,12 +178,12 @@ class Layer(nnx.Module):
 class Segment(nnx.Module):
     """The layers of one `Stretch`, their parameters stacked over the repeats."""
 
-    def __init__(self, config: ModelConfig, stretch: Stretch, prefix: str, dtype: jnp.dtype, bidirectional: bool):
+    def __init__(self, config: ModelConfig, stretch: Stretch, prefix: str, execution: Execution, bidirectional: bool):
         self.stretch = stretch
         width, repeats = len(stretch.unit), stretch.repeats
         for j, kind in enumerate(stretch.unit):
             prefixes = tuple(f"{prefix}layers.{stretch.start + r * width + j}." for r in range(repeats))
-            layer = Layer(config, kind, Scope(prefixes, stacked=repeats > 1), dtype, bidirectional)
+            layer = Layer(config, kind, Scope(prefixes, stacked=repeats > 1), execution, bidirectional)
             setattr(self, f"layer_{j}", layer)
 
     @property
@@ -215,7 +218,7 @@ class Tower(nnx.Module):
         )
         self.stretches = segments(config.hybrid_override_pattern, execution.scan_layers)
         for i, stretch in enumerate(self.stretches):
-            setattr(self, f"segment_{i}", Segment(config, stretch, prefix, execution.dtype, bidirectional))
+            setattr(self, f"segment_{i}", Segment(config, stretch, prefix, execution, bidirectional))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, Scope((f"{prefix}norm_f.",)))
 
     @property
@@ -314,7 +317,7 @@ class Tower(nnx.Module):
 
         def advance(old, new):
             if isinstance(new, MambaMemory):
-                return old.advance(new, lengths, self.config.chunk_size)
+                return old.advance(new, lengths, self.config.chunk_size, self.execution.backends)
             return old.append(new, cache.lengths)
 
         return Cache(layers=self._each_layer(advance, cache.layers, memories), lengths=cache.lengths + lengths)

@@ -43,8 +43,14 @@ class AttentionMemory:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, scope: Scope):
+    def __init__(
+        self,
+        config: ModelConfig,
+        scope: Scope,
+        backends: kernels.Backends = kernels.Backends(),  # noqa: B008 (frozen)
+    ):
         self.config = config
+        self.backends = backends
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         std, bias = config.initializer_range, config.attention_bias

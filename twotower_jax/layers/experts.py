@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from twotower_jax import sharding
+from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
 from twotower_jax.kernels import double_float
 from twotower_jax.kernels.experts import ROUTING, Weights
@@ -114,8 +114,14 @@ class Router(nnx.Module):
 class Experts(nnx.Module):
     """Σ weight · expert(x) over the chosen experts, plus the shared expert. No capacity, no dropped tokens."""
 
-    def __init__(self, config: ModelConfig, scope: Scope):
+    def __init__(
+        self,
+        config: ModelConfig,
+        scope: Scope,
+        backends: kernels.Backends = kernels.Backends(),  # noqa: B008 (frozen)
+    ):
         self.activation = config.mlp_hidden_act
+        self.backends = backends
         width, num_experts = config.moe_intermediate_size, config.n_routed_experts
         up_std, down_std = _stds(config)
         self.router = Router(config, scope.child("gate"))
@@ -167,7 +173,11 @@ class Experts(nnx.Module):
         """One device's tokens through the routed experts, which may be on other devices."""
         tokens = x.reshape(-1, x.shape[-1])
         indices, gates = self.router.route(tokens, *router)
-        y = expert_parallel.expert_mlp(tokens, indices, gates, weights, activation=ACTIVATIONS[self.activation])
+        y = expert_parallel.expert_mlp(
+            *(tokens, indices, gates, weights),
+            activation=ACTIVATIONS[self.activation],
+            implementation=self.backends.expert_mlp,
+        )
         load = jnp.bincount(indices.reshape(-1), length=router[1].size).astype(jnp.float32)
         if over := [axis for axis in (*sharding.BATCH, "sequence") if sharding.shards(axis) > 1]:
             load = jax.lax.psum(load, over)

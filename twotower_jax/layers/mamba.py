@@ -40,13 +40,18 @@ class MambaCache:
     conv: jax.Array
     state: jax.Array
 
-    def advance(self, memory: "MambaMemory", lengths: jax.Array, chunk_size: int) -> "MambaCache":
+    def advance(
+        self, memory: "MambaMemory", lengths: jax.Array, chunk_size: int, backends: kernels.Backends
+    ) -> "MambaCache":
         """The cache after the first `lengths` (B,) of the tokens of `memory`, which were read after this cache."""
         kept = (jnp.arange(memory.dt.shape[1]) < lengths[:, None])[..., None]
         dt, log_decay = (jnp.where(kept, v, 0.0) for v in (memory.dt, memory.log_decay))
         # The output is not wanted, so that it does not matter what takes the place of C.
         _, state = kernels.ssd(
-            memory.x, dt, log_decay, memory.b, memory.b, initial_state=self.state, chunk_size=chunk_size
+            *(memory.x, dt, log_decay, memory.b, memory.b),
+            initial_state=self.state,
+            chunk_size=chunk_size,
+            implementation=backends.ssd,
         )
         return MambaCache(conv=_last_inputs(self.conv, memory.conv_input, lengths), state=state)
 
@@ -113,8 +118,15 @@ def _memory_axes(end: bool = True) -> MambaMemory:
 
 
 class Mamba(nnx.Module):
-    def __init__(self, config: ModelConfig, scope: Scope, bidirectional: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        scope: Scope,
+        backends: kernels.Backends = kernels.Backends(),  # noqa: B008 (frozen)
+        bidirectional: bool = False,
+    ):
         self.config = config
+        self.backends = backends
         self.bidirectional = bidirectional
         c = config
         inner, channels, heads = c.mamba_inner, c.conv_channels, c.mamba_num_heads
@@ -188,7 +200,7 @@ class Mamba(nnx.Module):
             # Convolves once more, inside; what the memory has of it is computed only where somebody reads that.
             y, state = self._block_scan(z, conv_input, dt, log_decay, core, tail, state, next_state=end)
         else:
-            y, state = kernels.ssd(xs, dt, log_decay, b, c, initial_state=state, chunk_size=self.config.chunk_size)
+            y, state = self._scan(xs, dt, log_decay, b, c, state)
             if divided:
                 seed = sequence_parallel.state_before(state, log_decay)
                 y += sequence_parallel.from_state(c, seed, jnp.cumsum(log_decay, axis=1))
@@ -233,12 +245,12 @@ class Mamba(nnx.Module):
 
     def _blockwise(self, projected, memory, before, core, block_size):
         z, conv_input, dt, log_decay = self._split_projected(projected, core)
-        chunk_size, skip = self.config.chunk_size, core.weights.skip
+        skip = core.weights.skip
         if isinstance(memory, MambaCache):
             if not self.bidirectional and block_size <= LONGEST_BLOCK:
                 return self._block_scan(z, conv_input, dt, log_decay, core, memory.conv, memory.state)[0]
             xs, b, c = self._convolve(conv_input, core, memory.conv)
-            y, _ = kernels.ssd(xs, dt, log_decay, b, c, initial_state=memory.state, chunk_size=chunk_size)
+            y, _ = self._scan(xs, dt, log_decay, b, c, memory.state)
         else:
             divided = sequence_parallel.divided()
             tail = sequence_parallel.inputs_before(memory.conv_input, self.config.conv_kernel) if divided else None
@@ -250,7 +262,8 @@ class Mamba(nnx.Module):
                 *(xs, dt, forward_decay, b, c),
                 *(memory.x, memory.dt, memory.log_decay, memory.b),
                 block_size=block_size,
-                chunk_size=chunk_size,
+                chunk_size=self.config.chunk_size,
+                implementation=self.backends.two_tower_ssd,
             )
             if divided:
                 decay = _decay_through_context(forward_decay, memory.log_decay, block_size)
@@ -295,8 +308,21 @@ class Mamba(nnx.Module):
 
     def _block_scan(self, z, conv_input, dt, log_decay, core, tail, state, next_state=False):
         """All between the projections for a block of few tokens after a cache: (B, S, H·P) and the state or None."""
-        arguments = z, conv_input, dt, log_decay, core.weights, tail, state
-        return kernels.block_scan(*arguments, **self._norm(core), next_state=next_state)
+        return kernels.block_scan(
+            *(z, conv_input, dt, log_decay, core.weights, tail, state),
+            **self._norm(core),
+            next_state=next_state,
+            implementation=self.backends.block_scan,
+        )
+
+    def _scan(self, xs, dt, log_decay, b, c, state):
+        """y and the last state, from `state` or zeros."""
+        return kernels.ssd(
+            *(xs, dt, log_decay, b, c),
+            initial_state=state,
+            chunk_size=self.config.chunk_size,
+            implementation=self.backends.ssd,
+        )
 
     def _convolve(self, conv_input, core, tail, before=None):
         conv = core.weights.conv_weight, core.weights.conv_bias
@@ -314,7 +340,7 @@ class Mamba(nnx.Module):
             return jnp.flip(v.reshape(-1, block_size, *v.shape[2:]), axis=1)
 
         xs, b, c = self._convolve(flip(conv_input), core, None)
-        y, _ = kernels.ssd(xs, flip(dt), flip(log_decay), b, c, chunk_size=self.config.chunk_size)
+        y, _ = self._scan(xs, flip(dt), flip(log_decay), b, c, None)
         return jnp.flip(add_skip(y, xs, core.weights.skip), axis=1).reshape(*dt.shape, -1)
 
     def _norm(self, core):
