@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels.causal_conv import causal_conv
+from twotower_jax.kernels.causal_conv_xla import causal_conv
 from twotower_jax.kernels.dispatch import Implementation, Op
 from twotower_jax.kernels.gated_norm import gated_norm
 from twotower_jax.kernels.ssd_xla import ssd
@@ -39,7 +39,9 @@ BLOCK_SCAN = Op(
     {
         "xla": Implementation("block_scan", "by_parts"),
         "pallas_tpu": Implementation("block_scan_tpu", "block_scan", platform="tpu", has_limits=True),
+        "mosaic_gpu": Implementation("block_scan_gpu", "block_scan", platform="gpu", has_limits=True),
         "pallas_tpu_interpret": Implementation("block_scan_tpu", "block_scan", options=(("interpret", True),)),
+        "mosaic_gpu_interpret": Implementation("block_scan_gpu", "block_scan", options=(("interpret", True),)),
         "reference": Implementation("reference", "block_scan"),
     },
 )
@@ -61,7 +63,7 @@ def block_scan(
 ) -> tuple[jax.Array, jax.Array | None]:
     """One block of each row.
 
-    The TPU kernel has no gradient; the XLA form has.
+    The hardware kernels have no gradient; the XLA form has.
 
     Args:
       z: (B, S, H·P). xbc: (B, S, C), raw inputs of the convolution.
@@ -72,7 +74,8 @@ def block_scan(
       groups: G.
       epsilon: of the norm.
       next_state: whether the state after the block is wanted.
-      implementation: as in `ssd`.
+      implementation: "xla", "pallas_tpu", "mosaic_gpu" (NVIDIA Hopper), "pallas_tpu_interpret" and
+        "mosaic_gpu_interpret" (on any platform, slow), "reference", or None to choose.
 
     Returns:
       (B, S, H·P) in z's dtype, and the state after the block, float32, or None.

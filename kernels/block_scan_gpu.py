@@ -172,7 +172,7 @@ def _kernel(
 
 
 def unsupported(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state) -> str | None:
-    """Why the kernel cannot run these shapes, or None."""
+    """Why the hardware cannot run these shapes, or None."""
     length, width = z.shape[1], weights.conv_weight.shape[0]
     heads, head_dim, state_size = state.shape[1:]
     if not 0 < length <= LONGEST_BLOCK:

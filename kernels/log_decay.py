@@ -43,7 +43,7 @@ def in_chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def two_parts(log_decay: jax.Array, chunk: int) -> Sum:
-    """Log-decays, none below what is forgotten anyway, as a coarse and a fine part; a chunk's sums of each are a `Sum`."""
+    """Log-decays, none below what is forgotten anyway, in two parts, the sums of which are a `Sum`."""
     # As fine a grid as leaves the sum of two chunks of decays below 2²⁴ steps of it.
     grid = 2.0 ** (math.ceil(math.log2(-_FORGOTTEN * 2 * chunk)) - 24)
     log_decay = jnp.maximum(log_decay, _FORGOTTEN)

@@ -255,7 +255,9 @@ class Mamba(nnx.Module):
             divided = sequence_parallel.divided()
             tail = sequence_parallel.inputs_before(memory.conv_input, self.config.conv_kernel) if divided else None
             conv = core.weights.conv_weight, core.weights.conv_bias
-            xbc = kernels.block_causal_conv(conv_input, memory.conv_input, *conv, block_size, tail, before)
+            xbc = kernels.block_causal_conv(
+                conv_input, memory.conv_input, *conv, block_size, tail, before, implementation=self.backends.causal_conv
+            )
             xs, b, c = self._split(xbc, core)
             forward_decay = _forget(log_decay, before)
             y = kernels.two_tower_ssd(
@@ -326,7 +328,8 @@ class Mamba(nnx.Module):
 
     def _convolve(self, conv_input, core, tail, before=None):
         conv = core.weights.conv_weight, core.weights.conv_bias
-        return self._split(kernels.causal_conv(conv_input, *conv, tail, before), core)
+        xbc = kernels.causal_conv(conv_input, *conv, tail, before, implementation=self.backends.causal_conv)
+        return self._split(xbc, core)
 
     def _split(self, xbc, core):
         """x (B, L, H, P), B and C (B, L, G, N)."""
