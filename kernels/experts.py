@@ -41,13 +41,26 @@ def refuse_gradient(weights: Weights) -> None:
         raise ValueError("quantized experts have no gradient; dequantize them for training")
 
 
+def _interpreted(module: str) -> Implementation:
+    return Implementation(module, "expert_mlp", options=(("interpret", True),))
+
+
+def _made_for(platform: str, module: str) -> Implementation:
+    return Implementation(module, "expert_mlp", platform=platform, has_limits=True)
+
+
 EXPERT_MLP = Op(
     "expert_mlp",
     {
         "xla": Implementation("experts_xla", "expert_mlp"),
-        "pallas_tpu": Implementation("experts_tpu", "expert_mlp", platform="tpu", has_limits=True),
-        "pallas_tpu_interpret": Implementation("experts_tpu", "expert_mlp", options=(("interpret", True),)),
-        "ragged_dot": Implementation("experts_ragged", "expert_mlp", platform="tpu"),
+        "dense": Implementation("simple", "expert_mlp"),
+        "pallas_tpu": _made_for("tpu", "experts_tpu"),
+        "pallas_tpu_interpret": _interpreted("experts_tpu"),
+        "ragged_dot": _made_for("tpu", "experts_ragged"),
+        "mosaic_gpu": _made_for("gpu", "experts_gpu"),
+        "mosaic_gpu_interpret": _interpreted("experts_gpu"),
+        "mosaic_gpu_grouped": _made_for("gpu", "experts_grouped_gpu"),
+        "mosaic_gpu_grouped_interpret": _interpreted("experts_grouped_gpu"),
     },
 )
 

@@ -1,7 +1,7 @@
 """What the kernels for few rows share: the list of experts that some row chose, and a gradient.
 
-The kernels compute forward. Their gradient is that of the XLA form, which recomputes from the same arguments; weights
-that are quantized have none.
+The kernels compute forward. Their gradient is that of the form for many rows, which recomputes from the same arguments;
+quantized weights have none.
 """
 
 import functools
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels import experts_xla
 from twotower_jax.kernels.experts import Activation, Weights, refuse_gradient, sort_by_expert
 
 
@@ -50,13 +49,12 @@ def touched_experts(indices: jax.Array, num_experts: int) -> Touched:
     return Touched(expert, first, jnp.where(here, sizes[expert], 0), used, order, place)
 
 
-# Of a kernel's arguments: (activation, interpret, x, indices, gates, weights) → y.
-Forward = Callable[[Activation, object, jax.Array, jax.Array, jax.Array, Weights], jax.Array]
+# (activation, interpret, x, indices, gates, weights) → y.
+Forward = Callable[[Activation, bool, jax.Array, jax.Array, jax.Array, Weights], jax.Array]
 
 
-def with_gradient(forward: Forward) -> Forward:
-    """The same with the gradient of the XLA form."""
-
+def with_gradient(forward: Forward, again: Forward) -> Forward:
+    """`forward` with the gradient of `again`, which computes the same."""
     function = functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))(forward)
 
     def keep(activation, interpret, x, indices, gates, weights):
@@ -66,10 +64,10 @@ def with_gradient(forward: Forward) -> Forward:
     def backward(activation, interpret, residuals, g):
         x, indices, gates, weights = residuals
 
-        def again(x, gates, weights):
-            return experts_xla.expert_mlp(x, indices, gates, weights, activation=activation)
+        def call(x, gates, weights):
+            return again(activation, interpret, x, indices, gates, weights)
 
-        dx, dgates, dweights = jax.vjp(again, x, gates, weights)[1](g)
+        dx, dgates, dweights = jax.vjp(call, x, gates, weights)[1](g)
         return dx, None, dgates, dweights
 
     function.defvjp(keep, backward)

@@ -9,6 +9,7 @@ Quantized weights are read as they are stored and taken apart here, a tile at a 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,21 +17,28 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from twotower_jax.kernels import experts_ragged
 from twotower_jax.kernels.experts import Activation, Weights
 from twotower_jax.kernels.experts_touched import touched_experts, with_gradient
 from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.kernels.tpu import NN, NT
 from twotower_jax.kernels.tpu_layout import LANES, SUBLANES
 
 MOST_ROWS = 1024
 _ROW_TILE = 64
-_TILES = (512, 256, 128)
+_WIDEST_TILE = 512
 # Of 128 MiB a core on v5p and v6e, 64 on tpu7x.
-_VMEM_BYTES = 60 * 2**20
+_VMEM_BYTES, _RESERVE = 60 * 2**20, 8 * 2**20  # Reserved for what is multiplied at once.
 _ROW_ARRAYS = 4  # Of float32: the rows, one expert's rows, its results, and the sums.
 
 
 class _Cut(NamedTuple):
-    """One problem, cut: T tokens rounded up to tiles of `rows`, D, F, and tiles of `tile` along F."""
+    """One problem, cut.
+
+    Attributes:
+      tokens: T, rounded up. rows: that are multiplied at once. model: D. width: F. tile: of F.
+      flipped: up comes as (E, F, D).
+    """
 
     tokens: int
     rows: int
@@ -39,17 +47,11 @@ class _Cut(NamedTuple):
     tile: int
     activation: Activation
     dtype: jnp.dtype
+    flipped: bool
 
     @property
     def tiles(self) -> int:
         return -(-self.width // self.tile)
-
-
-def _widths(part: jax.Array | Quantized, rows: int) -> list[int]:
-    """Sublanes of the blocks of `rows` rows of a matrix: of its values, and of its scales."""
-    if isinstance(part, Quantized):
-        return [rows * part.bits // 8, rows // part.group]
-    return [rows]
 
 
 def _bytes(weights: Weights, model: int, tile: int) -> int:
@@ -57,20 +59,30 @@ def _bytes(weights: Weights, model: int, tile: int) -> int:
     total = 0
     for part in weights.up, weights.down:
         if isinstance(part, Quantized):
-            total += 2 * model * tile * part.bits // 8 + 2 * 4 * model * tile // part.group + 2 * model * tile
-            total += 4 * model * tile  # What the compiler keeps while it takes them apart.
+            rows = tile if part is weights.up else part.shape[1]
+            total += 2 * model * tile * part.bits // 8 + 2 * 4 * model * rows // part.group
+            total += 2 * model * tile + 4 * model * part.group
         else:
             total += 2 * model * tile * part.dtype.itemsize
     return total
 
 
+def _is_flipped(up: jax.Array | Quantized) -> bool:
+    """Whether up is read as (E, F, D): so it lies in memory if F is no multiple of 128, to which TPUs would pad it."""
+    return not isinstance(up, Quantized) and up.shape[2] % LANES != 0
+
+
 def _tile(x, weights: Weights) -> int | None:
-    """The widest tile of F that fits: a multiple of 128, of 8 groups of down, or all of F."""
-    width, model = weights.down.shape[-2], x.shape[1]
+    """The tile of F: one that divides it, if not much smaller than the widest that fits."""
+    width, model = weights.down.shape[1:]
     rows = _ROW_ARRAYS * 4 * (x.shape[0] + _ROW_TILE) * model
-    unit = weights.down.group * SUBLANES if isinstance(weights.down, Quantized) else LANES
-    for tile in [width] * (width < _TILES[0]) + [tile for tile in _TILES if tile < width and tile % unit == 0]:
-        if rows + _bytes(weights, model, tile) <= _VMEM_BYTES:
+    unit = 2 * SUBLANES if _is_flipped(weights.up) else LANES
+    if isinstance(weights.down, Quantized):
+        unit = math.lcm(unit, weights.down.group)
+    tiles = [tile for tile in range(unit, _WIDEST_TILE + 1, unit) if tile < width] + [width] * (width <= _WIDEST_TILE)
+    even = [tile for tile in tiles if width % tile == 0 and 2 * tile >= _WIDEST_TILE]
+    for tile in [*reversed(even), *reversed(tiles)]:
+        if rows + _bytes(weights, model, tile) <= _VMEM_BYTES - _RESERVE:
             return tile
     return None
 
@@ -81,6 +93,11 @@ def unsupported(x, indices, gates, weights: Weights, *, activation: Activation) 
         return "the experts have biases"
     if x.shape[0] > MOST_ROWS:
         return f"{x.shape[0]} rows are more than {MOST_ROWS}"
+    if isinstance(weights.up, Quantized) and weights.up.shape[2] % LANES:
+        return (
+            f"quantized experts {weights.up.shape[2]} wide, no multiple of {LANES}, would be copied in each call: "
+            "pad their width with zeros"
+        )
     if x.shape[1] % LANES:
         return f"rows of {x.shape[1]} numbers are not whole multiples of {LANES}"
     for name in "up", "down":
@@ -92,35 +109,46 @@ def unsupported(x, indices, gates, weights: Weights, *, activation: Activation) 
     return None
 
 
-def _matrix(refs, scratch, rows: int, columns: int, dtype):
-    """The first rows and columns of a block of weights, in `dtype`; refs: [array], or [values, scales]."""
-    if len(refs) == 1:
-        return refs[0][:rows, :columns].astype(dtype)
-    values_ref, scales_ref = refs
-    groups = scales_ref.shape[0]
-    group = scratch.shape[0] // groups
-    packed = values_ref.shape[0] // groups
+class _Block(NamedTuple):
+    """A block of one expert's weights in on-chip memory.
 
-    def body(g, _):
-        values = values_ref[pl.ds(pl.multiple_of(g * packed, packed), packed), :].astype(jnp.int32)
-        scale = scales_ref[pl.ds(g, 1), :].astype(jnp.float32)
-        start = pl.multiple_of(g * group, group)
-        pieces = [values] if packed == group else [(values << 28) >> 28, values >> 4]
-        for i, piece in enumerate(pieces):
-            scaled = (piece.astype(jnp.float32) * scale).astype(dtype)
-            scratch[pl.ds(pl.multiple_of(start + i * packed, packed), packed), :] = scaled
+    Attributes:
+      refs: (array,) or, quantized, (values, scales).
+      scratch: for the block once dequantized. group: rows that share a scale.
+    """
 
-    jax.lax.fori_loop(0, rows // group, body, None)
-    return scratch[:rows, :columns]
+    refs: tuple
+    scratch: jax.Array | None
+    group: int
+
+    def matrix(self, rows: int, columns: int, dtype, first_group=0) -> jax.Array:
+        """The first rows and columns in `dtype`; the scales of the first rows are number `first_group`."""
+        if self.scratch is None:
+            return self.refs[0][:rows, :columns].astype(dtype)
+        values_ref, scales_ref = self.refs
+        packed = self.group * values_ref.shape[0] // self.scratch.shape[0]
+
+        def body(g, _):
+            values = values_ref[pl.ds(pl.multiple_of(g * packed, packed), packed), :].astype(jnp.int32)
+            scale = scales_ref[pl.ds(first_group + g, 1), :].astype(jnp.float32)
+            pieces = [values] if packed == self.group else [(values << 28) >> 28, values >> 4]
+            for i, piece in enumerate(pieces):
+                start = pl.multiple_of(g * self.group + i * packed, packed)
+                self.scratch[pl.ds(start, packed), :] = (piece.astype(jnp.float32) * scale).astype(dtype)
+
+        jax.lax.fori_loop(0, rows // self.group, body, None)
+        return self.scratch[:rows, :columns]
 
 
-def _kernel(expert, first, count, used, token, gate, *refs, cut: _Cut, parts: tuple[int, int]):
+def _kernel(expert, first, count, used, token, gate, x_hbm, *refs, cut: _Cut, groups: tuple[int, int]):
     del expert  # For the blocks alone.
-    x_hbm, refs = refs[0], refs[1:]
-    up_refs, down_refs, (out_hbm, *scratch) = refs[: parts[0]], refs[parts[0] : sum(parts)], refs[sum(parts) :]
-    x_ref, sums_ref, rows_ref, results_ref, *dequantized = scratch
-    up_scratch = dequantized.pop(0) if parts[0] == 2 else None
-    down_scratch = dequantized.pop(0) if parts[1] == 2 else None
+    refs = list(refs)
+    of_up, of_down = (tuple(refs.pop(0) for _ in range(2 if group else 1)) for group in groups)
+    out_hbm, x_ref, sums_ref, rows_ref, results_ref, *scratch = refs
+    up, down = (
+        _Block(stored, scratch.pop(0) if group else None, group)
+        for stored, group in zip((of_up, of_down), groups, strict=True)
+    )
     slot, f = pl.program_id(0), pl.program_id(1)
     start, rows = first[slot], count[slot]
 
@@ -131,16 +159,22 @@ def _kernel(expert, first, count, used, token, gate, *refs, cut: _Cut, parts: tu
 
     def multiply(width):
         precision = jax.lax.Precision.HIGHEST if cut.dtype == jnp.float32 else None
-        product = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
-        up = _matrix(up_refs, up_scratch, cut.model, width, cut.dtype)
-        down = _matrix(down_refs, down_scratch, width, cut.model, cut.dtype)
+
+        def product(a, b, contract=NN):
+            return jax.lax.dot_general(
+                a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+            )
+
+        up_matrix = up.matrix(*((width, cut.model) if cut.flipped else (cut.model, width)), cut.dtype)
+        first_group = f * (cut.tile // down.group) if down.group else 0
+        down_matrix = down.matrix(width, cut.model, cut.dtype, first_group)
 
         def body(i, _):
             here = pl.ds(pl.multiple_of(i * cut.rows, cut.rows), cut.rows)
-            hidden = product(rows_ref[here, :].astype(cut.dtype), up)
+            hidden = product(rows_ref[here, :].astype(cut.dtype), up_matrix, NT if cut.flipped else NN)
             # Rounded before and after the activation, as where the products are single operations.
             hidden = cut.activation(hidden.astype(cut.dtype).astype(jnp.float32)).astype(cut.dtype)
-            results_ref[here, :] += product(hidden, down)
+            results_ref[here, :] += product(hidden, down_matrix)
 
         jax.lax.fori_loop(0, pl.cdiv(rows, cut.rows), body, None)
 
@@ -192,19 +226,27 @@ def _specs(cut: _Cut, weights: Weights) -> list[pl.BlockSpec]:
     def down(slot, f, expert, first, count, used, token, gate):
         return expert[slot], tile_of(slot, f, used), 0
 
-    specs = [pl.BlockSpec((None, rows, cut.tile), up) for rows in _widths(weights.up, cut.model)]
-    return specs + [pl.BlockSpec((None, rows, cut.model), down) for rows in _widths(weights.down, cut.tile)]
+    def whole(slot, f, expert, first, count, used, token, gate):
+        return expert[slot], 0, 0
+
+    if cut.flipped:
+        specs = [pl.BlockSpec((None, cut.tile, cut.model), down)]
+    else:
+        specs = [pl.BlockSpec((None, v.shape[1], cut.tile), up) for v in jax.tree.leaves(weights.up)]
+    if not isinstance(weights.down, Quantized):
+        return [*specs, pl.BlockSpec((None, cut.tile, cut.model), down)]
+    specs.append(pl.BlockSpec((None, cut.tile * weights.down.bits // 8, cut.model), down))
+    return [*specs, pl.BlockSpec((None, *weights.down.scales.shape[1:]), whole)]
 
 
-@with_gradient
-def _forward(activation: Activation, interpret, x, indices, gates, weights: Weights) -> jax.Array:
+def _forward(activation: Activation, interpret: bool, x, indices, gates, weights: Weights) -> jax.Array:
     tokens, model = x.shape
     touched = touched_experts(indices, weights.up.shape[0])
     choices = gates.shape[1]
     tile = _tile(x, weights)
     padded = tokens + -tokens % SUBLANES
-    cut = _Cut(padded, _ROW_TILE, model, weights.down.shape[-2], tile, activation, x.dtype)
-    quantized = [isinstance(part, Quantized) for part in (weights.up, weights.down)]
+    cut = _Cut(padded, _ROW_TILE, model, weights.down.shape[-2], tile, activation, x.dtype, _is_flipped(weights.up))
+    groups = tuple(part.group if isinstance(part, Quantized) else 0 for part in (weights.up, weights.down))
     # Rows of an expert are moved one at a time, which float32 allows.
     row_arrays = (padded + -padded % _ROW_TILE, model)
     scratch = [
@@ -213,10 +255,12 @@ def _forward(activation: Activation, interpret, x, indices, gates, weights: Weig
         pltpu.VMEM(row_arrays, jnp.float32),
         pltpu.VMEM(row_arrays, jnp.float32),
     ]
-    scratch += [pltpu.VMEM((model, tile), x.dtype)] * quantized[0] + [pltpu.VMEM((tile, model), x.dtype)] * quantized[1]
-    arrays = [v for part in (weights.up, weights.down) for v in jax.tree.leaves(part)]
+    for group, shape in zip(groups, ((model, tile), (tile, model)), strict=True):
+        scratch += [pltpu.VMEM(shape, x.dtype)] * (group > 0)
+    up = weights.up.swapaxes(1, 2) if cut.flipped else weights.up
+    arrays = [v for part in (up, weights.down) for v in jax.tree.leaves(part)]
     call = pl.pallas_call(
-        functools.partial(_kernel, cut=cut, parts=(1 + quantized[0], 1 + quantized[1])),
+        functools.partial(_kernel, cut=cut, groups=groups),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(touched.expert.size, cut.tiles),
@@ -245,6 +289,13 @@ def _forward(activation: Activation, interpret, x, indices, gates, weights: Weig
     return out[:tokens].astype(x.dtype)
 
 
+def _again(activation, interpret, x, indices, gates, weights):
+    return experts_ragged.expert_mlp(x, indices, gates, weights, activation=activation)
+
+
+_expert_mlp = with_gradient(_forward, _again)
+
+
 def expert_mlp(
     x: jax.Array,
     indices: jax.Array,
@@ -252,7 +303,7 @@ def expert_mlp(
     weights: Weights,
     *,
     activation: Activation,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: bool = False,
 ) -> jax.Array:
     """See `experts.expert_mlp`; few rows, no biases."""
-    return _forward(activation, interpret, x, indices, gates, weights)
+    return _expert_mlp(activation, interpret, x, indices, gates, weights)

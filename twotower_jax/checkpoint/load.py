@@ -10,7 +10,7 @@ from twotower_jax.checkpoint.safetensors_file import CheckpointError
 from twotower_jax.config import Variant
 from twotower_jax.parameters import Params, parameter_table
 from twotower_jax.quantization import METHODS, Method, check_mesh
-from twotower_jax.sharding import stored_sharding
+from twotower_jax.sharding import ShardingOf, stored_sharding
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
@@ -29,6 +29,7 @@ def load(
     execution: Execution = Execution(),  # noqa: B008 (frozen)
     *,
     mesh: Mesh | None = None,
+    sharding: ShardingOf | None = None,
     verify: bool = True,
     quantize: str | None = None,
 ) -> Loaded:
@@ -40,6 +41,7 @@ def load(
       execution: how the model is to be computed.
       mesh: where parameters go, each device holding its part (see sharding.py); None for one device. From a converted
         checkpoint or a workdir each host reads what its devices hold and no more.
+      sharding: where each parameter goes instead, as generation has it (generation/placement.py).
       verify: compare the files of a converted checkpoint with their recorded hashes first; those of a workdir always
         are.
       quantize: a name of `quantization.METHODS`, by which weights are stored in fewer bits as they are read; None
@@ -52,7 +54,8 @@ def load(
     if quantize is not None and quantize not in METHODS:
         raise ValueError(f"quantize={quantize!r} is not one of {', '.join(METHODS)}")
     path, method = pathlib.Path(path), METHODS.get(quantize)
-    sharding = None if mesh is None else lambda p: stored_sharding(mesh, p.axes, p.shape)
+    if mesh is not None:
+        sharding = lambda p: stored_sharding(mesh, p.axes, p.shape)  # noqa: E731
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a Hugging Face folder, a converted one or a workdir")
     if (path / store.MANIFEST).exists():
