@@ -10,14 +10,17 @@ from twotower_jax.checkpoint.load import load
 from twotower_jax.generation.placement import Placement, parse_mesh, place
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, parameter_table
+from twotower_jax.quantization import METHODS
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
+QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, list(METHODS),
+    "Store weights in fewer bits as they are read: the routed experts in 8 or 4, other matrices in 8.",
+)  # fmt: skip
 KERNELS = flags.DEFINE_list("kernels", [], "OP=IMPLEMENTATION, several with commas; ops left out choose by platform.")
-
-
 MESH = flags.DEFINE_list(
     "mesh", [], "AXIS=DEVICES, several with commas: data, fsdp, expert, tensor; -1 for all that are left."
 )
@@ -44,6 +47,6 @@ def load_model(apart: bool = False) -> Loaded:
         dtype=DTYPE.value, scan_layers=jax.default_backend() == "cpu", backends=Backends.parse(KERNELS.value)
     )
     places = None if placement.context is None else placement.parameter_sharding
-    model, params, folder = load(CHECKPOINT.value, execution=execution, sharding=places)
+    model, params, folder = load(CHECKPOINT.value, execution=execution, sharding=places, quantize=QUANTIZE.value)
     placement.check(model.config)
     return Loaded(model, cast(parameter_table(model), params, DTYPE.value), folder, placement)

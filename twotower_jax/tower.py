@@ -25,7 +25,7 @@ from twotower_jax.layers.experts import MLP, Experts, Routing
 from twotower_jax.layers.mamba import Mamba, MambaCache, MambaMemory
 from twotower_jax.layers.time_conditioning import Modulation
 from twotower_jax.layers.vocabulary import lookup
-from twotower_jax.parameters import Scope, normal, use
+from twotower_jax.parameters import ROWS, Scope, normal, use
 
 REMAT = ("none", "layer", "unit")
 
@@ -214,6 +214,7 @@ class Tower(nnx.Module):
             (config.vocab_size, config.hidden_size),
             ("vocab", "embed"),
             normal(config.initializer_range),
+            scales=ROWS,
         )
         self.stretches = segments(config.hybrid_override_pattern, execution.scan_layers)
         for i, stretch in enumerate(self.stretches):
@@ -227,7 +228,8 @@ class Tower(nnx.Module):
     def embed(self, ids: jax.Array) -> jax.Array:
         """(B, L) int32 → (B, L, D). Ids are in range: they are checked on the host, where that can be an error."""
         residual = jnp.float32 if self.config.residual_in_fp32 else self.execution.dtype
-        return lookup(use(self.embeddings, self.execution.dtype), ids).astype(residual)
+        rows = lookup(use(self.embeddings, self.execution.dtype), ids)
+        return rows.astype(self.execution.dtype).astype(residual)
 
     def finish(self, h: jax.Array) -> jax.Array:
         """The final norm."""
@@ -334,7 +336,7 @@ class Tower(nnx.Module):
                 state = (*leading, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
                 return MambaCache(conv=conv, state=jnp.zeros(state, jnp.float32))
             if kind == "*":
-                shape = (*leading, capacity, c.num_key_value_heads, c.head_dim)
+                shape = (*leading, c.num_key_value_heads, capacity, c.head_dim)
                 return AttentionCache(key=jnp.zeros(shape, dtype), value=jnp.zeros(shape, dtype))
             return None
 
@@ -494,8 +496,8 @@ def zip_layers(*entries: PerLayer) -> PerLayer:
 
 def _allocate(memory: AttentionMemory, capacity: int) -> AttentionCache:
     def grow(v):
-        if v.shape[1] > capacity:
-            raise ValueError(f"a cache of {capacity} positions cannot take {v.shape[1]} tokens")
-        return jnp.pad(v, [(0, 0), (0, capacity - v.shape[1]), (0, 0), (0, 0)])
+        if v.shape[2] > capacity:
+            raise ValueError(f"a cache of {capacity} positions cannot take {v.shape[2]} tokens")
+        return jnp.pad(v, [(0, 0), (0, 0), (0, capacity - v.shape[2]), (0, 0)])
 
     return AttentionCache(key=grow(memory.key), value=grow(memory.value))

@@ -59,7 +59,7 @@ class Placement:
     def devices(self) -> list[Any]:
         """All of them."""
         meshes = [mesh for mesh in (self.context, self.denoiser) if mesh is not None]
-        return [device for mesh in meshes for device in mesh.devices.flat] or [jax.devices()[0]]
+        return [device for mesh in meshes for device in mesh.devices.flat] or [jax.local_devices()[0]]
 
     def check(self, config: ModelConfig) -> None:
         """Refuses meshes that do not divide the model.

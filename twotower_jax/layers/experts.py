@@ -14,7 +14,7 @@ from twotower_jax.kernels import double_float
 from twotower_jax.kernels.experts import ROUTING, Weights
 from twotower_jax.layers import expert_parallel
 from twotower_jax.layers.common import ACTIVATIONS, Linear
-from twotower_jax.parameters import LINEAR, Scope, constant, normal, use
+from twotower_jax.parameters import GROUPS, LINEAR, Scope, constant, normal, use
 
 # Logical axes, for `sharding.local`.
 _TOKENS = ("batch", "length", None)
@@ -145,6 +145,7 @@ class Experts(nnx.Module):
             normal(up_std),
             layout=LINEAR,
             experts=num_experts,
+            scales=GROUPS,
         )
         self.down = scope.declare(
             "experts.{e}.down_proj.weight",
@@ -153,6 +154,7 @@ class Experts(nnx.Module):
             normal(down_std),
             layout=LINEAR,
             experts=num_experts,
+            scales=GROUPS,
         )
 
         def bias(name: str, width: int, axis: str):
@@ -192,7 +194,7 @@ class Experts(nnx.Module):
             implementation=self.backends.expert_mlp,
         )
         load = jnp.bincount(indices.reshape(-1), length=router[1].size).astype(jnp.float32)
-        if over := [axis for axis in (*sharding.BATCH, "sequence") if sharding.shards(axis) > 1]:
+        if over := sharding.dividing("batch", "length"):
             load = jax.lax.psum(load, over)
         return y.reshape(x.shape), load, indices.reshape(*x.shape[:2], -1)
 
