@@ -143,10 +143,15 @@ def bind[M: nnx.Module](module: M, params: Params) -> M:
     return nnx.merge(nnx.graphdef(module), params)
 
 
+def at_rest(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array:
+    """The array of a bound parameter, cast, where it is stored: for a `sharding.local` that gathers it (`AtRest`)."""
+    value = variable[...]
+    return value if dtype is None else value.astype(dtype)
+
+
 def use(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array:
     """The array of a bound parameter as a layer computes with it: cast, then gathered from where it is stored."""
-    value = variable[...]
-    value = value if dtype is None else value.astype(dtype)
+    value = at_rest(variable, dtype)
     axes = variable.get_metadata()["declaration"].axes
     return sharding.gathered(value, axes[len(axes) - value.ndim :])  # inside a scan "layers" is gone
 

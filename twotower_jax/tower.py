@@ -25,7 +25,7 @@ from twotower_jax.layers.experts import MLP, Experts
 from twotower_jax.layers.mamba import Mamba, MambaCache, MambaMemory
 from twotower_jax.layers.time_conditioning import Modulation
 from twotower_jax.layers.vocabulary import lookup
-from twotower_jax.parameters import Scope, normal, use
+from twotower_jax.parameters import Scope, at_rest, normal
 
 REMAT = ("none", "layer", "unit")
 
@@ -227,7 +227,7 @@ class Tower(nnx.Module):
     def embed(self, ids: jax.Array) -> jax.Array:
         """(B, L) int32 → (B, L, D). Ids are in range: they are checked on the host, where that can be an error."""
         residual = jnp.float32 if self.config.residual_in_fp32 else self.execution.dtype
-        return lookup(use(self.embeddings, self.execution.dtype), ids).astype(residual)
+        return lookup(at_rest(self.embeddings, self.execution.dtype), ids).astype(residual)
 
     def finish(self, h: jax.Array) -> jax.Array:
         """The final norm."""

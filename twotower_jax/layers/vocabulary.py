@@ -12,7 +12,7 @@ from flax import nnx
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
 from twotower_jax.layers.common import precision_of
-from twotower_jax.parameters import LINEAR, Scope, normal, use
+from twotower_jax.parameters import LINEAR, Scope, at_rest, normal, use
 
 _TOKENS = ("batch", "length")
 # Logits that may exist at once on a device, 1 GiB in float32.
@@ -20,7 +20,7 @@ _MAX_LOGITS = 2**28
 
 
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of a table (V, D) for (B, L) int32 ids: (B, L, D). Ids are in range: the host checks them."""
+    """Rows of a table (V, D), at rest, for (B, L) int32 ids: (B, L, D). Ids are in range: the host checks them."""
 
     def take(table, ids):
         if sharding.shards("tensor") == 1:
@@ -28,7 +28,7 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
         place, here = _place_here(table.shape[0], ids)
         return jax.lax.psum(jnp.where(here[..., None], _take(table, place), 0), "tensor")
 
-    return sharding.local(take, (("vocab", None), _TOKENS), (*_TOKENS, None))(table, ids)
+    return sharding.local(take, (sharding.AtRest(("vocab", "embed")), _TOKENS), (*_TOKENS, None))(table, ids)
 
 
 @jax.custom_vjp
@@ -81,8 +81,8 @@ class Head(nnx.Module):
         Returns:
           (B, L) float32.
         """
-        function = sharding.local(_log_probabilities, ((*_TOKENS, None), (None, "vocab"), _TOKENS), _TOKENS)
-        return function(h, use(self.weight, h.dtype), ids)
+        axes = (*_TOKENS, None), sharding.AtRest(("embed", "vocab")), _TOKENS
+        return sharding.local(_log_probabilities, axes, _TOKENS)(h, at_rest(self.weight, h.dtype), ids)
 
 
 def _logits(h: jax.Array, weight: jax.Array) -> jax.Array:
