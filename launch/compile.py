@@ -4,9 +4,9 @@
     python launch/compile.py --config=configs/nano30b.py --topology=h200:1 --serve --batch_size=64 --capacity=4096
     python launch/compile.py --config=configs/nano30b.py --table=scale.json [--topology=v6e:16x16] [--prices=v5p=3.5]
 
-The second compiles what generation runs on one device, both towers in bfloat16, instead of the train step. The third
-makes the table of docs/scale.md: every row that the file lacks, each in a process of its own, and prints the table;
-with --topology it makes these rows again, and no others.
+The second compiles what generation runs on one device, both towers in bfloat16 or --quantize, instead of the train
+step. The third makes the table of docs/scale.md: every row that the file lacks, each in a process of its own, and
+prints the table; with --topology it makes these rows again, and no others.
 
 Topologies are TPUs, such as v5p:8x8x4, v6e:16x16 or tpu7x:4x4x8 (package libtpu), and NVIDIA H200s, such as h200:64
 (packages jax-cuda13-plugin and jax-cuda13-pjrt). Several may be given, separated by commas. Ends with status 1 if one
@@ -30,6 +30,7 @@ from ml_collections import config_flags
 from twotower_jax import command_line
 from twotower_jax.planning import hardware, report, serving, table
 from twotower_jax.planning.plan import plan_step
+from twotower_jax.quantization import METHODS
 from twotower_jax.train.config import TrainConfig, freeze
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/ or your own.", lock_config=True)
@@ -37,6 +38,7 @@ TOPOLOGY = flags.DEFINE_list("topology", [], "What to compile for.")
 SERVE = flags.DEFINE_bool("serve", False, "Compile generation on one device instead of the train step.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "With --serve: rows together.", lower_bound=1)
 CAPACITY = flags.DEFINE_integer("capacity", 4096, "With --serve: positions of a row.", lower_bound=1)
+QUANTIZE = flags.DEFINE_enum("quantize", None, list(METHODS), "With --serve: weights in fewer bits.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file, a JSON list.")
 TABLE = flags.DEFINE_string("table", None, "A JSON file with the rows of docs/scale.md, to be completed and printed.")
 PRICES = flags.DEFINE_list("prices", [], "With --table: dollars an hour of a chip, GENERATION=DOLLARS.")
@@ -72,7 +74,7 @@ def _train(config: TrainConfig, one: hardware.Hardware) -> dict[str, Any]:
 def _serve(config: TrainConfig, one: hardware.Hardware) -> dict[str, Any]:
     model, block_size = config.model_config(config.vocab_size), config.block_sizes[-1]
     rows = {"batch": BATCH_SIZE.value, "capacity": CAPACITY.value}
-    plan = serving.plan_serving(model, one, block_size=block_size, **rows)
+    plan = serving.plan_serving(model, one, block_size=block_size, quantize=METHODS.get(QUANTIZE.value), **rows)
     print(serving.describe(plan), flush=True)
     return serving.as_json(plan)
 

@@ -162,7 +162,7 @@ def test_no_collective_that_the_design_does_not_expect(objective, gradients, sha
     if {"fsdp", "sequence"} & shape.keys():
         # The largest gradients are summed into where they lie, not everywhere.
         for path, parameter in table.items():
-            if path[-1] in ("up", "down", "embeddings") or path == ("denoiser_head", "weight"):
+            if path[-1] in ("up", "down") or path == ("denoiser_head", "weight"):
                 assert ("reduce-scatter", on_a_device(parameter, stored=True)) in moved, path
 
 

@@ -125,9 +125,7 @@ def with_whole_rows(mesh: Mesh) -> Mesh:
 
     Parameters lie as they did, and are gathered and exchanged as they were.
     """
-    return Mesh(
-        mesh.devices[..., None], (*MESH_AXES, _WHOLE_ROWS), axis_types=(AxisType.Auto,) * (len(MESH_AXES) + 1)
-    )
+    return Mesh(mesh.devices[..., None], (*MESH_AXES, _WHOLE_ROWS), axis_types=(AxisType.Auto,) * (len(MESH_AXES) + 1))
 
 
 def check_fits(shape: MeshShape, model: ModelConfig, batch_size: int, sequence_length: int, block_size: int) -> None:
@@ -293,14 +291,16 @@ def local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[.
 
     def to_spec(axes, array=None):
         if isinstance(axes, AtRest):
-            return spec(axes.axes, array.shape, sizes, stored=True)
+            return jax.tree.map(lambda v: spec(axes.axes, v.shape, sizes, stored=True), array)
         return PartitionSpec(*(tuple(dividing(axis) if axis else ()) or None for axis in axes))
 
     def on_mesh(*arrays):
         in_specs = jax.tree.map(to_spec, inputs, arrays, is_leaf=_is_axes)
 
         def gather(axes, part, array):
-            return _gather_on_device(part, axes.axes, array.shape, sizes) if isinstance(axes, AtRest) else part
+            if not isinstance(axes, AtRest):
+                return part
+            return jax.tree.map(lambda p, v: _gather_on_device(p, axes.axes, v.shape, sizes), part, array)
 
         def on_device(*parts):
             return function(*jax.tree.map(gather, inputs, parts, arrays, is_leaf=_is_axes))

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twotower_jax import quantization
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import bind, parameter_table, unflatten
 from twotower_jax.planning import gates
 from twotower_jax.planning.hardware import GIB, Hardware
 from twotower_jax.planning.plan import HEADROOM
+from twotower_jax.quantization import Method
 from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
@@ -27,7 +29,7 @@ class Function(NamedTuple):
 
 
 class ServingPlan(NamedTuple):
-    """Both towers in bfloat16 on one device, `batch` rows of `capacity` positions. Bytes.
+    """Both towers in bfloat16 or quantized on one device, `batch` rows of `capacity` positions. Bytes.
 
     Attributes:
       weights, cache: what stays. functions: what each needs for a while; the largest counts.
@@ -44,6 +46,7 @@ class ServingPlan(NamedTuple):
     functions: list[Function]
     processor_seconds: float
     gates: list[gates.Gate]
+    method: str | None = None
 
     @property
     def total(self) -> int:
@@ -55,7 +58,13 @@ class ServingPlan(NamedTuple):
 
 
 def plan_serving(
-    model_config: ModelConfig, hardware: Hardware, *, batch: int, capacity: int, block_size: int
+    model_config: ModelConfig,
+    hardware: Hardware,
+    *,
+    batch: int,
+    capacity: int,
+    block_size: int,
+    quantize: Method | None = None,
 ) -> ServingPlan:
     """Compiles prefill of a prompt's piece, a denoiser's evaluation and the extension of the cache for one device."""
     mesh = make_mesh(MeshShape(), list(hardware.devices)[:1])
@@ -67,8 +76,9 @@ def plan_serving(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
     table = parameter_table(model)
-    params = unflatten(
-        {path: abstract(p.shape, jnp.float32 if p.float32 else jnp.bfloat16) for path, p in table.items()}
+    params = jax.tree.map(
+        lambda leaf: abstract(leaf.shape, leaf.dtype),
+        unflatten({path: quantization.abstract(p, quantize) for path, p in table.items()}),
     )
     cache = jax.tree.map(
         lambda leaf: abstract(leaf.shape, leaf.dtype),
@@ -112,6 +122,7 @@ def plan_serving(
         functions=functions,
         processor_seconds=used,
         gates=[gates.Gate(gates.WEIGHT_COPIES, sorted(set(copies)))],
+        method=None if quantize is None else quantize.name,
     )
 
 
@@ -119,8 +130,8 @@ def describe(plan: ServingPlan) -> str:
     """Some lines."""
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines = [
-        f"{plan.hardware}: both towers on one device, {plan.batch} rows of {plan.capacity} positions, blocks of "
-        f"{plan.block_size}",
+        f"{plan.hardware}: both towers in {plan.method or 'bfloat16'} on one device, {plan.batch} rows of "
+        f"{plan.capacity} positions, blocks of {plan.block_size}",
         f"  GiB: weights {plan.weights / GIB:.2f}, caches {plan.cache / GIB:.2f}, in all {plan.total / GIB:.2f} of "
         f"{plan.memory / GIB:.0f}: {verdict} with {HEADROOM:.0%} to stay free",
     ]
