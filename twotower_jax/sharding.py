@@ -202,10 +202,14 @@ def spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], *, stored
     def divide(i: int, mesh_axes: tuple[str, ...], multiple: int = 1) -> bool:
         before = parts[i]
         for axis in mesh_axes:
-            count = math.prod(sizes[taking] for taking in parts[i]) * sizes.get(axis, 1)
-            if axis not in taken and sizes.get(axis, 1) > 1 and shape[i] % (count * multiple) == 0:
+            if axis in taken or sizes.get(axis, 1) == 1:
+                continue
+            count = math.prod(sizes[taking] for taking in parts[i]) * sizes[axis]
+            if shape[i] % (count * multiple) == 0:
                 taken.add(axis)
                 parts[i] += (axis,)
+            elif multiple > 1 and parts[i] == before:
+                break  # The first axis is the large one; where it makes no whole tiles, the others alone save little.
         return parts[i] != before
 
     # The experts' axis first, whatever its place: what it takes is not left for the others. "embed" last, for its rows.
