@@ -39,17 +39,17 @@ __all__ = [
     "two_tower_ssd",
 ]
 
-_OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, EXPERT_MLP, ATTENTION)}
+OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, EXPERT_MLP, ATTENTION)}
 
 
 def implementations(op: str) -> tuple[str, ...]:
     """The names that `implementation` of an op takes; empty for an op that has only one form and no such argument."""
-    return tuple(_OPS[op].implementations) if op in _OPS else ()
+    return tuple(OPS[op].implementations) if op in OPS else ()
 
 
 def platform_of(op: str, implementation: str) -> str | None:
     """The platform that an implementation is made for, on which None may choose it; None if it is for no one."""
-    return _OPS[op].implementations[implementation].platform
+    return OPS[op].implementations[implementation].platform
 
 
 def chosen(op: str, *args, implementation: str | None = None, **kwargs) -> Choice:
@@ -62,4 +62,4 @@ def chosen(op: str, *args, implementation: str | None = None, **kwargs) -> Choic
     Raises:
       ValueError: as the call would: no such implementation, or one that cannot take these shapes.
     """
-    return _OPS[op].choose(*args, implementation=implementation, **kwargs)
+    return OPS[op].choose(*args, implementation=implementation, **kwargs)
