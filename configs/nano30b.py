@@ -49,8 +49,9 @@ def get_config() -> ConfigDict:
     config.final_learning_rate = 1e-6
     config.dtype = "bfloat16"
     config.remat = "layer"
-    config.mesh.fsdp = -1
-    config.mesh.expert = 8
+    config.mesh.data = -1
+    config.mesh.fsdp = 8
+    config.mesh.expert = 16
     config.validation_every = 5_000
     config.checkpoint_every = 1_000
     return config

@@ -10,11 +10,12 @@ Public ops: `ssd`, `two_tower_ssd` (ssd.py), `block_scan` (block_scan.py), `caus
 Their oracles, written as literally as the maths allows, stand in reference.py.
 
 An op with several implementations takes `implementation`, a name or None, which chooses by platform and shapes
-(dispatch.py); `chosen` says what it chooses. The scans have an XLA form (ssd_xla.py) and Pallas TPU kernels (files
-ending in _tpu.py, on tpu.py and tpu_layout.py).
+(dispatch.py); `chosen` says what it chooses; a `Backends` (backends.py) holds one for each op. The scans have an XLA
+form (ssd_xla.py) and Pallas TPU kernels (files ending in _tpu.py, on tpu.py and tpu_layout.py).
 """
 
-from twotower_jax.kernels.attention import Keys, attention
+from twotower_jax.kernels.attention import ATTENTION, Keys, attention
+from twotower_jax.kernels.backends import Backends
 from twotower_jax.kernels.block_scan import BLOCK_SCAN, BlockWeights, block_scan
 from twotower_jax.kernels.causal_conv import block_causal_conv, causal_conv
 from twotower_jax.kernels.dispatch import Choice
@@ -22,6 +23,7 @@ from twotower_jax.kernels.experts import EXPERT_MLP, expert_mlp
 from twotower_jax.kernels.ssd import SSD, TWO_TOWER_SSD, ssd, two_tower_ssd
 
 __all__ = [
+    "Backends",
     "BlockWeights",
     "Choice",
     "Keys",
@@ -32,11 +34,12 @@ __all__ = [
     "chosen",
     "expert_mlp",
     "implementations",
+    "platform_of",
     "ssd",
     "two_tower_ssd",
 ]
 
-_OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, EXPERT_MLP)}
+_OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, EXPERT_MLP, ATTENTION)}
 
 
 def implementations(op: str) -> tuple[str, ...]:
@@ -44,11 +47,16 @@ def implementations(op: str) -> tuple[str, ...]:
     return tuple(_OPS[op].implementations) if op in _OPS else ()
 
 
+def platform_of(op: str, implementation: str) -> str | None:
+    """The platform that an implementation is made for, on which None may choose it; None if it is for no one."""
+    return _OPS[op].implementations[implementation].platform
+
+
 def chosen(op: str, *args, implementation: str | None = None, **kwargs) -> Choice:
     """Which implementation a call of an op runs, and why.
 
     Args:
-      op: its name, "ssd", "two_tower_ssd", "block_scan" or "expert_mlp".
+      op: its name, "ssd", "two_tower_ssd", "block_scan", "expert_mlp" or "attention".
       args, kwargs: of the call; arrays or `jax.ShapeDtypeStruct`.
 
     Raises:

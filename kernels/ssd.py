@@ -21,7 +21,7 @@ import jax
 from twotower_jax.kernels.dispatch import Implementation, Op
 
 
-def _op(name: str) -> Op:
+def _op(name: str, **more: Implementation) -> Op:
     interpret = ("interpret", True)
     return Op(
         name,
@@ -32,11 +32,13 @@ def _op(name: str) -> Op:
             "mosaic_gpu": Implementation(f"{name}_gpu", name, platform="gpu", has_limits=True),
             "mosaic_gpu_interpret": Implementation(f"{name}_gpu", name, options=(interpret,)),
             "reference": Implementation("reference", name),
+            **more,
         },
     )
 
 
-SSD, TWO_TOWER_SSD = _op("ssd"), _op("two_tower_ssd")
+SSD = _op("ssd")
+TWO_TOWER_SSD = _op("two_tower_ssd", stored_states=Implementation("simple", "two_tower_ssd"))
 
 
 def ssd(
@@ -98,7 +100,7 @@ def two_tower_ssd(
       context_x, context_dt, context_log_decay, context_b: the context's, of the same shapes.
       block_size: S.
       chunk_size: rounded to a multiple of S, so that a block lies in one chunk; any positive value gives the same.
-      implementation: as in `ssd`.
+      implementation: as in `ssd`, or "stored_states", which keeps a state for every block.
 
     Returns:
       y (B, L, H, P) float32, without the skip term.

@@ -7,6 +7,7 @@ DIR is a Hugging Face folder, a converted checkpoint, or a training workdir. Row
 {"ids": [...]}; each gives one output row, in order. --mode=speculative gives what --mode=ar gives, in fewer passes if
 the denoiser drafts well. --watch shows blocks filling in; --trace=FILE writes every step down. What launch/tune.py
 wrote into DIR/generation_config.json takes the place of the defaults of the flags of the same names.
+--mesh=expert=4,tensor=2 divides the model and the rows over devices, --separate_towers gives each tower its own.
 """
 
 import contextlib
@@ -14,11 +15,9 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
-import jax
 from absl import flags
 
-from twotower_jax import command_line
-from twotower_jax.checkpoint.load import load
+from twotower_jax import command_line, model_flags
 from twotower_jax.data import load_tokenizer
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
 from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
@@ -29,10 +28,8 @@ from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
-from twotower_jax.parameters import cast, parameter_table
-from twotower_jax.tower import Execution
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
+flags.adopt_module_key_flags(model_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
 _PROMPTS = flags.DEFINE_string("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
 _OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the results; without it the texts are printed.")
@@ -48,21 +45,25 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable toke
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the most probable tokens that hold this much; 1: all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind an end-of-text token.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 0.0, "Mode speculative: keep a draft at least 1 - this as probable as AR's best; 0: AR's tokens only."
 )
+_SEPARATE_TOWERS = flags.DEFINE_bool(
+    "separate_towers", False, "Each tower on a mesh of its own; without --mesh on a device of its own."
+)
 _PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompts are read in pieces of at most this many tokens.")
-_MAX_CACHE_GB = flags.DEFINE_float("max_cache_gb", None, "Refuse to start if caches need more; default: what is free.")
+_MAX_CACHE_GB = flags.DEFINE_float(
+    "max_cache_gb", None, "Refuse to start if a device's caches need more; default: what it has free."
+)
 _WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
 _TRACE = flags.DEFINE_string("trace", None, "JSON Lines file for every step of every row.")
 
 
 def _sampling_flags() -> dict:
     """Block size, steps, strategy and threshold: the flags given, then what the checkpoint says, then defaults."""
-    chosen = read_operating_point(_CHECKPOINT.value)
+    chosen = read_operating_point(model_flags.CHECKPOINT.value)
     given = {flag.name: flag.value for flag in (_BLOCK_SIZE, _STEPS, _STRATEGY, _THRESHOLD) if flag.present}
     if given.get("strategy", chosen.get("strategy")) not in (None, "confidence"):
         chosen.pop("confidence_threshold", None)  # The other strategies have none.
@@ -126,7 +127,7 @@ def main() -> None:
         try:
             _generate(settings, rows, write, trace)
         except FloatingPointError as error:
-            command_line.fail(f"{_CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
+            command_line.fail(f"{model_flags.CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
 
 
 def _generate(
@@ -135,16 +136,14 @@ def _generate(
     write: Callable[[dict], None] | None,
     write_trace: Callable[[dict], None] | None,
 ) -> None:
-    # A scan over stacked layers compiles sooner, which counts on a CPU, but copies the experts out of the stack.
-    execution = Execution(dtype=_DTYPE.value, scan_layers=jax.default_backend() == "cpu")
-    model, params, folder = load(_CHECKPOINT.value, execution=execution)
-    params = cast(parameter_table(model), params, _DTYPE.value)
+    model, params, folder, placement = model_flags.load_model(_SEPARATE_TOWERS.value)
     tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
     decode = tokenizer.decode if tokenizer else None
     _warn_of_large_blocks(settings, folder)
     prompts = prompt_ids(rows, tokenizer)
     observed = _WATCH.value or write_trace is not None
-    engine = start(model, params, prompts, settings, record_trace=observed, decode=decode)
+    options = {"record_trace": observed, "record_routing": write_trace is not None, "decode": decode}
+    engine = start(model, params, prompts, settings, placement=placement, **options)
     config, observers = model.config, []
     if _WATCH.value:
         given = int(settings.mode == "speculative")

@@ -17,16 +17,15 @@ from collections.abc import Callable
 
 from absl import flags
 
-from twotower_jax import command_line
-from twotower_jax.checkpoint.load import load
+from twotower_jax import command_line, model_flags
 from twotower_jax.generation import quality
+from twotower_jax.generation.placement import in_force
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
 from twotower_jax.jsonl import read_rows, row_writer
-from twotower_jax.parameters import Params, cast, parameter_table
-from twotower_jax.tower import Execution
+from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
+flags.adopt_module_key_flags(model_flags)
 _INPUT = flags.DEFINE_string("input", None, "JSON Lines file of rows to score.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the scores.", required=True)
 _FIELDS = {
@@ -40,7 +39,6 @@ _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Of objective nll_bound.", 
 _SAMPLES = flags.DEFINE_integer("samples", 16, "Of objective nll_bound: draws of noise a row.", lower_bound=2)
 _SEED = flags.DEFINE_integer("seed", 0, "Of objective nll_bound.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 
 
 def _read() -> list[dict]:
@@ -55,9 +53,10 @@ def _read() -> list[dict]:
 def main() -> None:
     rows = _read()
     with row_writer(_OUTPUT.value) as write:
-        model, params, _ = load(_CHECKPOINT.value, execution=Execution(dtype=_DTYPE.value))
-        params = cast(parameter_table(model), params, _DTYPE.value)
-        _SCORERS[_OBJECTIVE.value](model, params, rows, write)
+        model, params, _, placement = model_flags.load_model()
+        with in_force(placement.context):
+            params = placement.context_params(model, params)
+            _SCORERS[_OBJECTIVE.value](model, params, rows, write)
 
 
 Write = Callable[[dict], None]

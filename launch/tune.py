@@ -16,21 +16,18 @@ import sys
 import jax
 from absl import flags
 
-from twotower_jax import command_line
+from twotower_jax import command_line, model_flags
 from twotower_jax.checkpoint import store
 from twotower_jax.checkpoint.files import read_json
-from twotower_jax.checkpoint.load import load
 from twotower_jax.data import load_tokenizer
 from twotower_jax.generation.operating_point import FILE, merged, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.generation.settings import Settings
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.tune import Point, Sweep, grid, sweep
-from twotower_jax.parameters import cast, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.visualize.tradeoff import plot
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
+flags.adopt_module_key_flags(model_flags)
 _PROMPTS = flags.DEFINE_string("prompts", None, 'JSON Lines: {"text": ...} or {"ids": [...]}.', required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; made if it does not exist.", required=True)
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.6", "0.8", "0.9"], "Confidence thresholds to try.")
@@ -43,7 +40,6 @@ _MIN_AGREEMENT = flags.DEFINE_float(
     "min_agreement", 0.9, "Least part of equal tokens that a chosen setting has.", lower_bound=0.0, upper_bound=1.0
 )
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind an end-of-text token, so that all rows are as long.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 _WRITE = flags.DEFINE_bool("write", False, f"Also write {FILE} into the checkpoint's folder.")
 
 
@@ -71,9 +67,9 @@ def main() -> None:
         max_new_tokens=_MAX_NEW_TOKENS.value, batch_size=_BATCH_SIZE.value, ignore_eos=_IGNORE_EOS.value
     )
     rows, output = read_prompts(_PROMPTS.value), pathlib.Path(_OUTPUT.value)
-    read_operating_point(_CHECKPOINT.value)  # What is merged at the end must be readable.
+    read_operating_point(model_flags.CHECKPOINT.value)  # What is merged at the end must be readable.
     output.mkdir(parents=True, exist_ok=True)
-    model, params, folder = load(_CHECKPOINT.value, execution=Execution(dtype=_DTYPE.value))
+    model, params, folder, placement = model_flags.load_model()
     if _WRITE.value:
         _check_writable(folder)
     trained = trained_block_size(folder)
@@ -82,7 +78,6 @@ def main() -> None:
         raise ValueError(f"--blocks={','.join(_BLOCKS.value)}: all are larger than the trained block of {trained}")
     if len(usable) < len(samplings):
         print(f"warning: blocks larger than the trained one of {trained} are left out", file=sys.stderr)
-    params = cast(parameter_table(model), params, _DTYPE.value)
     tokenizer = load_tokenizer(folder) if any("text" in row for row in rows) else None
     try:
         measured = sweep(
@@ -93,9 +88,10 @@ def main() -> None:
             usable,
             _ROUNDS.value,
             lambda message: print(message, file=sys.stderr, flush=True),
+            placement,
         )
     except FloatingPointError as error:
-        command_line.fail(f"{_CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
+        command_line.fail(f"{model_flags.CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
     best = measured.best(_MIN_AGREEMENT.value)
     _write(output / "results.json", json.dumps(_results(measured, best, len(rows)), indent=2) + "\n")
     _write(output / "plot.svg", plot(measured, best))
@@ -112,7 +108,8 @@ def _results(measured: Sweep, best: Point, prompts: int) -> dict:
         "version": 1,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "dtype": _DTYPE.value,
+        "mesh": model_flags.MESH.value,
+        "dtype": model_flags.DTYPE.value,
         "prompts": prompts,
         "max_new_tokens": _MAX_NEW_TOKENS.value,
         "batch_size": _BATCH_SIZE.value,

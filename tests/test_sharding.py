@@ -192,12 +192,25 @@ def test_no_collective_that_the_design_does_not_expect(run_steps, step_config, r
 def test_a_mesh_axis_divides_an_array_once():
     sizes = {"fsdp": 2, "expert": 2, "tensor": 2}
     assert spec(("experts", "embed", "expert_mlp"), (8, 16, 8), sizes, stored=True) == jax.P("expert", "fsdp", "tensor")
-    assert spec(("embed", "mlp"), (16, 8), sizes, stored=True) == jax.P(("fsdp", "expert"), "tensor")
+    assert spec(("embed", "mlp"), (32, 8), sizes, stored=True) == jax.P(("fsdp", "expert"), "tensor")
     assert spec(("embed", "mlp"), (16, 8), sizes) == jax.P(None, "tensor")
 
 
 def test_what_does_not_divide_stays_whole():
     assert spec(("embed", "mlp"), (6, 9), {"fsdp": 2, "expert": 2, "tensor": 2}, stored=True) == jax.P("fsdp", None)
+
+
+def test_matrices_lie_in_whole_tiles_of_rows_where_they_can():
+    """The rows, 8 at least a device; "embed" however it divides where that cannot be."""
+    sizes = {"fsdp": 4, "expert": 2}
+    assert spec(("mlp", "embed"), (64, 48), sizes, stored=True) == jax.P(("fsdp", "expert"), None)
+    assert spec(("mlp", "embed"), (32, 48), sizes, stored=True) == jax.P("fsdp", None)
+    assert spec(("mlp", "embed"), (16, 48), sizes, stored=True) == jax.P(None, ("fsdp", "expert"))
+    assert spec(("layers", "experts", "expert_mlp", "embed"), (3, 2, 64, 48), sizes, stored=True) == jax.P(
+        None, "expert", "fsdp", None
+    )
+    # With their biases, (E, D), experts have no rows to divide.
+    assert spec(("experts", "embed"), (32, 48), {"fsdp": 4}, stored=True) == jax.P(None, "fsdp")
 
 
 def test_state_is_divided_evenly(step_config):
@@ -268,9 +281,8 @@ def test_no_row_is_dropped_when_all_go_to_one_device(quick_jit, shape):
         return quick_jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(x, gates, weights)
 
     def on_a_mesh(*args):
-        return local(functools.partial(expert_parallel.expert_mlp, activation=relu2), (rows, rows, rows, axes), rows)(
-            *args
-        )
+        mlp = functools.partial(expert_parallel.expert_mlp, activation=relu2, implementation=None)
+        return local(mlp, (rows, rows, rows, axes), rows)(*args)
 
     expected = results(expert_mlp)
     with jax.set_mesh(make_mesh(MeshShape(**shape), devices)):

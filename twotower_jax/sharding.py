@@ -30,6 +30,11 @@ if TYPE_CHECKING:  # parameters.py imports this module
 
 MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")
+# An axis of one device; a mesh that has it leaves the axes of activations named here whole. See `with_whole_rows`.
+_WHOLE_ROWS = "whole_rows"
+_OF_ROWS = ("batch", "length", "shard")
+# Of matrices in a TPU's memory, in bfloat16 and float32.
+_ROWS_OF_A_TILE = 8
 
 Axes = tuple[str | None, ...]
 # Where a declared parameter goes.
@@ -115,6 +120,14 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def with_whole_rows(mesh: Mesh) -> Mesh:
+    """The same mesh, except that every device computes all rows and positions: for generating a few rows on it.
+
+    Parameters lie as they did, and are gathered and exchanged as they were.
+    """
+    return Mesh(mesh.devices[..., None], (*MESH_AXES, _WHOLE_ROWS), axis_types=(AxisType.Auto,) * (len(MESH_AXES) + 1))
+
+
 def check_fits(shape: MeshShape, model: ModelConfig, batch_size: int, sequence_length: int, block_size: int) -> None:
     """Refuses a mesh (resolved) that cannot divide a model and its batches evenly.
 
@@ -155,6 +168,17 @@ def shards(axis: str) -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
+def dividing(*axes: str) -> list[str]:
+    """The axes of the mesh in force that divide activations along these logical axes."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    divided = {mesh_axis for axis in axes for mesh_axis in _used(axis, sizes) if sizes.get(mesh_axis, 1) > 1}
+    return [axis for axis in MESH_AXES if axis in divided]
+
+
+def _used(axis: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return () if _WHOLE_ROWS in sizes and axis in _OF_ROWS else RULES[axis].used
+
+
 def _on_mesh() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
@@ -165,24 +189,34 @@ def spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], *, stored
 
     A dimension takes the mesh axes of its rule, each once an array, as long as their product divides it. Vectors are
     stored whole everywhere: dividing them would save nothing.
+
+    Of a matrix at rest, what "embed" takes divides the rows (the last dimension but one) instead, wherever that gives
+    every device whole tiles of rows: what is gathered by whole tiles of rows lies in memory as it is used, and TPUs
+    copy anything else into place, once a layer and pass.
     """
     if stored and len(axes) - axes.count("layers") < 2:
         return PartitionSpec()
     taken: set[str] = set()
-    # The experts' axis first, whatever its place: what it takes is not left for the others.
-    order = sorted(range(len(axes)), key=lambda i: axes[i] != "experts")
     parts: list[tuple[str, ...]] = [()] * len(axes)
-    for i in order:
+
+    def divide(i: int, mesh_axes: tuple[str, ...], multiple: int = 1) -> bool:
+        before = parts[i]
+        for axis in mesh_axes:
+            count = math.prod(sizes[taking] for taking in parts[i]) * sizes.get(axis, 1)
+            if axis not in taken and sizes.get(axis, 1) > 1 and shape[i] % (count * multiple) == 0:
+                taken.add(axis)
+                parts[i] += (axis,)
+        return parts[i] != before
+
+    # The experts' axis first, whatever its place: what it takes is not left for the others. "embed" last, for its rows.
+    for i in sorted(range(len(axes)), key=lambda i: (axes[i] != "experts", axes[i] == "embed")):
         if axes[i] is None:
             continue
-        rule = RULES[axes[i]]
-        count = 1
-        for axis in rule.stored if stored else rule.used:
-            if axis in taken or sizes.get(axis, 1) == 1 or shape[i] % (count * sizes[axis]):
-                continue
-            count *= sizes[axis]
-            taken.add(axis)
-            parts[i] += (axis,)
+        mesh_axes = RULES[axes[i]].stored if stored else _used(axes[i], sizes)
+        rows = len(axes) - 2
+        by_rows = stored and axes[i] == "embed" and axes[rows] not in ("experts", "layers")
+        if not (by_rows and divide(rows, mesh_axes, _ROWS_OF_A_TILE)):
+            divide(i, mesh_axes)
     return PartitionSpec(*(part or None for part in parts))
 
 
@@ -194,6 +228,13 @@ def stored_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedShar
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     """Where a batch of token ids (B, L) lies, or of (B,) anything."""
     return NamedSharding(mesh, PartitionSpec(BATCH, *(("sequence",) if ndim > 1 else ())))
+
+
+def whole(tree: Any) -> Any:
+    """Arrays of a computation on the mesh in force, whole on every device, so that every process can read them."""
+    if not _on_mesh():
+        return tree
+    return jax.jit(lambda v: v, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(tree)
 
 
 def constrain(x: jax.Array, axes: Axes, *, stored: bool = False) -> jax.Array:
@@ -235,11 +276,9 @@ def local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[.
     """
     if not _on_mesh():
         return function
-    present = {axis for axis in MESH_AXES if shards(axis) > 1}
 
     def to_spec(axes):
-        parts = [tuple(a for a in (RULES[axis].used if axis else ()) if a in present) for axis in axes]
-        return PartitionSpec(*(part or None for part in parts))
+        return PartitionSpec(*(tuple(dividing(axis) if axis else ()) or None for axis in axes))
 
     def to_specs(tree):
         return jax.tree.map(to_spec, tree, is_leaf=_is_axes)

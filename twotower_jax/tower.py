@@ -17,14 +17,15 @@ from flax import nnx
 
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
+from twotower_jax.kernels import Backends
 from twotower_jax.kernels.experts import ROUTING
 from twotower_jax.layers.attention import Attention, AttentionCache, AttentionMemory
 from twotower_jax.layers.common import RMSNorm
-from twotower_jax.layers.experts import MLP, Experts
+from twotower_jax.layers.experts import MLP, Experts, Routing
 from twotower_jax.layers.mamba import Mamba, MambaCache, MambaMemory
 from twotower_jax.layers.time_conditioning import Modulation
 from twotower_jax.layers.vocabulary import lookup
-from twotower_jax.parameters import Scope, normal, use
+from twotower_jax.parameters import ROWS, Scope, normal, use
 
 REMAT = ("none", "layer", "unit")
 
@@ -44,11 +45,13 @@ class Execution:
       scan_layers: stack and scan repeated segments; False lays parameters out layer by layer.
       remat: what the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each
         layer; "unit", which keeps what enters each unit of a repeated segment.
+      backends: the implementation of each kernel.
     """
 
     dtype: jnp.dtype = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
+    backends: Backends = Backends()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +97,17 @@ def segments(pattern: str, scan_layers: bool = True) -> tuple[Stretch, ...]:
 class Layer(nnx.Module):
     """h + mixer(norm(h)), or its time-conditioned form in the denoiser."""
 
-    def __init__(self, config: ModelConfig, kind: str, scope: Scope, dtype: jnp.dtype, bidirectional: bool):
+    def __init__(self, config: ModelConfig, kind: str, scope: Scope, execution: Execution, bidirectional: bool):
         self.kind = kind
-        self.dtype = dtype
+        self.dtype = execution.dtype
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, scope.child("norm"))
         scope = scope.child("mixer")
         if kind == "M":
-            self.mixer = Mamba(config, scope, bidirectional)
+            self.mixer = Mamba(config, scope, execution.backends, bidirectional)
         elif kind == "*":
-            self.mixer = Attention(config, scope)
+            self.mixer = Attention(config, scope, execution.backends)
         elif kind == "E":
-            self.mixer = Experts(config, scope)
+            self.mixer = Experts(config, scope, execution.backends)
         else:
             self.mixer = MLP(config, config.intermediate_size, scope)
 
@@ -140,22 +143,22 @@ class Layer(nnx.Module):
         cache_lengths: jax.Array | None = None,
         modulation: Modulation | None = None,
         document_start: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, Routing | None]:
         """Blocks h (B, L, D) side by side, reading the context layer's memory (or cache) before each left edge.
 
         Returns:
-          the new h, and of experts their load (`Experts.with_load`).
+          the new h, and of experts which ones it went through.
         """
-        x, load = self._enter(h, modulation), None
+        x, routing = self._enter(h, modulation), None
         if self.kind == "M":
             y = self.mixer.blockwise(x, memory, block_size, document_start)
         elif self.kind == "*":
             y = self.mixer.blockwise(x, memory, block_size, cache_lengths, document_start)
         elif self.kind == "E":
-            y, load = self.mixer.with_load(x)
+            y, routing = self.mixer.with_routing(x)
         else:
             y = self.mixer(x)
-        return self._leave(h, y, modulation), load
+        return self._leave(h, y, modulation), routing
 
     def _enter(self, h, modulation):
         x = h.astype(self.dtype)
@@ -174,12 +177,12 @@ class Layer(nnx.Module):
 class Segment(nnx.Module):
     """The layers of one `Stretch`, their parameters stacked over the repeats."""
 
-    def __init__(self, config: ModelConfig, stretch: Stretch, prefix: str, dtype: jnp.dtype, bidirectional: bool):
+    def __init__(self, config: ModelConfig, stretch: Stretch, prefix: str, execution: Execution, bidirectional: bool):
         self.stretch = stretch
         width, repeats = len(stretch.unit), stretch.repeats
         for j, kind in enumerate(stretch.unit):
             prefixes = tuple(f"{prefix}layers.{stretch.start + r * width + j}." for r in range(repeats))
-            layer = Layer(config, kind, Scope(prefixes, stacked=repeats > 1), dtype, bidirectional)
+            layer = Layer(config, kind, Scope(prefixes, stacked=repeats > 1), execution, bidirectional)
             setattr(self, f"layer_{j}", layer)
 
     @property
@@ -211,10 +214,11 @@ class Tower(nnx.Module):
             (config.vocab_size, config.hidden_size),
             ("vocab", "embed"),
             normal(config.initializer_range),
+            scales=ROWS,
         )
         self.stretches = segments(config.hybrid_override_pattern, execution.scan_layers)
         for i, stretch in enumerate(self.stretches):
-            setattr(self, f"segment_{i}", Segment(config, stretch, prefix, execution.dtype, bidirectional))
+            setattr(self, f"segment_{i}", Segment(config, stretch, prefix, execution, bidirectional))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, Scope((f"{prefix}norm_f.",)))
 
     @property
@@ -224,7 +228,8 @@ class Tower(nnx.Module):
     def embed(self, ids: jax.Array) -> jax.Array:
         """(B, L) int32 → (B, L, D). Ids are in range: they are checked on the host, where that can be an error."""
         residual = jnp.float32 if self.config.residual_in_fp32 else self.execution.dtype
-        return lookup(use(self.embeddings, self.execution.dtype), ids).astype(residual)
+        rows = lookup(use(self.embeddings, self.execution.dtype), ids)
+        return rows.astype(self.execution.dtype).astype(residual)
 
     def finish(self, h: jax.Array) -> jax.Array:
         """The final norm."""
@@ -283,7 +288,9 @@ class Tower(nnx.Module):
 
         h, layers = walk((self,), self.embed(ids), step, None if cache is None else cache.layers)
         if cache is not None:
-            # Behind the walk, where the keys of all layers are written in place into a cache that is given away.
+            # Behind the walk, where the keys of all layers are written in place into a cache that is given away. The
+            # barrier puts the writing behind the last reading: in a loop the old keys would be copied otherwise.
+            h, layers = jax.lax.optimization_barrier((h, layers))
             layers = self._each_layer(append, cache.layers, layers)
         return self.finish(h), Cache(layers=layers, lengths=start + lengths)
 
@@ -314,7 +321,7 @@ class Tower(nnx.Module):
 
         def advance(old, new):
             if isinstance(new, MambaMemory):
-                return old.advance(new, lengths, self.config.chunk_size)
+                return old.advance(new, lengths, self.config.chunk_size, self.execution.backends)
             return old.append(new, cache.lengths)
 
         return Cache(layers=self._each_layer(advance, cache.layers, memories), lengths=cache.lengths + lengths)
@@ -329,7 +336,7 @@ class Tower(nnx.Module):
                 state = (*leading, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
                 return MambaCache(conv=conv, state=jnp.zeros(state, jnp.float32))
             if kind == "*":
-                shape = (*leading, capacity, c.num_key_value_heads, c.head_dim)
+                shape = (*leading, c.num_key_value_heads, capacity, c.head_dim)
                 return AttentionCache(key=jnp.zeros(shape, dtype), value=jnp.zeros(shape, dtype))
             return None
 
@@ -338,6 +345,25 @@ class Tower(nnx.Module):
             leading = (s.repeats, batch) if s.repeats > 1 else (batch,)
             layers.append(tuple(of_layer(kind, leading) for kind in s.unit))
         return Cache(layers=layers, lengths=jnp.zeros(batch, jnp.int32))
+
+    def cache_axes(self) -> Cache:
+        """The logical axes of every array of a cache, a tuple in place of each."""
+
+        def of_layer(kind, leading):
+            if kind == "M":
+                channels, heads = "mamba_inner", "mamba_heads"
+                return MambaCache(
+                    conv=(*leading, "batch", None, channels), state=(*leading, "batch", heads, None, None)
+                )
+            if kind == "*":
+                axes = (*leading, "batch", None, None, None)
+                return AttentionCache(key=axes, value=axes)
+            return None
+
+        layers = [
+            tuple(of_layer(kind, ("layers",) if s.repeats > 1 else ()) for kind in s.unit) for s in self.stretches
+        ]
+        return Cache(layers=layers, lengths=("batch",))
 
     def take_rows(self, cache: Cache, rows: jax.Array) -> Cache:
         """The rows (R,) int32 of a cache as a cache of their own; an index out of range gives the last row."""
@@ -391,12 +417,15 @@ class Tower(nnx.Module):
         return out
 
     def stacked(self, entries: PerLayer) -> jax.Array | None:
-        """The vectors that some layers gave in a `walk` as rows of one array, in the layers' order; None for none."""
+        """The arrays, all of one shape, that some layers gave in a `walk`, as one array in the layers' order: (layers
+        that gave one, …). None for none."""
         rows = []
-        for segment in entries:
-            # (repeats, layers of the unit, …), or without the first axis where nothing repeats.
-            vectors = [vector for vector in segment if vector is not None]
-            rows += [jnp.stack(vectors, axis=-2).reshape(-1, vectors[0].shape[-1])] if vectors else []
+        for stretch, segment in zip(self.stretches, entries, strict=True):
+            arrays = [array for array in segment if array is not None]
+            if arrays:
+                stacked = stretch.repeats > 1
+                shape = arrays[0].shape[1:] if stacked else arrays[0].shape
+                rows.append(jnp.stack(arrays, axis=int(stacked)).reshape(-1, *shape))
         return jnp.concatenate(rows) if rows else None
 
     def by_layer(self, entries: PerLayer) -> list[Any]:
@@ -467,8 +496,8 @@ def zip_layers(*entries: PerLayer) -> PerLayer:
 
 def _allocate(memory: AttentionMemory, capacity: int) -> AttentionCache:
     def grow(v):
-        if v.shape[1] > capacity:
-            raise ValueError(f"a cache of {capacity} positions cannot take {v.shape[1]} tokens")
-        return jnp.pad(v, [(0, 0), (0, capacity - v.shape[1]), (0, 0), (0, 0)])
+        if v.shape[2] > capacity:
+            raise ValueError(f"a cache of {capacity} positions cannot take {v.shape[2]} tokens")
+        return jnp.pad(v, [(0, 0), (0, 0), (0, capacity - v.shape[2]), (0, 0)])
 
     return AttentionCache(key=grow(memory.key), value=grow(memory.value))

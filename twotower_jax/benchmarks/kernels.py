@@ -102,10 +102,7 @@ def _forms(s: Shape, dtype: jnp.dtype) -> Iterator[Form]:
         yield Form("ssd", name, one, (*own, state), operations)
         yield Form("ssd, gradient", name, _gradient(one, 6), (*own, state), 3 * operations)
 
-    def by_states(*arrays):
-        return _by_stored_states(*arrays, block=s.block)
-
-    both = [(by_states, "a state stored for each block")]
+    both = []
     for name in _runnable("two_tower_ssd"):
 
         def two(*arrays, name=name):
@@ -138,30 +135,6 @@ def _gradient(function, count):
         return sum(jnp.sum(jnp.square(v)) for v in jax.tree.leaves(function(*arrays)))
 
     return jax.grad(loss, argnums=tuple(range(count)))
-
-
-def _by_stored_states(x, dt, log_decay, b, c, context_x, context_dt, context_log_decay, context_b, *, block):
-    """`two_tower_ssd` the plain way: the context's state at the left edge of every block, and a scan from each."""
-    batch, length = x.shape[:2]
-    blocks = length // block
-
-    def split(v):
-        return v.reshape(batch * blocks, block, *v.shape[2:])
-
-    context = map(split, (context_x, context_dt, context_log_decay, context_b, context_b))
-    _, added = kernels.ssd(*context, chunk_size=block, implementation="xla")
-    decays = jnp.sum(context_log_decay.reshape(batch, blocks, block, -1), axis=2)
-
-    def step(state, this):
-        added, decay = this
-        return jnp.exp(decay)[..., None, None] * state + added, state
-
-    added = added.reshape(batch, blocks, *added.shape[1:])
-    _, left = jax.lax.scan(step, jnp.zeros_like(added[:, 0]), (jnp.moveaxis(added, 1, 0), jnp.moveaxis(decays, 1, 0)))
-    seeds = jnp.moveaxis(left, 0, 1).reshape(-1, *added.shape[2:])
-    own = map(split, (x, dt, log_decay, b, c))
-    y, _ = kernels.ssd(*own, initial_state=seeds, chunk_size=block, implementation="xla")
-    return y.reshape(x.shape)
 
 
 def _arguments(seed: int, s: Shape, dtype: jnp.dtype) -> tuple[jax.Array, ...]:

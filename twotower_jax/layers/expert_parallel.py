@@ -23,12 +23,19 @@ _SLACK = 1.5
 
 
 def expert_mlp(
-    x: jax.Array, indices: jax.Array, gates: jax.Array, weights: Weights, *, activation: Activation
+    x: jax.Array,
+    indices: jax.Array,
+    gates: jax.Array,
+    weights: Weights,
+    *,
+    activation: Activation,
+    implementation: str | None,
 ) -> jax.Array:
     """`kernels.expert_mlp` of this device's tokens, with its part of the weights.
 
     Args:
       x: (T, D). indices: (T, k) int32 in [0, E). gates: (T, k). weights: of E/n experts, F/m wide.
+      activation, implementation: as in `kernels.expert_mlp`.
 
     Returns:
       (T, D), complete.
@@ -37,10 +44,8 @@ def expert_mlp(
         # The sum over "tensor" is to hold it once.
         first = jax.lax.axis_index("tensor") == 0
         weights = weights._replace(down_bias=jnp.where(first, weights.down_bias, 0))
-    if sharding.shards(AXIS) == 1:
-        y = kernels.expert_mlp(x, indices, gates, weights, activation=activation)
-    else:
-        y = _exchanged(x, indices, gates, weights, activation)
+    mlp = functools.partial(kernels.expert_mlp, activation=activation, implementation=implementation)
+    y = mlp(x, indices, gates, weights) if sharding.shards(AXIS) == 1 else _exchanged(mlp, x, indices, gates, weights)
     return jax.lax.psum(y, "tensor") if sharding.shards("tensor") > 1 else y
 
 
@@ -59,7 +64,7 @@ class _Plan(NamedTuple):
     expert: jax.Array
 
 
-def _exchanged(x, indices, gates, weights, activation):
+def _exchanged(mlp, x, indices, gates, weights):
     shards, here = sharding.shards(AXIS), weights.up.shape[0]
     tokens, choices = indices.shape
     expert = indices.reshape(-1)
@@ -69,12 +74,12 @@ def _exchanged(x, indices, gates, weights, activation):
     capacity = min(expert.size, max(8, math.ceil(_SLACK * expert.size / shards)))
     axes = [axis for axis in sharding.MESH_AXES if sharding.shards(axis) > 1]
     rounds = jax.lax.pmax(jnp.max(-(-count // capacity)), axes)
-    rows = _in_rounds(activation, capacity, x, weights, plan, rounds)
+    rows = _in_rounds(mlp, capacity, x, weights, plan, rounds)
     chosen = rows.reshape(tokens, choices, -1).astype(jnp.float32)
     return jnp.sum(chosen * gates.astype(jnp.float32)[..., None], axis=1).astype(x.dtype)
 
 
-def _one_round(activation, capacity, plan, number, x, weights):
+def _one_round(mlp, capacity, plan, number, x, weights):
     """What round `number` adds to the rows (T·k, D): the outputs of the rows that it takes, zeros elsewhere."""
     shards, here, total = sharding.shards(AXIS), weights.up.shape[0], plan.expert.size
     place = number * capacity + jnp.arange(capacity)  # among the rows of one pair of devices
@@ -85,33 +90,31 @@ def _one_round(activation, capacity, plan, number, x, weights):
     expert = jnp.where(taken, plan.expert[row] % here, here)  # `here`: no row
     received, expert = (jax.lax.all_to_all(v, AXIS, 0, 0, tiled=True) for v in (sent, expert))
     ones = jnp.ones((shards * capacity, 1), jnp.float32)
-    y = kernels.expert_mlp(
-        received.reshape(-1, x.shape[1]), expert.reshape(-1, 1), ones, weights, activation=activation
-    )
+    y = mlp(received.reshape(-1, x.shape[1]), expert.reshape(-1, 1), ones, weights)
     back = jax.lax.all_to_all(y.reshape(received.shape), AXIS, 0, 0, tiled=True)
     row = jnp.where(taken, row, total)
     return jnp.zeros((total, x.shape[1]), x.dtype).at[row].set(back, mode="drop")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_rounds(activation, capacity, x, weights, plan, rounds):
+def _in_rounds(mlp, capacity, x, weights, plan, rounds):
     """The outputs of all rows, (T·k, D), not yet weighted."""
 
     def body(number, rows):
-        return rows + _one_round(activation, capacity, plan, number, x, weights)
+        return rows + _one_round(mlp, capacity, plan, number, x, weights)
 
     return jax.lax.fori_loop(0, rounds, body, jnp.zeros((plan.expert.size, x.shape[1]), x.dtype))
 
 
-def _in_rounds_forward(activation, capacity, x, weights, plan, rounds):
-    return _in_rounds(activation, capacity, x, weights, plan, rounds), (x, weights, plan, rounds)
+def _in_rounds_forward(mlp, capacity, x, weights, plan, rounds):
+    return _in_rounds(mlp, capacity, x, weights, plan, rounds), (x, weights, plan, rounds)
 
 
-def _in_rounds_backward(activation, capacity, residuals, g):
+def _in_rounds_backward(mlp, capacity, residuals, g):
     x, weights, plan, rounds = residuals
 
     def body(number, total):
-        _, pullback = jax.vjp(functools.partial(_one_round, activation, capacity, plan, number), x, weights)
+        _, pullback = jax.vjp(functools.partial(_one_round, mlp, capacity, plan, number), x, weights)
         return jax.tree.map(jnp.add, total, pullback(g))
 
     dx, dweights = jax.lax.fori_loop(0, rounds, body, jax.tree.map(jnp.zeros_like, (x, weights)))

@@ -37,13 +37,18 @@ class MambaCache:
     conv: jax.Array
     state: jax.Array
 
-    def advance(self, memory: "MambaMemory", lengths: jax.Array, chunk_size: int) -> "MambaCache":
+    def advance(
+        self, memory: "MambaMemory", lengths: jax.Array, chunk_size: int, backends: kernels.Backends
+    ) -> "MambaCache":
         """The cache after the first `lengths` (B,) of the tokens of `memory`, which were read after this cache."""
         kept = (jnp.arange(memory.dt.shape[1]) < lengths[:, None])[..., None]
         dt, log_decay = (jnp.where(kept, v, 0.0) for v in (memory.dt, memory.log_decay))
         # The output is not wanted, so that it does not matter what takes the place of C.
         _, state = kernels.ssd(
-            memory.x, dt, log_decay, memory.b, memory.b, initial_state=self.state, chunk_size=chunk_size
+            *(memory.x, dt, log_decay, memory.b, memory.b),
+            initial_state=self.state,
+            chunk_size=chunk_size,
+            implementation=backends.ssd,
         )
         return MambaCache(conv=_last_inputs(self.conv, memory.conv_input, lengths), state=state)
 
@@ -111,8 +116,15 @@ def _memory_axes() -> MambaMemory:
 
 
 class Mamba(nnx.Module):
-    def __init__(self, config: ModelConfig, scope: Scope, bidirectional: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        scope: Scope,
+        backends: kernels.Backends = kernels.Backends(),  # noqa: B008 (frozen)
+        bidirectional: bool = False,
+    ):
         self.config = config
+        self.backends = backends
         self.bidirectional = bidirectional
         c = config
         inner, channels, heads = c.mamba_inner, c.conv_channels, c.mamba_num_heads
@@ -185,7 +197,7 @@ class Mamba(nnx.Module):
             )
             cache = MambaCache(conv=tail, state=None)
         xs, b, c = self._convolve(conv_input, core, cache.conv, before)
-        y, state = kernels.ssd(xs, dt, log_decay, b, c, initial_state=cache.state, chunk_size=self.config.chunk_size)
+        y, state = self._scan(xs, dt, log_decay, b, c, cache.state)
         memory = MambaMemory(conv_input=conv_input, x=xs, b=b, dt=dt, log_decay=log_decay, end=None, before=None)
         if divided:
             seed = sequence_parallel.state_before(state, log_decay)
@@ -224,10 +236,9 @@ class Mamba(nnx.Module):
 
     def _blockwise(self, projected, memory, before, core, block_size):
         z, conv_input, dt, log_decay = self._split_projected(projected, core)
-        chunk_size = self.config.chunk_size
         if isinstance(memory, MambaCache):
             xs, b, c = self._convolve(conv_input, core, memory.conv)
-            y, _ = kernels.ssd(xs, dt, log_decay, b, c, initial_state=memory.state, chunk_size=chunk_size)
+            y, _ = self._scan(xs, dt, log_decay, b, c, memory.state)
         else:
             divided = sequence_parallel.divided()
             tail = sequence_parallel.inputs_before(memory.conv_input, self.config.conv_kernel) if divided else None
@@ -239,7 +250,8 @@ class Mamba(nnx.Module):
                 *(xs, dt, forward_decay, b, c),
                 *(memory.x, memory.dt, memory.log_decay, memory.b),
                 block_size=block_size,
-                chunk_size=chunk_size,
+                chunk_size=self.config.chunk_size,
+                implementation=self.backends.two_tower_ssd,
             )
             if divided:
                 decay = _decay_through_context(forward_decay, memory.log_decay, block_size)
@@ -283,6 +295,15 @@ class Mamba(nnx.Module):
             dt = jnp.where(jnp.arange(dt.shape[1])[:, None] < lengths[:, None, None], dt, 0.0)
         return z, conv_input, dt, -dt * jnp.exp(core.a_log)
 
+    def _scan(self, xs, dt, log_decay, b, c, state):
+        """y and the last state, from `state` or zeros."""
+        return kernels.ssd(
+            *(xs, dt, log_decay, b, c),
+            initial_state=state,
+            chunk_size=self.config.chunk_size,
+            implementation=self.backends.ssd,
+        )
+
     def _convolve(self, conv_input, core, tail, before=None):
         return self._split(kernels.causal_conv(conv_input, core.conv_weight, core.conv_bias, tail, before))
 
@@ -302,7 +323,7 @@ class Mamba(nnx.Module):
             return jnp.flip(v.reshape(-1, block_size, *v.shape[2:]), axis=1)
 
         xs, b, c = self._convolve(flip(conv_input), core, None)
-        y, _ = kernels.ssd(xs, flip(dt), flip(log_decay), b, c, chunk_size=self.config.chunk_size)
+        y, _ = self._scan(xs, flip(dt), flip(log_decay), b, c, None)
         return jnp.flip(_skip(y, xs, core), axis=1).reshape(*dt.shape, -1)
 
     def _gated_norm(self, y, z, core):

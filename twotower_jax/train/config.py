@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.kernels import Backends
 from twotower_jax.sharding import MeshShape
 from twotower_jax.tower import REMAT, Execution
 
@@ -31,6 +32,7 @@ CHANGEABLE = (
     "mesh",
     "accumulate",
     "remat",
+    "kernels",
     "max_skipped_steps",
     "peak_flops",
     "wandb_project",
@@ -92,6 +94,8 @@ class TrainConfig:
     # What the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each layer;
     # "unit", which keeps what enters each unit of a repeated segment.
     remat: str = "none"
+    # The implementation of each kernel, see `Backends`; None for one that is chosen by platform and shapes.
+    kernels: Backends = Backends()
     # Devices along each axis of the mesh, see `MeshShape`; -1, for one of them, takes all that are left.
     mesh: MeshShape = MeshShape()
     # Parts of a batch whose gradients are computed one after the other and added up.
@@ -185,7 +189,7 @@ class TrainConfig:
 
     @property
     def execution(self) -> Execution:
-        return Execution(dtype=DTYPES[self.dtype], remat=self.remat)
+        return Execution(dtype=DTYPES[self.dtype], remat=self.remat, backends=self.kernels)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model of this shape over a vocabulary.
@@ -204,9 +208,10 @@ def base_config(model: Mapping[str, Any]) -> ConfigDict:
     config.model = ConfigDict({name: model.get(name, default) for name, default in _model_fields().items()})
     config.model.update(model)
     for field in dataclasses.fields(TrainConfig):
-        if field.name not in ("model", "variant", "mesh", "block_size"):
+        if field.name not in ("model", "variant", "kernels", "mesh", "block_size"):
             config[field.name] = field.default
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
+    config.kernels = ConfigDict({field.name: config_dict.placeholder(str) for field in dataclasses.fields(Backends)})
     config.mesh = ConfigDict(dataclasses.asdict(MeshShape()))
     config.block_size = config_dict.placeholder(int)
     return config
@@ -222,7 +227,7 @@ def freeze(config: ConfigDict) -> TrainConfig:
     if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)}):
         raise ValueError(f"config: there is no field {unknown[0]!r}")
     parts = {}
-    for name, part in (("variant", Variant), ("mesh", MeshShape)):
+    for name, part in (("variant", Variant), ("kernels", Backends), ("mesh", MeshShape)):
         try:
             parts[name] = part(**values.pop(name))
         except TypeError as error:
