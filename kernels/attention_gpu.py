@@ -360,7 +360,7 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
     *_, limits = _prepare(q, k, v, flash.Ranges(start, stop), rows)
     tiles = k.shape[1] // (groups * keys)
     # Tiles differ in how many rows see them: several blocks a multiprocessor even that out.
-    splits = max(1, 8 * sizes.blocks // (heads * tiles))
+    splits = max(1, min(8 * sizes.blocks // (heads * tiles), limits.shape[1] // 2))
     cut = cut._replace(splits=splits, tiles=tiles)
     dk, dv = _call(
         _gradient_of_keys_kernel,
