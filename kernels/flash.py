@@ -29,7 +29,7 @@ _FEW = 128
 
 
 class Ranges(NamedTuple):
-    """The limits of (B, M) rows and of their tiles.
+    """The limits of rows.
 
     Attributes:
       start, stop: (B, M) int32: row i sees the keys start ≤ j < stop.
