@@ -260,8 +260,7 @@ def _forward(q, k, v, ranges, dtype, *, sizes: Sizes):
             _for_registers(cut, cut.rows, cut.keys, q.dtype),
         ],
     )
-    parts = [(out[:, i, :count], lse[:, i, :count]) for i in range(splits)]
-    return flash.combine(*zip(*parts, strict=True))
+    return flash.combine_stacked(out[:, :, :count], lse[:, :, :count])
 
 
 def _gradient_of_q_kernel(

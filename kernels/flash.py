@@ -62,6 +62,16 @@ def combine(outs, lses):
     return out, top + jnp.log(total)
 
 
+def combine_stacked(outs: jax.Array, lses: jax.Array):
+    """`combine` of parts along axis 1: (N, parts, M, P) and (N, parts, M)."""
+    if outs.shape[1] == 1:
+        return outs[:, 0], lses[:, 0]
+    top = jnp.max(lses, axis=1, keepdims=True)
+    shares = jnp.exp(lses - top)
+    total = jnp.sum(shares, axis=1, keepdims=True)
+    return jnp.sum((shares / total)[..., None] * outs, axis=1), (top + jnp.log(total))[:, 0]
+
+
 def spans(limits: jax.Array, keys: int, tiles: int) -> jax.Array:
     """(B, tiles, 2) int32: for each of `tiles` tiles of keys, from which to behind which tile of rows some see it.
 
