@@ -14,7 +14,7 @@ An op with several implementations takes `implementation`, a name or None, which
 form (ssd_xla.py) and Pallas TPU kernels (files ending in _tpu.py, on tpu.py and tpu_layout.py).
 """
 
-from twotower_jax.kernels.attention import Keys, attention
+from twotower_jax.kernels.attention import ATTENTION, Keys, attention
 from twotower_jax.kernels.backends import Backends
 from twotower_jax.kernels.block_scan import BLOCK_SCAN, BlockWeights, block_scan
 from twotower_jax.kernels.causal_conv import BLOCK_CAUSAL_CONV, CAUSAL_CONV, block_causal_conv, causal_conv
@@ -34,26 +34,32 @@ __all__ = [
     "chosen",
     "expert_mlp",
     "implementations",
+    "platform_of",
     "ssd",
     "two_tower_ssd",
 ]
 
-_OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, CAUSAL_CONV, BLOCK_CAUSAL_CONV, EXPERT_MLP)}
+OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, CAUSAL_CONV, BLOCK_CAUSAL_CONV, ATTENTION, EXPERT_MLP)}
 
 
 def implementations(op: str) -> tuple[str, ...]:
     """The names that `implementation` of an op takes; empty for an op that has only one form and no such argument."""
-    return tuple(_OPS[op].implementations) if op in _OPS else ()
+    return tuple(OPS[op].implementations) if op in OPS else ()
+
+
+def platform_of(op: str, implementation: str) -> str | None:
+    """The platform that an implementation is made for, on which None may choose it; None if it is for no one."""
+    return OPS[op].implementations[implementation].platform
 
 
 def chosen(op: str, *args, implementation: str | None = None, **kwargs) -> Choice:
     """Which implementation a call of an op runs, and why.
 
     Args:
-      op: its name, "ssd", "two_tower_ssd", "block_scan" or "expert_mlp".
+      op: its name, "ssd", "two_tower_ssd", "block_scan", "expert_mlp" or "attention".
       args, kwargs: of the call; arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
       ValueError: as the call would: no such implementation, or one that cannot take these shapes.
     """
-    return _OPS[op].choose(*args, implementation=implementation, **kwargs)
+    return OPS[op].choose(*args, implementation=implementation, **kwargs)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from twotower_jax.kernels.dispatch import Implementation, Op
+from twotower_jax.kernels.quantized import Quantized
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -23,19 +24,43 @@ def relu2(x: jax.Array) -> jax.Array:
 
 
 class Weights(NamedTuple):
-    """The routed experts' matrices: up (E, D, F), down (E, F, D), and biases (E, F), (E, D) or None."""
+    """The routed experts' matrices: up (E, D, F), down (E, F, D), and biases (E, F), (E, D) or None.
 
-    up: jax.Array
-    down: jax.Array
+    Either matrix may be `Quantized`: it stands for what `dequantize` gives in the rows' dtype.
+    """
+
+    up: jax.Array | Quantized
+    down: jax.Array | Quantized
     up_bias: jax.Array | None = None
     down_bias: jax.Array | None = None
+
+
+def refuse_gradient(weights: Weights) -> None:
+    """Raises ValueError if a matrix is quantized: whole numbers have no gradient."""
+    if any(isinstance(part, Quantized) for part in weights):
+        raise ValueError("quantized experts have no gradient; dequantize them for training")
+
+
+def _interpreted(module: str) -> Implementation:
+    return Implementation(module, "expert_mlp", options=(("interpret", True),))
+
+
+def _made_for(platform: str, module: str) -> Implementation:
+    return Implementation(module, "expert_mlp", platform=platform, has_limits=True)
 
 
 EXPERT_MLP = Op(
     "expert_mlp",
     {
         "xla": Implementation("experts_xla", "expert_mlp"),
-        "ragged_dot": Implementation("experts_ragged", "expert_mlp", platform="tpu"),
+        "dense": Implementation("simple", "expert_mlp"),
+        "pallas_tpu": _made_for("tpu", "experts_tpu"),
+        "pallas_tpu_interpret": _interpreted("experts_tpu"),
+        "ragged_dot": _made_for("tpu", "experts_ragged"),
+        "mosaic_gpu": _made_for("gpu", "experts_gpu"),
+        "mosaic_gpu_interpret": _interpreted("experts_gpu"),
+        "mosaic_gpu_grouped": _made_for("gpu", "experts_grouped_gpu"),
+        "mosaic_gpu_grouped_interpret": _interpreted("experts_grouped_gpu"),
     },
 )
 

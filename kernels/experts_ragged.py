@@ -7,6 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.kernels.experts import Activation, Weights, sort_by_expert, weighted_sum
+from twotower_jax.kernels.quantized import Quantized
+
+
+def unsupported(x, indices, gates, weights: Weights, *, activation: Activation) -> str | None:
+    """What it cannot take, or None."""
+    if any(isinstance(part, Quantized) for part in weights):
+        return "quantized weights would be dequantized as a whole"
+    return None
 
 
 def expert_mlp(

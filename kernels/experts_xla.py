@@ -8,56 +8,22 @@ The backward pass recomputes the hidden layer from the rows, so that forward kee
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels.experts import Activation, Weights, sort_by_expert, weighted_sum
-
-
-class _Tiles(NamedTuple):
-    """Where each row goes.
-
-    Attributes:
-      row: (T, k) int32, the place of each (token, choice) in the tiled layout; one behind the last where there is none.
-      token: (tiles · tile,) int32, the token in each place; T in a place of padding.
-      expert: (tiles,) int32, each tile's expert. used: () int32, how many tiles hold rows.
-    """
-
-    row: jax.Array
-    token: jax.Array
-    expert: jax.Array
-    used: jax.Array
-
-
-def _layout(indices: jax.Array, num_experts: int, tile: int) -> _Tiles:
-    tokens, choices = indices.shape
-    rows = tokens * choices
-    expert = indices.reshape(-1)
-    place, _, sizes = sort_by_expert(expert, num_experts)
-    tiles = -(-sizes // tile)
-    before = jnp.tril(jnp.ones((num_experts, num_experts), jnp.int32), -1)
-    first_row, first_tile = jnp.sum(before * sizes, axis=1), jnp.sum(before * tiles, axis=1)
-    count = -(-rows // tile) + min(num_experts, rows)
-    place += (first_tile * tile - first_row)[jnp.minimum(expert, num_experts - 1)]
-    place = jnp.where(expert < num_experts, place, count * tile)
-    token = jnp.arange(rows, dtype=jnp.int32) // choices
-    return _Tiles(
-        row=place.reshape(tokens, choices),
-        token=jnp.full(count * tile, tokens, jnp.int32).at[place].set(token, mode="drop"),
-        expert=jnp.sum(jnp.arange(count)[:, None] >= first_tile, axis=1, dtype=jnp.int32) - 1,
-        used=jnp.sum(tiles, dtype=jnp.int32),
-    )
+from twotower_jax.kernels.experts import Activation, Weights, refuse_gradient
+from twotower_jax.kernels.experts_tiles import in_tiles
+from twotower_jax.kernels.quantized import as_array
 
 
 def _one_tile(activation: Activation, x: jax.Array, weights: Weights) -> jax.Array:
     """The MLP of one expert on one tile: x (tile, D), weights without their leading axis; float32 accumulation."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    hidden = jnp.matmul(x, weights.up.astype(x.dtype), precision=precision)
+    hidden = jnp.matmul(x, as_array(weights.up, x.dtype), precision=precision)
     if weights.up_bias is not None:
         hidden += weights.up_bias.astype(x.dtype)
-    out = jnp.matmul(activation(hidden), weights.down.astype(x.dtype), precision=precision)
+    out = jnp.matmul(activation(hidden), as_array(weights.down, x.dtype), precision=precision)
     if weights.down_bias is not None:
         out += weights.down_bias.astype(x.dtype)
     return out
@@ -75,6 +41,7 @@ def _tiled_mlp(activation: Activation, x: jax.Array, weights: Weights, expert: j
 
 
 def _tiled_mlp_forward(activation, x, weights, expert, used):
+    refuse_gradient(weights)
     return _tiled_mlp(activation, x, weights, expert, used), (x, weights, expert, used)
 
 
@@ -110,7 +77,7 @@ def expert_mlp(
     """See `experts.expert_mlp`."""
     num_experts = weights.up.shape[0]
     tile = tile_size(indices.size, num_experts)
-    tiles = _layout(indices, num_experts, tile)
-    padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
-    out = _tiled_mlp(activation, padded[tiles.token].reshape(-1, tile, x.shape[1]), weights, tiles.expert, tiles.used)
-    return weighted_sum(out.reshape(-1, x.shape[1]).at[tiles.row].get(mode="fill", fill_value=0), gates).astype(x.dtype)
+    tiles = in_tiles(indices, num_experts, tile)
+    rows = tiles.gather(x).reshape(-1, tile, x.shape[1])
+    out = _tiled_mlp(activation, rows, weights, tiles.expert, tiles.used)
+    return tiles.weighted_sum(out.reshape(-1, x.shape[1]), gates).astype(x.dtype)

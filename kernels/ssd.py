@@ -21,7 +21,7 @@ import jax
 from twotower_jax.kernels.dispatch import Implementation, Op
 
 
-def _op(name: str) -> Op:
+def _op(name: str, **more: Implementation) -> Op:
     interpret = ("interpret", True)
     return Op(
         name,
@@ -29,12 +29,16 @@ def _op(name: str) -> Op:
             "xla": Implementation("ssd_xla", name),
             "pallas_tpu": Implementation(f"{name}_tpu", name, platform="tpu", has_limits=True),
             "pallas_tpu_interpret": Implementation(f"{name}_tpu", name, options=(interpret,)),
+            "mosaic_gpu": Implementation(f"{name}_gpu", name, platform="gpu", has_limits=True),
+            "mosaic_gpu_interpret": Implementation(f"{name}_gpu", name, options=(interpret,)),
             "reference": Implementation("reference", name),
+            **more,
         },
     )
 
 
-SSD, TWO_TOWER_SSD = _op("ssd"), _op("two_tower_ssd")
+SSD = _op("ssd")
+TWO_TOWER_SSD = _op("two_tower_ssd", stored_states=Implementation("simple", "two_tower_ssd"))
 
 
 def ssd(
@@ -59,8 +63,8 @@ def ssd(
       b: (B, L, G, N). c: (B, L, G, N). G divides H.
       initial_state: (B, H, P, N), zeros if None.
       chunk_size: Q; a detail of the computation, any positive value gives the same result for any L.
-      implementation: "xla", "pallas_tpu", "pallas_tpu_interpret" (on any platform, slow), "reference", or None to
-        choose.
+      implementation: "xla", "pallas_tpu", "mosaic_gpu" (NVIDIA Hopper), "pallas_tpu_interpret" and
+        "mosaic_gpu_interpret" (on any platform, slow), "reference", or None to choose.
 
     Returns:
       y (B, L, H, P) float32, without the skip term D·x, and the state after the last position (B, H, P, N) float32.
@@ -96,7 +100,7 @@ def two_tower_ssd(
       context_x, context_dt, context_log_decay, context_b: the context's, of the same shapes.
       block_size: S.
       chunk_size: rounded to a multiple of S, so that a block lies in one chunk; any positive value gives the same.
-      implementation: as in `ssd`.
+      implementation: as in `ssd`, or "stored_states", which keeps a state for every block.
 
     Returns:
       y (B, L, H, P) float32, without the skip term.

@@ -1,8 +1,9 @@
 """Converts a Hugging Face folder, two towers or one, into a checkpoint of this program.
 
-    python launch/convert.py --source=HF_DIR --output=DIR
+    python launch/convert.py --source=HF_DIR --output=DIR [--quantize=int8|int4]
 
-A single tower (NemotronHForCausalLM) becomes both towers. The source may also be a Hub id, with --revision.
+A single tower (NemotronHForCausalLM) becomes both towers. The source may also be a Hub id, with --revision. What is
+quantized can be used, and neither exported nor trained.
 """
 
 import pathlib
@@ -14,6 +15,7 @@ from twotower_jax import command_line
 from twotower_jax.checkpoint import hub, listing
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.plan import TIME_INITS
+from twotower_jax.quantization import METHODS
 
 _SOURCE = flags.DEFINE_string(
     "source", None, "Hugging Face folder or Hub id; with --dry_run also a JSON (.gz) list of names and shapes.",
@@ -28,6 +30,9 @@ _TIME_INIT = flags.DEFINE_enum(
 )  # fmt: skip
 _SHA256 = flags.DEFINE_string("sha256", None, "File of lines 'SHA256  NAME', as sha256sum prints, that must be met.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the mapping and the totals; read no data, write nothing.")
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, list(METHODS), "Write weights in fewer bits: the routed experts in 8 or 4, other matrices in 8."
+)
 _VERIFY = flags.DEFINE_bool("verify", False, "Read source and result again and compare every tensor.")
 
 
@@ -37,7 +42,7 @@ def main() -> None:
         path = pathlib.Path(_SOURCE.value)
         if not path.exists():
             raise ValueError(f"{path}: no such folder or list; --dry_run downloads nothing")
-        print(listing.dry_run(path, _TIME_INIT.value))
+        print(listing.dry_run(path, _TIME_INIT.value, METHODS.get(_QUANTIZE.value)))
         return
     if _OUTPUT.value is None:
         raise ValueError("--output is missing; only --dry_run goes without")
@@ -53,6 +58,7 @@ def main() -> None:
         revision=source.revision,
         expected=expected,
         verify=_VERIFY.value,
+        quantize=METHODS.get(_QUANTIZE.value),
     )
     print(f"{_OUTPUT.value}: {result.parameters:,} parameters in {result.tensors:,} tensors")
 

@@ -7,6 +7,7 @@ DIR is a Hugging Face folder, a converted checkpoint, or a training workdir. Row
 {"ids": [...]}; each gives one output row, in order. --mode=speculative gives what --mode=ar gives, in fewer passes if
 the denoiser drafts well. --watch shows blocks filling in; --trace=FILE writes every step down. What launch/tune.py
 wrote into DIR/generation_config.json takes the place of the defaults of the flags of the same names.
+--mesh=expert=4,tensor=2 divides the model and the rows over devices, --separate_towers gives each tower its own.
 """
 
 import contextlib
@@ -49,8 +50,13 @@ _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 0.0, "Mode speculative: keep a draft at least 1 - this as probable as AR's best; 0: AR's tokens only."
 )
+_SEPARATE_TOWERS = flags.DEFINE_bool(
+    "separate_towers", False, "Each tower on a mesh of its own; without --mesh on a device of its own."
+)
 _PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompts are read in pieces of at most this many tokens.")
-_MAX_CACHE_GB = flags.DEFINE_float("max_cache_gb", None, "Refuse to start if caches need more; default: what is free.")
+_MAX_CACHE_GB = flags.DEFINE_float(
+    "max_cache_gb", None, "Refuse to start if a device's caches need more; default: what it has free."
+)
 _WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
 _TRACE = flags.DEFINE_string("trace", None, "JSON Lines file for every step of every row.")
 
@@ -130,13 +136,14 @@ def _generate(
     write: Callable[[dict], None] | None,
     write_trace: Callable[[dict], None] | None,
 ) -> None:
-    model, params, folder = model_flags.load_model()
+    model, params, folder, placement = model_flags.load_model(_SEPARATE_TOWERS.value)
     tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
     decode = tokenizer.decode if tokenizer else None
     _warn_of_large_blocks(settings, folder)
     prompts = prompt_ids(rows, tokenizer)
     observed = _WATCH.value or write_trace is not None
-    engine = start(model, params, prompts, settings, record_trace=observed, decode=decode)
+    options = {"record_trace": observed, "record_routing": write_trace is not None, "decode": decode}
+    engine = start(model, params, prompts, settings, placement=placement, **options)
     config, observers = model.config, []
     if _WATCH.value:
         given = int(settings.mode == "speculative")

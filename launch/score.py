@@ -19,6 +19,7 @@ from absl import flags
 
 from twotower_jax import command_line, model_flags
 from twotower_jax.generation import quality
+from twotower_jax.generation.placement import in_force
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
 from twotower_jax.jsonl import read_rows, row_writer
 from twotower_jax.parameters import Params
@@ -52,8 +53,10 @@ def _read() -> list[dict]:
 def main() -> None:
     rows = _read()
     with row_writer(_OUTPUT.value) as write:
-        model, params, _ = model_flags.load_model()
-        _SCORERS[_OBJECTIVE.value](model, params, rows, write)
+        model, params, _, placement = model_flags.load_model()
+        with in_force(placement.context):
+            params = placement.context_params(model, params)
+            _SCORERS[_OBJECTIVE.value](model, params, rows, write)
 
 
 Write = Callable[[dict], None]

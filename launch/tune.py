@@ -69,7 +69,7 @@ def main() -> None:
     rows, output = read_prompts(_PROMPTS.value), pathlib.Path(_OUTPUT.value)
     read_operating_point(model_flags.CHECKPOINT.value)  # What is merged at the end must be readable.
     output.mkdir(parents=True, exist_ok=True)
-    model, params, folder = model_flags.load_model()
+    model, params, folder, placement = model_flags.load_model()
     if _WRITE.value:
         _check_writable(folder)
     trained = trained_block_size(folder)
@@ -88,6 +88,7 @@ def main() -> None:
             usable,
             _ROUNDS.value,
             lambda message: print(message, file=sys.stderr, flush=True),
+            placement,
         )
     except FloatingPointError as error:
         command_line.fail(f"{model_flags.CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
@@ -107,6 +108,7 @@ def _results(measured: Sweep, best: Point, prompts: int) -> dict:
         "version": 1,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
+        "mesh": model_flags.MESH.value,
         "dtype": model_flags.DTYPE.value,
         "prompts": prompts,
         "max_new_tokens": _MAX_NEW_TOKENS.value,

@@ -35,6 +35,8 @@ def main() -> None:
         context_only = listed.kind == "single_tower"
         manifest.verify(source, listed.source_files, listed.source_files)
         print(f"{checkpoint} was converted from these very {len(listed.source_files)} files of {source}")
+        if listed.method is not None:
+            print(f"its weights are quantized ({listed.method.name}): the drift is what that costs; see --tolerance")
     loaded = load.load(checkpoint, execution=Execution(dtype=jnp.dtype(_DTYPE.value)))
     report = certify.certify(loaded.model, loaded.params, recorded, context_only=context_only)
     print(report.text(_TOLERANCE.value))

@@ -93,7 +93,7 @@ def test_random_routing(tokens, choices, experts, biases, form):
     check(*draw(0, tokens, choices, experts, biases), route(1, tokens, choices, experts), form=form)
 
 
-@pytest.mark.parametrize("form", ["xla", "ragged_dot"])
+@pytest.mark.parametrize("form", ["xla", "ragged_dot", "dense"])
 def test_a_choice_of_no_expert_adds_nothing(form):
     """E in place of an expert: as if its gate were 0, with no gradient from there."""
     x, gates, weights = draw(0, 33, 3, 8)

@@ -74,9 +74,9 @@ def test_a_name_runs_or_raises():
 def test_every_implementation_is_one_that_loads():
     for op in ("ssd", "two_tower_ssd", "block_scan"):
         assert kernels.implementations(op) == ("xla", "pallas_tpu", "pallas_tpu_interpret", "reference")
-    assert kernels.implementations("attention") == ()
+    assert kernels.implementations("causal_conv") == ()
     with pytest.raises(KeyError):
-        kernels.chosen("attention")
+        kernels.chosen("causal_conv")
 
 
 def kernels_in(function, *arguments):

@@ -260,6 +260,10 @@ def literal_attention(config, p, x, keys, values, visible):
     return linear(p["o_proj"], out.reshape(len(x), -1))
 
 
+def heads_first(v):
+    return v.swapaxes(1, 2)
+
+
 def literal_keys(config, p, x):
     shape = len(x), config.num_key_value_heads, config.head_dim
     return linear(p["k_proj"], x).reshape(shape), linear(p["v_proj"], x).reshape(shape)
@@ -275,11 +279,11 @@ def test_causal_attention_after_a_cache(small_config, random_params, quick_jit, 
     x, keys, values = draw(1, B, 5, D), draw(2, B, 7, 2, 4), draw(3, B, 7, 2, 4)
     lengths = np.array([0, 4], np.int32)
     run = quick_jit(lambda p, x, cache, lengths: bind(mixer, p).causal(x, cache, lengths))
-    y, memory = run(params, x, AttentionCache(key=keys, value=values), lengths)
+    y, memory = run(params, x, AttentionCache(key=heads_first(keys), value=heads_first(values)), lengths)
     for row, length in enumerate(lengths):
         own_keys, own_values = literal_keys(config, p, x[row])
-        assert_close(memory.key[row], own_keys)
-        assert_close(memory.value[row], own_values)
+        assert_close(memory.key[row].swapaxes(0, 1), own_keys)
+        assert_close(memory.value[row].swapaxes(0, 1), own_values)
         all_keys = np.concatenate([keys[row, :length], own_keys])
         all_values = np.concatenate([values[row, :length], own_values])
         visible = np.arange(length + 5) <= length + np.arange(5)[:, None]
@@ -293,7 +297,7 @@ def test_attention_blocks_read_the_context(small_config, random_params, quick_ji
     p = to_float64(params)
     x, keys, values = draw(1, B, 6, D), draw(2, B, 6, 2, 4), draw(3, B, 6, 2, 4)
     run = quick_jit(lambda p, x, memory: bind(mixer, p).blockwise(x, memory, 3))
-    y = run(params, x, AttentionMemory(key=keys, value=values))
+    y = run(params, x, AttentionMemory(key=heads_first(keys), value=heads_first(values)))
     for row in range(B):
         for edge in (0, 3):
             block = x[row, edge : edge + 3]
@@ -306,12 +310,12 @@ def test_attention_blocks_read_the_context(small_config, random_params, quick_ji
 
 
 def test_append_writes_behind_each_row():
-    old = AttentionCache(key=draw(0, B, 6, 1, 2), value=draw(1, B, 6, 1, 2))
-    new = AttentionMemory(key=draw(2, B, 3, 1, 2), value=draw(3, B, 3, 1, 2))
+    old = AttentionCache(key=draw(0, B, 1, 6, 2), value=draw(1, B, 1, 6, 2))
+    new = AttentionMemory(key=draw(2, B, 1, 3, 2), value=draw(3, B, 1, 3, 2))
     out = old.append(new, jnp.array([0, 3]))
     for found, before, added in ((out.key, old.key, new.key), (out.value, old.value, new.value)):
-        np.testing.assert_array_equal(found[0], np.concatenate([added[0], before[0, 3:]]))
-        np.testing.assert_array_equal(found[1], np.concatenate([before[1, :3], added[1]]))
+        np.testing.assert_array_equal(found[0, 0], np.concatenate([added[0, 0], before[0, 0, 3:]]))
+        np.testing.assert_array_equal(found[1, 0], np.concatenate([before[1, 0, :3], added[1, 0]]))
 
 
 # Experts and MLP
@@ -335,7 +339,7 @@ def test_experts(small_config, random_params, quick_jit, changes):
     mixer = Experts(config, SCOPE)
     params, x = random_params(mixer), draw(1, B, 9, D)
     p = to_float64(params)
-    y, load = quick_jit(lambda p, x: bind(mixer, p).with_load(x))(params, x)
+    y, (load, experts) = quick_jit(lambda p, x: bind(mixer, p).with_routing(x))(params, x)
     tokens = np.zeros(8)
     for row in range(B):
         for i in range(9):
@@ -347,6 +351,7 @@ def test_experts(small_config, random_params, quick_jit, changes):
                 biased[4:] *= first < second
                 biased[:4] *= first >= second
             chosen = np.argsort(-biased)[:3]
+            assert experts[row, i].tolist() == chosen.tolist()
             tokens[chosen] += 1
             expected = np.zeros(D)
             for e in chosen:
@@ -454,7 +459,7 @@ def memory_of(config, kind, random_params):
         tail, state = literal.zeros()
         return MambaCache(conv=draw(5, B, *tail.shape), state=draw(6, B, *state.shape))
     if kind == "*":
-        return AttentionCache(key=draw(5, B, 4, 2, 4), value=draw(6, B, 4, 2, 4))
+        return AttentionCache(key=draw(5, B, 2, 4, 4), value=draw(6, B, 2, 4, 4))
     return None
 
 

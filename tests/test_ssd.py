@@ -310,6 +310,14 @@ def test_two_tower_ssd_equals_block_by_block(pair, implementation):
         assert not any(np.any(gradient) for gradient in gradients[5:])  # The only block starts from zeros.
 
 
+def test_the_plain_form_that_stores_a_state_for_each_block():
+    arrays = draw_two_towers(0, 2, 33, 4, 3, 2, 2)
+    (y,), gradients = with_gradients(blocks_of(3, 8, "stored_states"), QUICK)(*to_float32(arrays))
+    (y_expected,), gradients_expected = blocks_one_by_one(3)(*arrays)
+    assert difference(y, y_expected) < TOLERANCE
+    check_gradients(TWO_TOWER_NAMES, gradients, gradients_expected)
+
+
 @functools.cache
 def _blocks_of_8_gradients(implementation):
     return with_gradients(blocks_of(8, 32, implementation))

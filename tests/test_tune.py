@@ -15,7 +15,7 @@ import pytest
 from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Settings, generate
-from twotower_jax.generation.modes import diffusion_block
+from twotower_jax.generation.blocks import block
 from twotower_jax.generation.operating_point import FILE, merged, read_operating_point
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.tune import Point, Sweep, agreement, grid, sweep
@@ -67,9 +67,9 @@ def test_a_sweep_compiles_thresholds_together_and_measures_what_generate_gives(s
     prompts = np.random.default_rng(0).integers(4, 40, (2, 5)).tolist()
     settings = Settings(max_new_tokens=7, batch_size=2, ignore_eos=True)
     samplings = grid([0.0, 1.0], [4], [4])
-    compiled = diffusion_block._cache_size()
+    compiled = block._cache_size()
     measured = sweep(model, params, prompts, settings, samplings, rounds=1)
-    assert diffusion_block._cache_size() == compiled + 1
+    assert block._cache_size() == compiled + 2  # AR's, and one for both thresholds.
     # At threshold 0 every position is sure in the first step, at 1 none is, and each step commits one.
     assert measured.points[0].tokens_per_evaluation == pytest.approx(14 / (2 * (2 * 1 + 1 + 1)))
     assert measured.points[1].tokens_per_evaluation == pytest.approx(14 / (2 * (2 * 4 + 1 + 1)))

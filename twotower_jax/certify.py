@@ -173,8 +173,8 @@ def _cache_arrays(model: TwoTower, cache: Cache) -> Iterator[tuple[str, Any]]:
     """The context cache in the published layout: conv (B, C, K), keys and values (B, heads, length, P)."""
     for number, layer in enumerate(model.context_tower.by_layer(cache.layers)):
         if isinstance(layer, AttentionCache):
-            yield f"cache.{number:02}.key", jnp.swapaxes(layer.key, 1, 2)
-            yield f"cache.{number:02}.value", jnp.swapaxes(layer.value, 1, 2)
+            yield f"cache.{number:02}.key", layer.key
+            yield f"cache.{number:02}.value", layer.value
         elif layer is not None:
             yield f"cache.{number:02}.conv", jnp.swapaxes(layer.conv, 1, 2)
             yield f"cache.{number:02}.ssm", layer.state

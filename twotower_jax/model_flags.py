@@ -1,30 +1,52 @@
 """The flags of every command that computes with a checkpoint: where it is and how it is computed."""
 
 import pathlib
+from typing import NamedTuple
 
 import jax
 from absl import flags
 
 from twotower_jax.checkpoint.load import load
+from twotower_jax.generation.placement import Placement, parse_mesh, place
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, parameter_table
+from twotower_jax.quantization import METHODS
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
+QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, list(METHODS),
+    "Store weights in fewer bits as they are read: the routed experts in 8 or 4, other matrices in 8.",
+)  # fmt: skip
 KERNELS = flags.DEFINE_list("kernels", [], "OP=IMPLEMENTATION, several with commas; ops left out choose by platform.")
+MESH = flags.DEFINE_list(
+    "mesh", [], "AXIS=DEVICES, several with commas: data, fsdp, expert, tensor; -1 for all that are left."
+)
 
 
-def load_model() -> tuple[TwoTower, Params, pathlib.Path]:
-    """The model of the flags, its parameters, and the folder that holds its tokenizer.
+class Loaded(NamedTuple):
+    """A model, its parameters where `placement` has them, and the folder that holds its tokenizer."""
+
+    model: TwoTower
+    params: Params
+    folder: pathlib.Path
+    placement: Placement
+
+
+def load_model(apart: bool = False) -> Loaded:
+    """The model of the flags; with `apart` each tower on a mesh of its own.
 
     Raises:
-      ValueError, OSError, CheckpointError: see `checkpoint.load.load`; ValueError also for --kernels.
+      ValueError, OSError, CheckpointError: see `checkpoint.load.load`; ValueError also for --kernels and --mesh.
     """
+    placement = place(parse_mesh(MESH.value), apart=apart)
     # A scan over stacked layers compiles sooner, which counts on a CPU, but copies the experts out of the stack.
     execution = Execution(
         dtype=DTYPE.value, scan_layers=jax.default_backend() == "cpu", backends=Backends.parse(KERNELS.value)
     )
-    model, params, folder = load(CHECKPOINT.value, execution=execution)
-    return model, cast(parameter_table(model), params, DTYPE.value), folder
+    places = None if placement.context is None else placement.parameter_sharding
+    model, params, folder = load(CHECKPOINT.value, execution=execution, sharding=places, quantize=QUANTIZE.value)
+    placement.check(model.config)
+    return Loaded(model, cast(parameter_table(model), params, DTYPE.value), folder, placement)

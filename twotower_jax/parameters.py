@@ -5,7 +5,7 @@ tensor in a published checkpoint. Modules are built abstractly (no array exists)
 declarations, and initialization, loading, saving, sharding, freezing and weight decay all read that table.
 
 Parameters themselves are plain nested dictionaries of arrays, keyed as the table's paths; `bind` puts such a
-dictionary into a module for one functional call.
+dictionary into a module for one functional call. In place of a matrix there may be a `Quantized` one (quantization.py).
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from twotower_jax import sharding
+from twotower_jax.kernels.quantized import Quantized
 
 Path = tuple[str, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -33,6 +34,11 @@ _TO_OURS = {
     CONV: lambda w: w[:, 0, :].T,  # (channels, 1, width) -> (width, channels)
 }
 _TO_THEIRS = {AS_IS: lambda w: w, LINEAR: lambda w: w.T, CONV: lambda w: w.T[:, None, :]}
+
+
+# Which numbers of a matrix (…, K, N) share a scale where it is stored in fewer bits (quantization.py): a group of rows
+# in a column, as the routed experts have it, a whole column, or a row.
+GROUPS, COLUMNS, ROWS = "groups", "columns", "rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Parameter:
       decay: whether weight decay applies.
       float32: whether it stays float32 when the rest of the model is stored in bfloat16.
       trainable: False for a buffer that no gradient reaches.
+      scales: how it may be stored in fewer bits: GROUPS, COLUMNS or ROWS; None for what never is.
     """
 
     path: Path
@@ -60,6 +67,7 @@ class Parameter:
     decay: bool
     float32: bool
     trainable: bool
+    scales: str | None
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -103,6 +111,7 @@ class Scope:
         decay: bool = True,
         float32: bool = False,
         trainable: bool = True,
+        scales: str | None = None,
     ) -> nnx.Param:
         """Declares one array and returns it as an abstract `nnx.Param`.
 
@@ -125,7 +134,7 @@ class Scope:
         else:
             tensors = tensors[0]
         declaration = Parameter(
-            (), shape, axes, init, np.asarray(tensors, dtype=object), layout, decay, float32, trainable
+            (), shape, axes, init, np.asarray(tensors, dtype=object), layout, decay, float32, trainable, scales
         )
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), declaration=declaration)
 
@@ -143,12 +152,22 @@ def bind[M: nnx.Module](module: M, params: Params) -> M:
     return nnx.merge(nnx.graphdef(module), params)
 
 
-def use(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array:
-    """The array of a bound parameter as a layer computes with it: cast, then gathered from where it is stored."""
-    value = variable[...]
-    value = value if dtype is None else value.astype(dtype)
+def at_rest(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array | Quantized:
+    """The array of a bound parameter, cast, where it is stored: for a `sharding.local` that gathers it (`AtRest`).
+
+    A quantized matrix stays one: only who multiplies with it knows when its numbers are best made of it. A layer that
+    declares a parameter with `scales` takes either.
+    """
+    value = variable.get_value()
+    return value if dtype is None or isinstance(value, Quantized) else value.astype(dtype)
+
+
+def use(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array | Quantized:
+    """The array of a bound parameter as a layer computes with it: `at_rest`, then gathered from where it is stored."""
+    value = at_rest(variable, dtype)
     axes = variable.get_metadata()["declaration"].axes
-    return sharding.gathered(value, axes[len(axes) - value.ndim :])  # inside a scan "layers" is gone
+    # Inside a scan "layers" is gone.
+    return jax.tree.map(lambda v: sharding.gathered(v, axes[len(axes) - v.ndim :]), value)
 
 
 def flatten(params: Params) -> dict[Path, Any]:
@@ -193,10 +212,12 @@ def count(table: Mapping[Path, Parameter]) -> int:
 
 
 def cast(table: Mapping[Path, Parameter], params: Params, dtype: jnp.dtype) -> Params:
-    """`params` stored as `dtype`, except those that the table keeps in float32."""
-    return unflatten(
-        {path: array.astype(jnp.float32 if table[path].float32 else dtype) for path, array in flatten(params).items()}
-    )
+    """`params` stored as `dtype`, except those that the table keeps in float32, and quantized ones."""
+
+    def one(path: Path, array: jax.Array | Quantized) -> jax.Array | Quantized:
+        return array if isinstance(array, Quantized) else array.astype(jnp.float32 if table[path].float32 else dtype)
+
+    return unflatten({path: one(path, array) for path, array in flatten(params).items()})
 
 
 # Initializers, all float32.

@@ -21,11 +21,11 @@ from twotower_jax.kernels import Backends
 from twotower_jax.kernels.experts import ROUTING
 from twotower_jax.layers.attention import Attention, AttentionCache, AttentionMemory
 from twotower_jax.layers.common import RMSNorm
-from twotower_jax.layers.experts import MLP, Experts
+from twotower_jax.layers.experts import MLP, Experts, Routing
 from twotower_jax.layers.mamba import Mamba, MambaCache, MambaMemory
 from twotower_jax.layers.time_conditioning import Modulation
 from twotower_jax.layers.vocabulary import lookup
-from twotower_jax.parameters import Scope, normal, use
+from twotower_jax.parameters import ROWS, Scope, normal, use
 
 REMAT = ("none", "layer", "unit")
 
@@ -144,22 +144,22 @@ class Layer(nnx.Module):
         cache_lengths: jax.Array | None = None,
         modulation: Modulation | None = None,
         document_start: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, Routing | None]:
         """Blocks h (B, L, D) side by side, reading the context layer's memory (or cache) before each left edge.
 
         Returns:
-          the new h, and of experts their load (`Experts.with_load`).
+          the new h, and of experts which ones it went through.
         """
-        x, load = self._enter(h, modulation), None
+        x, routing = self._enter(h, modulation), None
         if self.kind == "M":
             y = self.mixer.blockwise(x, memory, block_size, document_start)
         elif self.kind == "*":
             y = self.mixer.blockwise(x, memory, block_size, cache_lengths, document_start)
         elif self.kind == "E":
-            y, load = self.mixer.with_load(x)
+            y, routing = self.mixer.with_routing(x)
         else:
             y = self.mixer(x)
-        return self._leave(h, y, modulation), load
+        return self._leave(h, y, modulation), routing
 
     def _enter(self, h, modulation):
         x = h.astype(self.dtype)
@@ -215,6 +215,7 @@ class Tower(nnx.Module):
             (config.vocab_size, config.hidden_size),
             ("vocab", "embed"),
             normal(config.initializer_range),
+            scales=ROWS,
         )
         self.stretches = segments(config.hybrid_override_pattern, execution.scan_layers)
         for i, stretch in enumerate(self.stretches):
@@ -228,7 +229,8 @@ class Tower(nnx.Module):
     def embed(self, ids: jax.Array) -> jax.Array:
         """(B, L) int32 → (B, L, D). Ids are in range: they are checked on the host, where that can be an error."""
         residual = jnp.float32 if self.config.residual_in_fp32 else self.execution.dtype
-        return lookup(use(self.embeddings, self.execution.dtype), ids).astype(residual)
+        rows = lookup(use(self.embeddings, self.execution.dtype), ids)
+        return rows.astype(self.execution.dtype).astype(residual)
 
     def finish(self, h: jax.Array) -> jax.Array:
         """The final norm."""
@@ -287,7 +289,9 @@ class Tower(nnx.Module):
 
         h, layers = walk((self,), self.embed(ids), step, None if cache is None else cache.layers)
         if cache is not None:
-            # Behind the walk, where the keys of all layers are written in place into a cache that is given away.
+            # Behind the walk, where the keys of all layers are written in place into a cache that is given away. The
+            # barrier puts the writing behind the last reading: in a loop the old keys would be copied otherwise.
+            h, layers = jax.lax.optimization_barrier((h, layers))
             layers = self._each_layer(append, cache.layers, layers)
         return self.finish(h), Cache(layers=layers, lengths=start + lengths)
 
@@ -332,7 +336,7 @@ class Tower(nnx.Module):
                 state = (*leading, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
                 return MambaCache(conv=conv, state=jnp.zeros(state, jnp.float32))
             if kind == "*":
-                shape = (*leading, capacity, c.num_key_value_heads, c.head_dim)
+                shape = (*leading, c.num_key_value_heads, capacity, c.head_dim)
                 return AttentionCache(key=jnp.zeros(shape, dtype), value=jnp.zeros(shape, dtype))
             return None
 
@@ -341,6 +345,25 @@ class Tower(nnx.Module):
             leading = (s.repeats, batch) if s.repeats > 1 else (batch,)
             layers.append(tuple(of_layer(kind, leading) for kind in s.unit))
         return Cache(layers=layers, lengths=jnp.zeros(batch, jnp.int32))
+
+    def cache_axes(self) -> Cache:
+        """The logical axes of every array of a cache, a tuple in place of each."""
+
+        def of_layer(kind, leading):
+            if kind == "M":
+                channels, heads = "mamba_inner", "mamba_heads"
+                return MambaCache(
+                    conv=(*leading, "batch", None, channels), state=(*leading, "batch", heads, None, None)
+                )
+            if kind == "*":
+                axes = (*leading, "batch", None, None, None)
+                return AttentionCache(key=axes, value=axes)
+            return None
+
+        layers = [
+            tuple(of_layer(kind, ("layers",) if s.repeats > 1 else ()) for kind in s.unit) for s in self.stretches
+        ]
+        return Cache(layers=layers, lengths=("batch",))
 
     def take_rows(self, cache: Cache, rows: jax.Array) -> Cache:
         """The rows (R,) int32 of a cache as a cache of their own; an index out of range gives the last row."""
@@ -394,12 +417,15 @@ class Tower(nnx.Module):
         return out
 
     def stacked(self, entries: PerLayer) -> jax.Array | None:
-        """The vectors that some layers gave in a `walk` as rows of one array, in the layers' order; None for none."""
+        """The arrays, all of one shape, that some layers gave in a `walk`, as one array in the layers' order: (layers
+        that gave one, …). None for none."""
         rows = []
-        for segment in entries:
-            # (repeats, layers of the unit, …), or without the first axis where nothing repeats.
-            vectors = [vector for vector in segment if vector is not None]
-            rows += [jnp.stack(vectors, axis=-2).reshape(-1, vectors[0].shape[-1])] if vectors else []
+        for stretch, segment in zip(self.stretches, entries, strict=True):
+            arrays = [array for array in segment if array is not None]
+            if arrays:
+                stacked = stretch.repeats > 1
+                shape = arrays[0].shape[1:] if stacked else arrays[0].shape
+                rows.append(jnp.stack(arrays, axis=int(stacked)).reshape(-1, *shape))
         return jnp.concatenate(rows) if rows else None
 
     def by_layer(self, entries: PerLayer) -> list[Any]:
@@ -470,8 +496,8 @@ def zip_layers(*entries: PerLayer) -> PerLayer:
 
 def _allocate(memory: AttentionMemory, capacity: int) -> AttentionCache:
     def grow(v):
-        if v.shape[1] > capacity:
-            raise ValueError(f"a cache of {capacity} positions cannot take {v.shape[1]} tokens")
-        return jnp.pad(v, [(0, 0), (0, capacity - v.shape[1]), (0, 0), (0, 0)])
+        if v.shape[2] > capacity:
+            raise ValueError(f"a cache of {capacity} positions cannot take {v.shape[2]} tokens")
+        return jnp.pad(v, [(0, 0), (0, 0), (0, capacity - v.shape[2]), (0, 0)])
 
     return AttentionCache(key=grow(memory.key), value=grow(memory.value))

@@ -127,15 +127,24 @@ class TwoTower(nnx.Module):
         Returns:
           (B, S, V) float32; logits at i are for position i itself. The mask token's logit is not constrained.
         """
+        return self.denoise_with_routing(block, t, cache)[0]
+
+    def denoise_with_routing(
+        self, block: jax.Array, t: jax.Array | None, cache: Cache
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """As `denoise`, and which experts each token went through: (layers with experts, B, S, k) int32, best first;
+        None where there are none."""
         tower = self.denoiser_tower
 
         def step(layers, h, layer_cache, modulation):
             lengths = cache.lengths
-            h, _ = layers[0].blockwise(h, layer_cache, block.shape[1], cache_lengths=lengths, modulation=modulation)
-            return h, None
+            h, routing = layers[0].blockwise(
+                h, layer_cache, block.shape[1], cache_lengths=lengths, modulation=modulation
+            )
+            return h, None if routing is None else routing.experts
 
-        h, _ = self._walk_denoiser((tower,), tower.embed(block), step, t, cache)
-        return self.denoiser_head(tower.finish(h))
+        h, experts = self._walk_denoiser((tower,), tower.embed(block), step, t, cache)
+        return self.denoiser_head(tower.finish(h)), tower.stacked(experts)
 
     def mock_ar_logits(self, ids: jax.Array, cache: Cache) -> jax.Array:
         """A check of the denoiser's weights: used causally, without time conditioning, as if it were the context.
@@ -188,10 +197,10 @@ class TwoTower(nnx.Module):
             h_context, memory = context_layer.causal(h_context, document_start=document_start)
             if self.variant.context == "frozen":
                 h_context, memory = jax.lax.stop_gradient((h_context, memory))
-            h, load = denoiser_layer.blockwise(
+            h, routing = denoiser_layer.blockwise(
                 h, memory, block_size, modulation=modulation, document_start=document_start
             )
-            return (h_context, h), load
+            return (h_context, h), None if routing is None else routing.load
 
         carry = context.embed(clean), denoiser.embed(noisy)
         (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None)

@@ -22,7 +22,7 @@ from twotower_jax.checkpoint.files import CheckpointError, read_json
 from twotower_jax.parameters import Parameter, Path
 
 PARAMS = "params"  # The Orbax folder within a checkpoint folder.
-DTYPES = {str(dtype): dtype for dtype in map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16))}
+DTYPES = {str(dtype): dtype for dtype in map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.int8))}
 _PART_BYTES = 1 << 20
 _STRIP_BYTES = 16 << 20
 _BLOCK = 256
@@ -88,7 +88,7 @@ def _zarr(parameter: Parameter, dtype: np.dtype) -> dict:
         "node_type": "array",
         "shape": list(parameter.shape),
         "data_type": str(dtype),
-        "fill_value": 0.0,
+        "fill_value": 0 if dtype == np.int8 else 0.0,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [*ones, *ours]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "codecs": [{"name": "sharding_indexed", "configuration": codec}],

@@ -23,9 +23,11 @@ from twotower_jax.checkpoint.files import CheckpointError, open_regular, read_fi
 from twotower_jax.checkpoint.manifest import Digest, Manifest, write_file
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.checkpoint.plan import Plan, make_plan, segment_list
+from twotower_jax.checkpoint.quantizing import quantize_tensor
 from twotower_jax.checkpoint.safetensors_file import Entry, next_tensor
-from twotower_jax.parameters import Path, parameter_table
+from twotower_jax.parameters import Parameter, Path, parameter_table
 from twotower_jax.progress import Progress
+from twotower_jax.quantization import SCALE_DTYPE, SCALES, VALUE_DTYPE, VALUES, Method, disk_table
 from twotower_jax.two_tower import Backbone
 
 
@@ -38,6 +40,7 @@ def convert(
     revision: str | None = None,
     expected: Mapping[str, str] = {},  # noqa: B006 (never written)
     verify: bool = False,
+    quantize: Method | None = None,
 ) -> Manifest:
     """Converts a folder; afterwards `output` holds a whole checkpoint, or nothing where anything went wrong.
 
@@ -48,6 +51,7 @@ def convert(
       name, revision: what the manifest says of the source; the folder's name where not given.
       expected: SHA-256 of source files, by name, that must be met.
       verify: reads source and result again and compares every tensor.
+      quantize: how weights are stored in fewer bits, if so.
 
     Raises:
       CheckpointError: if the source is broken or not of this model.
@@ -55,16 +59,17 @@ def convert(
     """
     folder = huggingface.open_folder(source)
     plan = make_plan(folder.config, folder.single_tower, time_init)
+    on_disk = disk_table(plan.table, quantize)
     table = parameter_table(Backbone(folder.config)) if folder.single_tower else plan.table
     huggingface.check(folder, table)
     dtypes = _dtypes(folder, plan)
     with new_folder(output) as partial:
-        files = _write_metadata(partial, plan, dtypes)
+        files = _write_metadata(partial, on_disk, dtypes)
         source_files = _copy_small_files(folder.path, partial, expected)
         files |= {file: source_files[file] for file in source_files if file in SMALL_FILES}
         files |= _write_fresh(partial, plan)
-        streamed, written = _stream(folder, plan, partial, expected)
-        counts = collections.Counter(str(dtypes[place.parameter.path]) for place in plan.places.values())
+        streamed, written = _stream(folder, plan, partial, expected, quantize)
+        counts = _count_dtypes(plan, dtypes, quantize)
         result = Manifest(
             source=name or folder.path.resolve().name,
             revision=revision,
@@ -72,14 +77,15 @@ def convert(
             time_init=time_init if folder.single_tower else None,
             tensors=len(plan.places),
             parameters=parameters.count(plan.table),
-            dtypes=dict(sorted(counts.items())),
+            dtypes=counts,
             segments=segment_list(folder.config),
             source_files=source_files | streamed,
             files=files | written,
+            quantization=None if quantize is None else quantize.describe(plan.table),
         )
         result.write(partial)
         if verify:
-            _verify(folder, plan, partial)
+            _verify(folder, plan, partial, quantize)
     return result
 
 
@@ -100,10 +106,35 @@ def _dtypes(folder: huggingface.Folder, plan: Plan) -> dict[Path, np.dtype]:
     return dtypes
 
 
-def _write_metadata(partial: pathlib.Path, plan: Plan, dtypes: Mapping[Path, np.dtype]) -> dict[str, Digest]:
-    """Folders and metadata of all arrays."""
+def _count_dtypes(plan: Plan, dtypes: Mapping[Path, np.dtype], quantize: Method | None) -> dict[str, int]:
+    """The number of tensors of each dtype, by name; of quantized ones by their bits."""
+    counts: collections.Counter[str] = collections.Counter()
+    for parameter in plan.table.values():
+        layout = None if quantize is None else quantize.layout(parameter)
+        name = str(dtypes[parameter.path]) if layout is None else f"int{layout[0]}"
+        counts[name] += parameter.tensors.size
+    return dict(sorted(counts.items()))
+
+
+def _pieces(
+    parameter: Parameter, index: tuple[int, ...], tensor: np.ndarray, quantize: Method | None
+) -> Iterator[tuple[Parameter, np.ndarray]]:
+    """The arrays on disk that hold a published tensor, each with its part of it, as `arrays.chunk_bytes` takes them."""
+    if quantize is None or parameter.scales is None:
+        yield parameter, tensor
+    else:
+        made = quantize_tensor(parameter, quantize, index, parameter.from_tensor(tensor))
+        yield from zip(quantize.parts(parameter).values(), made, strict=True)
+
+
+def _write_metadata(
+    partial: pathlib.Path, on_disk: Mapping[Path, Parameter], dtypes: Mapping[Path, np.dtype]
+) -> dict[str, Digest]:
+    """Folders and metadata of all arrays; `dtypes` of those that are not quantized."""
+    of_parts = {VALUES: VALUE_DTYPE, SCALES: SCALE_DTYPE}
+    dtypes = {path: dtypes[path] if path in dtypes else of_parts[path[-1]] for path in on_disk}
     digests = {}
-    for name, text in arrays.metadata(plan.table, dtypes).items():
+    for name, text in arrays.metadata(on_disk, dtypes).items():
         digests[f"{PARAMS}/{name}"] = write_file(partial / PARAMS / name, (text.encode(),))
     return digests
 
@@ -134,7 +165,11 @@ def _write_fresh(partial: pathlib.Path, plan: Plan) -> dict[str, Digest]:
 
 
 def _stream(
-    folder: huggingface.Folder, plan: Plan, partial: pathlib.Path, expected: Mapping[str, str]
+    folder: huggingface.Folder,
+    plan: Plan,
+    partial: pathlib.Path,
+    expected: Mapping[str, str],
+    quantize: Method | None,
 ) -> tuple[dict[str, Digest], dict[str, Digest]]:
     """All tensors; returns the digests of the source's files and of the files written."""
     by_file: dict[pathlib.Path, list[tuple[Entry, str]]] = collections.defaultdict(list)
@@ -162,8 +197,9 @@ def _stream(
         written = {}
         for target in plan.targets[name]:
             parameter, index = plan.places[target]
-            file = f"{PARAMS}/{arrays.chunk_name(parameter, index)}"
-            written[file] = write_file(partial / file, arrays.chunk_bytes(parameter, tensor))
+            for array, part in _pieces(parameter, index, tensor, quantize):
+                file = f"{PARAMS}/{arrays.chunk_name(array, index)}"
+                written[file] = write_file(partial / file, arrays.chunk_bytes(array, part))
         hashed.result()
         progress.add(tensor.nbytes)
         return written
@@ -183,8 +219,8 @@ def _check_expected(file: pathlib.Path, found: Digest, expected: Mapping[str, st
         )
 
 
-def _verify(folder: huggingface.Folder, plan: Plan, written: pathlib.Path) -> None:
-    """Reads source and result again and compares every tensor."""
+def _verify(folder: huggingface.Folder, plan: Plan, written: pathlib.Path, quantize: Method | None) -> None:
+    """Reads source and result again and compares every tensor, or what it is when it is quantized again."""
     progress = Progress("verifying", sum(tensor.size for tensor in folder.tensors.values()))
 
     def compare(name: str) -> None:
@@ -192,10 +228,11 @@ def _verify(folder: huggingface.Folder, plan: Plan, written: pathlib.Path) -> No
         data = tensor.read()
         for target in plan.targets[name]:
             parameter, index = plan.places[target]
-            file = written / PARAMS / arrays.chunk_name(parameter, index)
-            again = arrays.chunk_tensor(file, read_file(file), parameter, data.dtype)
-            if not np.array_equal(data.view(np.uint8), arrays.contiguous(again).view(np.uint8)):
-                raise CheckpointError(f"{file}: differs from tensor {name!r} of {tensor.file}")
+            for array, part in _pieces(parameter, index, data, quantize):
+                file = written / PARAMS / arrays.chunk_name(array, index)
+                again = arrays.chunk_tensor(file, read_file(file), array, part.dtype)
+                if not np.array_equal(part.view(np.uint8), arrays.contiguous(again).view(np.uint8)):
+                    raise CheckpointError(f"{file}: differs from tensor {name!r} of {tensor.file}")
         progress.add(data.nbytes)
 
     for _ in in_order(plan.targets, compare, lambda name: folder.tensors[name].size):

@@ -66,6 +66,11 @@ def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard
         raise ValueError(f"max_shard_size={max_shard_size} must be positive")
     if (checkpoint / store.MANIFEST).exists():
         opened = store.open_store(checkpoint, verify)
+        if opened.manifest.method is not None:
+            raise ValueError(
+                f"{checkpoint}: its weights are quantized ({opened.manifest.method.name}), and cannot be given back "
+                "bit for bit; export the checkpoint or the folder that it was made from"
+            )
         tensors = stored_tensors(opened)
         config = read_json(checkpoint / CONFIG)
     else:

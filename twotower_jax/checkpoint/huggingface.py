@@ -16,9 +16,12 @@ import numpy as np
 
 from twotower_jax.checkpoint.config_file import read_config
 from twotower_jax.checkpoint.files import CheckpointError, check_link, read_json
+from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.kernels.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
+from twotower_jax.quantization import Method
 from twotower_jax.sharding import ShardingOf
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
@@ -143,13 +146,24 @@ def _check_dtypes(folder: Folder) -> None:
         )
 
 
-def read_parameters(folder: Folder, table: Mapping[Path, Parameter], sharding: ShardingOf | None = None) -> Params:
-    """Reads every parameter of `table`, in the dtypes stored, to where `sharding` says, or to one device.
+def read_parameters(
+    folder: Folder,
+    table: Mapping[Path, Parameter],
+    sharding: ShardingOf | None = None,
+    quantize: Method | None = None,
+) -> Params:
+    """Reads every parameter of `table`, in the dtypes stored or quantized, to where `sharding` says, or to one device.
 
     The folder has passed `check`.
     """
 
-    def read(parameter: Parameter) -> jax.Array:
+    def read(parameter: Parameter) -> jax.Array | Quantized:
+        if quantize is not None and parameter.scales is not None:
+
+            def matrix(index: tuple[int, ...]) -> np.ndarray:
+                return parameter.from_tensor(folder.tensors[str(parameter.tensors[index])].read())
+
+            return read_quantized(parameter, quantize, matrix, sharding)
         tensors = [folder.tensors[name] for name in parameter.tensors.flat]
         array = np.empty((len(tensors), *parameter.shape[parameter.tensors.ndim :]), tensors[0].entry.dtype)
         for i, tensor in enumerate(tensors):
@@ -171,8 +185,9 @@ def load(
     execution: Execution = Execution(),  # noqa: B008 (frozen)
     *,
     sharding: ShardingOf | None = None,
+    quantize: Method | None = None,
 ) -> tuple[TwoTower, Params]:
-    """A folder of either kind as a two-tower model and its parameters, in the dtypes stored.
+    """A folder of either kind as a two-tower model and its parameters, in the dtypes stored or quantized.
 
     Of a backbone both towers share the arrays, and the time conditioning is one that changes nothing.
 
@@ -188,7 +203,8 @@ def load(
     if not folder.single_tower:
         # The folder is checked whole, also where the variant leaves its time conditioning out.
         check(folder, parameter_table(TwoTower(folder.config, execution=execution)))
-        return model, read_parameters(folder, table, sharding)
+        return model, read_parameters(folder, table, sharding, quantize)
     backbone_table = parameter_table(Backbone(folder.config, execution))
     check(folder, backbone_table)
-    return model, from_backbone(model, read_parameters(folder, backbone_table, sharding), jax.random.key(0))
+    backbone = read_parameters(folder, backbone_table, sharding, quantize)
+    return model, from_backbone(model, backbone, jax.random.key(0))

@@ -37,7 +37,7 @@ def describe(path: pathlib.Path) -> Description:
         **about,
         "model": {field: config.get(field) for field in _MODEL_FIELDS},
         "arrays": len(found),
-        "parameters": sum(math.prod(array["shape"]) for array in found),
+        "parameters": about.pop("parameters", None) or sum(math.prod(array["shape"]) for array in found),
         "dtypes": dict(sorted(totals.items())),
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "contents": found,
@@ -80,13 +80,15 @@ def _converted(path: pathlib.Path):
             "shape": list(parameter.shape),
             "tensors": parameter.tensors.size,
         }
-        for array_path, parameter in opened.table.items()
+        for array_path, parameter in opened.arrays.items()
     ]
     about = {
         "source": listed.source,
         "revision": listed.revision,
         "source kind": listed.kind,
         "time_init": listed.time_init,
+        "quantization": listed.quantization,
+        "parameters": listed.parameters,
         "tensors": listed.tensors,
         "files": len(listed.files),
     }

@@ -15,19 +15,22 @@ from twotower_jax.checkpoint.plan import make_plan
 from twotower_jax.checkpoint.safetensors_file import Entry
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import parameter_table
+from twotower_jax.quantization import Method, kind_bytes
 from twotower_jax.two_tower import Backbone
 
 _MAX_BYTES = 64 << 20
 
 
-def dry_run(path: pathlib.Path, time_init: str) -> str:
+def dry_run(path: pathlib.Path, time_init: str, quantize: Method | None = None) -> str:
     """What converting `path` would do, without reading any data.
 
     Args:
       path: a Hugging Face folder, or a JSON file (.gz or not) {"tensors": {name: shape}}.
+      quantize: how weights would be stored in fewer bits, if so.
 
     Raises:
       CheckpointError: if tensors are missing, left over, or of a wrong shape.
+      ValueError: if they cannot be quantized so.
     """
     folder = huggingface.open_folder(path) if path.is_dir() else read_list(path)
     plan = make_plan(folder.config, folder.single_tower, time_init)
@@ -48,6 +51,10 @@ def dry_run(path: pathlib.Path, time_init: str) -> str:
         "nothing left over"
     )
     lines.append(f"result: {len(plan.places):,} tensors, {parameters.count(plan.table):,} parameters")
+    if quantize is not None:
+        lines.append(f"bytes, where {quantize.name} leaves arrays in bfloat16 (and what stays float32 in that):")
+        sizes = kind_bytes(plan.table, quantize)
+        lines += [f"  {size:>14,}  {kind}" for kind, size in {**sizes, "in all": sum(sizes.values())}.items()]
     return "\n".join(lines)
 
 

@@ -5,17 +5,18 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from twotower_jax.checkpoint import huggingface, store, workdir
+from twotower_jax.checkpoint import huggingface, manifest, store, workdir
 from twotower_jax.checkpoint.safetensors_file import CheckpointError
 from twotower_jax.config import Variant
-from twotower_jax.parameters import Params
-from twotower_jax.sharding import stored_sharding
+from twotower_jax.parameters import Params, parameter_table
+from twotower_jax.quantization import METHODS, Method, check_mesh
+from twotower_jax.sharding import ShardingOf, stored_sharding
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 
 class Loaded(NamedTuple):
-    """A model, its parameters in the dtypes stored, and the folder that holds its tokenizer."""
+    """A model, its parameters in the dtypes stored or quantized, and the folder that holds its tokenizer."""
 
     model: TwoTower
     params: Params
@@ -28,7 +29,9 @@ def load(
     execution: Execution = Execution(),  # noqa: B008 (frozen)
     *,
     mesh: Mesh | None = None,
+    sharding: ShardingOf | None = None,
     verify: bool = True,
+    quantize: str | None = None,
 ) -> Loaded:
     """Loads a checkpoint of any kind. A single tower becomes both towers.
 
@@ -38,20 +41,40 @@ def load(
       execution: how the model is to be computed.
       mesh: where parameters go, each device holding its part (see sharding.py); None for one device. From a converted
         checkpoint or a workdir each host reads what its devices hold and no more.
+      sharding: where each parameter goes instead, as generation has it (generation/placement.py).
       verify: compare the files of a converted checkpoint with their recorded hashes first; those of a workdir always
         are.
+      quantize: a name of `quantization.METHODS`, by which weights are stored in fewer bits as they are read; None
+        takes them as they are, which may be quantized.
 
     Raises:
       CheckpointError: if the folder is none of these, or is broken.
+      ValueError: if it cannot be loaded as the variant, quantized so, or onto the mesh.
     """
-    path = pathlib.Path(path)
-    sharding = None if mesh is None else lambda p: stored_sharding(mesh, p.axes, p.shape)
+    if quantize is not None and quantize not in METHODS:
+        raise ValueError(f"quantize={quantize!r} is not one of {', '.join(METHODS)}")
+    path, method = pathlib.Path(path), METHODS.get(quantize)
+    if mesh is not None:
+        sharding = lambda p: stored_sharding(mesh, p.axes, p.shape)  # noqa: E731
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a Hugging Face folder, a converted one or a workdir")
     if (path / store.MANIFEST).exists():
-        model, params = store.load(path, variant, execution, sharding=sharding, verify=verify)
+        model, params = store.load(path, variant, execution, sharding=sharding, verify=verify, quantize=method)
     elif (path / workdir.CHECKPOINTS).exists():
-        model, params = workdir.load(path, variant, execution, sharding=sharding)
+        model, params = workdir.load(path, variant, execution, sharding=sharding, quantize=method)
     else:
-        model, params = huggingface.load(path, variant or Variant(), execution, sharding=sharding)
+        variant = variant or Variant()
+        model, params = huggingface.load(path, variant, execution, sharding=sharding, quantize=method)
+    if mesh is not None:
+        check_mesh(parameter_table(model), params, mesh)
     return Loaded(model, params, path)
+
+
+def stored_method(path: str | pathlib.Path) -> Method | None:
+    """How the weights of a checkpoint of any kind are quantized on disk.
+
+    Raises:
+      CheckpointError: if it is a converted one with a broken manifest.
+    """
+    path = pathlib.Path(path)
+    return manifest.read(path).method if (path / store.MANIFEST).exists() else None

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from twotower_jax.checkpoint.files import CheckpointError, open_regular, read_json
+from twotower_jax.quantization import METHODS, Method
 
 NAME = "conversion.json"
 VERSION = 1
@@ -45,6 +46,7 @@ class Manifest:
       segments: unit and repeats of the layers that are stacked, in order; what the arrays are called follows from them.
       source_files: of the source, by name.
       files: of this checkpoint, by path relative to its folder.
+      quantization: how weights were quantized (`quantization.Method.describe`); None, and not in the file, if not.
     """
 
     source: str
@@ -57,9 +59,17 @@ class Manifest:
     segments: list[list]
     source_files: dict[str, Digest]
     files: dict[str, Digest]
+    quantization: dict[str, Any] | None = None
+
+    @property
+    def method(self) -> Method | None:
+        """How weights were quantized."""
+        return None if self.quantization is None else METHODS[self.quantization["method"]]
 
     def write(self, folder: pathlib.Path) -> None:
         values = {"version": VERSION} | dataclasses.asdict(self)
+        if self.quantization is None:
+            del values["quantization"]
         for field in ("source_files", "files"):
             values[field] = {name: digest._asdict() for name, digest in sorted(getattr(self, field).items())}
         write_file(folder / NAME, [(json.dumps(values, indent=1) + "\n").encode()])
@@ -77,13 +87,17 @@ def read(folder: pathlib.Path) -> Manifest:
     def fail(what: str):
         raise CheckpointError(f"{path}: {what}")
 
-    fields = {field.name for field in dataclasses.fields(Manifest)}
-    if not isinstance(raw, dict) or set(raw) != fields | {"version"}:
+    fields = {field.name for field in dataclasses.fields(Manifest)} - {"quantization"}
+    if not isinstance(raw, dict) or set(raw) - {"quantization"} != fields | {"version"}:
         fail(f"is not an object with the fields {', '.join(['version', *sorted(fields)])}")
     if raw.pop("version") != VERSION:
         fail(f"has a version other than {VERSION}, the only one known")
     if raw["kind"] not in ("two_tower", "single_tower"):
         fail(f"has kind {raw['kind']!r}; known are two_tower and single_tower")
+    if "quantization" in raw:
+        stored = raw["quantization"]
+        if not isinstance(stored, dict) or stored.get("method") not in list(METHODS):
+            fail(f"has quantization {stored!r}; known methods are {', '.join(METHODS)}")
     for field in ("source_files", "files"):
         if not isinstance(raw[field], dict):
             fail(f"has {field} that are not an object")

@@ -24,12 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from twotower_jax.checkpoint import manifest
 from twotower_jax.checkpoint.atomic import sync_path, sync_tree
 from twotower_jax.checkpoint.files import CheckpointError, read_json
-from twotower_jax.parameters import Params, flatten, unflatten
+from twotower_jax.parameters import Params, Path, flatten, unflatten
 
 HASHES = "hashes.json"
 _PARTIAL, _REMOVED = ".writing", ".removed"
@@ -179,6 +180,22 @@ def restore_arrays(folder: pathlib.Path, target: Params) -> Params:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or device), target)
     return ocp.StandardCheckpointHandler().restore(folder.absolute(), args=ocp.args.StandardRestore(placed))
+
+
+def restore_on_host(folder: pathlib.Path, target: Params) -> Iterator[tuple[Path, np.ndarray]]:
+    """Reads a tree's folder array by array, each one whole; the others are not there meanwhile.
+
+    Raises:
+      CheckpointError: as `restore_arrays`, before anything is read.
+    """
+    _check_fits(folder, stored_arrays(folder), target)
+    handler = ocp.PyTreeCheckpointHandler()
+    paths = list(flatten(target))
+    for path in paths:
+        chosen = {p: target_array if p == path else ocp.PLACEHOLDER for p, target_array in flatten(target).items()}
+        options = {p: ocp.RestoreArgs(restore_type=np.ndarray) for p in paths}
+        item = ocp.args.PyTreeRestore(item=unflatten(chosen), restore_args=unflatten(options))
+        yield path, flatten(handler.restore(folder.absolute(), args=item))[path]
 
 
 def name_leaves(tree: Any) -> tuple[Params, Any]:

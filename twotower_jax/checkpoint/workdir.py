@@ -21,11 +21,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from twotower_jax.checkpoint import orbax_steps
 from twotower_jax.checkpoint.files import CheckpointError, read_json
+from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.kernels.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, flatten, initialize, parameter_table, unflatten
+from twotower_jax.quantization import Method
 from twotower_jax.sharding import ShardingOf
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
@@ -205,8 +209,9 @@ def load(
     execution: Execution = Execution(),  # noqa: B008 (frozen)
     *,
     sharding: ShardingOf | None = None,
+    quantize: Method | None = None,
 ) -> tuple[TwoTower, Params]:
-    """The newest step of a workdir as a two-tower model and its parameters, in the dtypes stored.
+    """The newest step of a workdir as a two-tower model and its parameters, in the dtypes stored or quantized.
 
     A backbone becomes both towers. A denoiser run can become another variant as far as its parameters allow: time
     conditioning is left out or starts fresh, tied towers can be untied.
@@ -215,6 +220,7 @@ def load(
       variant: of the model to make; None takes the one trained, or the default for a backbone.
       execution: of the model to make.
       sharding: where each stored parameter goes; None for one device. Fresh ones, if any, are on one device.
+      quantize: how. Arrays, which may be of many tensors, are then read one by one, by every process whole.
 
     Raises:
       CheckpointError: if there is no checkpoint, it is broken, or cannot become `variant`.
@@ -231,7 +237,7 @@ def load(
     variant = variant or (Variant() if single else trained_as)
     stored = Backbone(config) if single else TwoTower(config, trained_as)
     table = parameter_table(stored)
-    params = _read_parameters(path, folder / PARAMS, table, sharding)
+    params = _read_parameters(path, folder / PARAMS, table, sharding, quantize)
     model = TwoTower(config, variant)
     if single:
         params = from_backbone(model, params, jax.random.key(0))
@@ -306,9 +312,13 @@ def _step_folder(path: pathlib.Path, step: int, only: str = "") -> pathlib.Path:
 
 
 def _read_parameters(
-    path: pathlib.Path, trained: pathlib.Path, table: Mapping[Path, Parameter], sharding: ShardingOf | None
+    path: pathlib.Path,
+    trained: pathlib.Path,
+    table: Mapping[Path, Parameter],
+    sharding: ShardingOf | None,
+    quantize: Method | None,
 ) -> Params:
-    """Trained and frozen parameters together, in the dtypes stored."""
+    """Trained and frozen parameters together, in the dtypes stored or quantized."""
 
     def target(stored: Mapping[Path, Any]) -> Params:
         if odd := stored.keys() - table.keys():
@@ -320,8 +330,16 @@ def _read_parameters(
 
         return unflatten({p: array(p) for p in stored})
 
-    def read(folder: pathlib.Path) -> dict[Path, jax.Array]:
-        return flatten(orbax_steps.restore_arrays(folder, target(flatten(orbax_steps.stored_arrays(folder)))))
+    def quantized(p: Path, array: np.ndarray) -> jax.Array | Quantized:
+        if table[p].scales is None:
+            return jax.device_put(array, sharding(table[p]) if sharding else None)
+        return read_quantized(table[p], quantize, lambda index: array[index], sharding)
+
+    def read(folder: pathlib.Path) -> dict[Path, jax.Array | Quantized]:
+        wanted = target(flatten(orbax_steps.stored_arrays(folder)))
+        if quantize is None:
+            return flatten(orbax_steps.restore_arrays(folder, wanted))
+        return {p: quantized(p, array) for p, array in orbax_steps.restore_on_host(folder, wanted)}
 
     params = read(trained)
     if params.keys() != table.keys():
@@ -349,14 +367,14 @@ def _relayout(params: Params, ours: Mapping[Path, Parameter], theirs: Mapping[Pa
     flat, by_tensor = flatten(params), {}
     for path, parameter in ours.items():
         if parameter.axes[:1] == ("layers",):
-            for layer, array in zip(parameter.tensors, flat[path], strict=True):
-                by_tensor[_first(layer)] = array
+            for i, layer in enumerate(parameter.tensors):
+                by_tensor[_first(layer)] = jax.tree.map(lambda v, i=i: v[i], flat[path])
         else:
             by_tensor[_first(parameter.tensors)] = flat[path]
 
     def array(parameter: Parameter) -> jax.Array:
         if parameter.axes[:1] == ("layers",):
-            return jnp.stack([by_tensor[_first(layer)] for layer in parameter.tensors])
+            return jax.tree.map(lambda *v: jnp.stack(v), *(by_tensor[_first(layer)] for layer in parameter.tensors))
         return by_tensor[_first(parameter.tensors)]
 
     return unflatten({path: array(parameter) for path, parameter in theirs.items()})

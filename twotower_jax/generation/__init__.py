@@ -3,8 +3,10 @@
 settings.py       what a caller says and gets
 engine.py         a table of rows on the device, filled and emptied by the host between blocks
 slots.py          that table, and how prompts are read into it
-modes.py          one block of diffusion, AR and mock-AR, each a compiled function
-speculative.py    one block drafted by the denoiser and decided by the context
+placement.py      the devices of both towers
+modes.py          one block of diffusion, AR and mock-AR: a draft of the denoiser's, a commit of the context's
+speculative.py    the same where the denoiser drafts and the context decides
+blocks.py         both compiled, as one function or, with towers apart, as two
 stops.py          where a row ends
 watch.py          rows filling in, on a terminal
 trace.py          everything that happened, as JSON Lines
@@ -17,6 +19,7 @@ quality.py        likelihoods, the denoiser's bound, repetition
 """
 
 from twotower_jax.generation.engine import Engine, Progress, generate, positions
+from twotower_jax.generation.placement import Placement, place
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
 from twotower_jax.generation.settings import MODES, Result, Settings, Step
 
@@ -24,11 +27,13 @@ __all__ = [
     "MODES",
     "DenoiserRow",
     "Engine",
+    "Placement",
     "Progress",
     "Result",
     "Settings",
     "Step",
     "generate",
+    "place",
     "positions",
     "score_ar",
     "score_denoiser",

@@ -1,6 +1,6 @@
 """Prompts in, tokens out: a table of rows on the device, and the host that fills and empties it between blocks.
 
-The host calls one compiled function a block (modes.py, speculative.py) and looks at what came of it: rows that are done
+The host calls one compiled function a block (blocks.py) and looks at what came of it: rows that are done
 free their slot, and waiting prompts are read into it, in pieces. While rows are being generated a long prompt is read
 one piece a block, so that they do not wait for it.
 
@@ -9,7 +9,7 @@ of the matrix products are others, and so may be the last bits of its logits, bu
 """
 
 import dataclasses
-import functools
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -17,11 +17,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from twotower_jax import sharding
 from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.generation.modes import Emitted, Trace, autoregressive_block, diffusion_block
+from twotower_jax.generation.blocks import Table
+from twotower_jax.generation.modes import Call, Emitted, Recipe, Trace
+from twotower_jax.generation.placement import Placement
 from twotower_jax.generation.settings import Result, Settings, Step
-from twotower_jax.generation.slots import First, Piece, allocate, cache_bytes, prefill
-from twotower_jax.generation.speculative import speculative_block
+from twotower_jax.generation.slots import First, Piece, cache_bytes
 from twotower_jax.generation.stops import Decode, cut
 from twotower_jax.parameters import Params
 from twotower_jax.tokens import check_ids
@@ -30,7 +32,6 @@ from twotower_jax.two_tower import TwoTower
 # Pieces of prompts have one of these lengths, or prefill_chunk; caches are a multiple of it.
 _PIECE, _PIECE_GROWTH = 64, 4
 _TOKENS_A_READ = 512  # Pieces are read together as long as they are not more than this.
-_TOKENS_A_CALL = 16  # Of the modes that generate one token at a time.
 
 
 class Progress(NamedTuple):
@@ -102,13 +103,15 @@ class Engine:
 
     Args:
       capacity: cache positions of each slot; see `positions`.
-      slots: rows computed together; None takes `settings.batch_size`.
+      slots: rows computed together; None takes `settings.batch_size`. Rounded up to what the placement divides.
       decode: tokens to text, needed for stop texts.
       record_trace: keep the denoiser's steps.
+      record_routing: with them the experts that it used.
+      placement: the devices of both towers; parameters that lie elsewhere are moved.
 
     Raises:
-      ValueError: before anything is allocated, if the caches need more memory than there is, or a stop text is set and
-        no `decode` given.
+      ValueError: before anything is allocated, if the caches need more memory than there is, the placement does not
+        divide the model, or a stop text is set and no `decode` given.
     """
 
     def __init__(
@@ -121,25 +124,38 @@ class Engine:
         slots: int | None = None,
         decode: Decode | None = None,
         record_trace: bool = False,
+        record_routing: bool = False,
+        placement: Placement = Placement(),  # noqa: B008 (frozen)
     ):
         if settings.stop and decode is None:
             raise ValueError(f"stop={settings.stop!r} needs a tokenizer, to turn tokens into text")
-        self._model, self._params, self._settings = model, params, settings
+        placement.check(model.config)
+        self._model, self._settings = model, settings
         self._decode, self._record = decode, record_trace
         self._capacity = _round_up(capacity, _PIECE)
-        # AR's choice knows nothing of blocks: what does not count is left out, so that less is compiled.
-        sampling = settings.sampling
-        self._choice = SamplingConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-        self._first = self._choice if settings.mode in ("ar", "speculative") else None
         self._eos = None if settings.ignore_eos else model.config.eos_token_id
-        self._eos_or_none = np.int32(-1 if self._eos is None else self._eos)
-        self._table: list[_Row | None] = [None] * (slots or settings.batch_size)
+        self._rows_apart = placement.rows
+        batch = _round_up(slots or settings.batch_size, placement.rows)
+        self._table: list[_Row | None] = [None] * batch
         self._waiting: deque[_Row] = deque()
         self._submitted = 0
-        self._seed = np.uint32(settings.seed)
-        self.cache_bytes = cache_bytes(model, len(self._table), self._capacity)
-        _check_memory(self.cache_bytes, len(self._table), self._capacity, settings.max_cache_gb)
-        self._slots = allocate(model=model, batch=len(self._table), capacity=self._capacity)
+        self.cache_bytes = cache_bytes(model, batch, self._capacity, placement.context)
+        _check_memory(self.cache_bytes, batch, self._capacity, settings.max_cache_gb, placement)
+        # AR's choice knows nothing of blocks, and γ is an argument of a block: what does not count is left out, so
+        # that less is compiled.
+        sampling = settings.sampling
+        choice = SamplingConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        self._first = choice if settings.mode in ("ar", "speculative") else None
+        of_block = dataclasses.replace(sampling, confidence_threshold=SamplingConfig.confidence_threshold)
+        self._recipe = Recipe(
+            settings.mode,
+            of_block if settings.mode in ("diffusion", "speculative") else choice,
+            record_trace,
+            record_routing,
+        )
+        self._rows = Table(
+            model, params, placement, self._recipe, batch=batch, capacity=self._capacity, first=self._first
+        )
 
     def submit(self, prompt: Sequence[int], max_new_tokens: int | None = None) -> int:
         """Adds a row; it waits until a slot is free. Returns its number, counting from 0.
@@ -178,7 +194,7 @@ class Engine:
         alive = np.array([row is not None and not row.reading for row in self._table])
         emitted = self._block(alive) if alive.any() else None
         # One transfer, behind the block: the first tokens do not hold it up.
-        chosen, emitted = jax.device_get(([first for _, first in firsts], emitted))
+        chosen, emitted = jax.device_get(sharding.whole(([first for _, first in firsts], emitted)))
         progress = []
         for (rows, _), first in zip(firsts, chosen, strict=True):
             for i, row in rows:
@@ -217,10 +233,11 @@ class Engine:
     def _read_pieces(self, width: int, group: list[int]) -> list[tuple[list[tuple[int, _Row]], First]]:
         """The next pieces of the prompts in these slots, some of them in one call."""
         firsts = []
-        together = min(len(self._table), max(_TOKENS_A_READ, width) // width)
+        apart = self._rows_apart
+        together = min(len(self._table), _round_up(max(_TOKENS_A_READ, width) // width, apart))
         while group:
             # A few prompts are read one by one rather than with a table of padding.
-            size = together if len(group) * 4 > together else 1
+            size = together if len(group) * 4 > together else apart
             firsts += self._read_rows(width, group[:size], size)
             group = group[size:]
         return firsts
@@ -247,42 +264,19 @@ class Engine:
             row.read += max(1, len(ids))
             piece.last[i] = not row.reading
             piece.number[i], piece.limit[i], piece.unread[i] = row.number, row.limit, row.prompt[-1]
-        self._slots, first = prefill(
-            self._params,
-            self._slots,
-            piece,
-            self._seed,
-            self._eos_or_none,
-            model=self._model,
-            first=self._first,
-        )
+        first = self._rows.read(piece, *self._seed_and_eos())
         ready = [(i, self._table[group[i]]) for i in np.flatnonzero(piece.last).tolist()]
         return [(ready, first)] if self._first and ready else []
 
     # Blocks.
 
+    def _seed_and_eos(self) -> tuple[np.uint32, np.int32]:
+        return np.uint32(self._settings.seed), np.int32(-1 if self._eos is None else self._eos)
+
     def _block(self, alive: np.ndarray) -> Emitted:
         settings = self._settings
-        sampling = settings.sampling if settings.mode in ("diffusion", "speculative") else self._choice
-        if settings.mode == "diffusion":
-            # γ is an argument: one compiled function serves all thresholds.
-            threshold = np.float32(sampling.confidence_threshold)
-            sampling = dataclasses.replace(sampling, confidence_threshold=SamplingConfig.confidence_threshold)
-            block = functools.partial(diffusion_block, threshold=threshold, record=self._record)
-        elif settings.mode == "speculative":
-            block = functools.partial(speculative_block, tolerance=np.float32(settings.tolerance), record=self._record)
-        else:
-            block = functools.partial(autoregressive_block, length=_TOKENS_A_CALL, mock=settings.mode == "mock_ar")
-        self._slots, emitted = block(
-            self._params,
-            self._slots,
-            alive=alive,
-            seed=self._seed,
-            eos=self._eos_or_none,
-            model=self._model,
-            sampling=sampling,
-        )
-        return emitted
+        numbers = np.float32(settings.sampling.confidence_threshold), np.float32(settings.tolerance)
+        return self._rows.block(Call(alive, *self._seed_and_eos(), *numbers))
 
     def _harvest(self, slot: int, emitted: Emitted) -> Progress:
         row, settings = self._table[slot], self._settings
@@ -327,6 +321,7 @@ def generate(
     *,
     record_trace: bool = False,
     decode: Decode | None = None,
+    placement: Placement = Placement(),  # noqa: B008 (frozen)
 ) -> Iterator[Result]:
     """Continues every prompt; yields one result a prompt, in order, each as soon as those before it are done.
 
@@ -334,12 +329,14 @@ def generate(
       prompts: token ids, at least one each.
       record_trace: keep the denoiser's steps in the results.
       decode: tokens to text; needed for `settings.stop`.
+      placement: the devices of both towers.
 
     Raises:
       ValueError: before anything is computed, for an empty prompt, an id outside the vocabulary, or caches that do not
         fit; FloatingPointError if a row's logits are not finite.
     """
-    engine = start(model, params, prompts, settings, record_trace=record_trace, decode=decode)
+    options = {"record_trace": record_trace, "decode": decode, "placement": placement}
+    engine = start(model, params, prompts, settings, **options)
     return in_order(progress for steps in iter_steps(engine) for progress in steps)
 
 
@@ -348,11 +345,9 @@ def start(
     params: Params,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
-    *,
-    record_trace: bool = False,
-    decode: Decode | None = None,
+    **options,
 ) -> Engine:
-    """An engine with room for these prompts, all of them submitted. Arguments and errors as of `generate`."""
+    """An engine with room for these prompts, all of them submitted. Options as of `Engine`, errors as of `generate`."""
     if not prompts:
         raise ValueError("no prompts given")
     rows = [_checked(model, prompt, number) for number, prompt in enumerate(prompts)]
@@ -362,8 +357,7 @@ def start(
         settings,
         capacity=max(positions(len(row), settings.max_new_tokens, settings) for row in rows),
         slots=min(settings.batch_size, len(rows)),
-        decode=decode,
-        record_trace=record_trace,
+        **options,
     )
     for row in rows:
         engine.submit(row)
@@ -394,19 +388,22 @@ def _checked(model: TwoTower, prompt: Sequence[int], number: int) -> np.ndarray:
     return ids
 
 
-def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None) -> None:
+def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None, placement: Placement) -> None:
+    """Refuses a table that needs more of a device than it has free, or than is allowed."""
     available, where = None if limit_gb is None else int(limit_gb * 1e9), "max_cache_gb allows"
     if available is None:
-        device = jax.devices()[0]
-        stats = device.memory_stats() or {}
-        if "bytes_limit" in stats:
-            available = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-            where = f"{device.device_kind} has free"
+        for device in placement.devices:
+            # Of a device of another process nothing is known here.
+            stats = (device.memory_stats() or {}) if device.process_index == jax.process_index() else {}
+            free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+            if free < (math.inf if available is None else available):
+                available, where = free, f"{device.device_kind} has free"
     if available is not None and needed > available:
-        fitting = available * slots // needed
+        each = " on each device" if len(placement.devices) > 1 else ""
+        fitting = int(available * slots // needed) // placement.rows * placement.rows
         remedy = f"lower batch_size to {fitting}, or" if fitting else "not one row fits; shorten the prompts or lower"
         raise ValueError(
-            f"the caches of {slots} rows of {capacity} positions need {needed / 1e9:.3g} GB, and {where} "
+            f"the caches of {slots} rows of {capacity} positions need {needed / 1e9:.3g} GB{each}, and {where} "
             f"{available / 1e9:.3g} GB; {remedy} max_new_tokens"
         )
 
@@ -428,6 +425,7 @@ def _steps(trace: Trace, slot: int, block: int) -> list[Step]:
             trace.xt[step, slot].tolist(),
             trace.tokens[step, slot].tolist(),
             trace.confidence[step, slot].tolist(),
+            None if trace.routing is None else trace.routing[step, :, slot].tolist(),
         )
         for step in np.flatnonzero(trace.active[:, slot]).tolist()
     ]

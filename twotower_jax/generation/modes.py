@@ -1,34 +1,70 @@
-"""A block of each mode: one compiled function from slots to slots, with no round trip to the host inside.
+"""What a block of each mode is: a draft, made with the denoiser, and a commit, made with the context tower.
 
-Every function takes `slots`, which it consumes; `alive` (B,) bool, in which the host takes back rows that it has ended;
-`seed` () uint32; and `eos` () int32, the token that ends a row, or −1. It returns the slots and what the rows got.
-Rows do not depend on each other: each has its own noise level, commits, random keys and end. A loop runs until its
-slowest row is done; rows that are done change no more.
+    draft(model, slots, call, recipe) → what the denoiser proposes
+    commit(model, slots, call, recipe, draft) → the slots after it, and what the rows got
+
+Both are pure functions of bound models; `blocks.py` compiles them, as one function where the towers are together and as
+two where they are apart. Rows do not depend on each other: each has its own noise level, commits, random keys and end.
+A loop runs until its slowest row is done; rows that are done change no more.
 """
 
-import functools
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.diffusion import SamplingConfig, noise_level, sample_step
+from twotower_jax.diffusion import Prediction, SamplingConfig, noise_level, sample_step
 from twotower_jax.generation.slots import Slots, choose, row_keys
-from twotower_jax.parameters import Params, bind
 from twotower_jax.tower import Cache
 from twotower_jax.two_tower import TwoTower
+
+
+class Call(NamedTuple):
+    """What the host says with each block.
+
+    Attributes:
+      alive: (B,) bool, in which the host takes back rows that it has ended.
+      seed: () uint32. eos: () int32, the token that ends a row, or −1.
+      threshold: () float32, in place of the sampling's, so that one compiled function serves all.
+      tolerance: () float32, of speculative mode.
+    """
+
+    alive: jax.Array
+    seed: jax.Array
+    eos: jax.Array
+    threshold: jax.Array
+    tolerance: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a block is compiled for.
+
+    Attributes:
+      mode: one of `settings.MODES`.
+      sampling: its threshold does not count.
+      record, routing: keep the denoiser's steps, and with them the experts that it used.
+    """
+
+    mode: str
+    sampling: SamplingConfig
+    record: bool = False
+    routing: bool = False
 
 
 class Trace(NamedTuple):
     """The denoiser's steps of a block. For step k and row b: the block before the step, `xt` (T, B, S), and after it,
     `tokens`; the `confidence` of each position's prediction (T, B, S) float32; the noise level t (T, B); and whether
-    the row was still undecided, `active` (T, B)."""
+    the row was still undecided, `active` (T, B). If asked for, the experts of each token, `routing`
+    (T, layers with experts, B, S, k) int16, best first."""
 
     xt: jax.Array
     tokens: jax.Array
     confidence: jax.Array
     t: jax.Array
     active: jax.Array
+    routing: jax.Array | None = None
 
 
 class Emitted(NamedTuple):
@@ -64,25 +100,24 @@ class Denoised(NamedTuple):
 
 def denoise(
     model: TwoTower,
-    sampling: SamplingConfig,
+    recipe: Recipe,
+    call: Call,
     cache: Cache,
     start: jax.Array,
     active: jax.Array,
     *,
     keys: jax.Array,
     block: jax.Array,
-    record: bool,
     token_keys: jax.Array | None = None,
-    threshold: jax.Array | None = None,
 ) -> Denoised:
     """Fills in the mask tokens of `start` (B, S) in at most `steps_per_block` evaluations.
 
     Args:
       active: (B,) bool; the other rows stay as they are.
-      keys: (B,), of the rows. block: (B,) int32, numbers. token_keys, threshold: as in `sample_step`.
+      keys: (B,), of the rows. block: (B,) int32, numbers. token_keys: as in `sample_step`.
     """
-    mask_id, steps = model.config.mask_token_id, sampling.steps_per_block
-    batch, size = start.shape
+    mask_id, steps = model.config.mask_token_id, recipe.sampling.steps_per_block
+    batch = start.shape[0]
 
     def undecided(xt):
         return jnp.any(xt == mask_id, axis=1) & active
@@ -91,13 +126,12 @@ def denoise(
         step, xt, *_ = carry
         return (step < steps) & jnp.any(undecided(xt))
 
-    def one_step(carry):
-        step, xt, evaluations, finite, trace = carry
-        moving = undecided(xt)
+    def evaluate(step, xt, moving):
+        """The block after a step, whether its logits were numbers, and what happened."""
         t = noise_level(xt, mask_id)
-        logits = model.denoise(xt, t, cache)
+        logits, routing = model.denoise_with_routing(xt, t, cache)
         result = sample_step(
-            sampling,
+            recipe.sampling,
             keys,
             xt,
             logits,
@@ -105,133 +139,131 @@ def denoise(
             step=step,
             mask_token_id=mask_id,
             token_keys=token_keys,
-            threshold=threshold,
+            threshold=call.threshold,
         )
         new = jnp.where(moving[:, None], result.xt, xt)
-        if record:
-            parts = Trace(xt, new, result.confidence, t, moving)
-            trace = jax.tree.map(lambda whole, part: whole.at[step].set(part), trace, parts)
-        return step + 1, new, evaluations + moving, finite & (result.finite | ~moving), trace
+        routing = routing.astype(jnp.int16) if recipe.routing and routing is not None else None
+        return new, result.finite, Trace(xt, new, result.confidence, t, moving, routing) if recipe.record else None
 
-    trace = None
-    if record:
-        shape = (steps, batch, size)
-        blocks = jnp.zeros(shape, jnp.int32)
-        trace = Trace(blocks, blocks, jnp.zeros(shape), jnp.zeros(shape[:2]), jnp.zeros(shape[:2], bool))
-    counts = jnp.zeros(batch, jnp.int32)
-    carry = jnp.int32(0), start, counts, jnp.ones(batch, bool), trace
+    def one_step(carry):
+        step, xt, evaluations, finite, trace = carry
+        moving = undecided(xt)
+        new, fine, happened = evaluate(step, xt, moving)
+        trace = jax.tree.map(lambda whole, part: whole.at[step].set(part), trace, happened)
+        return step + 1, new, evaluations + moving, finite & (fine | ~moving), trace
+
+    shapes = jax.eval_shape(lambda: evaluate(jnp.int32(0), start, active)[2])
+    trace = jax.tree.map(lambda part: jnp.zeros((steps, *part.shape), part.dtype), shapes)
+    carry = jnp.int32(0), start, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), trace
     return Denoised(*jax.lax.while_loop(keep_going, one_step, carry)[1:])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "record"), donate_argnames="slots")
-def diffusion_block(
-    params: Params,
-    slots: Slots,
-    alive: jax.Array,
-    seed: jax.Array,
-    eos: jax.Array,
-    threshold: jax.Array | None = None,
-    *,
-    model: TwoTower,
-    sampling: SamplingConfig,
-    record: bool,
-) -> tuple[Slots, Emitted]:
-    """One block of diffusion: autoregressive over blocks, parallel inside one (arXiv 2606.26493; 2503.09573 for the
-    frame).
+# Diffusion: autoregressive over blocks, parallel inside one (arXiv 2606.26493; 2503.09573 for the frame).
 
-    The block starts as mask tokens and is denoised; the context tower then reads it to extend its cache, for the rows
-    that go on. A row ends with the block that holds `eos` or reaches its limit. `threshold` () float32 replaces that of
-    `sampling`.
-    """
-    model = bind(model, params)
-    size = sampling.block_size
-    active = slots.active & alive
-    masks = jnp.full((active.shape[0], size), model.config.mask_token_id, jnp.int32)
-    done = denoise(
+
+def diffusion_draft(model: TwoTower, slots: Slots, call: Call, recipe: Recipe) -> Denoised:
+    """A block that starts as mask tokens, denoised."""
+    size = recipe.sampling.block_size
+    masks = jnp.full((slots.active.shape[0], size), model.config.mask_token_id, jnp.int32)
+    return denoise(
         model,
-        sampling,
+        recipe,
+        call,
         slots.cache,
         masks,
-        active,
-        keys=row_keys(seed, slots.number),
+        slots.active & call.alive,
+        keys=row_keys(call.seed, slots.number),
         block=slots.count // size,
-        record=record,
-        threshold=threshold,
     )
+
+
+def diffusion_commit(
+    model: TwoTower, slots: Slots, call: Call, recipe: Recipe, draft: Denoised
+) -> tuple[Slots, Emitted]:
+    """The context tower reads the block to extend its cache, for the rows that go on. A row ends with the block that
+    holds `eos` or reaches its limit."""
+    size, active = recipe.sampling.block_size, slots.active & call.alive
     added = jnp.where(active, size, 0)
     count = slots.count + added
-    continuing = active & ~jnp.any(done.block == eos, axis=1) & (count < slots.limit)
+    continuing = active & ~jnp.any(draft.block == call.eos, axis=1) & (count < slots.limit)
     cache = jax.lax.cond(
         jnp.any(continuing),
-        lambda cache: model.extend(done.block, jnp.where(continuing, size, 0), cache)[1],
+        lambda cache: model.extend(draft.block, jnp.where(continuing, size, 0), cache)[1],
         lambda cache: cache,
         slots.cache,
     )
     emitted = Emitted(
-        tokens=done.block,
+        tokens=draft.block,
         count=added,
         active=continuing,
-        denoiser_evaluations=done.evaluations,
+        denoiser_evaluations=draft.evaluations,
         context_evaluations=continuing.astype(jnp.int32),
-        finite=done.finite,
-        trace=done.trace,
+        finite=draft.finite,
+        trace=draft.trace,
     )
     return slots.replace(cache=cache, count=count, active=continuing), emitted
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "length", "mock"), donate_argnames="slots")
-def autoregressive_block(
-    params: Params,
-    slots: Slots,
-    alive: jax.Array,
-    seed: jax.Array,
-    eos: jax.Array,
-    *,
-    model: TwoTower,
-    sampling: SamplingConfig,
-    length: int,
-    mock: bool,
-) -> tuple[Slots, Emitted]:
-    """Up to `length` tokens, one at a time: from the context tower or, with `mock`, from the denoiser as a check of it.
+# One token at a time.
 
-    Mock-AR: the denoiser, causal and without time conditioning, reads the newest token with the context's cache from
-    *before* that token; the context tower then reads it too.
-    """
-    model = bind(model, params)
-    active = slots.active & alive
-    zeros = jnp.zeros(active.shape, jnp.int32)
+
+def no_draft(model: TwoTower, slots: Slots, call: Call, recipe: Recipe) -> None:
+    """AR's."""
+    return None
+
+
+def mock_draft(model: TwoTower, slots: Slots, call: Call, recipe: Recipe) -> Prediction:
+    """The next token from the denoiser as a check of it: causal and without time conditioning, it reads the newest
+    token with the context's cache from *before* that token."""
+    logits = model.mock_ar_logits(slots.token[:, None], slots.cache)[:, 0]
+    return choose(recipe.sampling, call.seed, slots.number, slots.count, logits)
+
+
+def token_commit(
+    model: TwoTower, slots: Slots, call: Call, recipe: Recipe, draft: Prediction | None
+) -> tuple[Slots, Emitted]:
+    """The next token: the context tower's, or `draft`. The context tower reads the one before."""
+    unread, active, cache, mock = slots.token[:, None], slots.active & call.alive, slots.cache, draft is not None
+    if not mock:
+        logits, cache = model.extend(unread, active.astype(jnp.int32), cache)
+        draft = choose(recipe.sampling, call.seed, slots.number, slots.count, logits)
+    token = jnp.where(active, draft.tokens, slots.token)
+    count = slots.count + active
+    continuing = active & (token != call.eos) & (count < slots.limit)
+    if mock:
+        # Behind the denoiser, which reads the keys that are written here: a loop would copy them otherwise.
+        unread, _ = jax.lax.optimization_barrier((unread, draft))
+        _, cache = model.extend(unread, continuing.astype(jnp.int32), cache)
+    emitted = Emitted(
+        tokens=token[:, None],
+        count=active.astype(jnp.int32),
+        active=continuing,
+        denoiser_evaluations=(active & mock).astype(jnp.int32),
+        context_evaluations=(continuing if mock else active).astype(jnp.int32),
+        finite=draft.finite | ~active,
+    )
+    return slots.replace(cache=cache, token=token, count=count, active=continuing), emitted
+
+
+def in_a_row(one, slots: Slots, length: int) -> tuple[Slots, Emitted]:
+    """Up to `length` blocks of one token each as one: `one` takes slots to slots and what the rows got."""
+    batch = slots.active.shape[0]
 
     def next_token(carry):
         i, slots, out = carry
-        unread, active = slots.token[:, None], slots.active
-        if mock:
-            logits, cache = model.mock_ar_logits(unread, slots.cache)[:, 0], slots.cache
-        else:
-            logits, cache = model.extend(unread, active.astype(jnp.int32), slots.cache)
-        prediction = choose(sampling, seed, slots.number, slots.count, logits)
-        token = jnp.where(active, prediction.tokens, slots.token)
-        count = slots.count + active
-        continuing = active & (token != eos) & (count < slots.limit)
-        if mock:
-            _, cache = model.extend(unread, continuing.astype(jnp.int32), cache)
+        slots, new = one(slots)
         out = out._replace(
-            tokens=out.tokens.at[:, i].set(token),
-            count=out.count + active,
-            active=continuing,
-            denoiser_evaluations=out.denoiser_evaluations + (active & mock),
-            context_evaluations=out.context_evaluations + (continuing if mock else active),
-            finite=out.finite & (prediction.finite | ~active),
+            tokens=out.tokens.at[:, i].set(new.tokens[:, 0]),
+            count=out.count + new.count,
+            active=new.active,
+            denoiser_evaluations=out.denoiser_evaluations + new.denoiser_evaluations,
+            context_evaluations=out.context_evaluations + new.context_evaluations,
+            finite=out.finite & new.finite,
         )
-        return i + 1, slots.replace(cache=cache, token=token, count=count, active=continuing), out
+        return i + 1, slots, out
 
-    out = Emitted(
-        tokens=jnp.zeros((active.shape[0], length), jnp.int32),
-        count=zeros,
-        active=active,
-        denoiser_evaluations=zeros,
-        context_evaluations=zeros,
-        finite=jnp.ones(active.shape, bool),
-    )
-    carry = jnp.int32(0), slots.replace(active=active), out
+    zeros = jnp.zeros(batch, jnp.int32)
+    out = Emitted(jnp.zeros((batch, length), jnp.int32), zeros, slots.active, zeros, zeros, jnp.ones(batch, bool))
+    carry = jnp.int32(0), slots, out
     _, slots, out = jax.lax.while_loop(lambda c: (c[0] < length) & jnp.any(c[1].active), next_token, carry)
     return slots, out

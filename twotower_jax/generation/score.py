@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax.diffusion import token_log_probabilities
+from twotower_jax.generation.placement import rows_together
 from twotower_jax.parameters import Params, bind
 from twotower_jax.tokens import check_ids, pad_rows
 from twotower_jax.two_tower import TwoTower
@@ -108,4 +109,4 @@ def _checked(ids, model, i) -> np.ndarray:
 
 def _filled(batch, batch_size: int, total: int) -> list:
     """A last, smaller batch filled up with its last row, so that it is compiled no second time."""
-    return list(batch) + [batch[-1]] * (min(batch_size, total) - len(batch))
+    return list(batch) + [batch[-1]] * (rows_together(batch_size, total) - len(batch))

@@ -69,6 +69,7 @@ class Step(NamedTuple):
       xt: the block's S tokens before the step, the mask token where undecided.
       tokens: the same after the step.
       confidence: the probability of the token chosen at each position; says nothing where xt was decided.
+      experts: if asked for, those that each layer with experts used: (layers, S, k) numbers, of a position best first.
     """
 
     block: int
@@ -77,6 +78,7 @@ class Step(NamedTuple):
     xt: list[int]
     tokens: list[int]
     confidence: list[float]
+    experts: list[list[list[int]]] | None = None
 
     @property
     def committed(self) -> list[int]:

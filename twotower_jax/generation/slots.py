@@ -6,14 +6,18 @@ independent: a slot that is not active takes part in the arithmetic and changes 
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from twotower_jax import sharding
 from twotower_jax.diffusion import Prediction, SamplingConfig, sample_tokens
-from twotower_jax.parameters import Params, bind
+from twotower_jax.generation.placement import bind_part
+from twotower_jax.layers.attention import AttentionCache, AttentionMemory
+from twotower_jax.parameters import Params
 from twotower_jax.tower import Cache
 from twotower_jax.two_tower import TwoTower
 
@@ -69,9 +73,9 @@ class First(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "batch", "capacity"))
 def allocate(*, model: TwoTower, batch: int, capacity: int) -> Slots:
-    """B empty slots with room for `capacity` positions each."""
+    """B empty slots with room for `capacity` positions each, on the mesh in force."""
     zeros = jnp.zeros(batch, jnp.int32)
-    return Slots(
+    slots = Slots(
         cache=model.context_tower.empty_cache(batch, capacity),
         number=zeros.astype(jnp.uint32),
         token=zeros,
@@ -79,12 +83,31 @@ def allocate(*, model: TwoTower, batch: int, capacity: int) -> Slots:
         limit=zeros,
         active=zeros.astype(bool),
     )
+    return laid_out(model, slots)
 
 
-def cache_bytes(model: TwoTower, batch: int, capacity: int) -> int:
-    """Size of what `allocate` allocates, computed without allocating it."""
+def _axes(model: TwoTower) -> Slots:
+    """The logical axes of every array of a table."""
+    rows = ("batch",)
+    return Slots(cache=model.context_tower.cache_axes(), number=rows, token=rows, count=rows, limit=rows, active=rows)
+
+
+def laid_out(model: TwoTower, slots: Slots) -> Slots:
+    """The table as it lies on the mesh in force: rows over the devices of the batch, states by heads over "tensor"."""
+    return jax.tree.map(sharding.constrain, slots, _axes(model))
+
+
+def cache_bytes(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = None) -> int:
+    """Size of what `allocate` allocates on each device, computed without allocating it."""
+
+    def bytes_of(v, axes):
+        shape = v.shape
+        if mesh is not None:
+            shape = NamedSharding(mesh, sharding.spec(axes, shape, mesh.shape)).shard_shape(shape)
+        return math.prod(shape) * v.dtype.itemsize
+
     slots = jax.eval_shape(functools.partial(allocate, model=model, batch=batch, capacity=capacity))
-    return sum(math.prod(v.shape) * v.dtype.itemsize for v in jax.tree.leaves(slots))
+    return sum(jax.tree.leaves(jax.tree.map(bytes_of, slots, _axes(model))))
 
 
 def row_keys(seed: jax.Array, number: jax.Array) -> jax.Array:
@@ -130,7 +153,7 @@ def prefill(
       first: how AR chooses the first new token, from the logits after the prompt. None for modes that do not; `First`
         then says nothing, and the slot's token is the piece's `unread`.
     """
-    bound = bind(model, params)
+    bound = bind_part(model, params)
     tower = bound.context_tower
     rows = tower.clear_rows(tower.take_rows(slots.cache, piece.slot), piece.first)
     logits, rows = bound.extend(piece.ids, piece.lengths, rows)
@@ -157,4 +180,64 @@ def prefill(
         limit=put(slots.limit, piece.limit),
         active=put(slots.active, active),
     )
-    return slots, First(token, finite)
+    return laid_out(model, slots), First(token, finite)
+
+
+# For a denoiser on devices of its own: what its copy of the table is sent.
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def take_slots(slots: Slots, rows: jax.Array, *, model: TwoTower) -> Slots:
+    """The slots `rows` (R,) int32 as a table of their own; of one out of range, something."""
+    part = jax.tree.map(lambda v: jnp.take(v, rows, mode="clip"), slots.replace(cache=None))
+    return laid_out(model, part.replace(cache=model.context_tower.take_rows(slots.cache, rows)))
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="view")
+def put_slots(view: Slots, rows: jax.Array, part: Slots, *, model: TwoTower) -> Slots:
+    """The table with the slots `rows` (R,) int32 replaced; none for one out of range. It consumes `view`."""
+    new = jax.tree.map(
+        lambda v, new: v.at[rows].set(new, mode="drop"), view.replace(cache=None), part.replace(cache=None)
+    )
+    return laid_out(model, new.replace(cache=model.context_tower.put_rows(view.cache, rows, part.cache)))
+
+
+def newest(model: TwoTower, slots: Slots, before: jax.Array, width: int) -> Slots:
+    """What changed since the cache's lengths were `before` (B,): all but the keys, and of these `width` positions.
+
+    In place of each `AttentionCache` stands the `AttentionMemory` of these positions.
+    """
+
+    def keys(cache: Any, stacked: bool) -> Any:
+        if not isinstance(cache, AttentionCache):
+            return cache
+
+        def cut(v):  # (B, K, T, P)
+            return jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))(v, before, width, 1)
+
+        cut = jax.vmap(cut) if stacked else cut
+        return AttentionMemory(key=cut(cache.key), value=cut(cache.value))
+
+    layers = [
+        tuple(keys(cache, stretch.repeats > 1) for cache in segment)
+        for stretch, segment in zip(model.context_tower.stretches, slots.cache.layers, strict=True)
+    ]
+    return slots.replace(cache=slots.cache.replace(layers=layers))
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="view")
+def absorb(view: Slots, news: Slots, *, model: TwoTower) -> Slots:
+    """The table after what `newest` tells of it. It consumes `view`."""
+    before = view.cache.lengths
+
+    def write(old: Any, new: Any, stacked: bool) -> Any:
+        if not isinstance(old, AttentionCache):
+            return new
+        append = jax.vmap(AttentionCache.append, in_axes=(0, 0, None)) if stacked else AttentionCache.append
+        return append(old, new, before)
+
+    layers = [
+        tuple(write(*pair, stretch.repeats > 1) for pair in zip(*segments, strict=True))
+        for stretch, *segments in zip(model.context_tower.stretches, view.cache.layers, news.cache.layers, strict=True)
+    ]
+    return laid_out(model, news.replace(cache=news.cache.replace(layers=layers)))

@@ -34,51 +34,36 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.diffusion import SamplingConfig, predict
-from twotower_jax.generation.modes import Emitted, denoise
+from twotower_jax.generation.modes import Call, Denoised, Emitted, Recipe, denoise
 from twotower_jax.generation.slots import Slots, next_keys, row_keys
-from twotower_jax.parameters import Params, bind
 from twotower_jax.two_tower import TwoTower
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "record"), donate_argnames="slots")
-def speculative_block(
-    params: Params,
-    slots: Slots,
-    alive: jax.Array,
-    seed: jax.Array,
-    eos: jax.Array,
-    tolerance: jax.Array,
-    *,
-    model: TwoTower,
-    sampling: SamplingConfig,
-    record: bool,
-) -> tuple[Slots, Emitted]:
-    """One draft and its verification: 1 … S tokens a row. Arguments and results as in modes.py; tolerance a scalar."""
-    model = bind(model, params)
-    active = slots.active & alive
-    batch, size = active.shape[0], sampling.block_size
-
-    # Position j of the block holds new token count − 1 + j of its row.
-    numbers = slots.count[:, None] + jnp.arange(-1, size - 1)
-    keys = next_keys(seed, slots.number, jnp.concatenate([numbers, slots.count[:, None] + size - 1], axis=1))
+def draft(model: TwoTower, slots: Slots, call: Call, recipe: Recipe) -> Denoised:
+    """A block (B, S) whose first token is given."""
+    batch, size = slots.active.shape[0], recipe.sampling.block_size
     masks = jnp.full((batch, size - 1), model.config.mask_token_id, jnp.int32)
-    draft = denoise(
+    done = denoise(
         model,
-        sampling,
+        recipe,
+        call,
         slots.cache,
         jnp.concatenate([slots.token[:, None], masks], axis=1),
-        active,
-        keys=row_keys(seed, slots.number),
+        slots.active & call.alive,
+        keys=row_keys(call.seed, slots.number),
         block=slots.count,
-        record=record,
-        token_keys=keys[:, :size],
+        token_keys=_keys(slots, call, size)[:, :size],
     )
     # AR may have said the mask token, which the denoiser then took for an undecided position.
-    block = draft.block.at[:, 0].set(slots.token)
+    return done._replace(block=done.block.at[:, 0].set(slots.token))
 
+
+def commit(model: TwoTower, slots: Slots, call: Call, recipe: Recipe, draft: Denoised) -> tuple[Slots, Emitted]:
+    """Verification of a draft: 1 … S tokens a row."""
+    active, size, block = slots.active & call.alive, recipe.sampling.block_size, draft.block
     logits, memories = model.verify(block, slots.cache)
-    choices, finite = _choices(sampling, keys[:, 1:], logits)
-    kept = _keep(block[:, 1:], choices[:, :-1], logits[:, :-1], tolerance)
+    choices, finite = _choices(recipe.sampling, _keys(slots, call, size)[:, 1:], logits)
+    kept = _keep(block[:, 1:], choices[:, :-1], logits[:, :-1], call.tolerance)
     accepted = jnp.sum(jnp.cumprod(kept, axis=1, dtype=jnp.int32), axis=1)
 
     place = jnp.arange(size)
@@ -86,7 +71,7 @@ def speculative_block(
     added = jnp.where(active, accepted + 1, 0)
     given_out = place < added[:, None]
     count = slots.count + added
-    continuing = active & ~jnp.any((tokens == eos) & given_out, axis=1) & (count < slots.limit)
+    continuing = active & ~jnp.any((tokens == call.eos) & given_out, axis=1) & (count < slots.limit)
     newest = jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
     emitted = Emitted(
         tokens=tokens,
@@ -99,6 +84,8 @@ def speculative_block(
         accepted=jnp.where(active, accepted, 0),
         trace=draft.trace,
     )
+    # Keys are written behind their last reading, so that they are not copied.
+    memories, added = jax.lax.optimization_barrier((memories, added))
     slots = slots.replace(
         cache=model.keep(slots.cache, memories, added),
         token=jnp.where(active, newest, slots.token),
@@ -106,6 +93,11 @@ def speculative_block(
         active=continuing,
     )
     return slots, emitted
+
+
+def _keys(slots: Slots, call: Call, size: int) -> jax.Array:
+    """Keys (B, S + 1) of the tokens of a block and the one behind: position j holds new token count − 1 + j."""
+    return next_keys(call.seed, slots.number, slots.count[:, None] + jnp.arange(-1, size))
 
 
 def _choices(sampling: SamplingConfig, keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:

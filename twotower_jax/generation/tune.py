@@ -13,6 +13,7 @@ from typing import Any
 
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation.engine import generate
+from twotower_jax.generation.placement import Placement, in_force
 from twotower_jax.generation.quality import generated_likelihoods
 from twotower_jax.generation.settings import Result, Settings
 from twotower_jax.parameters import Params
@@ -97,6 +98,7 @@ def sweep(
     samplings: Sequence[SamplingConfig],
     rounds: int = 3,
     report: Callable[[str], None] = lambda message: None,
+    placement: Placement = Placement(),  # noqa: B008 (frozen)
 ) -> Sweep:
     """Measures AR and every sampling.
 
@@ -104,29 +106,31 @@ def sweep(
       settings: of every run, but for mode and sampling.
       rounds: timed ones.
       report: gets a line after each run.
+      placement: the devices, the same for both towers.
 
     Raises:
       ValueError, FloatingPointError: as of `generate`.
     """
+    params = placement.context_params(model, params)
     runs = [dataclasses.replace(settings, mode="ar", sampling=SamplingConfig())]
     runs += [dataclasses.replace(settings, mode="diffusion", sampling=sampling) for sampling in samplings]
     results = []
     for number, run in enumerate(runs, 1):
-        results.append(list(generate(model, params, prompts, run)))
+        results.append(list(generate(model, params, prompts, run, placement=placement)))
         report(f"compiled {number}/{len(runs)}")
     seconds = [[] for _ in runs]
     for turn in range(1, rounds + 1):
         for run, times in zip(runs, seconds, strict=True):
             start = time.perf_counter()
-            for _ in generate(model, params, prompts, run):
+            for _ in generate(model, params, prompts, run, placement=placement):
                 pass
             times.append(time.perf_counter() - start)
         report(f"round {turn}/{rounds}")
     points = []
     for run, rows, times in zip(runs, results, seconds, strict=True):
-        likelihoods = generated_likelihoods(
-            model, params, [(row.prompt_ids, row.tokens) for row in rows], settings.batch_size
-        )
+        pairs = [(row.prompt_ids, row.tokens) for row in rows]
+        with in_force(placement.context):
+            likelihoods = generated_likelihoods(model, params, pairs, settings.batch_size)
         sampling = run.sampling if run.mode == "diffusion" else None
         total = sum(x.log_likelihood for x in likelihoods) / sum(x.tokens for x in likelihoods)
         points.append(_point(sampling, rows, results[0], statistics.median(times), total))

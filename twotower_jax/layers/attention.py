@@ -15,7 +15,10 @@ from twotower_jax.parameters import Scope, normal
 
 @flax.struct.dataclass
 class AttentionCache:
-    """Keys and values of the tokens so far: key and value (B, T, K, P), of which each row uses its first `lengths`."""
+    """Keys and values of the tokens so far: key and value (B, K, T, P), of which each row uses its first `lengths`.
+
+    Heads come before positions, so that a head's keys are one matrix, as the products want them.
+    """
 
     key: jax.Array
     value: jax.Array
@@ -28,7 +31,7 @@ class AttentionCache:
 
         def write(old, update):
             return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
-                old, update.astype(old.dtype), lengths, 0
+                old, update.astype(old.dtype), lengths, 1
             )
 
         return AttentionCache(key=write(self.key, new.key), value=write(self.value, new.value))
@@ -36,7 +39,7 @@ class AttentionCache:
 
 @flax.struct.dataclass
 class AttentionMemory:
-    """Keys and values of a whole sequence, (B, L, K, P) each."""
+    """Keys and values of a whole sequence, (B, K, L, P) each."""
 
     key: jax.Array
     value: jax.Array
@@ -88,7 +91,9 @@ class Attention(nnx.Module):
         sources = (kernels.Keys(key, value, stop, document_start),)
         if cache is not None:
             sources = (kernels.Keys(cache.key, cache.value, cache_lengths[:, None]), *sources)
-        return self._output(_attend(q, sources)), AttentionMemory(key=key, value=value)
+        return self._output(_attend(q, sources, implementation=self.backends.attention)), AttentionMemory(
+            key=key, value=value
+        )
 
     def blockwise(
         self,
@@ -114,13 +119,14 @@ class Attention(nnx.Module):
         else:
             stop = (jnp.arange(x.shape[1]) // block_size * block_size)[None]
         sources = (kernels.Keys(memory.key, memory.value, stop, document_start),)
-        return self._output(_attend(q, sources, (key, value), block_size))
+        return self._output(_attend(q, sources, (key, value), block_size, self.backends.attention))
 
     def _project(self, x):
-        """q (B, L, H, P), key and value (B, L, K, P)."""
-        return tuple(
+        """q (B, L, H, P), key and value (B, K, L, P)."""
+        q, key, value = (
             proj(x).reshape(*x.shape[:-1], -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return q, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
 
     def _output(self, y):
         return self.o_proj(y.reshape(*y.shape[:2], -1))
@@ -131,26 +137,27 @@ def _attend(
     sources: tuple[kernels.Keys, ...],
     own_block: tuple[jax.Array, jax.Array] | None = None,
     block_size: int | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`kernels.attention`, every device taking its rows, its heads and its positions as queries.
 
     Keys are few (two heads in the release): each device has all positions of them, and picks the heads that its
     queries read.
     """
-    heads, kv_heads = q.shape[2], sources[0].key.shape[2]
+    heads, kv_heads = q.shape[2], sources[0].key.shape[1]
     whole = ("batch", None, None, None)
 
     def attend(q, sources, own_block):
         pick = _heads_read(heads // kv_heads, q.shape[2], kv_heads)
         sources = tuple(s._replace(key=pick(s.key), value=pick(s.value)) for s in sources)
         own_block = None if own_block is None else tuple(map(pick, own_block))
-        return kernels.attention(q, sources, own_block=own_block, block_size=block_size)
+        return kernels.attention(q, sources, own_block=own_block, block_size=block_size, implementation=implementation)
 
     def end_axes(end):
         return None if end is None else (("batch", None)[end.shape[0] == 1], ("length", None)[end.shape[1] == 1])
 
     queries = ("batch", "length", "heads", None)
-    own = ("batch", "length", None, None)
+    own = ("batch", None, "length", None)
     axes = (
         queries,
         tuple(kernels.Keys(whole, whole, end_axes(s.stop), end_axes(s.start)) for s in sources),
@@ -160,9 +167,9 @@ def _attend(
 
 
 def _heads_read(ratio: int, heads: int, kv_heads: int):
-    """Picks, of (B, T, K, P) keys or values, those that this device's `heads` query heads read."""
+    """Picks, of (B, K, T, P) keys or values, those that this device's `heads` query heads read."""
     if sharding.shards("tensor") == 1:
         return lambda v: v
     count = max(1, heads // ratio)
     first = jax.lax.axis_index("tensor") * heads // ratio
-    return lambda v: jax.lax.dynamic_slice_in_dim(v, first, count, axis=2)
+    return lambda v: jax.lax.dynamic_slice_in_dim(v, first, count, axis=1)

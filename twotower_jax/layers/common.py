@@ -9,7 +9,8 @@ from flax import nnx
 
 from twotower_jax.kernels.experts import relu2
 from twotower_jax.kernels.gated_norm import rms_norm
-from twotower_jax.parameters import LINEAR, Initializer, Scope, constant, use
+from twotower_jax.kernels.quantized import Quantized, as_array
+from twotower_jax.parameters import COLUMNS, LINEAR, Initializer, Scope, constant, use
 
 # By the names of published configurations, where "gelu" is the exact one.
 ACTIVATIONS = {
@@ -36,9 +37,17 @@ def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x · w in x's dtype."""
-    return jnp.matmul(x, w.astype(x.dtype), precision=precision_of(x.dtype))
+def matmul(x: jax.Array, w: jax.Array | Quantized, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x · w in `dtype`, or x's; with a matrix (K, N) that may be quantized.
+
+    Of a matrix with a scale a column the product is (x · values) · scales: the values are whole numbers that bfloat16
+    holds exactly, so that only the result is rounded, and what is read from memory are the values.
+    """
+    dtype, precision = dtype or x.dtype, precision_of(x.dtype)
+    if isinstance(w, Quantized) and w.bits == 8 and w.scales.shape[-2] == 1:
+        y = jnp.matmul(x, w.values.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+        return (y * w.scales[0].astype(jnp.float32)).astype(dtype)
+    return jnp.matmul(x, as_array(w, x.dtype), precision=precision, preferred_element_type=dtype)
 
 
 def _as_is(columns: jax.Array) -> jax.Array:
@@ -46,15 +55,24 @@ def _as_is(columns: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x · weight + bias, weight (in, out), bias (out,) or none."""
+    """x · weight + bias, weight (in, out), bias (out,) or none.
+
+    `scales` None keeps the weight from ever being quantized.
+    """
 
     def __init__(
-        self, scope: Scope, shape: tuple[int, int], axes: tuple[str | None, str | None], init: Initializer, bias: bool
+        self,
+        scope: Scope,
+        shape: tuple[int, int],
+        axes: tuple[str | None, str | None],
+        init: Initializer,
+        bias: bool,
+        scales: str | None = COLUMNS,
     ):
-        self.weight = scope.declare("weight", shape, axes, init, layout=LINEAR)
+        self.weight = scope.declare("weight", shape, axes, init, layout=LINEAR, scales=scales)
         self.bias = scope.declare("bias", shape[1:], axes[1:], constant(0.0), decay=False) if bias else None
 
     def __call__(self, x: jax.Array, arrange: Callable[[jax.Array], jax.Array] = _as_is) -> jax.Array:
         """(…, in) → (…, out); `arrange` reorders the columns of weight and bias, and so those of the result."""
-        y = matmul(x, arrange(use(self.weight, x.dtype)))
+        y = matmul(x, jax.tree.map(arrange, use(self.weight, x.dtype)))
         return y if self.bias is None else y + arrange(use(self.bias, y.dtype))

@@ -1,6 +1,7 @@
 """Mixture of experts with sigmoid routing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), and the dense MLP."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,14 @@ from twotower_jax.kernels import double_float
 from twotower_jax.kernels.experts import ROUTING, Weights
 from twotower_jax.layers import expert_parallel
 from twotower_jax.layers.common import ACTIVATIONS, Linear
-from twotower_jax.parameters import LINEAR, Scope, constant, normal, use
+from twotower_jax.parameters import GROUPS, LINEAR, Scope, at_rest, constant, normal, use
 
 # Logical axes, for `sharding.local`.
 _TOKENS = ("batch", "length", None)
 _ROUTER_AXES = ((None, None), (None,))
 _WEIGHT_AXES = Weights(
-    up=("experts", None, "expert_mlp"),
-    down=("experts", "expert_mlp", None),
+    up=sharding.AtRest(("experts", "embed", "expert_mlp")),
+    down=sharding.AtRest(("experts", "expert_mlp", "embed")),
     up_bias=("experts", "expert_mlp"),
     down_bias=("experts", None),
 )
@@ -111,6 +112,18 @@ class Router(nnx.Module):
         return tuple(jnp.where(keep[..., None], v, 0.0).reshape(scores[0].shape) for v in grouped)
 
 
+class Routing(NamedTuple):
+    """What a router did.
+
+    Attributes:
+      load: (E,) float32, each expert's number of tokens as a multiple of the even share.
+      experts: (B, L, k) int32, those of each token, best first.
+    """
+
+    load: jax.Array
+    experts: jax.Array
+
+
 class Experts(nnx.Module):
     """Σ weight · expert(x) over the chosen experts, plus the shared expert. No capacity, no dropped tokens."""
 
@@ -132,6 +145,7 @@ class Experts(nnx.Module):
             normal(up_std),
             layout=LINEAR,
             experts=num_experts,
+            scales=GROUPS,
         )
         self.down = scope.declare(
             "experts.{e}.down_proj.weight",
@@ -140,6 +154,7 @@ class Experts(nnx.Module):
             normal(down_std),
             layout=LINEAR,
             experts=num_experts,
+            scales=GROUPS,
         )
 
         def bias(name: str, width: int, axis: str):
@@ -158,16 +173,16 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, L, D) → (B, L, D)"""
-        return self.with_load(x)[0]
+        return self.with_routing(x)[0]
 
-    def with_load(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(B, L, D) → (B, L, D), and each expert's number of tokens as a multiple of the even share, (E,) float32."""
-        routed = sharding.local(self._routed, (_TOKENS, _ROUTER_AXES, _WEIGHT_AXES), (_TOKENS, (None,)))
+    def with_routing(self, x: jax.Array) -> tuple[jax.Array, Routing]:
+        """(B, L, D) → (B, L, D), and which experts it went through."""
+        routed = sharding.local(self._routed, (_TOKENS, _ROUTER_AXES, _WEIGHT_AXES), (_TOKENS, (None,), _TOKENS))
         router = use(self.router.weight, jnp.float32), use(self.router.bias, jnp.float32)
         biases = (None if b is None else use(b, x.dtype) for b in (self.up_bias, self.down_bias))
-        y, tokens = routed(x, router, Weights(use(self.up, x.dtype), use(self.down, x.dtype), *biases))
+        y, tokens, chosen = routed(x, router, Weights(at_rest(self.up, x.dtype), at_rest(self.down, x.dtype), *biases))
         load = tokens * (tokens.size / (x.shape[0] * x.shape[1] * self.router.config.num_experts_per_tok))
-        return (y if self.shared_experts is None else y + self.shared_experts(x)), load
+        return (y if self.shared_experts is None else y + self.shared_experts(x)), Routing(load, chosen)
 
     def _routed(self, x, router, weights):
         """One device's tokens through the routed experts, which may be on other devices."""
@@ -179,9 +194,9 @@ class Experts(nnx.Module):
             implementation=self.backends.expert_mlp,
         )
         load = jnp.bincount(indices.reshape(-1), length=router[1].size).astype(jnp.float32)
-        if over := [axis for axis in (*sharding.BATCH, "sequence") if sharding.shards(axis) > 1]:
+        if over := sharding.dividing("batch", "length"):
             load = jax.lax.psum(load, over)
-        return y.reshape(x.shape), load
+        return y.reshape(x.shape), load, indices.reshape(*x.shape[:2], -1)
 
 
 def _stds(config: ModelConfig) -> tuple[float, float]:

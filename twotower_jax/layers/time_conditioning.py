@@ -56,9 +56,14 @@ class TimeConditioning(nnx.Module):
         width, std = config.hidden_size, config.initializer_range
         self.dtype = dtype
         embedder = scope.child("t_embedder").child("mlp")
-        self.mlp_0 = Linear(embedder.child("0"), (NUM_SINUSOIDS, width), (None, "embed"), normal(std), True)
-        self.mlp_2 = Linear(embedder.child("2"), (width, width), ("embed", None), normal(std), True)
-        self.block = Linear(scope.child("t_block").child("1"), (width, 3 * width), ("embed", None), constant(0.0), True)
+
+        def linear(scope: Scope, shape: tuple[int, int], axes: tuple[str | None, str | None], init: Initializer):
+            # Never quantized: one in 2,000 of the release's parameters, and what they give enters every layer.
+            return Linear(scope, shape, axes, init, bias=True, scales=None)
+
+        self.mlp_0 = linear(embedder.child("0"), (NUM_SINUSOIDS, width), (None, "embed"), normal(std))
+        self.mlp_2 = linear(embedder.child("2"), (width, width), ("embed", None), normal(std))
+        self.block = linear(scope.child("t_block").child("1"), (width, 3 * width), ("embed", None), constant(0.0))
         # One (3, D) table a layer, in the order of the layers.
         prefix = f"{scope.prefixes[0]}scale_shift_tables."
         layers = Scope(tuple(f"{prefix}{i}" for i in range(config.num_hidden_layers)), stacked=True)

@@ -11,22 +11,31 @@ from flax import nnx
 
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
-from twotower_jax.layers.common import precision_of
-from twotower_jax.parameters import LINEAR, Scope, normal, use
+from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.layers.common import matmul
+from twotower_jax.parameters import COLUMNS, LINEAR, Scope, at_rest, normal, use
 
 _TOKENS = ("batch", "length")
 # Logits that may exist at once on a device, 1 GiB in float32.
 _MAX_LOGITS = 2**28
 
 
-def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of a table (V, D) for (B, L) int32 ids: (B, L, D). Ids are in range: the host checks them."""
+def lookup(table: jax.Array | Quantized, ids: jax.Array) -> jax.Array:
+    """Rows of a table (V, D) for (B, L) int32 ids: (B, L, D). Ids are in range: the host checks them.
+
+    A quantized table has a scale a row; its rows come in float32, and nothing but them is read.
+    """
+
+    def rows(table, ids):
+        if isinstance(table, Quantized):
+            return _take(table.values, ids).astype(jnp.float32) * _take(table.scales, ids).astype(jnp.float32)
+        return _take(table, ids)
 
     def take(table, ids):
         if sharding.shards("tensor") == 1:
-            return _take(table, ids)
+            return rows(table, ids)
         place, here = _place_here(table.shape[0], ids)
-        return jax.lax.psum(jnp.where(here[..., None], _take(table, place), 0), "tensor")
+        return jax.lax.psum(jnp.where(here[..., None], rows(table, place), 0), "tensor")
 
     return sharding.local(take, (("vocab", None), _TOKENS), (*_TOKENS, None))(table, ids)
 
@@ -66,6 +75,7 @@ class Head(nnx.Module):
             ("embed", "vocab"),
             normal(config.initializer_range),
             layout=LINEAR,
+            scales=COLUMNS,
         )
 
     def __call__(self, h: jax.Array) -> jax.Array:
@@ -81,12 +91,12 @@ class Head(nnx.Module):
         Returns:
           (B, L) float32.
         """
-        function = sharding.local(_log_probabilities, ((*_TOKENS, None), (None, "vocab"), _TOKENS), _TOKENS)
-        return function(h, use(self.weight, h.dtype), ids)
+        axes = (*_TOKENS, None), sharding.AtRest(("embed", "vocab")), _TOKENS
+        return sharding.local(_log_probabilities, axes, _TOKENS)(h, at_rest(self.weight, h.dtype), ids)
 
 
-def _logits(h: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.matmul(h, weight, precision=precision_of(h.dtype), preferred_element_type=jnp.float32)
+def _logits(h: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
+    return matmul(h, weight, jnp.float32)
 
 
 def _log_probabilities(h, weight, ids):
@@ -100,16 +110,17 @@ def _log_probabilities(h, weight, ids):
     h = jnp.pad(h.reshape(-1, width), [(0, padding), (0, 0)]).reshape(tiles, tile, width)
     targets = jnp.pad(ids.reshape(-1), (0, padding)).reshape(tiles, tile)
     # The weight goes in as float32, so that its gradient is summed over the tiles in float32.
-    wide = weight.astype(jnp.float32)
+    wide = weight if isinstance(weight, Quantized) else weight.astype(jnp.float32)
 
     @jax.checkpoint
     def one_tile(inputs):
-        return _tile_log_probabilities(*inputs, wide.astype(weight.dtype))
+        narrow = wide if isinstance(weight, Quantized) else wide.astype(weight.dtype)
+        return _tile_log_probabilities(*inputs, narrow)
 
     return jax.lax.map(one_tile, (h, targets)).reshape(-1)[:tokens].reshape(ids.shape)
 
 
-def _tile_log_probabilities(h: jax.Array, ids: jax.Array, weight: jax.Array) -> jax.Array:
+def _tile_log_probabilities(h: jax.Array, ids: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """(T, D) and (T,) → (T,) float32, with this device's share (D, V/n) of the weight."""
     logits = _logits(h, weight)
     place, _ = _place_here(weight.shape[1], ids)

@@ -1,15 +1,18 @@
 """What generation takes of one device that is not there: its three functions, compiled for it."""
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from twotower_jax import quantization
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import bind, parameter_table, unflatten
+from twotower_jax.planning import gates
 from twotower_jax.planning.hardware import GIB, Hardware
 from twotower_jax.planning.plan import HEADROOM
+from twotower_jax.quantization import Method
 from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
@@ -26,10 +29,11 @@ class Function(NamedTuple):
 
 
 class ServingPlan(NamedTuple):
-    """Both towers in bfloat16 on one device, `batch` rows of `capacity` positions. Bytes.
+    """Both towers in bfloat16 or quantized on one device, `batch` rows of `capacity` positions. Bytes.
 
     Attributes:
       weights, cache: what stays. functions: what each needs for a while; the largest counts.
+      processor_seconds: that compiling took on all cores. gates: of all functions.
     """
 
     hardware: str
@@ -40,6 +44,9 @@ class ServingPlan(NamedTuple):
     cache: int
     memory: int
     functions: list[Function]
+    processor_seconds: float
+    gates: list[gates.Gate]
+    method: str | None = None
 
     @property
     def total(self) -> int:
@@ -51,7 +58,13 @@ class ServingPlan(NamedTuple):
 
 
 def plan_serving(
-    model_config: ModelConfig, hardware: Hardware, *, batch: int, capacity: int, block_size: int
+    model_config: ModelConfig,
+    hardware: Hardware,
+    *,
+    batch: int,
+    capacity: int,
+    block_size: int,
+    quantize: Method | None = None,
 ) -> ServingPlan:
     """Compiles prefill of a prompt's piece, a denoiser's evaluation and the extension of the cache for one device."""
     mesh = make_mesh(MeshShape(), list(hardware.devices)[:1])
@@ -62,11 +75,10 @@ def plan_serving(
     def abstract(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    params = unflatten(
-        {
-            path: abstract(p.shape, jnp.float32 if p.float32 else jnp.bfloat16)
-            for path, p in parameter_table(model).items()
-        }
+    table = parameter_table(model)
+    params = jax.tree.map(
+        lambda leaf: abstract(leaf.shape, leaf.dtype),
+        unflatten({path: quantization.abstract(p, quantize) for path, p in table.items()}),
     )
     cache = jax.tree.map(
         lambda leaf: abstract(leaf.shape, leaf.dtype),
@@ -86,7 +98,7 @@ def plan_serving(
         EVALUATION: (lambda p, *a: bind(model, p).denoise(*a), (block, t, cache)),
         "extension by a block": (lambda p, *a: bind(model, p).extend(*a), (block, lengths, cache)),
     }
-    functions = []
+    functions, copies, used = [], [], time.process_time()
     with jax.set_mesh(mesh):
         for name, (function, arguments) in calls.items():
             started = time.monotonic()
@@ -96,20 +108,41 @@ def plan_serving(
             needed = compiled.memory_analysis()
             temporaries = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
             functions.append(Function(name, temporaries, time.monotonic() - started))
+            copies += gates.weight_copies(compiled.as_text(), table.values(), mesh.shape).found
+    used = time.process_time() - used
     weights, held = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(v)) for v in (params, cache))
-    return ServingPlan(hardware.name, batch, capacity, block_size, weights, held, hardware.memory, functions)
+    return ServingPlan(
+        hardware=hardware.name,
+        batch=batch,
+        capacity=capacity,
+        block_size=block_size,
+        weights=weights,
+        cache=held,
+        memory=hardware.memory,
+        functions=functions,
+        processor_seconds=used,
+        gates=[gates.Gate(gates.WEIGHT_COPIES, sorted(set(copies)))],
+        method=None if quantize is None else quantize.name,
+    )
 
 
 def describe(plan: ServingPlan) -> str:
     """Some lines."""
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines = [
-        f"{plan.hardware}: both towers on one device, {plan.batch} rows of {plan.capacity} positions, blocks of "
-        f"{plan.block_size}",
+        f"{plan.hardware}: both towers in {plan.method or 'bfloat16'} on one device, {plan.batch} rows of "
+        f"{plan.capacity} positions, blocks of {plan.block_size}",
         f"  GiB: weights {plan.weights / GIB:.2f}, caches {plan.cache / GIB:.2f}, in all {plan.total / GIB:.2f} of "
         f"{plan.memory / GIB:.0f}: {verdict} with {HEADROOM:.0%} to stay free",
     ]
     for function in plan.functions:
         needs = f"{function.temporaries / GIB:.2f} GiB more"
         lines.append(f"  {function.name}: {needs}, compiled in {function.compile_seconds:.0f} s")
-    return "\n".join(lines)
+    return "\n".join([*lines, *gates.describe(plan.gates)])
+
+
+def as_json(plan: ServingPlan) -> dict[str, Any]:
+    """All figures, JSON values."""
+    functions = [function._asdict() for function in plan.functions]
+    more = {"total": plan.total, "fits": plan.fits, "functions": functions}
+    return plan._asdict() | more | {"gates": {gate.name: gate.found for gate in plan.gates}}

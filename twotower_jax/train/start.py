@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from twotower_jax.checkpoint.load import load
+from twotower_jax.checkpoint.load import load, stored_method
 from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.config import ModelConfig
 from twotower_jax.data import load_tokenizer
@@ -53,6 +53,11 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
         tokenizer, model = load_tokenizer(workdir.path), workdir.model
     elif config.init_from:
         # Any will do for a backbone, which takes the context tower alone.
+        if (method := stored_method(config.init_from)) is not None:
+            raise ValueError(
+                f"init_from={config.init_from}: its weights are quantized ({method.name}), from which training cannot "
+                "start; give the checkpoint that it was made from"
+            )
         variant = None if config.objective == "autoregressive" else config.variant
         loaded = load(config.init_from, variant, config.execution, mesh=mesh)
         tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
