@@ -19,8 +19,8 @@ def _op(name: str) -> Op:
         {
             "xla": Implementation("causal_conv_xla", name),
             "pallas_tpu": Implementation("causal_conv_tpu", name, platform="tpu", has_limits=True),
-            "mosaic_gpu": Implementation("causal_conv_gpu", name, platform="gpu", has_limits=True),
             "pallas_tpu_interpret": Implementation("causal_conv_tpu", name, options=(interpret,)),
+            "mosaic_gpu": Implementation("causal_conv_gpu", name, platform="gpu", has_limits=True),
             "mosaic_gpu_interpret": Implementation("causal_conv_gpu", name, options=(interpret,)),
             "reference": Implementation("reference", name),
         },

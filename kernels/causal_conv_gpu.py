@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.causal_conv_operands import operands
+from twotower_jax.kernels.gpu import not_hopper
 
 _LANES = 128  # Threads of a program.
 _POSITIONS = 64  # Of a program.
@@ -272,7 +273,7 @@ def unsupported(x, *arguments) -> str | None:
         return f"{channels} channels are not a multiple of {_LANES}"
     if width > _WIDEST:
         return f"a width of {width} is more than {_WIDEST}"
-    return None
+    return not_hopper()
 
 
 def causal_conv(x, weight, bias, tail=None, before=None, *, interpret=False):

@@ -193,7 +193,7 @@ def check_against_the_reference(seed, blocks, implementation, longest=70, channe
     blocks=st.booleans(),
     implementation=st.sampled_from(["xla", "pallas_tpu_interpret"]),
 )
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=4)
 def test_random_shapes_documents_and_blocks(monkeypatch_module, seed, blocks, implementation):
     check_against_the_reference(seed, blocks, implementation)
 

@@ -72,11 +72,15 @@ def test_a_name_runs_or_raises():
 
 
 def test_every_implementation_is_one_that_loads():
-    for op in ("ssd", "two_tower_ssd", "block_scan"):
-        assert kernels.implementations(op) == ("xla", "pallas_tpu", "pallas_tpu_interpret", "reference")
-    assert kernels.implementations("causal_conv") == ()
+    of_gpu = ("mosaic_gpu", "mosaic_gpu_interpret")
+    for op in ("ssd", "two_tower_ssd"):
+        assert kernels.implementations(op)[:3] == ("xla", "pallas_tpu", "pallas_tpu_interpret")
+    for op in ("block_scan", "causal_conv", "block_causal_conv"):
+        names = "xla", "pallas_tpu", "pallas_tpu_interpret", *of_gpu, "reference"
+        assert kernels.implementations(op) == names
+    assert kernels.implementations("norm") == ()
     with pytest.raises(KeyError):
-        kernels.chosen("causal_conv")
+        kernels.chosen("norm")
 
 
 def kernels_in(function, *arguments):
