@@ -72,12 +72,13 @@ def test_a_name_runs_or_raises():
 
 
 def test_every_implementation_is_one_that_loads():
-    for op in kernels._OPS.values():
+    for op in kernels.OPS.values():
         assert {"xla"} <= set(op.implementations)
         for one in op.implementations.values():
             assert callable(one.load())
+    assert kernels.implementations("norm") == ()
     with pytest.raises(KeyError):
-        kernels.chosen("nothing")
+        kernels.chosen("norm")
 
 
 def kernels_in(function, *arguments):

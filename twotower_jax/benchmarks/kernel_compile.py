@@ -1,4 +1,4 @@
-"""Compiles scans and attention for chips that are not there, at the shapes of the 30B model, and shows what they take.
+"""Compiles scans, attention and convolutions for chips that are not there, at the shapes of the 30B model.
 
     python launch/benchmark.py kernel_compile --topology=v5p:2x2x1
 
@@ -19,7 +19,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import kernels
-from twotower_jax.benchmarks import _attention_cases
+from twotower_jax.benchmarks import _attention_cases, _convolution_cases
 from twotower_jax.planning import hardware
 
 _LENGTH = 8192
@@ -70,6 +70,11 @@ def main() -> None:
                 result = _compile(Case(*case), device)
                 failures += result.startswith("FAILED")
                 print(f"| {device.device_kind} | {name} | {case[0]} | {dtype} | | {result} |", flush=True)
+            for name in _convolution_cases.implementations(device.platform):
+                for case in _convolution_cases.cases(jnp.dtype(dtype), name):
+                    result = _compile(Case(*case), device)
+                    failures += result.startswith("FAILED")
+                    print(f"| {device.device_kind} | {name} | {case[0]} | {dtype} | | {result} |", flush=True)
     if failures:
         sys.exit(1)
 
