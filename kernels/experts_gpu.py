@@ -23,7 +23,7 @@ from twotower_jax.kernels.experts import Activation, Weights
 from twotower_jax.kernels.experts_tiles import Tiles, in_tiles
 from twotower_jax.kernels.experts_touched import with_gradient
 from twotower_jax.kernels.hopper import not_hopper
-from twotower_jax.kernels.pipeline_gpu import BLOCK, WARPGROUPS, Pipeline, write
+from twotower_jax.kernels.pipeline_gpu import BLOCK, WARPGROUPS, Interpret, Pipeline, write
 from twotower_jax.kernels.quantized import Quantized
 
 MOST_ROWS = 1024
@@ -91,14 +91,14 @@ class _Stored(NamedTuple):
         return blocks, min(_MOST_STAGES, (_SHARED_BYTES // blocks - rest) // one)
 
 
-def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | None, interpret: bool) -> jax.Array:
+def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | None, interpret: Interpret) -> jax.Array:
     """(tiles · tile, K) and (E, K, N): (tiles · tile, N), each tile with its expert's matrix; unused ones unwritten."""
     quantized, kind = isinstance(matrix, Quantized), _Stored.of(matrix)
     summed, columns = matrix.shape[1:]
     steps, across, pieces = -(-summed // kind.step), -(-columns // _COLUMNS), kind.step // kind.piece
     blocks, stages = kind.blocks_and_stages(tile)
     copies = pieces + WARPGROUPS * (1 + quantized)
-    pipeline = Pipeline(tile, stages, copies, blocks=blocks, scaled=quantized)
+    pipeline = Pipeline(tile, stages, copies, interpret, blocks=blocks, scaled=quantized)
 
     def body(source_rows, expert, used, *refs, **scratch):
         *parts, out = refs
@@ -167,10 +167,10 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
         scratch["numbers"] = plgpu.SMEM((WARPGROUPS, 2, _GROUP, BLOCK), jnp.bfloat16)
         arrays = [matrix.values, matrix.scales.astype(jnp.float32)]
     out = jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype)
-    return pipeline.call(body, out, scratch, interpret, rows, tiles.expert, tiles.used.reshape(1), *arrays)
+    return pipeline.call(body, out, scratch, rows, tiles.expert, tiles.used.reshape(1), *arrays)
 
 
-def _forward(activation: Activation, interpret: bool, x, indices, gates, weights: Weights) -> jax.Array:
+def _forward(activation: Activation, interpret: Interpret, x, indices, gates, weights: Weights) -> jax.Array:
     tile = tile_size(indices.size, weights.up.shape[0])
     tiles = in_tiles(indices, weights.up.shape[0], tile)
     hidden = _product(tiles.gather(x), weights.up, tiles, tile, activation, interpret)
@@ -192,7 +192,7 @@ def expert_mlp(
     weights: Weights,
     *,
     activation: Activation,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """See `experts.expert_mlp`; few rows in bfloat16, no biases."""
     return _expert_mlp(activation, interpret, x, indices, gates, weights)
