@@ -129,6 +129,8 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
                 packed = stored[place, warpgroup]
                 numbers[0] = ((packed & 15) ^ 8).astype(jnp.bfloat16) - 8
                 numbers[1] = (packed & -16).astype(jnp.bfloat16) * (1 / 16)
+            scales = [scratch["scales"][place, warpgroup, group] for group in range(2)]
+            # After all that is read from this step's place, too: what follows may overwrite it.
             plgpu.commit_smem()
 
             def both(*accumulators):
@@ -139,9 +141,8 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
                         plgpu.wgmma(accumulator, numbers.at[where].T, operand_piece)
                 return [accumulator[...] for accumulator in accumulators]
 
-            accumulators = [plgpu.ACC((BLOCK, tile), jnp.float32)] * 2
-            for group, product in enumerate(pl.run_scoped(both, *accumulators)):
-                scale = scratch["scales"][place, warpgroup, group]
+            products = pl.run_scoped(both, *[plgpu.ACC((BLOCK, tile), jnp.float32)] * 2)
+            for product, scale in zip(products, scales, strict=True):
                 sums += product * lax.broadcast_in_dim(scale, sums.shape, (0,))
             return sums
 
