@@ -29,6 +29,8 @@ def _op(name: str, **more: Implementation) -> Op:
             "xla": Implementation("ssd_xla", name),
             "pallas_tpu": Implementation(f"{name}_tpu", name, platform="tpu", has_limits=True),
             "pallas_tpu_interpret": Implementation(f"{name}_tpu", name, options=(interpret,)),
+            "mosaic_gpu": Implementation(f"{name}_gpu", name, platform="gpu", has_limits=True),
+            "mosaic_gpu_interpret": Implementation(f"{name}_gpu", name, options=(interpret,)),
             "reference": Implementation("reference", name),
             **more,
         },
@@ -61,8 +63,8 @@ def ssd(
       b: (B, L, G, N). c: (B, L, G, N). G divides H.
       initial_state: (B, H, P, N), zeros if None.
       chunk_size: Q; a detail of the computation, any positive value gives the same result for any L.
-      implementation: "xla", "pallas_tpu", "pallas_tpu_interpret" (on any platform, slow), "reference", or None to
-        choose.
+      implementation: "xla", "pallas_tpu", "mosaic_gpu" (NVIDIA Hopper), "pallas_tpu_interpret" and
+        "mosaic_gpu_interpret" (on any platform, slow), "reference", or None to choose.
 
     Returns:
       y (B, L, H, P) float32, without the skip term D·x, and the state after the last position (B, H, P, N) float32.

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 
 from twotower_jax.kernels import tpu
 from twotower_jax.kernels.log_decay import Sum, cumulative, in_chunks
+from twotower_jax.kernels.split import for_products
 from twotower_jax.kernels.tpu_layout import Layout, chunk_length, layout
 from twotower_jax.kernels.tpu_layout import unsupported as _unsupported_blocks
 
@@ -204,7 +205,7 @@ def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128, interpret
     cut = layout(x.shape, b.shape, chunk, interpret)
     dt, log_decay = (in_chunks(v.astype(jnp.float32), chunk) for v in (dt, log_decay))
     rows = (cut.to_rows(v.reshape(batch, -1, heads)) for v in (dt, *cumulative(log_decay, chunk)))
-    x, b, c = (in_chunks(tpu.for_products(v), chunk).reshape(batch, -1, v.shape[2] * v.shape[3]) for v in (x, b, c))
+    x, b, c = (in_chunks(for_products(v), chunk).reshape(batch, -1, v.shape[2] * v.shape[3]) for v in (x, b, c))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, head_dim, state), jnp.float32)
     initial = initial_state.astype(jnp.float32).reshape(batch, cut.blocks, -1, state)

@@ -7,13 +7,10 @@ rows (R, Q), positions along the lanes; heads of x stand side by side in (Q, R·
 import jax
 import jax.numpy as jnp
 
+from twotower_jax.kernels.split import parts
+
 # For the contraction of dot: rows with columns, rows with rows, columns with columns.
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
-
-
-def for_products(x: jax.Array) -> jax.Array:
-    """As bfloat16 if it is, otherwise as float32: what `dot` takes."""
-    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]] = NN) -> jax.Array:
@@ -29,22 +26,10 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]] = NN
     if a.dtype == b.dtype == jnp.bfloat16:
         return once(a, b)
     if b.dtype == jnp.bfloat16:
-        return sum(once(part, b) for part in _parts(a))
+        return sum(once(part, b) for part in reversed(parts(a)))
     if a.dtype == jnp.bfloat16:
-        return sum(once(a, part) for part in _parts(b))
+        return sum(once(a, part) for part in reversed(parts(b)))
     return once(a, b, jax.lax.Precision.HIGHEST)
-
-
-def _parts(x: jax.Array) -> list[jax.Array]:
-    """Three bfloat16 arrays whose sum is x (float32), the smallest first."""
-    parts = []
-    for _ in range(3):
-        # The upper half of the bits is a bfloat16 number. Not a cast and its inverse, which a compiler may drop.
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        part = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        parts.append(part.astype(jnp.bfloat16))
-        x = x - part
-    return parts[::-1]
 
 
 def columns(*rows: jax.Array) -> list[jax.Array]:

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 
 from twotower_jax.kernels import tpu
 from twotower_jax.kernels.log_decay import Sum, cumulative, in_chunks, query_sums
+from twotower_jax.kernels.split import for_products
 from twotower_jax.kernels.tpu_layout import Layout, chunk_length, layout
 from twotower_jax.kernels.tpu_layout import unsupported as _unsupported_blocks
 
@@ -271,7 +272,7 @@ def two_tower_ssd(
     inside, before = query_sums(log_decay, context_sum, block_size)
 
     def flat(v):
-        return in_chunks(tpu.for_products(v), chunk).reshape(batch, -1, v.shape[2] * v.shape[3])
+        return in_chunks(for_products(v), chunk).reshape(batch, -1, v.shape[2] * v.shape[3])
 
     def rows(*arrays):
         return (cut.to_rows(v.reshape(batch, -1, heads)) for v in arrays)

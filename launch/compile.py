@@ -2,16 +2,24 @@
 
     python launch/compile.py --config=configs/nano30b.py --topology=v5p:8x8x4 [--config.mesh.expert=8 …]
     python launch/compile.py --config=configs/nano30b.py --topology=h200:1 --serve --batch_size=64 --capacity=4096
+    python launch/compile.py --config=configs/nano30b.py --table=scale.json [--topology=v6e:16x16] [--prices=v5p=3.5]
 
 The second compiles what generation runs on one device, both towers in bfloat16 or --quantize, instead of the train
-step.
+step. The third makes the table of docs/scale.md: every row that the file lacks, each in a process of its own, and
+prints the table; with --topology it makes these rows again, and no others.
+
 Topologies are TPUs, such as v5p:8x8x4, v6e:16x16 or tpu7x:4x4x8 (package libtpu), and NVIDIA H200s, such as h200:64
 (packages jax-cuda13-plugin and jax-cuda13-pjrt). Several may be given, separated by commas. Ends with status 1 if one
-does not fit or holds a buffer that the design rules out.
+does not fit or holds a buffer that the design rules out. A step of the 30B model takes 10 GB of memory to compile.
 """
 
 import json
 import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
 
 # Nothing runs here: no accelerator is looked for.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,48 +28,84 @@ from absl import flags
 from ml_collections import config_flags
 
 from twotower_jax import command_line
-from twotower_jax.planning import hardware, report, serving
-from twotower_jax.planning.plan import Plan, plan_step
+from twotower_jax.planning import hardware, report, serving, table
+from twotower_jax.planning.plan import plan_step
 from twotower_jax.quantization import METHODS
 from twotower_jax.train.config import TrainConfig, freeze
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/ or your own.", lock_config=True)
-TOPOLOGY = flags.DEFINE_list("topology", None, "What to compile for.")
+TOPOLOGY = flags.DEFINE_list("topology", [], "What to compile for.")
 SERVE = flags.DEFINE_bool("serve", False, "Compile generation on one device instead of the train step.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "With --serve: rows together.", lower_bound=1)
 CAPACITY = flags.DEFINE_integer("capacity", 4096, "With --serve: positions of a row.", lower_bound=1)
 QUANTIZE = flags.DEFINE_enum("quantize", None, list(METHODS), "With --serve: weights in fewer bits.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file, a JSON list.")
-flags.mark_flags_as_required(["config", "topology"])
+TABLE = flags.DEFINE_string("table", None, "A JSON file with the rows of docs/scale.md, to be completed and printed.")
+PRICES = flags.DEFINE_list("prices", [], "With --table: dollars an hour of a chip, GENERATION=DOLLARS.")
+flags.mark_flag_as_required("config")
 
 
 def main() -> None:
     config = freeze(CONFIG.value)
-    found = [hardware.find(name) for name in TOPOLOGY.value]
-    if SERVE.value:
-        fit = [_serve(config, one) for one in found]
-    else:
-        plans = [_train(config, one) for one in found]
-        fit = [plan.fits and not any(gate.found for gate in plan.gates) for plan in plans]
+    if TABLE.value:
+        fine = _make_table(pathlib.Path(TABLE.value))
+    elif TOPOLOGY.value:
+        found = [hardware.find(name) for name in TOPOLOGY.value]
+        plans = [_serve(config, one) if SERVE.value else _train(config, one) for one in found]
         if JSON.value:
-            with open(JSON.value, "w", encoding="utf-8") as file:
-                json.dump([report.as_json(plan) for plan in plans], file, indent=2)
-    if not all(fit):
+            pathlib.Path(JSON.value).write_text(json.dumps(plans, indent=1), encoding="utf-8")
+        fine = all(map(_is_fine, plans))
+    else:
+        raise ValueError("give --topology, or --table for all of docs/scale.md")
+    if not fine:
         command_line.fail("not everything fits its hardware without forbidden buffers; see above", status=1)
 
 
-def _train(config: TrainConfig, one: hardware.Hardware) -> Plan:
+def _is_fine(plan: dict[str, Any]) -> bool:
+    return plan["fits"] and not any(plan["gates"].values())
+
+
+def _train(config: TrainConfig, one: hardware.Hardware) -> dict[str, Any]:
     plan = plan_step(config, one)
     print(report.describe(plan), flush=True)
-    return plan
+    return report.as_json(plan)
 
 
-def _serve(config: TrainConfig, one: hardware.Hardware) -> bool:
+def _serve(config: TrainConfig, one: hardware.Hardware) -> dict[str, Any]:
     model, block_size = config.model_config(config.vocab_size), config.block_sizes[-1]
     rows = {"batch": BATCH_SIZE.value, "capacity": CAPACITY.value}
     plan = serving.plan_serving(model, one, block_size=block_size, quantize=METHODS.get(QUANTIZE.value), **rows)
     print(serving.describe(plan), flush=True)
-    return plan.fits
+    return serving.as_json(plan)
+
+
+def _make_table(path: pathlib.Path) -> bool:
+    """Makes the rows that are missing or asked for; returns whether all of the table is as it should be."""
+    prices, results = table.parse_prices(PRICES.value), table.load(path)
+    known = [row.topology for row in table.ROWS]
+    if unknown := sorted(set(TOPOLOGY.value) - set(known)):
+        raise ValueError(f"--topology={unknown[0]} is no row of the table, which has {', '.join(known)}")
+    for row in table.ROWS:
+        if row.topology in TOPOLOGY.value or not TOPOLOGY.value and row.name not in results:
+            table.store(path, row.name, _row(row))
+    results = table.load(path)
+    print(table.markdown(results, prices), flush=True)
+    return all(map(_is_fine, results.values()))
+
+
+def _row(row: table.Row) -> dict[str, Any]:
+    """Compiles one row in a process of its own, so that what it needs of memory is given back."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = pathlib.Path(folder) / "figures.json"
+        # The config as it was given here, with the row's own changes after it.
+        defined = flags.FLAGS["config"]
+        given = [f"--config={config_flags.get_config_filename(defined)}"]
+        given += [f"--config.{name}={value}" for name, value in config_flags.get_override_values(defined).items()]
+        command = [sys.executable, __file__, *given, f"--topology={row.topology}", f"--json={figures}", *row.flags]
+        done = subprocess.run([*command, "--serve"] if row.serve else command, check=False)
+        if not figures.exists():
+            raise ValueError(f"{row.name} was not compiled (status {done.returncode}); its message is above")
+        return json.loads(figures.read_text(encoding="utf-8"))[0]
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+import random
 import shutil
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from twotower_jax import parameters
 from twotower_jax.config import ModelConfig
@@ -21,6 +23,24 @@ hypothesis.settings.load_profile("seeded")
 jax.config.update("jax_num_cpu_devices", 8)
 
 DATA = pathlib.Path(__file__).parent / "data"
+
+SMALL = {
+    "hidden_size": 24,
+    "hybrid_override_pattern": "MEME*",
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+}
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +120,61 @@ def step_config():
         )
         config.update(objective="denoiser", sequence_length=32, batch_size=8, block_size=4, steps=4, learning_rate=1e-2)
         config.update_from_flattened_dict(changes)
+        return freeze(config)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """Runs of the same step, in the tests of a file, share one quick compilation."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def train_text(tmp_path_factory) -> str:
+    """Sentences that a small model learns fast."""
+    draw = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = [" ".join(draw.choice(words) for _ in range(60)) for _ in range(60)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def train_config(train_text):
+    """Makes the `TrainConfig` of a short run on that text: a small model, 12 steps."""
+
+    def make(**changes) -> TrainConfig:
+        config = base_config(SMALL)
+        config.update(
+            {
+                "data": train_text,
+                "vocab_size": 270,
+                "sequence_length": 32,
+                "batch_size": 5,
+                "block_size": 8,
+                "steps": 12,
+                "learning_rate": 2e-2,
+                "validation_fraction": 0.1,
+                "log_every": 5,
+                "checkpoint_every": 4,
+            }
+        )
+        config.update(changes)
         return freeze(config)
 
     return make

@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from twotower_jax.parameters import parameter_table
-from twotower_jax.planning import hardware, report, serving
+from twotower_jax.parameters import Parameter, parameter_table
+from twotower_jax.planning import gates, hardware, report, serving, table
 from twotower_jax.planning.hardware import Hardware
-from twotower_jax.planning.plan import find_forbidden, plan_step
+from twotower_jax.planning.plan import plan_step
 from twotower_jax.sharding import MeshShape
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import tables
@@ -27,9 +28,9 @@ def test_bytes_by_kind(plan, step_config):
     """Matrices with a side of D = 16 in eighths, all else whole; the optimizer has two moments a weight, two counts."""
     trained, frozen = tables(make_objective(step_config(), step_config().model_config(40)))
 
-    def on_a_device(table):
-        eighths = {path: 8 if len(p.tensor_shape) > 1 and 16 in p.tensor_shape else 1 for path, p in table.items()}
-        return sum(4 * math.prod(p.shape) // eighths[path] for path, p in table.items())
+    def on_a_device(parameters):
+        eighths = {path: 8 if len(p.tensor_shape) > 1 and 16 in p.tensor_shape else 1 for path, p in parameters.items()}
+        return sum(4 * math.prod(p.shape) // eighths[path] for path, p in parameters.items())
 
     assert plan.mesh == {"fsdp": 8}
     assert plan.weights == on_a_device(trained) + on_a_device(frozen)
@@ -46,7 +47,8 @@ def test_nothing_that_is_ruled_out(plan):
 
 def test_the_report_says_it_all(plan):
     text = report.describe(plan)
-    for part in ("cpu:8: 8 chips, 8 devices, mesh fsdp 8", f"{plan.parameters:,} parameters", "fits", "chip-hours"):
+    parts = "cpu:8: 8 chips, 8 devices, mesh fsdp 8", f"{plan.parameters:,} parameters", "fits", "chip-hours"
+    for part in (*parts, gates.WEIGHT_COPIES):
         assert part in text
     assert "DOES NOT FIT" in report.describe(plan._replace(memory=plan.total))
     assert report.as_json(plan)["fits"] is True
@@ -56,15 +58,107 @@ def test_what_is_ruled_out_is_found(step_config):
     """States of 8 heads × 4 × 8 for each of the 64 blocks of 4 tokens; 256 tokens times 8 experts of width 24."""
     config = step_config()
     model = config.model_config(40)
-    states, dense = find_forbidden(
-        "a = f32[64,8,4,8]{3,2,1,0} b = f32[32,8,4,8] c = bf16[256,192] d = f32[256,24] e = s32[900,900]",
-        config,
-        model,
-        4,
-        MeshShape(),
-    )
-    assert states.found == ["f32[64,8,4,8]"]
-    assert dense.found == ["bf16[256,192]"]
+    program = "a = f32[64,8,4,8]{3,2,1,0} b = f32[32,8,4,8] c = bf16[256,192] d = f32[256,24] e = s32[900,900]"
+    assert gates.per_block_states(program, config, model, 4, MeshShape()).found == ["f32[64,8,4,8]"]
+    assert gates.dense_experts(program, config, model, MeshShape()).found == ["bf16[256,192]"]
+
+
+def weights(**changes):
+    """A stack of three layers of four experts, 16 wide, as parameters are declared; rows of 48 on two devices."""
+    values = {"shape": (3, 4, 48, 16), "axes": ("layers", "experts", "embed", "expert_mlp")} | changes
+    return Parameter((), **values, init=None, tensors=None, layout="", decay=True, float32=False, trainable=True)
+
+
+PROGRAM = """
+%slice_of_a_layer (param_0: bf16[3,4,24,16], param_1: s32[]) -> bf16[1,4,24,16] {
+  %param_0 = bf16[3,4,24,16]{3,2,1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %less = pred[] compare(%param_1, %param_1), direction=LT
+  ROOT %cut = bf16[1,4,24,16]{3,2,1,0} dynamic-slice(%param_0, %param_1), dynamic_slice_sizes={1,4,24,16}
+}
+
+%body (tuple: (bf16[3,4,24,16], s32[])) -> bf16[4,48,16] {
+  %tuple = (bf16[3,4,24,16]{3,2,1,0}, s32[]) parameter(0)
+  %mine = bf16[1,4,24,16]{3,2,1,0} fusion(%tuple), kind=kLoop, calls=%slice_of_a_layer
+  %gathered = bf16[1,4,48,16]{3,2,1,0} all-gather(%mine), dimensions={2}
+  %product = f32[48,16]{1,0} dot(%gathered, %gathered)
+  ROOT %done = bf16[4,48,16]{2,1,0} bitcast(%gathered)
+}
+"""
+
+
+def copies(program: str, **changes):
+    return gates.weight_copies(program, [weights(**changes)], {"fsdp": 2}, least=1).found
+
+
+def test_weights_that_are_gathered_and_used_are_not_copied():
+    assert copies(PROGRAM) == []
+
+
+@pytest.mark.parametrize(
+    "instruction, found",
+    [
+        ("bf16[1,4,48,16]{2,3,1,0} copy(%gathered)", "bf16[1,4,48,16] by copy"),
+        ("bf16[16,4,48]{2,1,0} transpose(%done), dimensions={2,0,1}", "bf16[16,4,48] by transpose"),
+        ("bf16[4,48,16]{2,1,0} dynamic-slice(%stack, %i), dynamic_slice_sizes={4,48,16}", "bf16[4,48,16] by dynamic-"),
+        ("bf16[4,48,128]{2,1,0} pad(%done, %zero), padding=0_0x0_0x0_112", "bf16[4,48,128] by pad"),
+        ("f32[3,4,24,16]{2,3,1,0} copy(%moments)", "f32[3,4,24,16] at rest by copy"),
+        ("bf16[4,24,16]{2,1,0} fusion(%tuple), kind=kLoop, calls=%turned", "bf16[4,24,16] at rest by transpose"),
+    ],
+)
+def test_a_weight_that_is_copied_is_found(instruction, found):
+    turned = "%turned (a: bf16[4,16,24]) -> bf16[4,24,16] {\n  ROOT %t = bf16[4,24,16]{2,1,0} transpose(%a)\n}\n"
+    turned = turned if "turned" in instruction else ""
+    (one,) = copies(turned + PROGRAM.replace("  %product", f"  %more = {instruction}\n  %product"))
+    assert one.startswith(f"1 × {found}")
+
+
+def test_a_fusion_that_computes_is_not_a_copy():
+    cast = "%cast (a: f32[4,16,24]) -> bf16[4,24,16] {\n  %t = f32[4,24,16]{2,1,0} transpose(%a)\n"
+    cast += "  ROOT %c = bf16[4,24,16]{2,1,0} convert(%t)\n}\n"
+    more = "bf16[4,24,16]{2,1,0} fusion(%tuple), kind=kLoop, calls=%cast"
+    assert copies(cast + PROGRAM.replace("  %product", f"  %more = {more}\n  %product")) == []
+
+
+def test_the_compiler_s_own_words_for_a_copy_are_known():
+    """Of a weight that has to be turned; that the gate reads what XLA writes."""
+    matrix = weights(shape=(64, 96), axes=("embed", "mlp"))
+    turned = jax.jit(lambda w: jax.lax.optimization_barrier(w.T) + 0).lower(jnp.zeros((64, 96))).compile().as_text()
+    used = jax.jit(lambda w: w @ w.T).lower(jnp.zeros((64, 96))).compile().as_text()
+    assert gates.weight_copies(turned, [matrix], {}, least=1).found
+    assert not gates.weight_copies(used, [matrix], {}, least=1).found
+
+
+# The table of docs/scale.md.
+
+
+def test_rows_are_kept_as_they_come(tmp_path, plan):
+    path = tmp_path / "scale.json"
+    assert table.load(path) == {} and table.markdown({}, table.PRICES) == ""
+    figures = report.as_json(plan)
+    for topology in ("v6e:16x16", "v5p:8x8x4"):
+        table.store(path, topology, figures | {"hardware": topology})
+    assert list(table.load(path)) == ["v5p:8x8x4", "v6e:16x16"]
+    head, line, *rows = table.markdown(table.load(path), table.parse_prices(["v6e=100"])).splitlines()
+    assert head == "| one train step | v5p:8x8x4 | v6e:16x16 |" and line == "| --- | --: | --: |"
+    days = 2.1e12 / plan.tokens_per_second / 86400
+    dollars = [f"${days * 24 * 8 * price / 1e6:.2f} M at ${price:.2f}" for price in (table.PRICES["v5p"], 100.0)]
+    assert rows[-1].endswith(f"| {dollars[0]} | {dollars[1]} |")
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="not a file of this table's rows"):
+        table.load(path)
+
+
+@pytest.mark.parametrize("price", ["v5p", "v5p=free", "v5p=0", "gpu=3"])
+def test_prices_that_mean_nothing(price):
+    with pytest.raises(ValueError, match="GENERATION=DOLLARS"):
+        table.parse_prices([price])
+
+
+def test_the_docs_show_the_rows_as_they_were_made(data):
+    docs = data.parents[1] / "docs"
+    text = table.markdown(table.load(docs / "scale.json"), table.PRICES)
+    assert text in (docs / "scale.md").read_text(encoding="utf-8")
 
 
 def test_serving_on_one_device(step_config):
@@ -72,13 +166,13 @@ def test_serving_on_one_device(step_config):
     model = step_config().model_config(40)
     hardware = Hardware("cpu", jax.devices(), 8, 2**30, 1e12)
     plan = serving.plan_serving(model, hardware, batch=2, capacity=64, block_size=4)
-    table = parameter_table(TwoTower(model))
-    assert plan.weights == sum(math.prod(p.shape) * (4 if p.float32 else 2) for p in table.values())
+    parameters = parameter_table(TwoTower(model)).values()
+    assert plan.weights == sum(math.prod(p.shape) * (4 if p.float32 else 2) for p in parameters)
     keys, convolution, state = 2 * 2 * 64 * 2 * 4 * 2, 2 * 4 * (32 + 2 * 4 * 8) * 2, 2 * 8 * 4 * 8 * 4
     assert plan.cache == keys + 2 * (convolution + state) + 2 * 4
     assert len(plan.functions) == 3 and plan.fits
     assert not plan._replace(memory=plan.total).fits
-    assert "fits" in serving.describe(plan)
+    assert "fits" in serving.describe(plan) and serving.as_json(plan)["gates"] == {gates.WEIGHT_COPIES: []}
 
 
 @pytest.mark.parametrize("name", ["v9:1", "v5p", "v5p:", "v5p:2x-1", "v5p:axb", "h200"])

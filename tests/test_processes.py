@@ -45,6 +45,9 @@ def get_config():
     config.validation_fraction = 0.3
     config.reset_at_documents = True
     config.remat = "layer"
+    config.sample_every = 2
+    config.sample_prompts = ("64 125", "3")
+    config.sample_tokens = 16
     return config
 """
 
@@ -59,8 +62,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return out
 
 
-def run(folder: pathlib.Path, name: str, processes: int, *flags: str) -> list[dict]:
-    """Trains with so many processes of one device each; returns the rows of metrics.jsonl."""
+def run(folder: pathlib.Path, name: str, processes: int, *flags: str) -> tuple[list[dict], list[dict]]:
+    """Trains with so many processes of one device each; returns the rows of metrics.jsonl and of samples.jsonl."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,11 +85,13 @@ def run(folder: pathlib.Path, name: str, processes: int, *flags: str) -> list[di
     finally:
         for process in started:
             process.kill()
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    files = (folder / name / f"{what}.jsonl" for what in ("metrics", "samples"))
+    metrics, samples = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    return metrics, samples
 
 
 @pytest.fixture(scope="module")
-def alone(folder) -> list[dict]:
+def alone(folder) -> tuple[list[dict], list[dict]]:
     return run(folder, "alone", 1)
 
 
@@ -94,9 +99,11 @@ def alone(folder) -> list[dict]:
 @pytest.mark.parametrize("processes, mesh", [(2, ("fsdp=-1",)), (4, ("sequence=2", "expert=2"))], ids=["two", "four"])
 def test_several_processes_are_one_run(folder, alone, processes, mesh):
     name = "-".join(mesh)
-    rows = run(folder, name, processes, *(f"--config.mesh.{axis}" for axis in mesh))
-    assert len(rows) == len(alone) == 2 and "validation_loss" in alone[-1]
-    for found, expected in zip(rows, alone, strict=True):
+    rows, samples = run(folder, name, processes, *(f"--config.mesh.{axis}" for axis in mesh))
+    expected_rows, expected_samples = alone
+    assert len(rows) == len(expected_rows) == 2 and "validation_loss" in expected_rows[-1]
+    assert samples == expected_samples and [len(sample["text"]) > 0 for sample in samples] == [True, True]
+    for found, expected in zip(rows, expected_rows, strict=True):
         assert found.keys() == expected.keys()
         for field in {"loss", "grad_norm", "validation_loss"} & expected.keys():
             assert found[field] == pytest.approx(expected[field], rel=2e-5), (field, found["step"])

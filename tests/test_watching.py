@@ -12,11 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tensorboardX.proto.event_pb2 import Event
 
 from twotower_jax.config import Variant
+from twotower_jax.diffusion import LossSum
 from twotower_jax.parameters import bind, initialize, parameter_table
 from twotower_jax.tower import Execution
 from twotower_jax.train import flops, metrics, samples, watch
 from twotower_jax.train.config import TrainConfig, base_config, freeze
-from twotower_jax.train.metrics import MetricsWriter, progress_line
+from twotower_jax.train.metrics import METRICS, LossWindow, MetricsWriter, duration, last_row, progress_line
 from twotower_jax.two_tower import Backbone, TwoTower
 
 MODEL = {
@@ -233,6 +234,39 @@ def test_samples_are_written_and_survive_a_model_out_of_bounds(tmp_path, small_c
     broken = jax.tree.map(lambda a: a * jnp.nan, params)
     watcher.write(12, broken, 4, said.append)
     assert said[-1].startswith("no samples at step 12: ")
+
+
+def test_losses_of_several_batches_add_up_and_survive_a_checkpoint():
+    def loss(total, count):
+        return LossSum(np.float32(total), np.int32(count))
+
+    window = LossWindow(("masked_loss", "context_loss"))
+    bins = LossSum(np.array([1.0, 0.0], np.float32), np.array([2, 0], np.int32))
+    window.add({"masked_loss": loss(6.0, 2), "context_loss": loss(1.0, 1), "by_noise_level": bins})
+    window = LossWindow(("masked_loss", "context_loss"), json.loads(json.dumps(window.get_state())))
+    window.add({"masked_loss": loss(2.0, 2), "context_loss": loss(2.0, 1), "by_noise_level": bins})
+    assert window.means() == {
+        "loss": 3.5,
+        "masked_loss": 2.0,
+        "context_loss": 1.5,
+        "loss_by_noise_level": [0.5, None],
+    }
+    window.add({"by_noise_level": LossSum(np.ones(3), np.ones(3))})
+    assert window.means()["loss_by_noise_level"] == [1.0, 1.0, 1.0]
+
+
+def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
+    assert last_row(tmp_path) is None
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"st')
+    with MetricsWriter(tmp_path, first_step=2) as writer:
+        writer.write({"step": 2, "loss": 1.0, "bins": [0.5, None]})
+    rows = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert rows == [{"step": 1}, {"step": 2, "loss": 1.0, "bins": [0.5, None]}]
+    assert last_row(tmp_path)["step"] == 2
+
+
+def test_durations_are_readable():
+    assert [duration(s) for s in (0.4, 75, 8000)] == ["0:00", "1:15", "2:13:20"]
 
 
 @pytest.mark.parametrize(

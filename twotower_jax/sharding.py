@@ -30,6 +30,11 @@ if TYPE_CHECKING:  # parameters.py imports this module
 
 MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")
+# An axis of one device; a mesh that has it leaves the axes of activations named here whole. See `with_whole_rows`.
+_WHOLE_ROWS = "whole_rows"
+_OF_ROWS = ("batch", "length", "shard")
+# Of matrices in a TPU's memory, in bfloat16 and float32.
+_ROWS_OF_A_TILE = 8
 
 Axes = tuple[str | None, ...]
 # Where a declared parameter goes.
@@ -115,6 +120,14 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def with_whole_rows(mesh: Mesh) -> Mesh:
+    """The same mesh, except that every device computes all rows and positions: for generating a few rows on it.
+
+    Parameters lie as they did, and are gathered and exchanged as they were.
+    """
+    return Mesh(mesh.devices[..., None], (*MESH_AXES, _WHOLE_ROWS), axis_types=(AxisType.Auto,) * (len(MESH_AXES) + 1))
+
+
 def check_fits(shape: MeshShape, model: ModelConfig, batch_size: int, sequence_length: int, block_size: int) -> None:
     """Refuses a mesh (resolved) that cannot divide a model and its batches evenly.
 
@@ -155,6 +168,17 @@ def shards(axis: str) -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
+def dividing(*axes: str) -> list[str]:
+    """The axes of the mesh in force that divide activations along these logical axes."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    divided = {mesh_axis for axis in axes for mesh_axis in _used(axis, sizes) if sizes.get(mesh_axis, 1) > 1}
+    return [axis for axis in MESH_AXES if axis in divided]
+
+
+def _used(axis: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return () if _WHOLE_ROWS in sizes and axis in _OF_ROWS else RULES[axis].used
+
+
 def _on_mesh() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
@@ -165,24 +189,38 @@ def spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], *, stored
 
     A dimension takes the mesh axes of its rule, each once an array, as long as their product divides it. Vectors are
     stored whole everywhere: dividing them would save nothing.
+
+    Of a matrix at rest, what "embed" takes divides the rows (the last dimension but one) instead, wherever that gives
+    every device whole tiles of rows: what is gathered by whole tiles of rows lies in memory as it is used, and TPUs
+    copy anything else into place, once a layer and pass.
     """
     if stored and len(axes) - axes.count("layers") < 2:
         return PartitionSpec()
     taken: set[str] = set()
-    # The experts' axis first, whatever its place: what it takes is not left for the others.
-    order = sorted(range(len(axes)), key=lambda i: axes[i] != "experts")
     parts: list[tuple[str, ...]] = [()] * len(axes)
-    for i in order:
+
+    def divide(i: int, mesh_axes: tuple[str, ...], multiple: int = 1) -> bool:
+        before = parts[i]
+        for axis in mesh_axes:
+            if axis in taken or sizes.get(axis, 1) == 1:
+                continue
+            count = math.prod(sizes[taking] for taking in parts[i]) * sizes[axis]
+            if shape[i] % (count * multiple) == 0:
+                taken.add(axis)
+                parts[i] += (axis,)
+            elif multiple > 1 and parts[i] == before:
+                break  # The first axis is the large one; where it makes no whole tiles, the others alone save little.
+        return parts[i] != before
+
+    # The experts' axis first, whatever its place: what it takes is not left for the others. "embed" last, for its rows.
+    for i in sorted(range(len(axes)), key=lambda i: (axes[i] != "experts", axes[i] == "embed")):
         if axes[i] is None:
             continue
-        rule = RULES[axes[i]]
-        count = 1
-        for axis in rule.stored if stored else rule.used:
-            if axis in taken or sizes.get(axis, 1) == 1 or shape[i] % (count * sizes[axis]):
-                continue
-            count *= sizes[axis]
-            taken.add(axis)
-            parts[i] += (axis,)
+        mesh_axes = RULES[axes[i]].stored if stored else _used(axes[i], sizes)
+        rows = len(axes) - 2
+        by_rows = stored and axes[i] == "embed" and axes[rows] not in ("experts", "layers")
+        if not (by_rows and divide(rows, mesh_axes, _ROWS_OF_A_TILE)):
+            divide(i, mesh_axes)
     return PartitionSpec(*(part or None for part in parts))
 
 
@@ -194,6 +232,13 @@ def stored_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedShar
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     """Where a batch of token ids (B, L) lies, or of (B,) anything."""
     return NamedSharding(mesh, PartitionSpec(BATCH, *(("sequence",) if ndim > 1 else ())))
+
+
+def whole(tree: Any) -> Any:
+    """Arrays of a computation on the mesh in force, whole on every device, so that every process can read them."""
+    if not _on_mesh():
+        return tree
+    return jax.jit(lambda v: v, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(tree)
 
 
 def constrain(x: jax.Array, axes: Axes, *, stored: bool = False) -> jax.Array:
@@ -225,26 +270,62 @@ def _gather_backward(axes, _, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+@dataclasses.dataclass(frozen=True)
+class AtRest:
+    """In `local`: a parameter with these logical axes, which comes as it is stored and is gathered on the device.
+
+    Its gradient is then summed into where it lies by a reduce-scatter, whatever else divides the batch; of a parameter
+    that comes gathered, XLA sums all of it on every device.
+    """
+
+    axes: Axes
+
+
 def local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
     """`function` on every device's own part of the arrays, which is what kernels want; without a mesh, `function`.
 
     Args:
       function: of local arrays; it may use collectives over axes that `shards` says to exist.
-      inputs: logical axes of every argument, as a prefix of the tree of arguments: tuples of names.
-      outputs: the same of what it returns. A dimension must be divisible by the devices along its axis.
+      inputs: logical axes of every argument, as a prefix of the tree of arguments: tuples of names, or `AtRest`.
+      outputs: tuples of names of what it returns. A dimension must be divisible by the devices along its axis.
     """
     if not _on_mesh():
         return function
-    present = {axis for axis in MESH_AXES if shards(axis) > 1}
+    sizes = jax.sharding.get_abstract_mesh().shape
 
-    def to_spec(axes):
-        parts = [tuple(a for a in (RULES[axis].used if axis else ()) if a in present) for axis in axes]
-        return PartitionSpec(*(part or None for part in parts))
+    def to_spec(axes, array=None):
+        if isinstance(axes, AtRest):
+            return jax.tree.map(lambda v: spec(axes.axes, v.shape, sizes, stored=True), array)
+        return PartitionSpec(*(tuple(dividing(axis) if axis else ()) or None for axis in axes))
 
-    def to_specs(tree):
-        return jax.tree.map(to_spec, tree, is_leaf=_is_axes)
+    def on_mesh(*arrays):
+        in_specs = jax.tree.map(to_spec, inputs, arrays, is_leaf=_is_axes)
 
-    return jax.shard_map(function, in_specs=to_specs(inputs), out_specs=to_specs(outputs), check_vma=False)
+        def gather(axes, part, array):
+            if not isinstance(axes, AtRest):
+                return part
+            return jax.tree.map(lambda p, v: _gather_on_device(p, axes.axes, v.shape, sizes), part, array)
+
+        def on_device(*parts):
+            return function(*jax.tree.map(gather, inputs, parts, arrays, is_leaf=_is_axes))
+
+        out_specs = jax.tree.map(to_spec, outputs, is_leaf=_is_axes)
+        return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+    return on_mesh
+
+
+def _gather_on_device(part: jax.Array, axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> jax.Array:
+    """The part of a parameter of `shape` that a device uses, of the part that it stores."""
+    stored, used = (spec(axes, shape, sizes, stored=at_rest) for at_rest in (True, False))
+    for i, (here, wanted) in enumerate(zip(map(_names, stored), map(_names, used), strict=True)):
+        if more := here[len(wanted) :]:
+            part = jax.lax.all_gather(part, more, axis=i, tiled=True)
+    return part
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
 
 
 def _is_axes(node: Any) -> bool:

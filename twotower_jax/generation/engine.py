@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from twotower_jax import sharding
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation.blocks import Table
 from twotower_jax.generation.modes import Call, Emitted, Recipe, Trace
@@ -193,7 +194,7 @@ class Engine:
         alive = np.array([row is not None and not row.reading for row in self._table])
         emitted = self._block(alive) if alive.any() else None
         # One transfer, behind the block: the first tokens do not hold it up.
-        chosen, emitted = jax.device_get(([first for _, first in firsts], emitted))
+        chosen, emitted = jax.device_get(sharding.whole(([first for _, first in firsts], emitted)))
         progress = []
         for (rows, _), first in zip(firsts, chosen, strict=True):
             for i, row in rows:
@@ -392,7 +393,8 @@ def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None
     available, where = None if limit_gb is None else int(limit_gb * 1e9), "max_cache_gb allows"
     if available is None:
         for device in placement.devices:
-            stats = device.memory_stats() or {}
+            # Of a device of another process nothing is known here.
+            stats = (device.memory_stats() or {}) if device.process_index == jax.process_index() else {}
             free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
             if free < (math.inf if available is None else available):
                 available, where = free, f"{device.device_kind} has free"

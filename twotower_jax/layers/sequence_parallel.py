@@ -20,7 +20,7 @@ AXIS = "sequence"
 
 def divided() -> bool:
     """Whether sequences are divided over devices."""
-    return sharding.shards(AXIS) > 1
+    return bool(sharding.dividing("length"))
 
 
 def inputs_before(x: jax.Array, count: int) -> jax.Array:

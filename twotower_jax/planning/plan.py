@@ -2,15 +2,15 @@
 
 import dataclasses
 import math
-import re
 import time
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import count
+from twotower_jax.planning import gates
+from twotower_jax.planning.gates import Gate
 from twotower_jax.planning.hardware import Hardware
 from twotower_jax.sharding import batch_sharding, check_fits, make_mesh
 from twotower_jax.train.config import TrainConfig
@@ -25,13 +25,6 @@ HEADROOM = 0.1
 UTILIZATION = 0.5
 
 
-class Gate(NamedTuple):
-    """A buffer that must not exist: its name, and the shapes found that would be it."""
-
-    name: str
-    found: list[str]
-
-
 class Plan(NamedTuple):
     """What a step takes. Bytes are of one device, times in seconds.
 
@@ -39,6 +32,7 @@ class Plan(NamedTuple):
       parameters, trained: counts. weights: trained in float32 and frozen ones. optimizer: moments.
       activations: everything else that lives during a step (XLA's temporaries, gathered layers and gradients in it).
       flops: analytic, of one step over all devices.
+      lower_seconds, compile_seconds: by the clock. processor_seconds: of both, on all cores.
     """
 
     hardware: str
@@ -56,6 +50,7 @@ class Plan(NamedTuple):
     peak_flops: float
     lower_seconds: float
     compile_seconds: float
+    processor_seconds: float
     gates: list[Gate]
 
     @property
@@ -98,17 +93,17 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
         make_step(config, objective, optimizer, block_size), donate_argnums=0, out_shardings=(shardings, None)
     )
     with jax.set_mesh(mesh):
-        started = time.monotonic()
+        started, used = time.monotonic(), time.process_time()
         lowered = step.lower(state, frozen, ids)
         lower_seconds, started = time.monotonic() - started, time.monotonic()
         compiled = lowered.compile()
-        compile_seconds = time.monotonic() - started
+        compile_seconds, processor_seconds = time.monotonic() - started, time.process_time() - used
     weights = _bytes_on_a_device((state.params, frozen))
     optimizer_bytes = _bytes_on_a_device(state.optimizer)
     memory = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.output_size_in_bytes + memory.temp_size_in_bytes + arguments
-    sizes = config.mesh.resolve(len(hardware.devices))
+    sizes, program = config.mesh.resolve(len(hardware.devices)), compiled.as_text()
     return Plan(
         hardware=hardware.name,
         chips=hardware.chips,
@@ -125,33 +120,13 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
         peak_flops=hardware.peak_flops,
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
-        gates=find_forbidden(compiled.as_text(), config, model, block_size, sizes),
+        processor_seconds=processor_seconds,
+        gates=[
+            gates.per_block_states(program, config, model, block_size, sizes),
+            gates.dense_experts(program, config, model, sizes),
+            gates.weight_copies(program, [*trained.values(), *frozen_table.values()], mesh.shape),
+        ],
     )
-
-
-def find_forbidden(program: str, config: TrainConfig, model: ModelConfig, block_size: int, sizes) -> list[Gate]:
-    """Buffers of a compiled program that the design rules out.
-
-    Args:
-      program: HLO as text, the part of one device.
-      sizes: the mesh's `MeshShape`.
-    """
-    rows = config.batch_size // config.accumulate // sizes.batch_shards
-    tokens = rows * config.sequence_length // sizes.sequence
-    head_dim, states = model.mamba_head_dim, model.ssm_state_size
-    per_block = tokens // block_size * (model.mamba_num_heads // sizes.tensor) * head_dim * states
-    experts, width = model.n_routed_experts // sizes.expert, model.moe_intermediate_size // sizes.tensor
-    gates = [Gate("a state for every block", []), Gate("a dense expansion over the experts", [])]
-    for shape in sorted(set(re.findall(r"(?:f32|bf16)\[[\d,]+\]", program))):
-        dims = [int(n) for n in shape[shape.index("[") + 1 : -1].split(",")]
-        elements = math.prod(dims)
-        # Chunks may have a state each, if they are longer than blocks.
-        if model.chunk_size > block_size and elements >= per_block and sorted(dims[-2:]) == sorted((head_dim, states)):
-            gates[0].found.append(shape)
-        expanded = dims[-1] == experts * width or sorted(dims[-2:]) == sorted((experts, width))
-        if experts > 1 and expanded and elements >= tokens * experts * width:
-            gates[1].found.append(shape)
-    return gates
 
 
 def _bytes_on_a_device(tree) -> int:

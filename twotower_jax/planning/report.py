@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from twotower_jax.planning import gates
 from twotower_jax.planning.hardware import GIB
 from twotower_jax.planning.plan import HEADROOM, UTILIZATION, Plan
 
@@ -21,19 +22,16 @@ def describe(plan: Plan) -> str:
         f"  GiB a device: weights {plan.weights / GIB:.2f}, optimizer {plan.optimizer / GIB:.2f}, activations "
         f"{plan.activations / GIB:.2f}, in all {plan.total / GIB:.2f} of {plan.memory / GIB:.0f}: {verdict} with "
         f"{HEADROOM:.0%} to stay free ({free / plan.memory:.0%} is)",
-        f"  lowered in {plan.lower_seconds:.0f} s, compiled in {plan.compile_seconds:.0f} s",
+        f"  lowered in {plan.lower_seconds:.0f} s, compiled in {plan.compile_seconds:.0f} s, "
+        f"{plan.processor_seconds:.0f} processor seconds in all",
         f"  {plan.flops / 1e12:,.0f} TFLOP a step; at {UTILIZATION:.0%} of {plan.peak_flops / 1e12:.0f} TFLOP/s a "
         f"device {plan.tokens_per_second:,.0f} tokens/s; 2.1 T tokens in {days:.0f} days, "
         f"{days * 24 * plan.chips:,.0f} chip-hours",
     ]
-    for gate in plan.gates:
-        found = ", ".join(gate.found[:4]) if gate.found else "none"
-        lines.append(f"  {gate.name}: {found}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *gates.describe(plan.gates)])
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """All figures, JSON values."""
     projected = {"total": plan.total, "fits": plan.fits, "tokens_per_second": plan.tokens_per_second}
-    gates = {gate.name: gate.found for gate in plan.gates}
-    return plan._asdict() | projected | {"gates": gates}
+    return plan._asdict() | projected | {"gates": {gate.name: gate.found for gate in plan.gates}}

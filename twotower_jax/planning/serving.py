@@ -1,7 +1,7 @@
 """What generation takes of one device that is not there: its three functions, compiled for it."""
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from twotower_jax import quantization
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import bind, parameter_table, unflatten
+from twotower_jax.planning import gates
 from twotower_jax.planning.hardware import GIB, Hardware
 from twotower_jax.planning.plan import HEADROOM
 from twotower_jax.quantization import Method
@@ -32,6 +33,7 @@ class ServingPlan(NamedTuple):
 
     Attributes:
       weights, cache: what stays. functions: what each needs for a while; the largest counts.
+      processor_seconds: that compiling took on all cores. gates: of all functions.
     """
 
     hardware: str
@@ -42,6 +44,8 @@ class ServingPlan(NamedTuple):
     cache: int
     memory: int
     functions: list[Function]
+    processor_seconds: float
+    gates: list[gates.Gate]
     method: str | None = None
 
     @property
@@ -71,9 +75,10 @@ def plan_serving(
     def abstract(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
+    table = parameter_table(model)
     params = jax.tree.map(
         lambda leaf: abstract(leaf.shape, leaf.dtype),
-        unflatten({path: quantization.abstract(p, quantize) for path, p in parameter_table(model).items()}),
+        unflatten({path: quantization.abstract(p, quantize) for path, p in table.items()}),
     )
     cache = jax.tree.map(
         lambda leaf: abstract(leaf.shape, leaf.dtype),
@@ -93,7 +98,7 @@ def plan_serving(
         EVALUATION: (lambda p, *a: bind(model, p).denoise(*a), (block, t, cache)),
         "extension by a block": (lambda p, *a: bind(model, p).extend(*a), (block, lengths, cache)),
     }
-    functions = []
+    functions, copies, used = [], [], time.process_time()
     with jax.set_mesh(mesh):
         for name, (function, arguments) in calls.items():
             started = time.monotonic()
@@ -103,9 +108,22 @@ def plan_serving(
             needed = compiled.memory_analysis()
             temporaries = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
             functions.append(Function(name, temporaries, time.monotonic() - started))
+            copies += gates.weight_copies(compiled.as_text(), table.values(), mesh.shape).found
+    used = time.process_time() - used
     weights, held = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(v)) for v in (params, cache))
-    name = None if quantize is None else quantize.name
-    return ServingPlan(hardware.name, batch, capacity, block_size, weights, held, hardware.memory, functions, name)
+    return ServingPlan(
+        hardware=hardware.name,
+        batch=batch,
+        capacity=capacity,
+        block_size=block_size,
+        weights=weights,
+        cache=held,
+        memory=hardware.memory,
+        functions=functions,
+        processor_seconds=used,
+        gates=[gates.Gate(gates.WEIGHT_COPIES, sorted(set(copies)))],
+        method=None if quantize is None else quantize.name,
+    )
 
 
 def describe(plan: ServingPlan) -> str:
@@ -120,4 +138,11 @@ def describe(plan: ServingPlan) -> str:
     for function in plan.functions:
         needs = f"{function.temporaries / GIB:.2f} GiB more"
         lines.append(f"  {function.name}: {needs}, compiled in {function.compile_seconds:.0f} s")
-    return "\n".join(lines)
+    return "\n".join([*lines, *gates.describe(plan.gates)])
+
+
+def as_json(plan: ServingPlan) -> dict[str, Any]:
+    """All figures, JSON values."""
+    functions = [function._asdict() for function in plan.functions]
+    more = {"total": plan.total, "fits": plan.fits, "functions": functions}
+    return plan._asdict() | more | {"gates": {gate.name: gate.found for gate in plan.gates}}

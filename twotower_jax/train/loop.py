@@ -151,10 +151,8 @@ class _Run:
         config = self.config
         if not config.sample_every:
             return None
-        if jax.process_count() > 1:
-            raise ValueError(f"sample_every={config.sample_every}: samples need a run of one process; leave it 0")
-        model = self.objective.model
-        return Samples(self.folder.path, self.start.tokenizer, model, config.sample_prompts, config.sample_tokens)
+        model, mesh = self.objective.model, self.placement.mesh
+        return Samples(self.folder.path, self.start.tokenizer, model, config.sample_prompts, config.sample_tokens, mesh)
 
     def describe(self) -> None:
         config, start = self.config, self.start
@@ -256,7 +254,7 @@ class _Run:
                 self._log(metrics, validate if validating else None)
             if self.samples and _due(self.step, config.sample_every):
                 with self.stopwatch.paused():
-                    params = jax.device_put(merge(self.state.params, self.frozen), self.devices[0])
+                    params = merge(self.state.params, self.frozen)
                     self.samples.write(self.step, params, stage.block_size, self.report)
             if saving:
                 with self.stopwatch.paused():

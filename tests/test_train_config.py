@@ -1,0 +1,178 @@
+"""The settings of a run: what is refused, the schedules that they stand for, the files of configs/."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from twotower_jax import parameters
+from twotower_jax.config import Variant
+from twotower_jax.parameters import flatten, parameter_table, unflatten
+from twotower_jax.train.config import TrainConfig, base_config, freeze
+from twotower_jax.train.objectives import make_objective
+from twotower_jax.train.schedule import BlockStage, WarmupStableDecay, block_stages, learning_rate
+from twotower_jax.train.step import (
+    abstract_state,
+    make_optimizer,
+    make_step,
+    tables,
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+MODEL = {
+    "hidden_size": 24,
+    "hybrid_override_pattern": "M*",
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+}
+
+
+def config_file(name: str):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "diffusion"}, "objective='diffusion' is not one of autoregressive, denoiser"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"steps": 0}, "steps=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"sequence_length": 100, "block_size": 16}, "sequence_length=100 is not a multiple of the block size 16"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"objective": "denoiser", "sequence_length": 80}, "sequence_length=80 is not a multiple of the block size 32"),
+        ({"block_curriculum": ((0.5, 16),)}, "must start at fraction 0"),
+        ({"block_curriculum": ((0.0, 16), (0.7, 8), (0.6, 4))}, "increasing"),
+        ({"block_curriculum": (16, 8)}, "16 is not a pair"),
+        ({"warmup_fraction": 0.6, "decay_fraction": 0.6}, "warmup_fraction=0.6 and decay_fraction=0.6 overlap"),
+        ({"learning_rate": 1e-7}, "final_learning_rate=1e-06 must lie between 0 and learning_rate=1e-07"),
+        ({"adam_betas": (0.9, 1.0)}, "adam_betas=(0.9, 1.0)"),
+        ({"clip_norm": 0.0}, "clip_norm=0.0"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan"),
+        ({"model": {"n_groups": 3}}, "n_groups=3 does not divide mamba_num_heads=4"),
+        ({"model": {"no_such_field": 3}}, "model has no field 'no_such_field'"),
+        ({"no_such_field": 3}, "there is no field 'no_such_field'"),
+        ({"variant": {"context_loss": True}}, "context_loss=True with context='frozen'"),
+        ({"variant": {"no_such_field": 3}}, "no_such_field"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    config = base_config(MODEL)
+    config.update(changes)
+    with pytest.raises(ValueError) as error:
+        freeze(config)
+    assert message in str(error.value)
+
+
+def test_settings_of_a_wrong_type_are_refused():
+    with pytest.raises(ValueError, match="steps must be int, found 1.5"):
+        TrainConfig(model=MODEL, steps=1.5)
+    with pytest.raises(TypeError):
+        base_config(MODEL).steps = "many"
+
+
+def test_base_config_holds_every_field_with_its_default():
+    assert freeze(base_config(MODEL)) == TrainConfig(model=base_config(MODEL).model.to_dict())
+
+
+def test_a_given_block_size_wins_over_the_curriculum(train_config):
+    config = train_config(objective="denoiser", block_size=None, block_curriculum=((0.0, 32), (2 / 3, 16)))
+    assert block_stages(config) == (BlockStage(0, 8, 32), BlockStage(8, 12, 16))
+    assert block_stages(dataclasses.replace(config, block_size=4)) == (BlockStage(0, 12, 4),)
+
+
+def test_warmup_stable_decay():
+    schedule = WarmupStableDecay(peak=1.0, final=0.1, steps=20, warmup_steps=4, decay_steps=10)
+    expected = [0.25, 0.5, 0.75] + [1.0] * 7 + [1.0 - 0.09 * i for i in range(1, 11)]
+    got = [float(jax.jit(schedule)(step)) for step in range(20)]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert WarmupStableDecay(1.0, 0.1, 5, 0, 0)(3) == 1.0
+    with pytest.raises(ValueError, match="warmup_steps=3 and decay_steps=3 do not fit into steps=5"):
+        WarmupStableDecay(1.0, 0.1, 5, 3, 3)
+
+
+def test_the_published_schedule_ends_at_its_final_rate():
+    schedule = learning_rate(freeze(config_file("nano30b")))
+    assert schedule(500_000) == jnp.float32(1e-4)
+    np.testing.assert_allclose(float(schedule(999_999)), 1e-6, rtol=1e-4)
+
+
+# The configs.
+
+
+def test_the_published_model_traces_and_the_small_one_is_small():
+    config = freeze(config_file("nano30b"))
+    assert config.objective == "denoiser" and config.dtype == "bfloat16"
+    assert [stage.block_size for stage in block_stages(config)] == [32, 16]
+    objective = make_objective(config, config.model_config(config.vocab_size))
+    ours, frozen = map(parameters.count, tables(objective))
+    assert (ours, ours + frozen) == (31_607_959_616, 63_185_902_848)
+    optimizer = make_optimizer(config, tables(objective)[0])
+    state, rest = abstract_state(objective, optimizer)
+    ids = jax.ShapeDtypeStruct((1, config.sequence_length), jnp.int32)
+    after, metrics = jax.eval_shape(make_step(config, objective, optimizer, 16), state, rest, ids)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert metrics.loss.shape == () and metrics.loss.dtype == jnp.float32
+
+    config = freeze(config_file("small100m"))
+    objective = make_objective(config, config.model_config(config.vocab_size))
+    assert parameters.count(parameter_table(objective.model)) == 99_124_272
+
+
+def test_every_config_is_mutable_until_frozen():
+    for path in CONFIGS.glob("*.py"):
+        config = config_file(path.stem)
+        assert isinstance(config, ml_collections.ConfigDict)
+        config.steps, config.block_size, config.variant.context = 50, 16, "tied"
+        frozen = freeze(config)
+        assert (frozen.steps, frozen.block_size, frozen.variant.context) == (50, 16, "tied")
+        assert unflatten(flatten(frozen.model)) == frozen.model
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            frozen.steps = 3
+
+
+# The research variants, each one override.
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_the_overrides_of_the_docs_give_the_variants(monkeypatch):
+    """Every line of the table in docs/training.md, as flags of a command."""
+    lines = re.findall(
+        r"\| `(--config\.variant\.[^`]*)` \|", (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    )
+    found = []
+    for line in lines:
+        values = flags.FlagValues()
+        config = config_flags.DEFINE_config_file("config", flag_values=values)
+        command = ["train.py", f"--config={CONFIGS / 'tiny.py'}", "--config.objective=denoiser", *line.split()]
+        monkeypatch.setattr(sys, "argv", command)
+        values(command)
+        found.append(freeze(config.value).variant)
+    assert found == [
+        Variant(context="trained"),
+        Variant(context="tied"),
+        Variant(context="tied", context_loss=True),
+        Variant(bidirectional_mamba=True),
+        Variant(time_conditioning=False),
+    ]
