@@ -129,7 +129,7 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
                 packed = stored[place, warpgroup]
                 numbers[0] = ((packed & 15) ^ 8).astype(jnp.bfloat16) - 8
                 numbers[1] = (packed & -16).astype(jnp.bfloat16) * (1 / 16)
-            scales = [scratch["scales"][place, warpgroup, group] for group in range(2)]
+            scales = [scratch["scales"][place, warpgroup, group].astype(jnp.float32) for group in range(2)]
             # After all that is read from this step's place, too: what follows may overwrite it.
             plgpu.commit_smem()
 
@@ -164,9 +164,9 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
     if not quantized:
         arrays = [matrix.astype(rows.dtype)]
     else:
-        scratch["scales"] = plgpu.SMEM((stages, WARPGROUPS, 2, BLOCK), jnp.float32)
+        scratch["scales"] = plgpu.SMEM((stages, WARPGROUPS, 2, BLOCK), matrix.scales.dtype)
         scratch["numbers"] = plgpu.SMEM((WARPGROUPS, 2, _GROUP, BLOCK), jnp.bfloat16)
-        arrays = [matrix.values, matrix.scales.astype(jnp.float32)]
+        arrays = [matrix.values, matrix.scales]
     out = jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype)
     return pipeline.call(body, out, scratch, rows, tiles.expert, tiles.used.reshape(1), *arrays)
 

@@ -39,7 +39,11 @@ def draw(dtype, bits=16, width=F):
     rng = np.random.default_rng(0)
     up, down = rng.standard_normal((E, D, width)) / 8, rng.standard_normal((E, width, D)) / 8
     up, down = jnp.asarray(up, dtype), jnp.asarray(down, dtype)
-    return Weights(up, down) if bits == 16 else Weights(quantize(up, bits, 64), quantize(down, bits, 64))
+    return (
+        Weights(up, down)
+        if bits == 16
+        else Weights(*(quantize(w, bits, 64, scale_dtype=jnp.bfloat16) for w in (up, down)))
+    )
 
 
 def rows(seed, tokens, choices, dtype, favourites=E, nobody=0.2):

@@ -59,5 +59,5 @@ def _shapes(tokens: int, choices: int, width: int, bits: int) -> list:
             shapes.append(((_EXPERTS, rows, columns), jnp.bfloat16))
         else:
             shapes.append(((_EXPERTS, rows * bits // 8, columns), jnp.int8))
-            shapes.append(((_EXPERTS, rows // _GROUP, columns), jnp.float32))
+            shapes.append(((_EXPERTS, rows // _GROUP, columns), jnp.bfloat16))
     return shapes

@@ -19,7 +19,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import kernels
-from twotower_jax.benchmarks import _attention_cases
+from twotower_jax.benchmarks import _attention_cases, _expert_cases
 from twotower_jax.planning import hardware
 
 _LENGTH = 8192
@@ -70,6 +70,10 @@ def main() -> None:
                 result = _compile(Case(*case), device)
                 failures += result.startswith("FAILED")
                 print(f"| {device.device_kind} | {name} | {case[0]} | {dtype} | | {result} |", flush=True)
+        for *case, name in _expert_cases.cases(device.platform):
+            result = _compile(Case(*case), device)
+            failures += result.startswith("FAILED")
+            print(f"| {device.device_kind} | {name} | {case[0]} | bfloat16 | | {result} |", flush=True)
     if failures:
         sys.exit(1)
 
