@@ -17,7 +17,7 @@ form (ssd_xla.py) and Pallas TPU kernels (files ending in _tpu.py, on tpu.py and
 from twotower_jax.kernels.attention import ATTENTION, Keys, attention
 from twotower_jax.kernels.backends import Backends
 from twotower_jax.kernels.block_scan import BLOCK_SCAN, BlockWeights, block_scan
-from twotower_jax.kernels.causal_conv import block_causal_conv, causal_conv
+from twotower_jax.kernels.causal_conv import BLOCK_CAUSAL_CONV, CAUSAL_CONV, block_causal_conv, causal_conv
 from twotower_jax.kernels.dispatch import Choice
 from twotower_jax.kernels.experts import EXPERT_MLP, expert_mlp
 from twotower_jax.kernels.ssd import SSD, TWO_TOWER_SSD, ssd, two_tower_ssd
@@ -39,7 +39,7 @@ __all__ = [
     "two_tower_ssd",
 ]
 
-OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, EXPERT_MLP, ATTENTION)}
+OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, CAUSAL_CONV, BLOCK_CAUSAL_CONV, ATTENTION, EXPERT_MLP)}
 
 
 def implementations(op: str) -> tuple[str, ...]:

@@ -19,10 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels import flash
 from twotower_jax.kernels.attention_xla import MASKED
+from twotower_jax.kernels.hopper import interpreter, not_hopper
 
 _LOG2E = math.log2(math.e)
 # Rows, or keys, of a warpgroup; keys of a tile, forward and backward; blocks that keep a chip busy.
-_TILE, _KEYS, _KEYS_BACKWARD, _BLOCKS = 64, 128, 64, 264
+_TILE, _KEYS, _KEYS_BACKWARD, _BLOCKS = 64, 128, 64, 132
 _STAGES, _EIGHT = 2, 8
 _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -113,8 +114,10 @@ def _part(first, last, splits: int):
 
 
 def _call(kernel, cut: _Cut, grid, inputs, outputs, scratch):
+    body = functools.partial(kernel, cut=cut)
+    body.__name__ = f"attention{kernel.__name__.removesuffix('_kernel')}"
     return plgpu.kernel(
-        functools.partial(kernel, cut=cut),
+        body,
         out_type=outputs,
         scratch_types=scratch,
         grid=tuple(grid.values()),
@@ -203,14 +206,14 @@ def _forward_kernel(
         (step,) = index
         top, total, acc = carry
         s = rows.masked(_product(q_space.at[wg], k.T) * scale, step)
-        if cut.groups == 1:  # A cache: what lies behind its length may be NaN, which times 0 is NaN.
-            place = rows.place(step)
+        place = rows.place(step)
 
-            @pl.when(place + cut.keys > rows.last)
-            def _():
-                position = place + lax.broadcasted_iota(jnp.int32, v.shape, 0)
-                v[...] = jnp.where(position < rows.last, v[...], jnp.zeros((), v.dtype))
-                plgpu.commit_smem()
+        # What no row sees may be NaN, which times 0 is NaN. Both warpgroups write, and the same.
+        @pl.when(place + cut.keys > rows.last)
+        def _():
+            position = place + lax.broadcasted_iota(jnp.int32, v.shape, 0)
+            v[...] = jnp.where(position < rows.last, v[...], jnp.zeros((), v.dtype))
+            plgpu.commit_smem()
 
         new = jnp.maximum(top, jnp.max(s, axis=1))
         p = jnp.exp2(s - _down(new, s.shape))
@@ -224,8 +227,7 @@ def _forward_kernel(
 
 def _forward(q, k, v, ranges, dtype, *, sizes: "Sizes"):
     heads, count, head_dim = q.shape
-    # Many rows share their tiles of keys; few leave the chip to blocks that read different keys.
-    groups = 2 if count > 2 * sizes.rows * 2 else 1
+    groups = 2 if count > sizes.rows else 1
     key_count = k.shape[1]
     q, k, v, start, stop, limits = _prepare(q, k, v, ranges, sizes.rows * groups)
     tiles = limits.shape[1]
@@ -235,7 +237,7 @@ def _forward(q, k, v, ranges, dtype, *, sizes: "Sizes"):
     out, lse = _call(
         _forward_kernel,
         cut,
-        {"head": heads, "tile": tiles, "split": splits},
+        {"tile": tiles, "head": heads, "split": splits},
         (q, start, stop, limits, k, v),
         [
             jax.ShapeDtypeStruct((heads, splits, *q.shape[1:]), dtype),
@@ -345,7 +347,7 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
     (dq,) = _call(
         _gradient_of_q_kernel,
         cut,
-        {"head": heads, "tile": cut.tiles, "split": 1},
+        {"tile": cut.tiles, "head": heads, "split": 1},
         (q, do, lse, delta, start, stop, limits, k, v),
         [jax.ShapeDtypeStruct(q.shape, jnp.float32)],
         [
@@ -357,7 +359,8 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
     # One warpgroup's rows at a time from here on.
     *_, limits = _prepare(q, k, v, flash.Ranges(start, stop), rows)
     tiles = k.shape[1] // (groups * keys)
-    splits = max(1, sizes.blocks // (heads * tiles))
+    # Tiles differ in how many rows see them: several blocks a multiprocessor even that out.
+    splits = max(1, 8 * sizes.blocks // (heads * tiles))
     cut = cut._replace(splits=splits, tiles=tiles)
     dk, dv = _call(
         _gradient_of_keys_kernel,
@@ -391,6 +394,8 @@ def _kernels(sizes: Sizes) -> flash.Kernels:
 
 def unsupported(q, sources, *, own_block=None, block_size=None, tile_size=None) -> str | None:
     """Why the hardware cannot run `attention` on these arrays, or None."""
+    if problem := not_hopper():
+        return problem
     if q.dtype != jnp.bfloat16:
         return f"queries are {q.dtype}: the tensor core multiplies bfloat16"
     return flash.unsupported(q, sources, own_block, 64)
@@ -400,5 +405,5 @@ def attention(q, sources, *, own_block=None, block_size=None, tile_size=None, si
     """`kernels.attention`, same arguments and results. `interpret` runs it on any backend, with any head dim."""
     sizes = sizes or Sizes()
     if interpret:
-        sizes = sizes._replace(interpret=plgpu.InterpretGPUParams())
+        sizes = sizes._replace(interpret=interpreter(True))
     return flash.attention(_kernels(sizes), q, sources, own_block=own_block, block_size=block_size)

@@ -51,6 +51,11 @@ class Cut(NamedTuple):
     def per_group(self) -> int:
         return self.heads // self.groups
 
+    @property
+    def slice_width(self) -> int:
+        """Columns of a state that are worked on at a time."""
+        return gpu.TILE if self.state % gpu.TILE == 0 else self.state
+
     def of_tile(self, chunk, tile):
         """The positions of a chunk's tile."""
         return pl.ds(chunk * self.chunk + tile * self.tile, self.tile)

@@ -4,7 +4,8 @@
     python launch/visualize.py --trace=trace.jsonl --output=pictures
 
 The folder gets page.html, which needs no other file and no network; animation.gif, text that resolves block by block;
-heatmap.svg, which step decided each position; and steps.svg, how many steps each block took.
+heatmap.svg, which step decided each position; steps.svg, how many steps each block took; and experts.svg, which experts
+the denoiser used, if it has any.
 """
 
 import os
@@ -14,7 +15,7 @@ import sys
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.visualize.charts import heat_map, steps_chart
+from twotower_jax.visualize.charts import expert_map, heat_map, steps_chart
 from twotower_jax.visualize.page import page
 from twotower_jax.visualize.story import TraceError, read_story
 
@@ -38,6 +39,8 @@ def main() -> None:
         "heatmap.svg": heat_map(story).encode(),
         "steps.svg": steps_chart(story).encode(),
     }
+    if story.load:
+        files["experts.svg"] = expert_map(story).encode()
     folder = pathlib.Path(_OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

@@ -1,16 +1,35 @@
-"""kernels/causal_conv.py against a sum over a window, in float64."""
+"""Every implementation of kernels/causal_conv.py against a sum over a window, in float64."""
 
+import functools
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from twotower_jax.kernels import block_causal_conv, causal_conv
+from twotower_jax import kernels
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 TOLERANCE = 3e-6
 QUICK = {"xla_backend_optimization_level": 0}  # Compiles twice as fast.
+
+
+@pytest.fixture(params=["xla", "pallas_tpu_interpret"])
+def implementation(request):
+    return request.param
+
+
+@pytest.fixture
+def causal_conv(implementation):
+    return functools.partial(kernels.causal_conv, implementation=implementation)
+
+
+@pytest.fixture
+def block_causal_conv(implementation):
+    return functools.partial(kernels.block_causal_conv, implementation=implementation)
 
 
 def draw(seed, *shape):
@@ -68,7 +87,7 @@ def assert_close(found, expected):
 
 # Length, width, length of the tail: shorter than the window, as long, longer; a tail longer than needed.
 @pytest.mark.parametrize("length, width, before", [(1, 4, 3), (2, 4, 4), (4, 4, 3), (11, 4, 6), (5, 2, 1), (3, 1, 2)])
-def test_causal_conv_after_a_tail(length, width, before):
+def test_causal_conv_after_a_tail(causal_conv, length, width, before):
     arrays = draw(0, 2, length, 3), draw(1, width, 3), draw(2, 3), draw(3, 2, before, 3)
     found = causal_conv(*(jnp.asarray(v, jnp.float32) for v in arrays))
     assert_close(found, literal(*arrays))
@@ -76,22 +95,22 @@ def test_causal_conv_after_a_tail(length, width, before):
         assert_close(one, other)
 
 
-def test_without_a_tail_or_a_bias():
+def test_without_a_tail_or_a_bias(causal_conv):
     x, weight = draw(0, 2, 7, 3), draw(1, 4, 3)
     zeros = np.zeros((2, 3, 3))
     assert_close(causal_conv(jnp.float32(x), jnp.float32(weight), None), literal(x, weight, None, zeros))
 
 
-def test_a_tail_continues_a_sequence():
+def test_a_tail_continues_a_sequence(causal_conv):
     x, weight, bias = (jnp.float32(v) for v in (draw(0, 2, 9, 3), draw(1, 4, 3), draw(2, 3)))
     whole = causal_conv(x, weight, bias)
     for cut in (1, 2, 3, 8):
         # All of the past, zeros included, is a valid tail.
         tail = jnp.concatenate([jnp.zeros((2, 3, 3)), x[:, :cut]], axis=1)
-        np.testing.assert_array_equal(causal_conv(x[:, cut:], weight, bias, tail), whole[:, cut:])
+        np.testing.assert_allclose(causal_conv(x[:, cut:], weight, bias, tail), whole[:, cut:], rtol=1e-6, atol=1e-6)
 
 
-def test_bfloat16_is_summed_in_float32():
+def test_bfloat16_is_summed_in_float32(causal_conv):
     x, weight, bias, tail = (jnp.bfloat16(v) for v in (draw(0, 2, 9, 3), draw(1, 4, 3), draw(2, 3), draw(3, 2, 3, 3)))
     found = causal_conv(x, weight, bias, tail)
     assert found.dtype == jnp.bfloat16
@@ -101,7 +120,7 @@ def test_bfloat16_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("block, blocks", [(1, 6), (2, 4), (3, 3), (4, 2), (7, 3), (8, 1)])
-def test_block_causal_conv_block_by_block(block, blocks):
+def test_block_causal_conv_block_by_block(block_causal_conv, block, blocks):
     """Blocks shorter than the window reach over several blocks of the context."""
     length = block * blocks
     x, context, weight, bias = draw(0, 2, length, 3), draw(1, 2, length, 3), draw(2, 4, 3), draw(3, 3)
@@ -130,3 +149,84 @@ def test_block_causal_conv_block_by_block(block, blocks):
         assert np.sum(np.asarray(gradient, np.float64) * directions[i]) == pytest.approx(slope, rel=1e-4, abs=1e-4)
     # The context's last block is seen by nobody.
     assert not np.any(dcontext[:, length - block :])
+
+
+def random_case(seed, blocks):
+    """Arguments of `block_causal_conv`, or without blocks of `causal_conv`, over several steps of a kernel's grid."""
+    rng = np.random.default_rng(seed)
+    block = int(rng.choice([1, 2, 3, 5, 16, 60])) if blocks else 1
+    length = block * int(rng.integers(1, 1 + 120 // block)) if blocks else int(rng.integers(1, 120))
+    width, channels, rows = int(rng.integers(1, 6)), int(rng.choice([3, 128])), int(rng.integers(1, 3))
+    start = np.maximum.accumulate(np.where(rng.random((rows, length)) < 0.1, np.arange(length), 0), axis=1)
+    if blocks:
+        start = start // block * block
+    before = np.arange(length) - start if rng.random() < 0.5 else None
+    arrays = [draw(seed + i, rows, length, channels) for i in range(2 if blocks else 1)]
+    arrays += [draw(seed + 2, width, channels), draw(seed + 3, channels)]
+    arrays += [draw(seed + 4, rows, width - 1 + int(rng.integers(0, 2)), channels)]
+    return block, before, arrays
+
+
+def check_against_the_reference(seed, blocks, implementation):
+    """Outputs and every gradient, the reference's by differentiating it in float64."""
+    block, before, arrays = random_case(seed, blocks)
+
+    def run(name, before):
+        def function(*arrays):
+            *rest, tail = arrays
+            if blocks:
+                return kernels.block_causal_conv(*rest, block, tail, before, implementation=name)
+            return kernels.causal_conv(*rest, tail, before, implementation=name)
+
+        return function
+
+    found = run(implementation, before)(*map(jnp.float32, arrays))
+    found_gradients = gradients(run(implementation, before), *arrays)
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(v, jnp.float64) for v in arrays]
+        y, back = jax.vjp(run("reference", before), *exact)
+        expected = [np.asarray(v) for v in (y, *back(jnp.asarray(draw(99, *y.shape), jnp.float64)))]
+    for one, other in zip((found, *found_gradients), expected, strict=True):
+        assert_close(one, other)
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**16),
+    blocks=st.booleans(),
+    implementation=st.sampled_from(["xla", "pallas_tpu_interpret"]),
+)
+@hypothesis.settings(max_examples=10)
+def test_random_shapes_documents_and_blocks(monkeypatch_module, seed, blocks, implementation):
+    check_against_the_reference(seed, blocks, implementation)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    """Steps of 32 positions, so that short sequences take several of them."""
+    from twotower_jax.kernels import causal_conv_tpu
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_conv_tpu, "_LONGEST", 32)
+        yield
+
+
+def test_a_frozen_context_costs_no_gradient_of_it():
+    """The kernel's backward pass has one output less for it, and one for the tail."""
+    x, context, weight, bias = (
+        jnp.float32(v) for v in (draw(0, 1, 32, 3), draw(1, 1, 32, 3), draw(2, 4, 3), draw(3, 3))
+    )
+
+    def results(argnums):
+        def loss(*arrays):
+            return jnp.sum(kernels.block_causal_conv(*arrays, 4, implementation="pallas_tpu_interpret"))
+
+        gradient = jax.make_jaxpr(jax.grad(loss, argnums=argnums))(x, context, weight, bias)
+        return str(gradient).count("f32[1,32,3]")
+
+    assert results((0, 2)) < results((0, 1, 2))
+
+
+def test_blocks_divide_the_length():
+    x, weight = jnp.zeros((1, 10, 3)), jnp.zeros((4, 3))
+    with pytest.raises(ValueError, match="block_causal_conv: block_size=4 does not divide the length 10"):
+        kernels.block_causal_conv(x, x, weight, None, 4)

@@ -18,6 +18,7 @@ from twotower_jax.generation import (
     score_denoiser,
 )
 from twotower_jax.generation.blocks import block
+from twotower_jax.generation.engine import in_order, iter_steps, start
 from twotower_jax.generation.modes import Call, Recipe
 from twotower_jax.generation.slots import allocate, cache_bytes
 from twotower_jax.generation.stops import cut
@@ -106,6 +107,43 @@ def test_neighbors_change_no_bit(tiny):
     assert first.trace[0].confidence != [0.0] * 8
     assert [s.tokens for s in first.trace[:-1]] != [s.xt for s in first.trace[1:]]
     assert sum(len(s.committed) for s in first.trace) == 24
+
+
+def test_routing_is_that_of_the_forward_pass(tiny, together):
+    """Of every step, layer by layer: the router's choice on what enters the experts; recording it changes no token."""
+    model, params = tiny
+    result = run(tiny, PROMPTS, DIFFUSION, record_trace=True)[3]
+    assert result.trace[0].experts is None
+    engine = start(model, params, PROMPTS, DIFFUSION, record_trace=True, record_routing=True)
+    result = list(in_order(progress for steps in iter_steps(engine) for progress in steps))[3]
+    assert result.tokens == together[3].tokens
+    step = result.trace[1]
+
+    @jax.jit
+    def evaluate(params, prompt, xt, t):
+        bound = bind(model, params)
+        _, cache = bound.prefill(prompt, jnp.array([5]), 8)
+        return bound.denoise_with_routing(xt, t, cache)[1]
+
+    # In the first block the context is the prompt.
+    experts = evaluate(params, np.array([PROMPTS[3]]), np.array([step.xt]), np.float32([step.t]))
+    assert experts.shape == (1, 1, 8, 3)
+    assert experts[:, 0].tolist() == step.experts
+
+
+def test_routing_is_in_the_order_of_the_layers(small_config, random_params):
+    """Stacked ones included: each layer is made to prefer the expert of its number."""
+    model = TwoTower(small_config("EEMEEM*E"))
+    flat = flatten(random_params(model))
+    for path, value in flat.items():
+        if path[0] == "denoiser_tower" and path[-1] == "bias":
+            layers = {("segment_0", "layer_0"): [0, 2], ("segment_0", "layer_1"): [1, 3]}.get(path[1:3], 4)
+            flat[path] = jnp.zeros_like(value) + 100.0 * jax.nn.one_hot(jnp.array(layers), 8)
+    bound = bind(model, unflatten(flat))
+    _, cache = bound.prefill(jnp.full((2, 3), 5), jnp.array([3, 2]), 8)
+    _, experts = bound.denoise_with_routing(jnp.full((2, 4), 3), jnp.ones(2), cache)
+    assert experts.shape == (5, 2, 4, 3)
+    assert (experts[..., 0] == jnp.arange(5)[:, None, None]).all()
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar"])

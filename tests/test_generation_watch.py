@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 MASK = 3
 STEPS = [
     Step(0, 0, 1.0, [3, 3, 3, 3], [8, 3, 9, 3], [0.9, 0.1, 0.8, 0.2]),
-    Step(0, 1, 0.5, [8, 3, 9, 3], [8, 7, 9, 6], [0.9, 0.5, 0.8, 0.6]),
+    Step(0, 1, 0.5, [8, 3, 9, 3], [8, 7, 9, 6], [0.9, 0.5, 0.8, 0.6], [[[0, 1], [1, 2], [0, 2], [7, 0]]]),
 ]
 RESULT = Result([5], [8, 7, 9], 2, 1, "length", text="HGI", blocks=1)
 
@@ -77,6 +77,8 @@ def test_a_trace_holds_everything_in_order(small_config):
     # The first position of a draft is the token that was there before it.
     assert lines[4] | {"kind": "step", "start": 0, "t": 0.5, "xt": [8, 3, 9, 3], "tokens": [8, 7, 9, 6]} == lines[4]
     assert lines[4]["committed"] == [1, 3]
+    assert (lines[3]["experts"], lines[4]["experts"]) == (None, [[0, 1, 1, 2, 0, 2, 7, 0]])
+    assert header["n_routed_experts"] == 8
     assert lines[5] == {"kind": "block", "row": 0, "block": 0, "start": 1, "tokens": [7, 9], "accepted": 1}
     assert lines[6]["finish_reason"] == "length"
     assert lines[7]["texts"] == {"2": "B", "3": "C", "5": "E", "6": "F", "7": "G", "8": "H", "9": "I"}
@@ -130,6 +132,10 @@ def test_the_command_follows_its_flags(tmp_path, data):
         assert row["evaluations_per_token"] > 0
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     assert lines[0]["format"] == FORMAT
+    for line in lines:
+        if line.get("kind") == "step":  # 7 layers with experts, 4 positions, 3 of 16 experts each.
+            assert [len(layer) for layer in line["experts"]] == [12] * 7
+            assert {e for layer in line["experts"] for e in layer} <= set(range(16))
     assert sum(line.get("kind") == "result" for line in lines) == 2
     assert "row 0, block 0, 1 steps, 3 drafted tokens kept" in run.stderr
     assert "warning: --block_size=4 is more than the 2 that the denoiser was trained with" in run.stderr

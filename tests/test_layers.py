@@ -339,7 +339,7 @@ def test_experts(small_config, random_params, quick_jit, changes):
     mixer = Experts(config, SCOPE)
     params, x = random_params(mixer), draw(1, B, 9, D)
     p = to_float64(params)
-    y, (load, _) = quick_jit(lambda p, x: bind(mixer, p).with_routing(x))(params, x)
+    y, (load, experts) = quick_jit(lambda p, x: bind(mixer, p).with_routing(x))(params, x)
     tokens = np.zeros(8)
     for row in range(B):
         for i in range(9):
@@ -351,6 +351,7 @@ def test_experts(small_config, random_params, quick_jit, changes):
                 biased[4:] *= first < second
                 biased[:4] *= first >= second
             chosen = np.argsort(-biased)[:3]
+            assert experts[row, i].tolist() == chosen.tolist()
             tokens[chosen] += 1
             expected = np.zeros(D)
             for e in chosen:

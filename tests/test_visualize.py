@@ -17,7 +17,7 @@ from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Progress, Result, Settings, Step
 from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.visualize.animation import animation
-from twotower_jax.visualize.charts import heat_map, steps_chart
+from twotower_jax.visualize.charts import expert_map, heat_map, steps_chart
 from twotower_jax.visualize.page import page
 from twotower_jax.visualize.story import Cell, TraceError, read_story
 
@@ -36,7 +36,7 @@ def _lines(config, mode: str) -> list[dict]:
     trace = TraceWriter(lines.append, config, settings, [[5], [7, 6]], decode)
     first = [
         Step(0, 0, 1.0, [3, 3, 3, 3], [8, 3, 9, 3], [0.9, 0.1, 0.8, 0.2]),
-        Step(0, 1, 0.5, [8, 3, 9, 3], [8, 7, 9, 6], [0.9, 0.5, 0.8, 0.6]),
+        Step(0, 1, 0.5, [8, 3, 9, 3], [8, 7, 9, 6], [0.9, 0.5, 0.8, 0.6], [[[0, 1]] * 4, [[7, 0]] * 3 + [[7, 2]]]),
     ]
     if mode == "diffusion":
         second = [Step(1, 0, 1.0, [3] * 4, [4, 2, 5, 5], [0.7] * 4)]
@@ -137,6 +137,23 @@ def test_charts_are_well_formed_and_say_what_happened(trace):
     assert bars == ["Denoiser evaluations a block (mean 1.50)", "block 0: 2 steps", "block 1: 1 steps"]
 
 
+def test_experts_of_a_step_and_of_a_row(trace):
+    story = read_story(trace, 1)
+    first = [[4, 4, 0, 0, 0, 0, 0, 0], [3, 0, 1, 0, 0, 0, 0, 4]]
+    assert [frame.load for frame in story.frames] == [None, None, first, None, None, None, None]
+    assert story.load == first
+    squares = re.findall(r'<rect class="tt-load"[^>]*fill="(rgb[^"]*)"><title>([^<]*)<', expert_map(story))
+    assert [title for _, title in squares][8:11] == [
+        "layer 1, expert 0: 3 tokens, 3.00 times the even share",
+        "layer 1, expert 1: 0 tokens, 0.00 times the even share",
+        "layer 1, expert 2: 1 tokens, 1.00 times the even share",
+    ]
+    assert squares[0][0] == squares[1][0] != squares[2][0]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page(story))[1])
+    assert (data["load"], data["frames"][2]["load"]) == (first, first)
+    assert page(story).count('class="tt-load"') == 16
+
+
 def test_an_animation_shows_every_step_and_stays_small(trace):
     story = read_story(trace, 1)
     whole = animation(story)
@@ -171,6 +188,8 @@ def test_a_long_row_is_drawn_with_fewer_frames_and_its_end(trace):
         (8, {"confidence": [0.1, "x", 0.1, 0.1]}, "confidence must hold 4 numbers"),
         (8, {"committed": [9]}, "positions below 4"),
         (8, {"step": 5}, "step 5 of block 0"),
+        (9, {"experts": [[8]]}, "numbers below 8"),
+        (9, {"experts": 3}, "experts must hold a list"),
         (8, {"row": -1}, "row must be a whole number"),
         (10, {"start": 2}, "start 2 where the row has 0 tokens"),
         (10, {"accepted": 9}, "do not fit"),
@@ -194,7 +213,7 @@ def test_traces_that_cannot_be_drawn_say_why(tmp_path, small_config):
     with pytest.raises(TraceError, match="line 1: the file is empty"):
         read_story(_write(path, []))
     for header, message in (
-        ({"version": 2}, "version 2 of the format"),
+        ({"version": 3}, "version 3 of the format"),
         ({"mode": "ar"}, "mode 'ar' has no denoiser steps"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -214,7 +233,7 @@ def test_the_command_writes_all_or_nothing(trace, tmp_path):
     out = tmp_path / "pictures"
     run = _run(f"--trace={trace}", f"--output={out}", "--row=1")
     assert run.returncode == 0, run.stderr
-    assert sorted(os.listdir(out)) == ["animation.gif", "heatmap.svg", "page.html", "steps.svg"]
+    assert sorted(os.listdir(out)) == ["animation.gif", "experts.svg", "heatmap.svg", "page.html", "steps.svg"]
 
     broken = tmp_path / "broken.jsonl"
     broken.write_text(trace.read_text()[:-20])

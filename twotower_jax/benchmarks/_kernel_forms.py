@@ -60,16 +60,8 @@ class Form(NamedTuple):
 
 def forms(shape: Shape, dtype: jnp.dtype, ops: list[str], skip: list[str]) -> Iterator[Form]:
     """The forms of the named ops but those called `skip`, each made when it is asked for."""
-    makers = {
-        "ssd": _ssd,
-        "two_tower_ssd": _two_tower_ssd,
-        "block_scan": _block_scan,
-        "causal_conv": _causal_conv,
-        "attention": _attention,
-        "expert_mlp": _experts,
-    }
     for op in ops:
-        yield from makers[op](shape, dtype, _Names(op, skip))
+        yield from MAKERS[op](shape, dtype, _Names(op, skip))
 
 
 class _Names:
@@ -295,3 +287,14 @@ def _normal(rng, dtype, *sizes) -> jax.Array:
 
 def _uniform(rng, *sizes) -> jax.Array:
     return jnp.asarray(rng.uniform(0.01, 0.5, sizes), jnp.float32)
+
+
+# The ops that can be asked for, and what yields their forms.
+MAKERS = {
+    "ssd": _ssd,
+    "two_tower_ssd": _two_tower_ssd,
+    "block_scan": _block_scan,
+    "causal_conv": _causal_conv,  # And block_causal_conv.
+    "attention": _attention,
+    "expert_mlp": _experts,
+}

@@ -54,6 +54,24 @@ def demo_config() -> ModelConfig:
     )
 
 
+def nano_config() -> ModelConfig:
+    """The shape of the published model."""
+    return ModelConfig(
+        vocab_size=131072,
+        hidden_size=2688,
+        hybrid_override_pattern=NANO_PATTERN,
+        mamba_num_heads=64,
+        mamba_head_dim=64,
+        ssm_state_size=128,
+        n_groups=8,
+        n_routed_experts=128,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1856,
+        moe_shared_expert_intermediate_size=3712,
+        routed_scaling_factor=2.5,
+    )
+
+
 def abstract_params(module: nnx.Module) -> Params:
     """Shapes of a module's parameters, float32."""
     table = parameter_table(module)

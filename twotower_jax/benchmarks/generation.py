@@ -1,17 +1,22 @@
-"""Tokens a second and evaluations of every mode, against the same model decoded by a plain loop, and against batches.
+"""Tokens a second and evaluations of every mode, against the same model decoded by plain loops, and against batches.
+
+    python launch/benchmark.py generation                     # the demonstration's model
+    python launch/benchmark.py generation --model=recorded    # the tests' model: 16 narrow layers
+    python launch/benchmark.py generation --roofline --model=nano30b --dtype=bfloat16 --batches=1,64     # on an H200
 
 Speed is counted by the clock, and in processor seconds, which other work on the machine changes less; they are those of
-all threads.
+all threads. Weights are random: the time of an evaluation does not depend on what they are, and how many evaluations a
+block takes is forced, so that all loops do the same work. Diffusion takes `--steps` evaluations a block (a threshold of
+1 commits by count alone), and `--tolerance=1` keeps every draft. --roofline is described in _roofline.py.
 
-The model has the shape of configs/tiny.py, with random weights: the time of an evaluation does not depend on what the
-weights are, and how many evaluations a block takes is forced, so that all loops do the same work. Diffusion takes
-`--steps` evaluations a block (a threshold of 1 commits by count alone), and `--tolerance=1` keeps every draft.
+Three plain loops do the evaluations of diffusion at batch 1, look at the block on the host after each step, and sample
+a step with the library's own `sample_step`:
 
-Two plain loops do the same evaluations as diffusion at batch 1. Both hold the whole cache, look at the block on the
-host after each step, and sample a step with the library's own `sample_step`:
-
-    jitted   `denoise`, `sample_step` and `extend` are compiled, and called one after another from Python
-    eager    nothing is compiled: every operation is dispatched by itself, as a first port of the published code would
+    jitted, cache      `denoise`, `sample_step` and `extend` are compiled, and called one after another from Python
+    jitted, no cache   the same, but for each block the context reads the whole text again, as a loop without a cache
+                       does; texts are padded to one length, so that it is compiled once
+    eager, cache       nothing is compiled: every operation is dispatched by itself, as a first port of the published
+                       code would
 """
 
 import dataclasses
@@ -24,17 +29,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from twotower_jax.benchmarks._shapes import demo_config
+from twotower_jax.benchmarks import _roofline
+from twotower_jax.benchmarks._shapes import demo_config, nano_config, tiny_config
 from twotower_jax.diffusion import SamplingConfig, noise_level, sample_step
 from twotower_jax.generation import Settings, generate
-from twotower_jax.parameters import bind, initialize, parameter_table
+from twotower_jax.parameters import bind
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 _PROMPT_LENGTH, _CAPACITY = 48, 256
+_MODELS = {"demo": demo_config, "recorded": tiny_config, "nano30b": nano_config}
 
 
 def define_flags() -> None:
+    flags.DEFINE_enum("model", "demo", list(_MODELS), "Whose shape.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
+    flags.DEFINE_bool("roofline", False, "Diffusion against AR with even routing, as parts of the roofline.")
     flags.DEFINE_list("batches", ["1", "8", "64"], "Rows together.")
     flags.DEFINE_integer("new_tokens", 128, "New tokens of each row.", lower_bound=16)
     flags.DEFINE_integer("steps", 4, "Denoiser evaluations a block of 16.", lower_bound=1, upper_bound=16)
@@ -44,34 +54,47 @@ def define_flags() -> None:
 
 def main() -> None:
     values = flags.FLAGS
-    model = TwoTower(demo_config())
-    params = initialize(parameter_table(model), jax.random.key(0))
+    config, dtype, batches = _MODELS[values.model](), jnp.dtype(values.dtype), [int(b) for b in values.batches]
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, model {values.model}")
+    if values.roofline:
+        # As generate.py has it: a scan copies the experts out of the stack, but compiles sooner.
+        execution = Execution(dtype=dtype, scan_layers=jax.default_backend() == "cpu")
+        model = TwoTower(config, execution=execution)
+        print(*_roofline.run(model, dtype, batches, _PROMPT_LENGTH, values.new_tokens, values.repeats), sep="\n")
+        return
+    model = TwoTower(config, execution=Execution(dtype=dtype))
+    params = _roofline.random_params(model, dtype)
     sampling = SamplingConfig(block_size=16, steps_per_block=values.steps, confidence_threshold=1.0)
     settings = Settings(max_new_tokens=values.new_tokens, sampling=sampling, ignore_eos=True)
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {values.steps} evaluations a block of 16\n")
+    print(f"{values.steps} evaluations a block of 16\n")
     columns = "tokens/s | evaluations a token, denoiser + context | tokens a processor second | times batch 1"
     print(f"| mode | batch | {columns} |")
     print("|---|---|---|---|---|---|")
     alone = {}
     for mode, tolerance in (("diffusion", 0), ("ar", 0), ("mock_ar", 0), ("speculative", 0), ("speculative", 1)):
         name = f"{mode}, every draft kept" if tolerance else mode
-        for batch in map(int, values.batches):
+        for batch in batches:
             of_mode = dataclasses.replace(settings, mode=mode, tolerance=float(tolerance), batch_size=batch)
             rates, evaluations = _engine(model, params, of_mode, batch, values.repeats)
             first = alone.setdefault(name, rates)
             times = f"{rates.processor / first.processor:.1f}"
             speeds = f"{rates.clock:,.0f} | {evaluations} | {rates.processor:,.0f}"
             print(f"| {name} | {batch} | {speeds} | {times} |", flush=True)
-    jitted = _best(lambda: _plain(model, params, settings, jax.jit), values.repeats)
     # Without scanned segments: a scan is compiled even when nothing else is.
-    flat = TwoTower(demo_config(), execution=Execution(scan_layers=False))
-    flat_params = initialize(parameter_table(flat), jax.random.key(0))
+    flat = TwoTower(config, execution=Execution(dtype=dtype, scan_layers=False))
+    flat_params = _roofline.random_params(flat, dtype)
     short = dataclasses.replace(settings, max_new_tokens=values.eager_tokens)
-    eager = _best(lambda: _plain(flat, flat_params, short, lambda function: function), 1)
+    loops = {
+        "plain loop, jitted, cache": _best(lambda: _plain(model, params, settings, jax.jit), values.repeats),
+        "plain loop, jitted, no cache": _best(
+            lambda: _plain(model, params, settings, jax.jit, cached=False), values.repeats
+        ),
+        "plain loop, eager, cache": _best(lambda: _plain(flat, flat_params, short, lambda function: function), 1),
+    }
     print("\n| diffusion, batch 1 | tokens/s | tokens a processor second | engine gives as many times |")
     print("|---|---|---|---|")
     engine = alone["diffusion"]
-    for name, rates in (("engine", engine), ("plain loop, jitted", jitted), ("plain loop, eager", eager)):
+    for name, rates in {"engine": engine, **loops}.items():
         times = engine.processor / rates.processor
         print(f"| {name} | {rates.clock:,.1f} | {rates.processor:,.1f} | {times:.1f} |")
 
@@ -116,7 +139,7 @@ def _best(run: Callable[[], int], repeats: int) -> Rates:
 _compiled = {}
 
 
-def _plain(model, params, settings: Settings, jit) -> int:
+def _plain(model, params, settings: Settings, jit, cached: bool = True) -> int:
     """Diffusion of one row as a plain loop; returns the number of tokens."""
     sampling, mask = settings.sampling, model.config.mask_token_id
     if jit not in _compiled:
@@ -132,19 +155,23 @@ def _plain(model, params, settings: Settings, jit) -> int:
         )
     prefill, denoise, sample, extend = _compiled[jit]
     keys = jax.random.split(jax.random.key(settings.seed), 1)
-    ids = jnp.asarray(_prompts(model, 1))
-    _, cache = prefill(
-        params,
-        ids,
-        jnp.full(1, _PROMPT_LENGTH),
-    )
-    tokens = []
+    text = _prompts(model, 1)[0]
+
+    def read(text):
+        padded = np.full((1, _CAPACITY), model.config.pad_token_id, np.int32)
+        padded[0, : len(text)] = text
+        return prefill(params, padded, jnp.full(1, len(text)))[1]
+
+    cache = prefill(params, jnp.asarray([text]), jnp.full(1, len(text)))[1] if cached else None
     for n in range(settings.max_new_tokens // sampling.block_size):
+        if not cached:
+            cache = read(text)
         block, step = jnp.full((1, sampling.block_size), mask, jnp.int32), 0
         while bool(jnp.any(block == mask)):
             logits = denoise(params, block, noise_level(block, mask), cache)
             block = sample(keys, block, logits, n, step).xt
             step += 1
-        tokens += np.asarray(block)[0].tolist()
-        _, cache = extend(params, block, jnp.full(1, sampling.block_size), cache)
-    return len(tokens)
+        text = text + np.asarray(block)[0].tolist()
+        if cached:
+            _, cache = extend(params, block, jnp.full(1, sampling.block_size), cache)
+    return len(text) - _PROMPT_LENGTH

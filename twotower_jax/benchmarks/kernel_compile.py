@@ -1,4 +1,4 @@
-"""Compiles the scans for chips that are not there, at the shapes of the 30B model, and shows what they take.
+"""Compiles scans and attention for chips that are not there, at the shapes of the 30B model, and shows what they take.
 
     python launch/benchmark.py kernel_compile --topology=v5p:2x2x1
 
@@ -19,6 +19,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import kernels
+from twotower_jax.benchmarks import _attention_cases
 from twotower_jax.planning import hardware
 
 _LENGTH = 8192
@@ -64,6 +65,11 @@ def main() -> None:
                         f"| {device.device_kind} | {implementation} | {case.name} | {dtype} | {chunk} | {result} |",
                         flush=True,
                     )
+            name = _attention_cases.implementation(device.platform, jnp.dtype(dtype))
+            for case in _attention_cases.cases(jnp.dtype(dtype), name):
+                result = _compile(Case(*case), device)
+                failures += result.startswith("FAILED")
+                print(f"| {device.device_kind} | {name} | {case[0]} | {dtype} | | {result} |", flush=True)
     if failures:
         sys.exit(1)
 

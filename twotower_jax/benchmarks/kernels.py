@@ -4,11 +4,11 @@
     python launch/benchmark.py kernels --shape=nano --dtype=bfloat16      # layers of the 30B model, for an accelerator
 
 Everything compared runs in one process, in turns, and the median of the turns counts. On a CPU these are processor
-seconds on one thread, which a busy machine changes less than the time of day; on an accelerator the time of some calls behind one
-another, so that the gaps between them do not count. `of matrix rate` is the time that the case's own operations would
-take at the rate of a large matrix product of the same dtype in this run; `of bandwidth` the time that reading what must
-be read and writing what must be written once would take at the rate of copying a large array. A form may do more than
-either counts. Temporaries are what the compiled form needs beside arguments and results.
+seconds on one thread, which a busy machine changes less than the time of day; on an accelerator the time of some calls
+behind one another, so that the gaps between them do not count. `of matrix rate` is the time that the case's own
+operations would take at the rate of a large matrix product of the same dtype in this run; `of bandwidth` the time that
+reading what must be read and writing what must be written once would take at the rate of copying a large array. A form
+may do more than either counts. Temporaries are what the compiled form needs beside arguments and results.
 """
 
 import statistics
@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from twotower_jax.benchmarks._kernel_forms import SHAPES, Form, forms
+from twotower_jax.benchmarks._kernel_forms import MAKERS, SHAPES, Form, forms
 from twotower_jax.benchmarks._one_thread import use_one_thread
-from twotower_jax.kernels import OPS
 
 
 def define_flags() -> None:
@@ -29,7 +28,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("chunk_size", None, "Q, instead of the shape's.", lower_bound=1)
     flags.DEFINE_integer("turns", 15, "How often each form runs.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of activations and weights.")
-    flags.DEFINE_list("op", list(OPS), "Which ops.")
+    flags.DEFINE_list("op", list(MAKERS), "Which ops.")
     flags.DEFINE_list(
         "skip",
         None,
@@ -43,8 +42,8 @@ def main() -> None:
     shape, dtype = SHAPES[values.shape], jnp.dtype(values.dtype)
     if values.chunk_size:
         shape = shape._replace(chunk=values.chunk_size)
-    if unknown := sorted(set(values.op) - set(OPS)):
-        raise ValueError(f"--op: there is no op {unknown[0]!r}; there are {', '.join(OPS)}")
+    if unknown := sorted(set(values.op) - set(MAKERS)):
+        raise ValueError(f"--op: there is no op {unknown[0]!r}; there are {', '.join(MAKERS)}")
     skip = values.skip if values.skip is not None else (["reference", "dense"] if values.shape == "nano" else [])
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__}, {device}, {values.dtype}, {shape}, median of {values.turns} turns\n", flush=True)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import Parameter, Params, bind, flatten, parameter_table, unflatten
+from twotower_jax.quantization import check_mesh
 from twotower_jax.sharding import BATCH, MeshShape, make_mesh
 from twotower_jax.two_tower import TwoTower
 
@@ -52,7 +53,7 @@ class Placement:
     def rows(self) -> int:
         """The devices that rows are divided over; a table has a multiple of them."""
         if self.context is None:
-            return math.prod(sharding.shards(axis) for axis in sharding.dividing("batch"))
+            return _shards_in_force()
         return math.prod(self.context.shape[axis] for axis in BATCH)
 
     @property
@@ -98,7 +99,15 @@ _DENOISER = ("denoiser_tower", "denoiser_head", "time")
 def _on(mesh: Mesh, model: TwoTower, params: Params, names: tuple[str, ...] | None) -> Params:
     table = parameter_table(model)
     params = {name: part for name, part in params.items() if names is None or name in names}
-    return unflatten({path: jax.device_put(v, _resting(mesh, table[path])) for path, v in flatten(params).items()})
+    check_mesh(table, params, mesh)
+
+    def put(path, value):
+        # Of a quantized matrix two arrays, each divided as its own shape allows.
+        return jax.tree.map(
+            lambda v: jax.device_put(v, _resting(mesh, dataclasses.replace(table[path], shape=v.shape))), value
+        )
+
+    return unflatten({path: put(path, value) for path, value in flatten(params).items()})
 
 
 def _resting(mesh: Mesh, parameter: Parameter) -> NamedSharding:
@@ -171,5 +180,9 @@ def place(shape: MeshShape, *, apart: bool = False) -> Placement:
 
 def rows_together(batch_size: int, rows: int) -> int:
     """How many of `rows` rows a batch takes: at most `batch_size`, and a multiple of the devices in force."""
-    shards = math.prod(sharding.shards(axis) for axis in sharding.dividing("batch"))
+    shards = _shards_in_force()
     return -(-min(batch_size, rows) // shards) * shards
+
+
+def _shards_in_force() -> int:
+    return math.prod(sharding.shards(axis) for axis in sharding.dividing("batch"))

@@ -212,8 +212,8 @@ def newest(model: TwoTower, slots: Slots, before: jax.Array, width: int) -> Slot
         if not isinstance(cache, AttentionCache):
             return cache
 
-        def cut(v):  # (T, K, P)
-            return jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None))(v, before, width)
+        def cut(v):  # (B, K, T, P)
+            return jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))(v, before, width, 1)
 
         cut = jax.vmap(cut) if stacked else cut
         return AttentionMemory(key=cut(cache.key), value=cut(cache.value))

@@ -1,13 +1,16 @@
 """The trace file: everything that happened to every row, as JSON Lines, for programs that draw it.
 
-Line 1 is the header, `{"format": "twotower_jax trace", "version": 1, …}` with the settings, the special tokens and the
-number of prompts. Every other line has a `kind`:
+Line 1 is the header, `{"format": "twotower_jax trace", "version": 2, …}` with the settings, the special tokens, the
+number of prompts, and n_routed_experts, the E experts of a layer. Every other line has a `kind`:
 
     prompt  row, ids, text
-    step    row, block, step, start, t, xt, tokens, confidence, committed: one evaluation of the denoiser. `xt` and
-            `tokens` are the block before and after it, the mask token where undecided; `confidence` is the probability
-            of each position's prediction, which says nothing where xt was decided; `committed` the positions decided in
-            this step; `start` the place among the row's new tokens of the block's first position
+    step    row, block, step, start, t, xt, tokens, confidence, committed, experts: one evaluation of the denoiser. `xt`
+            and `tokens` are the block before and after it, the mask token where undecided; `confidence` is the
+            probability of each position's prediction, which says nothing where xt was decided; `committed` the
+            positions decided in this step; `start` the place among the row's new tokens of the block's first position.
+            `experts` has a list for each of the denoiser's layers with experts: S · k numbers in 0 … E − 1, the k
+            experts that the first position was routed to, best first, then those of the second, and so on; null where
+            there are none
     block   row, block, start, tokens, accepted: what the row got from the block (in ar and mock_ar, from one call).
             `block` is null for the first token of ar and speculative, which reading the prompt gives. `accepted`
             counts the leading ones that were drafted, in speculative, and is null otherwise
@@ -16,7 +19,7 @@ number of prompts. Every other line has a `kind`:
 
 The lines of one row are in order; rows that were generated together are mixed. In speculative mode a block's first
 position is given, and is the last token of the block before; `tokens` of its steps are a draft, `block` says what
-became of it. Routing is not recorded: it does not leave the expert layers.
+became of it. Version 1 had neither experts nor n_routed_experts.
 """
 
 import dataclasses
@@ -27,7 +30,7 @@ from twotower_jax.generation.engine import Progress
 from twotower_jax.generation.settings import Settings
 from twotower_jax.generation.stops import Decode
 
-FORMAT, VERSION = "twotower_jax trace", 1
+FORMAT, VERSION = "twotower_jax trace", 2
 
 
 class TraceWriter:
@@ -50,6 +53,7 @@ class TraceWriter:
             | values.pop("sampling")
             | values
             | {"mask_token_id": config.mask_token_id, "eos_token_id": config.eos_token_id}
+            | {"n_routed_experts": config.n_routed_experts}
         )
         for row, ids in enumerate(prompts):
             ids = [int(i) for i in ids]
@@ -63,7 +67,11 @@ class TraceWriter:
             self._seen.update(step.tokens)
             place = {"kind": "step", "row": row, "block": step.block, "step": step.step, "start": start - self._given}
             state = {"t": step.t, "xt": step.xt, "tokens": step.tokens}
-            self._write(place | state | {"confidence": step.confidence, "committed": step.committed})
+            experts = (
+                None if step.experts is None else [[e for chosen in layer for e in chosen] for layer in step.experts]
+            )
+            routing = {"committed": step.committed, "experts": experts}
+            self._write(place | state | {"confidence": step.confidence} | routing)
         self._seen.update(progress.tokens)
         block = {"kind": "block", "row": row, "block": progress.block, "start": start, "tokens": progress.tokens}
         self._write(block | {"accepted": progress.accepted})

@@ -1,4 +1,4 @@
-"""Charts of a story as SVG, for a page or as files of their own: the order of commits, and steps a block."""
+"""Charts of a story as SVG, for a page or as files of their own: the order of commits, steps a block, experts used."""
 
 import html
 
@@ -91,3 +91,41 @@ def steps_chart(story: Story) -> str:
     mean = sum(block.steps for block in story.blocks) / max(1, len(story.blocks))
     title = f"Denoiser evaluations a block (mean {mean:.2f})"
     return svg(max(300, _LEFT + len(story.blocks) * step + 12), bottom + 26, title, parts)
+
+
+def load_part(load: float) -> float:
+    """Where an expert's load, a multiple of the even share, stands on the scale of colors: the even share in its
+    middle."""
+    return load / (1 + load)
+
+
+def expert_map(story: Story) -> str:
+    """A line a layer with experts, a column an expert: the denoiser's tokens that went to it in all steps of the row.
+
+    The squares are in the order of `Story.load`, with the class tt-load, so that a page can color them by a step.
+    """
+    load = story.load
+    experts = len(load[0])
+    side = 22 if experts <= 32 else 8
+    most_labels = 1 if side == 22 else 16
+    parts = [
+        f'<text class="tt-ink" x="{_LEFT + e * side + side / 2}" y="{_TOP - 6}" text-anchor="middle">{e}</text>'
+        for e in range(0, experts, most_labels)
+    ]
+    for number, counts in enumerate(load):
+        y, share = _TOP + number * side, sum(counts) / experts
+        if side == 22 or number % 4 == 0:
+            label = f'y="{y + side / 2 + 4}" text-anchor="end">layer {number}</text>'
+            parts.append(f'<text class="tt-ink" x="{_LEFT - 6}" {label}')
+        for e, count in enumerate(counts):
+            about = f"layer {number}, expert {e}: {count} tokens, {count / share:.2f} times the even share"
+            box = f'x="{_LEFT + e * side}" y="{y}" width="{side - 1}" height="{side - 1}"'
+            fill = f'fill="rgb{color(load_part(count / share))}"'
+            parts.append(f'<rect class="tt-load" {box} {fill}><title>{about}</title></rect>')
+    bottom = _TOP + len(load) * side + 22
+    for i, (load, text) in enumerate(((0.0, "unused"), (1.0, "even share"), (4.0, "4 times"))):
+        x = _LEFT + i * 100
+        parts.append(f'<rect x="{x}" y="{bottom - 11}" width="13" height="13" fill="rgb{color(load_part(load))}"/>')
+        parts.append(f'<text class="tt-ink" x="{x + 18}" y="{bottom}">{text}</text>')
+    width = max(380, _LEFT + experts * side + 12)
+    return svg(width, bottom + 12, "Experts that the denoiser used", parts)

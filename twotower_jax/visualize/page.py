@@ -8,7 +8,7 @@ import html
 import json
 from typing import Any
 
-from twotower_jax.visualize.charts import color, heat_map, ink_on, steps_chart
+from twotower_jax.visualize.charts import color, expert_map, heat_map, ink_on, steps_chart
 from twotower_jax.visualize.story import Cell, Story
 
 _COLORS = 32
@@ -44,7 +44,7 @@ border-radius:6px;padding:.6rem .8rem;min-height:8rem}
 <div class="faint"><span id="state"></span> &nbsp; <span id="low"></span> <span id="scale"></span>
 <span id="high"></span></div>
 <div id="text"></div>
-<div class="chart">%(steps)s</div><div class="chart">%(heat)s</div>
+<div class="chart">%(steps)s</div><div class="chart">%(heat)s</div>%(experts)s
 <script type="application/json" id="data">%(data)s</script>
 <script>
 "use strict";
@@ -76,6 +76,15 @@ function token(cell, place) {
   span.style.color = ink;
   return span;
 }
+function load(frame) {
+  const one = $("moment").value === "step";
+  const counts = (one ? frame.load || data.load.map(layer => layer.map(() => 0)) : data.load).flat();
+  const share = Math.max(counts.reduce((a, b) => a + b) / counts.length, 1e-9);
+  document.querySelectorAll(".tt-load").forEach((square, i) => {
+    const part = counts[i] / (counts[i] + share);
+    square.style.fill = data.colors[Math.min(data.colors.length - 1, Math.floor(part * data.colors.length))][0];
+  });
+}
 function draw() {
   const at = Number($("at").value), frame = data.frames[at];
   const cells = data.cells.slice(0, frame.settled).concat(frame.cells);
@@ -83,6 +92,7 @@ function draw() {
   $("state").textContent = "block " + frame.block + (frame.step === null ? ", read by the context tower"
     : ", after " + frame.step + " steps, masked " + Math.round(frame.t * 100) + " %%")
     + "  (" + at + " of " + last + ")";
+  if (data.load) load(frame);
   const byStep = $("by").value === "step";
   $("low").textContent = byStep ? "step 1" : "confidence 0";
   $("high").textContent = byStep ? "step " + data.steps : "1";
@@ -103,6 +113,7 @@ $("back").onclick = () => { stop(); move(-1); };
 $("next").onclick = () => { stop(); move(1); };
 $("at").oninput = () => { stop(); draw(); };
 $("by").onchange = draw;
+if (data.load) $("moment").onchange = draw;
 $("theme").onclick = () => {
   const dark = getComputedStyle(document.documentElement).colorScheme === "dark";
   document.documentElement.dataset.theme = dark ? "light" : "dark";
@@ -113,8 +124,14 @@ draw();
 """
 
 
+_EXPERTS = """<div class="faint">Experts used in <select id="moment" aria-label="experts used in">
+<option value="step">the step shown</option><option value="all">all steps</option></select></div>
+<div class="chart">%s</div>"""
+
+
 def page(story: Story) -> str:
     """The HTML."""
+    load = story.load
     colors = [color((i + 0.5) / _COLORS) for i in range(_COLORS)]
     header, count = story.header, max(1, len(story.blocks))
     settings = [f"{name} {header[name]}" for name in _SETTINGS if header.get(name) is not None]
@@ -126,18 +143,21 @@ def page(story: Story) -> str:
         "cells": [_cell(cell) for cell in story.cells],
         "frames": [
             {"block": f.block, "step": f.step, "t": f.t, "settled": f.settled, "cells": [_cell(c) for c in f.cells]}
+            | ({"load": f.load} if f.load else {})
             for f in story.frames
         ],
         "length": story.length,
+        "load": load,
         "steps": story.most_steps,
         "colors": [[f"rgb{fill}", ink_on(fill)] for fill in colors],
     }
     return _PAGE % {
         "title": f"Generation of row {story.row}",
-        "settings": html.escape(" · ".join(settings)),
+        "settings": html.escape(" · ".join(setting.replace(" ", "\u00a0") for setting in settings)),
         "scale": ",".join(f"rgb{fill}" for fill in colors),
         "steps": steps_chart(story),
         "heat": heat_map(story),
+        "experts": _EXPERTS % expert_map(story) if load else "",
         # Neither </script> nor <!-- can stand in it.
         "data": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     }

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from twotower_jax.generation.trace import FORMAT, VERSION
 
+_VERSIONS = (1, VERSION)  # 1 has no routing.
+
 DRAWN_MODES = ("diffusion", "speculative")
 
 
@@ -29,7 +31,8 @@ class Cell(NamedTuple):
 class Frame(NamedTuple):
     """One moment. The row's new tokens are the first `settled` of `Story.cells`, then `cells`, the block at work.
 
-    `step` counts evaluations of the block: 0 before the first one; None when the block is done and read.
+    `step` counts evaluations of the block: 0 before the first one; None when the block is done and read. `load` says of
+    the evaluation before, for each layer with experts, how many positions went to each of its E experts.
     """
 
     block: int
@@ -37,6 +40,7 @@ class Frame(NamedTuple):
     t: float | None
     settled: int
     cells: list[Cell]
+    load: list[list[int]] | None = None
 
 
 class Block(NamedTuple):
@@ -84,6 +88,12 @@ class Story:
         return self.prompt if self.prompt is not None else "".join(f"{i} " for i in self.prompt_ids)
 
     @property
+    def load(self) -> list[list[int]] | None:
+        """The sum of the frames' loads; None where the trace has no routing."""
+        loads = [frame.load for frame in self.frames if frame.load is not None]
+        return [[sum(counts) for counts in zip(*layer, strict=True)] for layer in zip(*loads, strict=True)] or None
+
+    @property
     def most_steps(self) -> int:
         return max((block.steps for block in self.blocks), default=0)
 
@@ -129,8 +139,9 @@ def _header(value: dict, path: pathlib.Path, row: int) -> dict:
     if _number(value, "block_size") < 1:
         raise TraceError("block_size must be at least 1")
     _number(value, "mask_token_id")
-    if value.get("version") != VERSION:
-        raise ValueError(f"{path}: version {value.get('version')!r} of the format; this program draws {VERSION}")
+    if value.get("version") not in _VERSIONS:
+        versions = " and ".join(map(str, _VERSIONS))
+        raise ValueError(f"{path}: version {value.get('version')!r} of the format; this program draws {versions}")
     if value.get("mode") not in DRAWN_MODES:
         modes = " or ".join(DRAWN_MODES)
         raise ValueError(f"{path}: mode {value.get('mode')!r} has no denoiser steps to draw; trace --mode={modes}")
@@ -147,6 +158,7 @@ class _Reader:
         self._mask, self._size = header["mask_token_id"], header["block_size"]
         self._draft: list[Cell] = []
         self._steps = self._start = 0
+        self._layers: int | None = None
 
     def add(self, line: dict) -> None:
         kind = line["kind"]
@@ -187,7 +199,7 @@ class _Reader:
         for i in committed:
             self._draft[i] = Cell(after[i], step, confidence[i])
         self._steps = step + 1
-        self._frame(block, self._steps, after.count(self._mask) / self._size)
+        self._frame(block, self._steps, after.count(self._mask) / self._size, self._load(line.get("experts")))
 
     def _block(self, line: dict) -> None:
         tokens, start, cells = _tokens(line, "tokens"), _number(line, "start"), self.story.cells
@@ -226,8 +238,20 @@ class _Reader:
         except ValueError:
             raise TraceError("the keys of texts must be token ids") from None
 
-    def _frame(self, block: int, step: int, t: float) -> None:
-        self.story.frames.append(Frame(block, step, t, self._start, list(self._draft)))
+    def _load(self, experts: Any) -> list[list[int]] | None:
+        if experts is None:
+            return None
+        size = _number(self.story.header, "n_routed_experts")
+        layers = [_tokens({"experts": layer}, "experts") for layer in experts] if isinstance(experts, list) else []
+        if not layers or any(e >= size for layer in layers for e in layer):
+            raise TraceError(f"experts must hold a list of numbers below {size} for each layer")
+        if self._layers not in (None, len(layers)):
+            raise TraceError(f"experts of {len(layers)} layers behind those of {self._layers}")
+        self._layers = len(layers)
+        return [[layer.count(e) for e in range(size)] for layer in layers]
+
+    def _frame(self, block: int, step: int, t: float, load: list[list[int]] | None = None) -> None:
+        self.story.frames.append(Frame(block, step, t, self._start, list(self._draft), load))
 
 
 def _is_real(value: Any) -> bool:
