@@ -17,7 +17,7 @@ form (ssd_xla.py) and Pallas TPU kernels (files ending in _tpu.py, on tpu.py and
 from twotower_jax.kernels.attention import ATTENTION, Keys, attention
 from twotower_jax.kernels.backends import Backends
 from twotower_jax.kernels.block_scan import BLOCK_SCAN, BlockWeights, block_scan
-from twotower_jax.kernels.causal_conv import block_causal_conv, causal_conv
+from twotower_jax.kernels.causal_conv import BLOCK_CAUSAL_CONV, CAUSAL_CONV, block_causal_conv, causal_conv
 from twotower_jax.kernels.dispatch import Choice
 from twotower_jax.kernels.experts import EXPERT_MLP, expert_mlp
 from twotower_jax.kernels.ssd import SSD, TWO_TOWER_SSD, ssd, two_tower_ssd
@@ -39,17 +39,17 @@ __all__ = [
     "two_tower_ssd",
 ]
 
-_OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, EXPERT_MLP, ATTENTION)}
+OPS = {op.name: op for op in (SSD, TWO_TOWER_SSD, BLOCK_SCAN, CAUSAL_CONV, BLOCK_CAUSAL_CONV, ATTENTION, EXPERT_MLP)}
 
 
 def implementations(op: str) -> tuple[str, ...]:
     """The names that `implementation` of an op takes; empty for an op that has only one form and no such argument."""
-    return tuple(_OPS[op].implementations) if op in _OPS else ()
+    return tuple(OPS[op].implementations) if op in OPS else ()
 
 
 def platform_of(op: str, implementation: str) -> str | None:
     """The platform that an implementation is made for, on which None may choose it; None if it is for no one."""
-    return _OPS[op].implementations[implementation].platform
+    return OPS[op].implementations[implementation].platform
 
 
 def chosen(op: str, *args, implementation: str | None = None, **kwargs) -> Choice:
@@ -62,4 +62,4 @@ def chosen(op: str, *args, implementation: str | None = None, **kwargs) -> Choic
     Raises:
       ValueError: as the call would: no such implementation, or one that cannot take these shapes.
     """
-    return _OPS[op].choose(*args, implementation=implementation, **kwargs)
+    return OPS[op].choose(*args, implementation=implementation, **kwargs)

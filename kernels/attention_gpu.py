@@ -19,12 +19,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels import flash
 from twotower_jax.kernels.attention_xla import MASKED
+from twotower_jax.kernels.hopper import interpreter, not_hopper
 
 _LOG2E = math.log2(math.e)
 # Rows, or keys, of a warpgroup; keys of a tile, forward and backward; blocks that keep a chip busy.
-_TILE, _KEYS, _KEYS_BACKWARD, _BLOCKS = 64, 128, 64, 264
-_STAGES, _EIGHT = 2, 8
+_TILE, _KEYS, _KEYS_BACKWARD, _BLOCKS = 64, 128, 64, 132
+# Tiles under way at once; what the copy engine can cut; the greatest P.
+_STAGES, _EIGHT, _WIDEST = 2, 8, 128
 _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+class Sizes(NamedTuple):
+    """What a warpgroup takes, and how many blocks keep the chip busy; smaller in tests."""
+
+    rows: int = _TILE
+    keys: int = _KEYS
+    keys_backward: int = _KEYS_BACKWARD
+    blocks: int = _BLOCKS
+    interpret: plgpu.InterpretGPUParams | None = None
 
 
 class _Cut(NamedTuple):
@@ -53,7 +65,7 @@ def _padded(v, multiple, axis, mode="constant"):
 
 def _prepare(q, k, v, ranges: flash.Ranges, rows: int):
     """Padded arrays, the limits of rows (B, M), and of tiles of rows (B, tiles, 4)."""
-    k, v = (_padded(x, _EIGHT, 1) for x in (k, v))  # What the copy engine can cut.
+    k, v = (_padded(x, _EIGHT, 1) for x in (k, v))
     q = _padded(q, rows, 1)
     start, stop = (_padded(x, rows, 1, "edge") for x in ranges)
     in_tiles = [x.reshape(x.shape[0], -1, rows) for x in (start, stop)]
@@ -113,8 +125,10 @@ def _part(first, last, splits: int):
 
 
 def _call(kernel, cut: _Cut, grid, inputs, outputs, scratch):
+    body = functools.partial(kernel, cut=cut)
+    body.__name__ = f"attention{kernel.__name__.removesuffix('_kernel')}"
     return plgpu.kernel(
-        functools.partial(kernel, cut=cut),
+        body,
         out_type=outputs,
         scratch_types=scratch,
         grid=tuple(grid.values()),
@@ -203,14 +217,14 @@ def _forward_kernel(
         (step,) = index
         top, total, acc = carry
         s = rows.masked(_product(q_space.at[wg], k.T) * scale, step)
-        if cut.groups == 1:  # A cache: what lies behind its length may be NaN, which times 0 is NaN.
-            place = rows.place(step)
+        place = rows.place(step)
 
-            @pl.when(place + cut.keys > rows.last)
-            def _():
-                position = place + lax.broadcasted_iota(jnp.int32, v.shape, 0)
-                v[...] = jnp.where(position < rows.last, v[...], jnp.zeros((), v.dtype))
-                plgpu.commit_smem()
+        # What no row sees may be NaN, which times 0 is NaN. Both warpgroups write, and the same.
+        @pl.when(place + cut.keys > rows.last)
+        def _():
+            position = place + lax.broadcasted_iota(jnp.int32, v.shape, 0)
+            v[...] = jnp.where(position < rows.last, v[...], jnp.zeros((), v.dtype))
+            plgpu.commit_smem()
 
         new = jnp.maximum(top, jnp.max(s, axis=1))
         p = jnp.exp2(s - _down(new, s.shape))
@@ -222,10 +236,9 @@ def _forward_kernel(
     pipeline(k_ref.at[rows.head], v_ref.at[rows.head])
 
 
-def _forward(q, k, v, ranges, dtype, *, sizes: "Sizes"):
+def _forward(q, k, v, ranges, dtype, *, sizes: Sizes):
     heads, count, head_dim = q.shape
-    # Many rows share their tiles of keys; few leave the chip to blocks that read different keys.
-    groups = 2 if count > 2 * sizes.rows * 2 else 1
+    groups = 2 if count > sizes.rows else 1
     key_count = k.shape[1]
     q, k, v, start, stop, limits = _prepare(q, k, v, ranges, sizes.rows * groups)
     tiles = limits.shape[1]
@@ -235,7 +248,7 @@ def _forward(q, k, v, ranges, dtype, *, sizes: "Sizes"):
     out, lse = _call(
         _forward_kernel,
         cut,
-        {"head": heads, "tile": tiles, "split": splits},
+        {"tile": tiles, "head": heads, "split": splits},
         (q, start, stop, limits, k, v),
         [
             jax.ShapeDtypeStruct((heads, splits, *q.shape[1:]), dtype),
@@ -247,8 +260,7 @@ def _forward(q, k, v, ranges, dtype, *, sizes: "Sizes"):
             _for_registers(cut, cut.rows, cut.keys, q.dtype),
         ],
     )
-    parts = [(out[:, i, :count], lse[:, i, :count]) for i in range(splits)]
-    return flash.combine(*zip(*parts, strict=True))
+    return flash.combine_stacked(out[:, :, :count], lse[:, :, :count])
 
 
 def _gradient_of_q_kernel(
@@ -335,7 +347,7 @@ def _gradient_of_keys_kernel(
     pipeline(*(ref.at[head] for ref in (q_ref, do_ref, lse_ref, delta_ref)))
 
 
-def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
+def _backward(q, k, v, ranges, do, lse, delta, *, sizes: Sizes):
     heads, count, head_dim = q.shape
     key_count, groups, rows, keys = k.shape[1], 2, sizes.rows, sizes.keys_backward
     k, v = (_padded(x, groups * keys, 1) for x in (k, v))
@@ -345,7 +357,7 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
     (dq,) = _call(
         _gradient_of_q_kernel,
         cut,
-        {"head": heads, "tile": cut.tiles, "split": 1},
+        {"tile": cut.tiles, "head": heads, "split": 1},
         (q, do, lse, delta, start, stop, limits, k, v),
         [jax.ShapeDtypeStruct(q.shape, jnp.float32)],
         [
@@ -357,7 +369,8 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
     # One warpgroup's rows at a time from here on.
     *_, limits = _prepare(q, k, v, flash.Ranges(start, stop), rows)
     tiles = k.shape[1] // (groups * keys)
-    splits = max(1, sizes.blocks // (heads * tiles))
+    # Tiles differ in how many rows see them: several blocks a multiprocessor even that out.
+    splits = max(1, min(8 * sizes.blocks // (heads * tiles), limits.shape[1] // 2))
     cut = cut._replace(splits=splits, tiles=tiles)
     dk, dv = _call(
         _gradient_of_keys_kernel,
@@ -374,16 +387,6 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
     return dq[:, :count], *(jnp.sum(x, axis=1)[:, :key_count] for x in (dk, dv))
 
 
-class Sizes(NamedTuple):
-    """What a warpgroup takes, and how many blocks keep the chip busy; smaller in tests."""
-
-    rows: int = _TILE
-    keys: int = _KEYS
-    keys_backward: int = _KEYS_BACKWARD
-    blocks: int = _BLOCKS
-    interpret: plgpu.InterpretGPUParams | None = None
-
-
 @functools.cache
 def _kernels(sizes: Sizes) -> flash.Kernels:
     return flash.Kernels(functools.partial(_forward, sizes=sizes), functools.partial(_backward, sizes=sizes))
@@ -391,8 +394,12 @@ def _kernels(sizes: Sizes) -> flash.Kernels:
 
 def unsupported(q, sources, *, own_block=None, block_size=None, tile_size=None) -> str | None:
     """Why the hardware cannot run `attention` on these arrays, or None."""
+    if problem := not_hopper():
+        return problem
     if q.dtype != jnp.bfloat16:
         return f"queries are {q.dtype}: the tensor core multiplies bfloat16"
+    if q.shape[3] > _WIDEST:
+        return f"the head dim {q.shape[3]} is more than {_WIDEST}: its tiles do not fit into shared memory"
     return flash.unsupported(q, sources, own_block, 64)
 
 
@@ -400,5 +407,5 @@ def attention(q, sources, *, own_block=None, block_size=None, tile_size=None, si
     """`kernels.attention`, same arguments and results. `interpret` runs it on any backend, with any head dim."""
     sizes = sizes or Sizes()
     if interpret:
-        sizes = sizes._replace(interpret=plgpu.InterpretGPUParams())
+        sizes = sizes._replace(interpret=interpreter(True))
     return flash.attention(_kernels(sizes), q, sources, own_block=own_block, block_size=block_size)

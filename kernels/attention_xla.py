@@ -5,6 +5,8 @@ head are rows of one matrix beside their positions: (B, K, L·R, P) times (B, K,
 keys.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -58,10 +60,10 @@ def visible(source) -> jax.Array:
     return seen if source.start is None else seen & (position >= source.start[..., None])
 
 
-def only(seen: jax.Array, v: jax.Array, other: float, length: int) -> jax.Array:
-    """(B, K, L·R, T) with `other` where the position of a row does not see the key."""
+def masked(seen: jax.Array, v: jax.Array, length: int) -> jax.Array:
+    """Scores (B, K, L·R, T) with `MASKED` where the position of a row does not see the key."""
     by_position = v.reshape(*v.shape[:2], length, -1, v.shape[-1])
-    return jnp.where(seen[:, None, :, None], by_position, other).reshape(v.shape)
+    return jnp.where(seen[:, None, :, None], by_position, MASKED).reshape(v.shape)
 
 
 def reachable(v: jax.Array, stop: jax.Array) -> jax.Array:
@@ -79,21 +81,23 @@ def _attend(q, sources, own, blocks):
     found, seen = [], []
     for source in sources:
         seen.append(visible(source))
-        found.append(only(seen[-1], scores(rows, reachable(source.key, source.stop)), MASKED, length))
+        found.append(masked(seen[-1], scores(rows, reachable(source.key, source.stop)), length))
     if own is not None:
         found.append(scores(in_blocks(rows, blocks), in_blocks(own[0], blocks)).reshape(*rows.shape[:3], -1))
     weights = jax.nn.softmax(jnp.concatenate(found, axis=-1), axis=-1)
     out, place = jnp.zeros(rows.shape, jnp.float32), 0
-    for source, mask in zip(sources, seen, strict=True):
+    for source in sources:
         part = weights[..., place : place + source.key.shape[2]]
-        if own is None:  # Where a row sees nothing at all, the masked share the weight.
-            part = only(mask, part, 0.0, length)
         out += weighted(part, reachable(source.value, source.stop))
         place += source.key.shape[2]
     if own is not None:
         part = weighted(in_blocks(weights[..., place:], blocks), in_blocks(own[1], blocks))
         out += part.reshape(rows.shape)
-    return from_rows(out.astype(q.dtype), length)
+    out = from_rows(out.astype(q.dtype), length)
+    if own is None:  # Where a position sees nothing at all, the masked keys share the weight.
+        some = functools.reduce(jnp.logical_or, (jnp.any(v, axis=-1) for v in seen))
+        out = jnp.where(some[..., None, None], out, jnp.zeros((), out.dtype))
+    return out
 
 
 def attention(q, sources, *, own_block=None, block_size=None, tile_size=512):

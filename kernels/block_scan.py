@@ -11,9 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels.causal_conv import causal_conv
+from twotower_jax.kernels.causal_conv_xla import causal_conv
 from twotower_jax.kernels.dispatch import Implementation, Op
+from twotower_jax.kernels.gated_norm import gated_norm
 from twotower_jax.kernels.ssd_xla import ssd
+
+# Tokens of a block. Beyond, the products outweigh the moving of states, and a scan in chunks is the better form.
+LONGEST_BLOCK = 64
 
 
 class BlockWeights(NamedTuple):
@@ -36,6 +40,8 @@ BLOCK_SCAN = Op(
         "xla": Implementation("block_scan", "by_parts"),
         "pallas_tpu": Implementation("block_scan_tpu", "block_scan", platform="tpu", has_limits=True),
         "pallas_tpu_interpret": Implementation("block_scan_tpu", "block_scan", options=(("interpret", True),)),
+        "mosaic_gpu": Implementation("block_scan_gpu", "block_scan", platform="gpu", has_limits=True),
+        "mosaic_gpu_interpret": Implementation("block_scan_gpu", "block_scan", options=(("interpret", True),)),
         "reference": Implementation("reference", "block_scan"),
     },
 )
@@ -57,7 +63,7 @@ def block_scan(
 ) -> tuple[jax.Array, jax.Array | None]:
     """One block of each row.
 
-    The TPU kernel has no gradient; the XLA form has.
+    The hardware kernels have no gradient; the XLA form has.
 
     Args:
       z: (B, S, H·P). xbc: (B, S, C), raw inputs of the convolution.
@@ -68,7 +74,8 @@ def block_scan(
       groups: G.
       epsilon: of the norm.
       next_state: whether the state after the block is wanted.
-      implementation: as in `ssd`.
+      implementation: "xla", "pallas_tpu", "mosaic_gpu" (NVIDIA Hopper), "pallas_tpu_interpret" and
+        "mosaic_gpu_interpret" (on any platform, slow), "reference", or None to choose.
 
     Returns:
       (B, S, H·P) in z's dtype, and the state after the block, float32, or None.
@@ -82,16 +89,20 @@ def block_scan(
 
 def by_parts(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state):
     """`block_scan` as the ops that it fuses."""
-    batch, length, inner = z.shape
-    heads, head_dim, state_size = state.shape[1:]
     xbc = causal_conv(xbc, weights.conv_weight, weights.conv_bias, tail)
-    x, b, c = jnp.split(xbc, [inner, inner + groups * state_size], axis=-1)
-    x = x.reshape(batch, length, heads, head_dim)
-    b, c = (v.reshape(batch, length, groups, state_size) for v in (b, c))
-    y, last = ssd(x, dt, log_decay, b, c, initial_state=state, chunk_size=max(length, 1))
-    y += weights.skip.astype(jnp.float32)[:, None] * x.astype(jnp.float32)
-    gated = y.reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
-    parts = gated.reshape(batch, length, groups, -1)
-    parts *= jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + epsilon)
-    out = parts.reshape(z.shape) * weights.norm.astype(jnp.float32)
-    return out.astype(z.dtype), last if next_state else None
+    x, b, c = split_channels(xbc, z.shape[-1], *state.shape[2:])
+    y, last = ssd(x, dt, log_decay, b, c, initial_state=state, chunk_size=max(z.shape[1], 1))
+    out = gated_norm(add_skip(y, x, weights.skip), z, weights.norm, epsilon, groups)
+    return out, last if next_state else None
+
+
+def split_channels(xbc: jax.Array, inner: int, head_dim: int, state: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(B, L, H·P + 2·G·N), H·P being `inner`, as x (B, L, H, P), B and C (B, L, G, N)."""
+    leading = xbc.shape[:-1]
+    x, b, c = jnp.split(xbc, [inner, (inner + xbc.shape[-1]) // 2], axis=-1)
+    return x.reshape(*leading, -1, head_dim), b.reshape(*leading, -1, state), c.reshape(*leading, -1, state)
+
+
+def add_skip(y: jax.Array, x: jax.Array, skip: jax.Array) -> jax.Array:
+    """y + D x, float32: y and x (B, L, H, P), skip (H,)."""
+    return y + skip.astype(jnp.float32)[:, None] * x.astype(jnp.float32)

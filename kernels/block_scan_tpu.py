@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from twotower_jax.kernels.block_scan import LONGEST_BLOCK
 from twotower_jax.kernels.log_decay import Sum, cumulative
 from twotower_jax.kernels.ssd_tpu import Chunk
 from twotower_jax.kernels.tpu_layout import LANES, SUBLANES, VMEM_BYTES, Layout
-
-_LONGEST = 64
 
 
 def _convolved(ref, tail_ref, weight_ref, bias_ref):
@@ -49,8 +48,8 @@ def _kernel(*refs, cut: Layout, epsilon: float):
 def unsupported(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state) -> str | None:
     """Why the hardware cannot run these shapes, or None."""
     per_group, state_size = z.shape[2] // groups, state.shape[3]
-    if z.shape[1] > _LONGEST:
-        return f"a block of {z.shape[1]} tokens is longer than {_LONGEST}"
+    if z.shape[1] > LONGEST_BLOCK:
+        return f"a block of {z.shape[1]} tokens is longer than {LONGEST_BLOCK}"
     if per_group % LANES or state_size % LANES or z.shape[2] % state_size:
         return f"a group's {per_group} channels and the state {state_size} must be multiples of {LANES}"
     return None

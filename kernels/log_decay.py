@@ -42,20 +42,25 @@ def in_chunks(x: jax.Array, chunk: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
 
 
-def cumulative(log_decay: jax.Array, chunk: int) -> Sum:
-    """Inclusive sums along axis 2 of (B, c, L, H), L ≤ Q, as products with a triangle of ones."""
-    length = log_decay.shape[2]
+def two_parts(log_decay: jax.Array, chunk: int) -> Sum:
+    """Log-decays, none below what is forgotten anyway, in two parts, the sums of which are a `Sum`."""
     # As fine a grid as leaves the sum of two chunks of decays below 2²⁴ steps of it.
     grid = 2.0 ** (math.ceil(math.log2(-_FORGOTTEN * 2 * chunk)) - 24)
     log_decay = jnp.maximum(log_decay, _FORGOTTEN)
     coarse = jax.lax.stop_gradient(jnp.round(log_decay / grid) * grid)
+    return Sum(coarse, log_decay - coarse)
+
+
+def cumulative(log_decay: jax.Array, chunk: int) -> Sum:
+    """Inclusive sums along axis 2 of (B, c, L, H), L ≤ Q, as products with a triangle of ones."""
+    length = log_decay.shape[2]
     triangle = jnp.tril(jnp.ones((length, length), jnp.float32))
 
     def sums(v):
         precision = jax.lax.Precision.HIGHEST
         return jnp.einsum("ij,bcjh->bcih", triangle, v, precision=precision, preferred_element_type=jnp.float32)
 
-    return Sum(sums(coarse), sums(log_decay - coarse))
+    return two_parts(log_decay, chunk).map(sums)
 
 
 def query_sums(log_decay: jax.Array, context: Sum, block_size: int) -> tuple[Sum, Sum]:

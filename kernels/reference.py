@@ -56,7 +56,36 @@ def two_tower_ssd(*arrays, block_size, chunk_size=None):
 
 
 def _float32_or_more(v):
-    return v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    return v if jnp.finfo(v.dtype).bits >= 32 else v.astype(jnp.float32)
+
+
+def causal_conv(x, weight, bias, tail=None, before=None):
+    """`kernels.causal_conv` as a sum over the window of each position, in float32, or in float64 if given that."""
+    width, length = weight.shape[0], x.shape[1]
+    if tail is None:
+        tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
+    weight = _float32_or_more(weight)
+    inputs = _float32_or_more(jnp.concatenate([tail[:, tail.shape[1] - (width - 1) :].astype(x.dtype), x], axis=1))
+    windows = inputs[:, jnp.arange(length)[:, None] + jnp.arange(width)]  # (B, L, K, C)
+    if before is not None:
+        distance = jnp.arange(width)[::-1]
+        windows = jnp.where((before[..., None] >= distance)[..., None], windows, 0)
+    total = jnp.einsum("blkc,kc->blc", windows, weight.astype(windows.dtype), precision="highest")
+    if bias is not None:
+        total += bias.astype(total.dtype)
+    return jax.nn.silu(total).astype(x.dtype)
+
+
+def block_causal_conv(x, context, weight, bias, block_size, tail=None, before=None):
+    """`kernels.block_causal_conv`, one block after the other, each after all of the context before it."""
+    if tail is None:
+        tail = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), x.dtype)
+    context = jnp.concatenate([tail.astype(context.dtype), context], axis=1)
+    out = []
+    for e in range(0, x.shape[1], block_size):
+        seen = None if before is None else before[:, e : e + block_size]
+        out.append(causal_conv(x[:, e : e + block_size], weight, bias, context[:, : tail.shape[1] + e], seen))
+    return jnp.concatenate(out, axis=1)
 
 
 def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state):
@@ -91,7 +120,7 @@ def attention(q, sources, *, own_block=None, block_size=None, tile_size=None):
     batch, length = q.shape[:2]
     keys, values, masks = [], [], []
     for source in sources:
-        position, stop = jnp.arange(source.key.shape[2]), source.stop[..., None]
+        position, stop = jnp.arange(source.key.shape[2], dtype=jnp.int32), source.stop[..., None]
         start = jnp.zeros_like(stop) if source.start is None else source.start[..., None]
         visible = jnp.broadcast_to((position >= start) & (position < stop), (batch, length, position.size))
         seen = jnp.any(visible, axis=1)[:, None, :, None]  # What nobody sees may be NaN.

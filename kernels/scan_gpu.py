@@ -137,7 +137,7 @@ def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = F
     Returns:
       the state before each chunk (B, H, L/Q, P, N), and the one after all (B, H, P, N).
     """
-    width = gpu.TILE if cut.state % gpu.TILE == 0 else cut.state
+    width = cut.slice_width
     edges = jax.ShapeDtypeStruct((*kept.shape, cut.head_dim, cut.state), jnp.float32)
     last = jax.ShapeDtypeStruct(initial.shape, jnp.float32)
     staged = {
@@ -346,28 +346,36 @@ def group_gradients(
 def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, spaces):
     batch, group, (chunk, row) = lax.axis_index("batch"), lax.axis_index("group"), _place(cut)
     gradient, row_sums, crossed = outputs
-    arrived, rows, shape = spaces["arrived"], cut.of_tile(chunk, row), (cut.tile, cut.state)
+    arrived, rows = spaces["arrived"], cut.of_tile(chunk, row)
     upstream = gpu.Operand(inputs["upstream"], spaces["upstream"], arrived.at[0])
     queries = gpu.Operand(inputs["queries"], spaces["queries"], arrived.at[1])
     queries.get((batch, rows, cut.of_group(group)))
-    total = gpu.zeros(shape)
+    # By slices of columns, since registers do not hold much more than one (64, N) at a time.
+    width = cut.slice_width
+    slices = [pl.ds(first, width) for first in range(0, cut.state, width)]
+    total = [gpu.zeros((cut.tile, width)) for _ in slices]
 
     if inputs["through"] is not None:
         scales, edges = inputs["through"]
-        query = load(inputs["queries"].at[batch, rows, cut.of_group(group)]).astype(jnp.float32)
 
-        def through(edge_space, total=total, query=query):
+        def through(edge_space, total=total):
             def step(r, total):
                 head = group * cut.per_group + r
-                upstream.start((batch, rows, cut.of_head(head)))
-                gpu.put_parts(edge_space, load(edges.at[batch, head, chunk]))
-                pulled = gpu.product(upstream.wait(), edge_space, NN)
-                store(crossed.at[batch, head, rows], sum_rows(pulled * query))
-                return total + pulled * load_down(scales.at[batch, head, rows], shape)
+                upstream.get((batch, rows, cut.of_head(head)))
+                scale = load_down(scales.at[batch, head, rows], (cut.tile, width))
+                crossing, found = 0.0, []
+                for columns, before in zip(slices, total, strict=True):
+                    gpu.put_parts(edge_space, load(edges.at[batch, head, chunk, :, columns]))
+                    pulled = gpu.product(spaces["upstream"], edge_space, NN)
+                    found.append(before + pulled * scale)
+                    query = load(inputs["queries"].at[batch, rows, pl.ds(group * cut.state + columns.start, width)])
+                    crossing += sum_rows(pulled * query.astype(jnp.float32))
+                store(crossed.at[batch, head, rows], crossing)
+                return found
 
             return lax.fori_loop(0, cut.per_group, step, total)
 
-        total = pl.run_scoped(through, gpu.parts_space(cut.head_dim, cut.state))
+        total = pl.run_scoped(through, gpu.parts_space(cut.head_dim, width))
 
     for which, source, sums in zip(pairs, inputs["sources"], row_sums, strict=True):
 
@@ -402,7 +410,10 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
 
                 dscores = lax.fori_loop(0, cut.per_group, of_head, gpu.zeros((cut.tile, cut.tile)))
                 gpu.put_parts(mixed_space, dscores)
-                return total + gpu.product(mixed_space, key_space, NN)
+                return [
+                    before + gpu.product(mixed_space, key_space.at[:, :, columns], NN)
+                    for columns, before in zip(slices, total, strict=True)
+                ]
 
             return lax.fori_loop(*which.tiles(cut, row, readers_in_rows), of_column, total)
 
@@ -415,4 +426,5 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
         for output, space in zip(jax.tree.leaves(sums), jax.tree.leaves(spaces["sums"]), strict=True):
             for r in range(cut.per_group):
                 gpu.move(output.at[batch, group * cut.per_group + r, rows], space.at[r])
-    store(gradient.at[batch, rows, cut.of_group(group)], total)
+    for columns, found in zip(slices, total, strict=True):
+        store(gradient.at[batch, rows, pl.ds(group * cut.state + columns.start, width)], found)

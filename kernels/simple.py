@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.kernels import reference, ssd_xla
+from twotower_jax.kernels.quantized import as_array
 
 
 def two_tower_ssd(
@@ -39,5 +40,5 @@ def two_tower_ssd(
 
 def expert_mlp(x, indices, gates, weights, *, activation):
     """`kernels.expert_mlp` with every row through every expert, E / k times the work of the chosen ones."""
-    weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
+    weights = type(weights)(*(None if w is None else as_array(w, x.dtype) for w in weights))
     return reference.expert_mlp_dense(x, indices, gates.astype(x.dtype), weights, activation).astype(x.dtype)

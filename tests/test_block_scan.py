@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from twotower_jax import kernels
 
@@ -128,3 +129,89 @@ def test_block_scan_in_bfloat16(implementation):
     for found, expected in ((out, exact), (last, exact_last)):
         error = jnp.linalg.norm(found.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
         assert error < 2**-7
+
+
+# The Mosaic GPU kernel takes only the shapes of its products, and is interpreted slowly.
+
+GPU = "mosaic_gpu_interpret"
+
+
+def wide(batch, length, **changes):
+    return Shape(batch, length, **{"head_dim": 64, "state": 64} | changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "decay"),
+    [
+        (wide(2, 1), 1.0),
+        (wide(1, 16, bias=False), 30.0),
+        (wide(1, 17, heads=2, width=2), 1e4),
+        (wide(1, 64, heads=2, state=128), 0.0),
+    ],
+    ids=lambda v: f"S{v.length}" if isinstance(v, Shape) else "",
+)
+def test_block_scan_on_a_gpu_equals_the_literal_layer(shape, decay):
+    check(draw(shape.length, shape, decay), GPU)
+
+
+def test_programs_of_several_heads(monkeypatch):
+    """As at large batches: two heads of a group share its convolutions."""
+    from twotower_jax.kernels import block_scan_gpu
+
+    monkeypatch.setattr(block_scan_gpu, "_PROGRAMS", 1)
+    assert block_scan_gpu._heads_a_program(1, 4, 2) == 2
+    compiled.cache_clear()
+    check(draw(5, wide(1, 3)), GPU)
+
+
+def test_block_scan_in_bfloat16_on_a_gpu():
+    """Rounded where the layers round, and without a next state."""
+    arrays = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(3, wide(2, 16, heads=2)))
+    z, xbc, dt, log_decay, weights, tail, state = arrays
+    z, xbc, tail = (v.astype(jnp.bfloat16) for v in (z, xbc, tail))
+    out, last = compiled(GPU, next_state=False)(z, xbc, dt, log_decay, weights, tail, state)
+    expected, _ = compiled("xla", next_state=False)(z, xbc, dt, log_decay, weights, tail, state)
+    assert last is None
+    assert out.dtype == jnp.bfloat16
+    # Both round at the same places, up to ties.
+    difference = jnp.linalg.norm(out.astype(jnp.float32) - expected.astype(jnp.float32))
+    assert difference < 2**-9 * jnp.linalg.norm(expected.astype(jnp.float32))
+
+
+def gpu_arguments(length, dtype=jnp.bfloat16, head_dim=64, batch=1):
+    """Of one layer of the 30B model, without arrays."""
+
+    def shape(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    inner = 64 * head_dim
+    row = shape(batch, length, 64, dtype=jnp.float32)
+    weights = kernels.BlockWeights(shape(4, inner + 2048), shape(inner + 2048), shape(64), shape(inner))
+    tokens = shape(batch, length, inner), shape(batch, length, inner + 2048)
+    state = shape(batch, 64, head_dim, 128, dtype=jnp.float32)
+    return *tokens, row, row, weights, shape(batch, 4, inner + 2048), state
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"length": 65}, "65 tokens is not one of 1 to 64"),
+        ({"length": 16, "head_dim": 32}, "heads of 32 with a state of 128"),
+        ({"length": 64, "dtype": jnp.float32}, "bytes of shared memory"),
+    ],
+)
+def test_what_a_gpu_cannot_take_is_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        kernels.chosen("block_scan", *gpu_arguments(**changes), **OPTIONS, implementation="mosaic_gpu")
+
+
+def test_a_hopper_gpu_takes_the_blocks_of_the_30b_model():
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
+        for length in (1, 16, 32, 64):
+            for batch in (1, 64):
+                arguments = gpu_arguments(length, batch=batch)
+                assert kernels.chosen("block_scan", *arguments, **OPTIONS) == ("mosaic_gpu", "made for gpu")
+
+
+OPTIONS = {"groups": 8, "epsilon": 1e-5, "next_state": True}

@@ -1,16 +1,36 @@
-"""kernels/causal_conv.py against a sum over a window, in float64."""
+"""Every implementation of kernels/causal_conv.py against a sum over a window, in float64."""
 
+import functools
+import re
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from twotower_jax.kernels import block_causal_conv, causal_conv
+from twotower_jax import kernels
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 TOLERANCE = 3e-6
 QUICK = {"xla_backend_optimization_level": 0}  # Compiles twice as fast.
+
+
+@pytest.fixture(params=["xla", "pallas_tpu_interpret"])
+def implementation(request):
+    return request.param
+
+
+@pytest.fixture
+def causal_conv(implementation):
+    return functools.partial(kernels.causal_conv, implementation=implementation)
+
+
+@pytest.fixture
+def block_causal_conv(implementation):
+    return functools.partial(kernels.block_causal_conv, implementation=implementation)
 
 
 def draw(seed, *shape):
@@ -68,7 +88,7 @@ def assert_close(found, expected):
 
 # Length, width, length of the tail: shorter than the window, as long, longer; a tail longer than needed.
 @pytest.mark.parametrize("length, width, before", [(1, 4, 3), (2, 4, 4), (4, 4, 3), (11, 4, 6), (5, 2, 1), (3, 1, 2)])
-def test_causal_conv_after_a_tail(length, width, before):
+def test_causal_conv_after_a_tail(causal_conv, length, width, before):
     arrays = draw(0, 2, length, 3), draw(1, width, 3), draw(2, 3), draw(3, 2, before, 3)
     found = causal_conv(*(jnp.asarray(v, jnp.float32) for v in arrays))
     assert_close(found, literal(*arrays))
@@ -76,22 +96,22 @@ def test_causal_conv_after_a_tail(length, width, before):
         assert_close(one, other)
 
 
-def test_without_a_tail_or_a_bias():
+def test_without_a_tail_or_a_bias(causal_conv):
     x, weight = draw(0, 2, 7, 3), draw(1, 4, 3)
     zeros = np.zeros((2, 3, 3))
     assert_close(causal_conv(jnp.float32(x), jnp.float32(weight), None), literal(x, weight, None, zeros))
 
 
-def test_a_tail_continues_a_sequence():
+def test_a_tail_continues_a_sequence(causal_conv):
     x, weight, bias = (jnp.float32(v) for v in (draw(0, 2, 9, 3), draw(1, 4, 3), draw(2, 3)))
     whole = causal_conv(x, weight, bias)
     for cut in (1, 2, 3, 8):
         # All of the past, zeros included, is a valid tail.
         tail = jnp.concatenate([jnp.zeros((2, 3, 3)), x[:, :cut]], axis=1)
-        np.testing.assert_array_equal(causal_conv(x[:, cut:], weight, bias, tail), whole[:, cut:])
+        np.testing.assert_allclose(causal_conv(x[:, cut:], weight, bias, tail), whole[:, cut:], rtol=1e-6, atol=1e-6)
 
 
-def test_bfloat16_is_summed_in_float32():
+def test_bfloat16_is_summed_in_float32(causal_conv):
     x, weight, bias, tail = (jnp.bfloat16(v) for v in (draw(0, 2, 9, 3), draw(1, 4, 3), draw(2, 3), draw(3, 2, 3, 3)))
     found = causal_conv(x, weight, bias, tail)
     assert found.dtype == jnp.bfloat16
@@ -101,7 +121,7 @@ def test_bfloat16_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("block, blocks", [(1, 6), (2, 4), (3, 3), (4, 2), (7, 3), (8, 1)])
-def test_block_causal_conv_block_by_block(block, blocks):
+def test_block_causal_conv_block_by_block(block_causal_conv, block, blocks):
     """Blocks shorter than the window reach over several blocks of the context."""
     length = block * blocks
     x, context, weight, bias = draw(0, 2, length, 3), draw(1, 2, length, 3), draw(2, 4, 3), draw(3, 3)
@@ -130,3 +150,90 @@ def test_block_causal_conv_block_by_block(block, blocks):
         assert np.sum(np.asarray(gradient, np.float64) * directions[i]) == pytest.approx(slope, rel=1e-4, abs=1e-4)
     # The context's last block is seen by nobody.
     assert not np.any(dcontext[:, length - block :])
+
+
+def random_case(seed, blocks, longest, channels):
+    """Arguments of `block_causal_conv`, or without blocks of `causal_conv`, over several steps of a kernel's grid."""
+    rng = np.random.default_rng(seed)
+    block = int(rng.choice([1, 3, 5, 16])) if blocks else 1
+    length = block * int(rng.integers(1, 1 + min(8, longest // block))) if blocks else int(rng.integers(1, longest))
+    width, rows = int(rng.integers(1, 6)), int(rng.integers(1, 3))
+    start = np.maximum.accumulate(np.where(rng.random((rows, length)) < 0.1, np.arange(length), 0), axis=1)
+    before = np.arange(length) - start // block * block if rng.random() < 0.5 else None
+    arrays = [draw(seed + i, rows, length, channels) for i in range(2 if blocks else 1)]
+    arrays += [draw(seed + 2, width, channels), draw(seed + 3, channels)]
+    arrays += [draw(seed + 4, rows, width - 1 + int(rng.integers(0, 2)), channels)]
+    return block, before, arrays
+
+
+def check_against_the_reference(seed, blocks, implementation, longest=70, channels=3):
+    """Outputs and every gradient, the reference's by differentiating it in float64."""
+    block, before, arrays = random_case(seed, blocks, longest, channels)
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def run(name, *arrays):
+        def function(*arrays):
+            *rest, tail = arrays
+            if blocks:
+                return kernels.block_causal_conv(*rest, block, tail, before, implementation=name)
+            return kernels.causal_conv(*rest, tail, before, implementation=name)
+
+        y, back = jax.vjp(function, *arrays)
+        return y, *back(jnp.asarray(draw(99, *y.shape), y.dtype))
+
+    found = run(implementation, *map(jnp.float32, arrays))
+    with jax.enable_x64(True):
+        expected = run("reference", *(jnp.asarray(v, jnp.float64) for v in arrays))
+    for one, other in zip(found, expected, strict=True):
+        if one.size:
+            assert_close(one, np.asarray(other))
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**16),
+    blocks=st.booleans(),
+    implementation=st.sampled_from(["xla", "pallas_tpu_interpret"]),
+)
+@hypothesis.settings(max_examples=4)
+def test_random_shapes_documents_and_blocks(monkeypatch_module, seed, blocks, implementation):
+    check_against_the_reference(seed, blocks, implementation)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    """Steps of 32 positions, so that short sequences take several of them."""
+    from twotower_jax.kernels import causal_conv_tpu
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_conv_tpu, "_LONGEST", 32)
+        yield
+
+
+@pytest.mark.parametrize(("seed", "blocks"), [(28, False), (16, True), (31, True)])
+def test_the_gpu_kernels(monkeypatch, seed, blocks):
+    """Which take multiples of 128 channels, and are interpreted slowly: programs of 8 positions."""
+    from twotower_jax.kernels import causal_conv_gpu
+
+    monkeypatch.setattr(causal_conv_gpu, "_POSITIONS", 8)
+    check_against_the_reference(seed, blocks, "mosaic_gpu_interpret", longest=20, channels=128)
+
+
+def test_a_frozen_context_costs_no_gradient_of_it():
+    """The kernel's backward pass has no output for it, nor for the tail: those of x and of the parameters are left."""
+    arrays = [jnp.float32(v) for v in (draw(0, 1, 32, 3), draw(1, 1, 32, 3), draw(2, 4, 3), draw(3, 3))]
+
+    def results(argnums):
+        def loss(*arrays):
+            return jnp.sum(kernels.block_causal_conv(*arrays, 4, implementation="pallas_tpu_interpret"))
+
+        gradient = str(jax.make_jaxpr(jax.grad(loss, argnums=argnums))(*arrays))
+        return [len(found.split()) for found in re.findall(r"\n +((?:\w+:\S+ )+)= pallas_call", gradient)]
+
+    assert results((0, 2)) == [1, 2]
+    assert results((0, 1, 2)) == [1, 4]
+
+
+def test_blocks_divide_the_length():
+    x, weight = jnp.zeros((1, 10, 3)), jnp.zeros((4, 3))
+    with pytest.raises(ValueError, match="block_causal_conv: block_size=4 does not divide the length 10"):
+        kernels.block_causal_conv(x, x, weight, None, 4)

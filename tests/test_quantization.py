@@ -39,6 +39,13 @@ from twotower_jax.two_tower import TwoTower
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def sources(data, backbone_folder_bf16) -> dict[str, pathlib.Path]:
     return {"two_tower": data / "tiny/checkpoint", "backbone_bf16": backbone_folder_bf16}
@@ -358,12 +365,13 @@ def test_commands(converted, sources, tmp_path):
 # Computing.
 
 
-@pytest.mark.parametrize(
-    ("method", "pattern", "scan_layers"), [("int8", "M*E-M*E-", True), ("int4", "M*E-", False), ("int4", "EE", True)]
-)
-def test_computes_what_its_weights_say(method, pattern, scan_layers, small_config, random_params, quick_jit):
-    """The model of the quantized matrices' numbers in float32 arrays: the same to rounding, in every pass."""
-    model = TwoTower(small_config(pattern, mlp_bias=True), execution=Execution(scan_layers=scan_layers))
+@pytest.mark.parametrize(("method", "pattern"), [("int8", "M*E-"), ("int4", "E-E-")])
+def test_computes_what_its_weights_say(method, pattern, small_config, random_params, quick_jit):
+    """The model of the quantized matrices' numbers in float32 arrays: the same to rounding, in every pass.
+
+    E-E- is scanned.
+    """
+    model = TwoTower(small_config(pattern, mlp_bias=True))
     params = quantize_params(parameter_table(model), random_params(model), METHODS[method])
     ids = np.random.default_rng(0).integers(4, 40, (2, 16)).astype(np.int32)
 
@@ -430,8 +438,8 @@ def test_agreement_with_the_recorded_model(sources, quick_jit):
 
 
 def test_generation_in_all_modes(small_config, random_params):
-    """Tokens of the quantized model are those of its weights in float32, in each mode; speculative gives AR's."""
-    model = TwoTower(small_config("M*EM"))
+    """Every mode takes quantized weights; speculative gives AR's tokens, diffusion those of the weights as float32."""
+    model = TwoTower(small_config("*E"))
     params = quantize_params(parameter_table(model), random_params(model), METHODS["int4"])
     arrays = dequantized(params)
     prompts = [[5, 6, 7], [9], [30, 31, 8, 9, 10, 11]]
@@ -443,8 +451,7 @@ def test_generation_in_all_modes(small_config, random_params):
 
     found = {mode: tokens(params, mode) for mode in ("diffusion", "ar", "mock_ar", "speculative")}
     assert found["speculative"] == found["ar"]
-    for mode in ("diffusion", "ar", "mock_ar"):
-        assert found[mode] == tokens(arrays, mode)
+    assert found["diffusion"] == tokens(arrays, "diffusion")
     assert len({str(rows) for rows in found.values()}) == 3
 
 
@@ -471,8 +478,8 @@ def test_on_a_mesh(step_config, random_params, quick_jit, tmp_path):
     for path, how in ((tmp_path / "source", "int4"), (tmp_path / "int4", None)):
         params = load.load(path, quantize=how, mesh=mesh).params
         assert_same(params, one)
-        up = flatten(params)["context_tower", "segment_0", "layer_1", "mixer", "up"]
+        up = next(leaf for path, leaf in flatten(params).items() if path[-1] == "up")
         assert up.values.addressable_shards[0].data.size * 8 == up.values.size
-        assert up.scales.sharding.spec[1] == up.values.sharding.spec[1]
+        assert up.scales.addressable_shards[0].data.size * 4 == up.scales.size  # one group: divided by experts alone
         with jax.set_mesh(mesh):
             np.testing.assert_allclose(quick_jit(logits)(params), expected, atol=2e-4)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from twotower_jax.kernels import expert_mlp
 from twotower_jax.kernels.experts import Weights, relu2
 from twotower_jax.layers import expert_parallel
 from twotower_jax.parameters import flatten, parameter_table, unflatten
-from twotower_jax.sharding import MESH_AXES, MeshShape, batch_sharding, local, make_mesh, spec, stored_sharding
+from twotower_jax.sharding import BATCH, MESH_AXES, MeshShape, batch_sharding, local, make_mesh, spec, stored_sharding
 from twotower_jax.tower import Execution
 from twotower_jax.train.objectives import Denoiser, NoiseKey, make_objective
 from twotower_jax.train.step import abstract_state, make_optimizer, make_step, start_state, tables
@@ -58,9 +60,17 @@ def ids():
     return np.random.default_rng(0).integers(4, 40, (ROWS, LENGTH)).astype(np.int32)
 
 
+class Gradients(NamedTuple):
+    """A loss, its gradients by path, and the program that gave them."""
+
+    loss: float
+    by_path: dict
+    program: str
+
+
 @pytest.fixture(scope="module")
-def gradients(objective, ids, quick_jit, random_params):
-    """A mesh's shape, or None → loss and gradients by path."""
+def gradients(objective, ids, random_params):
+    """A mesh's shape as pairs, () for one device → `Gradients`; once for each."""
     params = random_params(objective.model)
     table = parameter_table(objective.model)
 
@@ -68,33 +78,105 @@ def gradients(objective, ids, quick_jit, random_params):
         losses = objective.losses(params, ids, jnp.ones(ROWS, bool), NoiseKey(0, 3, jnp.arange(ROWS)), BLOCK)
         return sum(losses[term].mean for term in objective.terms)
 
+    def run(params, ids, places=None):
+        function = jax.jit(jax.value_and_grad(loss), out_shardings=(None, places))
+        compiled = function.lower(params, ids).compile({"xla_backend_optimization_level": 0})
+        value, found = compiled(params, ids)
+        by_path = {path: np.asarray(g, np.float64) for path, g in flatten(found).items()}
+        return Gradients(float(value), by_path, compiled.as_text())
+
+    @functools.cache
     def compute(shape):
-        if shape is None:
-            value, found = quick_jit(jax.value_and_grad(loss))(params, ids)
-        else:
-            mesh = make_mesh(MeshShape(**shape))
-            places = unflatten({path: stored_sharding(mesh, p.axes, p.shape) for path, p in table.items()})
-            with jax.set_mesh(mesh):
-                function = quick_jit(jax.value_and_grad(loss), out_shardings=(None, places))
-                value, found = function(jax.device_put(params, places), jax.device_put(ids, batch_sharding(mesh)))
-        return float(value), {path: np.asarray(g, np.float64) for path, g in flatten(found).items()}
+        if not shape:
+            return run(params, ids)
+        mesh = make_mesh(MeshShape(**dict(shape)))
+        places = unflatten({path: stored_sharding(mesh, p.axes, p.shape) for path, p in table.items()})
+        with jax.set_mesh(mesh):
+            return run(jax.device_put(params, places), jax.device_put(ids, batch_sharding(mesh)), places)
 
     return compute
 
 
-@pytest.fixture(scope="module")
-def on_one_device(gradients):
-    return gradients(None)
+each_mesh = pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "-".join(f"{k}{v}" for k, v in shape.items()))
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "-".join(f"{k}{v}" for k, v in shape.items()))
-def test_loss_and_every_gradient_are_those_of_one_device(objective, gradients, on_one_device, shape):
-    loss, found = gradients(shape)
-    expected_loss, expected = on_one_device
-    assert abs(loss - expected_loss) < 2e-6 * expected_loss
-    for path, gradient in found.items():
-        assert np.any(expected[path]) == parameter_table(objective.model)[path].trainable, path
-        assert np.linalg.norm(gradient - expected[path]) <= TOLERANCE * np.linalg.norm(expected[path]), path
+@each_mesh
+def test_loss_and_every_gradient_are_those_of_one_device(objective, gradients, shape):
+    found, expected = gradients(tuple(shape.items())), gradients(())
+    assert abs(found.loss - expected.loss) < 2e-6 * expected.loss
+    for path, gradient in found.by_path.items():
+        one = expected.by_path[path]
+        assert np.any(one) == parameter_table(objective.model)[path].trainable, path
+        assert np.linalg.norm(gradient - one) <= TOLERANCE * np.linalg.norm(one), path
+
+
+# What moves between devices.
+
+# The kinds that an axis may cause, beside sums.
+KINDS = {
+    "data": set(),
+    "fsdp": {"all-gather", "reduce-scatter"},
+    "sequence": {"all-gather", "reduce-scatter", "all-to-all", "collective-permute"},
+    "expert": {"all-gather", "reduce-scatter", "all-to-all"},
+    "tensor": {"all-gather", "all-to-all", "collective-permute"},
+}
+
+
+def collectives(program: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Kind and shape of everything that a collective between several devices gives."""
+    found = []
+    for line in program.splitlines():
+        match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
+        if match and together(line) > 1:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            found += [(match[2], tuple(int(n) for n in shape.split(",") if n)) for shape in shapes]
+    return found
+
+
+def together(line: str) -> int:
+    """How many devices a collective is between; with 1, as for the sum over an axis of one device, nothing moves."""
+    if "source_target_pairs" in line:
+        return 2
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(match[1].split(","))
+    sizes, axes = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line).groups()
+    return math.prod(int(size) for axis, size in re.findall(r"('\w+')=(\d+)", sizes) if axis in axes)
+
+
+@each_mesh
+def test_no_collective_that_the_design_does_not_expect(objective, gradients, shape):
+    """Weights are gathered a layer at a time and gradients summed; rows of tokens move for the sake of three axes only.
+
+    Of "expert" as rows to experts, at most `capacity` to a device. Of "tensor" as sums behind a mixer. Of "sequence" as
+    keys and values, the inputs of a convolution, and states.
+    """
+    sizes = {axis: shape.get(axis, 1) for axis in MESH_AXES}
+
+    def on_a_device(parameter, stored):
+        parts = spec(parameter.axes, parameter.shape, sizes, stored=stored)
+        axes = [(part,) if isinstance(part, str) else part or () for part in parts]
+        return tuple(n // math.prod(sizes[a] for a in by) for n, by in zip(parameter.shape, axes, strict=True))
+
+    table = parameter_table(objective.model)
+    largest = max(math.prod(on_a_device(parameter, stored=False)) for parameter in table.values())
+    rows, positions = ROWS // math.prod(sizes[axis] for axis in BATCH), LENGTH // sizes["sequence"]
+    # One of each part of a sequence, with 8 heads.
+    states = sizes["sequence"] * rows * math.prod((8, 4, 5))
+    expected = set().union({"all-reduce"}, *(KINDS[axis] for axis in shape))
+    moved = collectives(gradients(tuple(shape.items())).program)
+    for kind, dims in moved:
+        assert kind in expected, (kind, dims)
+        assert math.prod(dims) <= max(largest, rows * LENGTH * 16, states), (kind, dims)
+        if not {"sequence", "tensor"} & shape.keys():
+            assert dims[:2] != (rows, positions), (kind, dims)
+            assert kind != "all-gather" or math.prod(dims) <= largest, (kind, dims)
+    if {"fsdp", "sequence"} & shape.keys():
+        # The largest gradients are summed into where they lie, not everywhere.
+        for path, parameter in table.items():
+            if path[-1] in ("up", "down") or path == ("denoiser_head", "weight"):
+                assert ("reduce-scatter", on_a_device(parameter, stored=True)) in moved, path
 
 
 # The train step as a whole.
@@ -152,38 +234,6 @@ def test_two_steps_are_those_of_one_device(run_steps, step_config, random_params
     if config.accumulate == 1:
         load, expected_load = (m.losses["expert_load"].mean for m in (metrics, expected_metrics))
         np.testing.assert_allclose(load, expected_load, rtol=1e-6)
-
-
-def collectives(compiled):
-    """(kind, elements of the largest operand) of every collective of a program."""
-    found = set()
-    for line in compiled.as_text().splitlines():
-        match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
-        if match:
-            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            found.add((match[2], max(int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes)))
-    return found
-
-
-@pytest.mark.parametrize(
-    "shape, kinds",
-    [
-        ({"data": 8}, {"all-reduce"}),
-        ({"fsdp": 8}, {"all-reduce", "all-gather", "reduce-scatter"}),
-        ({"expert": 8}, {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"}),
-    ],
-    ids=["data", "fsdp", "expert"],
-)
-def test_no_collective_that_the_design_does_not_expect(run_steps, step_config, random_params, shape, kinds):
-    """Gathered are single layers' parameters, never activations of the whole batch or a stack of layers."""
-    config = step_config(**{f"mesh.{axis}": size for axis, size in shape.items()})
-    _, _, compiled = run_steps(config, random_params)
-    table = parameter_table(make_objective(config, config.model_config(40)).model)
-    largest = max(int(np.prod(p.shape[1:] if p.axes[0] == "layers" else p.shape)) for p in table.values())
-    for kind, size in collectives(compiled):
-        assert kind in kinds, (kind, size)
-        if kind == "all-gather":
-            assert size <= largest, (kind, size)
 
 
 # The rules.

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +156,7 @@ def test_every_config_is_mutable_until_frozen():
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")
-def test_the_overrides_of_the_docs_give_the_variants():
+def test_the_overrides_of_the_docs_give_the_variants(monkeypatch):
     """Every line of the table in docs/training.md, as flags of a command."""
     lines = re.findall(
         r"\| `(--config\.variant\.[^`]*)` \|", (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -164,7 +165,9 @@ def test_the_overrides_of_the_docs_give_the_variants():
     for line in lines:
         values = flags.FlagValues()
         config = config_flags.DEFINE_config_file("config", flag_values=values)
-        values(["train.py", f"--config={CONFIGS / 'tiny.py'}", "--config.objective=denoiser", *line.split()])
+        command = ["train.py", f"--config={CONFIGS / 'tiny.py'}", "--config.objective=denoiser", *line.split()]
+        monkeypatch.setattr(sys, "argv", command)
+        values(command)
         found.append(freeze(config.value).variant)
     assert found == [
         Variant(context="trained"),

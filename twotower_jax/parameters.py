@@ -152,15 +152,19 @@ def bind[M: nnx.Module](module: M, params: Params) -> M:
     return nnx.merge(nnx.graphdef(module), params)
 
 
-def use(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array | Quantized:
-    """The array of a bound parameter as a layer computes with it: cast, then gathered from where it is stored.
+def at_rest(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array | Quantized:
+    """The array of a bound parameter, cast, where it is stored: for a `sharding.local` that gathers it (`AtRest`).
 
     A quantized matrix stays one: only who multiplies with it knows when its numbers are best made of it. A layer that
     declares a parameter with `scales` takes either.
     """
     value = variable.get_value()
-    if dtype is not None and not isinstance(value, Quantized):
-        value = value.astype(dtype)
+    return value if dtype is None or isinstance(value, Quantized) else value.astype(dtype)
+
+
+def use(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array | Quantized:
+    """The array of a bound parameter as a layer computes with it: `at_rest`, then gathered from where it is stored."""
+    value = at_rest(variable, dtype)
     axes = variable.get_metadata()["declaration"].axes
     # Inside a scan "layers" is gone.
     return jax.tree.map(lambda v: sharding.gathered(v, axes[len(axes) - v.ndim :]), value)

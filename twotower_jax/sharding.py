@@ -202,10 +202,14 @@ def spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], *, stored
     def divide(i: int, mesh_axes: tuple[str, ...], multiple: int = 1) -> bool:
         before = parts[i]
         for axis in mesh_axes:
-            count = math.prod(sizes[taking] for taking in parts[i]) * sizes.get(axis, 1)
-            if axis not in taken and sizes.get(axis, 1) > 1 and shape[i] % (count * multiple) == 0:
+            if axis in taken or sizes.get(axis, 1) == 1:
+                continue
+            count = math.prod(sizes[taking] for taking in parts[i]) * sizes[axis]
+            if shape[i] % (count * multiple) == 0:
                 taken.add(axis)
                 parts[i] += (axis,)
+            elif multiple > 1 and parts[i] == before:
+                break  # The first axis is the large one; where it makes no whole tiles, the others alone save little.
         return parts[i] != before
 
     # The experts' axis first, whatever its place: what it takes is not left for the others. "embed" last, for its rows.
@@ -266,24 +270,62 @@ def _gather_backward(axes, _, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+@dataclasses.dataclass(frozen=True)
+class AtRest:
+    """In `local`: a parameter with these logical axes, which comes as it is stored and is gathered on the device.
+
+    Its gradient is then summed into where it lies by a reduce-scatter, whatever else divides the batch; of a parameter
+    that comes gathered, XLA sums all of it on every device.
+    """
+
+    axes: Axes
+
+
 def local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
     """`function` on every device's own part of the arrays, which is what kernels want; without a mesh, `function`.
 
     Args:
       function: of local arrays; it may use collectives over axes that `shards` says to exist.
-      inputs: logical axes of every argument, as a prefix of the tree of arguments: tuples of names.
-      outputs: the same of what it returns. A dimension must be divisible by the devices along its axis.
+      inputs: logical axes of every argument, as a prefix of the tree of arguments: tuples of names, or `AtRest`.
+      outputs: tuples of names of what it returns. A dimension must be divisible by the devices along its axis.
     """
     if not _on_mesh():
         return function
+    sizes = jax.sharding.get_abstract_mesh().shape
 
-    def to_spec(axes):
+    def to_spec(axes, array=None):
+        if isinstance(axes, AtRest):
+            return jax.tree.map(lambda v: spec(axes.axes, v.shape, sizes, stored=True), array)
         return PartitionSpec(*(tuple(dividing(axis) if axis else ()) or None for axis in axes))
 
-    def to_specs(tree):
-        return jax.tree.map(to_spec, tree, is_leaf=_is_axes)
+    def on_mesh(*arrays):
+        in_specs = jax.tree.map(to_spec, inputs, arrays, is_leaf=_is_axes)
 
-    return jax.shard_map(function, in_specs=to_specs(inputs), out_specs=to_specs(outputs), check_vma=False)
+        def gather(axes, part, array):
+            if not isinstance(axes, AtRest):
+                return part
+            return jax.tree.map(lambda p, v: _gather_on_device(p, axes.axes, v.shape, sizes), part, array)
+
+        def on_device(*parts):
+            return function(*jax.tree.map(gather, inputs, parts, arrays, is_leaf=_is_axes))
+
+        out_specs = jax.tree.map(to_spec, outputs, is_leaf=_is_axes)
+        return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+    return on_mesh
+
+
+def _gather_on_device(part: jax.Array, axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> jax.Array:
+    """The part of a parameter of `shape` that a device uses, of the part that it stores."""
+    stored, used = (spec(axes, shape, sizes, stored=at_rest) for at_rest in (True, False))
+    for i, (here, wanted) in enumerate(zip(map(_names, stored), map(_names, used), strict=True)):
+        if more := here[len(wanted) :]:
+            part = jax.lax.all_gather(part, more, axis=i, tiled=True)
+    return part
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
 
 
 def _is_axes(node: Any) -> bool:

@@ -119,15 +119,16 @@ class Layer(nnx.Module):
         cache_lengths: jax.Array | None = None,
         lengths: jax.Array | None = None,
         document_start: jax.Array | None = None,
+        end: bool = True,
     ) -> tuple[jax.Array, LayerMemory]:
         """One run of tokens h (B, L, D) after `cache`; returns the new h and the layer's memory of the run.
 
         `lengths` (B,) counts the real tokens of each row, the rest being padding on the right. `document_start` (B, L)
-        is the first position that each one may know of.
+        is the first position that each one may know of. Without `end` a Mamba layer's memory has none.
         """
         x = self._enter(h, None)
         if self.kind == "M":
-            y, memory = self.mixer.causal(x, cache, lengths, document_start)
+            y, memory = self.mixer.causal(x, cache, lengths, document_start, end)
         elif self.kind == "*":
             y, memory = self.mixer.causal(x, cache, cache_lengths, document_start)
         else:
@@ -305,9 +306,8 @@ class Tower(nnx.Module):
         """
 
         def step(layers, h, layer_cache):
-            h, memory = layers[0].causal(h, cache=layer_cache, cache_lengths=cache.lengths)
             # The state behind all of the tokens is not the one that will be kept.
-            return h, memory.replace(end=None) if isinstance(memory, MambaMemory) else memory
+            return layers[0].causal(h, cache=layer_cache, cache_lengths=cache.lengths, end=False)
 
         h, memories = walk((self,), self.embed(ids), step, cache.layers)
         return self.finish(h), memories

@@ -3,6 +3,7 @@
 Makes its own data in a temporary folder, and removes them afterwards.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -21,13 +22,15 @@ from twotower_jax.data import TrainingData, python_documentation, save_tokenizer
 from twotower_jax.data.opening import Data, Packing
 from twotower_jax.data.prepare import Settings, prepare
 from twotower_jax.data.prepared import PreparedDocuments
+from twotower_jax.planning.plan import UTILIZATION
+from twotower_jax.train.config import freeze
+from twotower_jax.train.flops import PEAK_FLOPS, step_flops
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _VOCAB_SIZE = 8192
 
-# The published model on 256 TPU v5p chips, at half of their peak: a token costs two operations a parameter that it
-# meets in the forward pass of the frozen tower, and six in both passes of the denoiser.
-_ACTIVE_PARAMETERS, _OPERATIONS, _PEAK, _UTILIZATION, _CHIPS_A_HOST = 3.6e9, 8, 459e12, 0.5, 4
+# Hosts, by the devices that JAX counts: of which each feeds so many.
+_HOSTS = {"TPU v5": 4, "TPU v6e": 8, "NVIDIA H200": 8, "TPU7x": 8}
 
 
 def define_flags() -> None:
@@ -69,9 +72,20 @@ def main() -> None:
                       "second of processor time", flush=True)  # fmt: skip
         if flags.FLAGS.train:
             print(f"train, configs/tiny.py on this machine: {_training_rate(folder):,.0f} tokens/s", flush=True)
-    chip = _UTILIZATION * _PEAK / (_OPERATIONS * _ACTIVE_PARAMETERS)
-    print(f"the published model at half of a v5p's peak, by arithmetic: {chip:,.0f} tokens/s a chip, "
-          f"{_CHIPS_A_HOST * chip:,.0f} a host, {256 * chip:,.0f} for 256 chips")  # fmt: skip
+    config = _published_config()
+    flops = step_flops(config, config.model_config(config.vocab_size), config.block_sizes[-1])
+    a_token = flops / (config.batch_size * config.sequence_length)
+    for kind, devices in _HOSTS.items():
+        needed = UTILIZATION * PEAK_FLOPS[kind] * devices / a_token
+        print(f"the published model on a host of {devices} devices of {kind}, by arithmetic: {needed:,.0f} tokens/s")
+
+
+def _published_config():
+    path = _ROOT / "configs" / "nano30b.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return freeze(module.get_config())
 
 
 def _make_text(folder: pathlib.Path) -> None:

@@ -9,26 +9,23 @@ XLA on one thread, so that waiting threads are not counted as work.
 """
 
 import dataclasses
-import os
 import statistics
 import time
 
-# Before jax is imported, which reads it.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+import jax
+import jax.numpy as jnp
+from absl import flags
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from absl import flags  # noqa: E402
-
-from twotower_jax import kernels  # noqa: E402
-from twotower_jax.benchmarks._shapes import demo_config, tiny_config  # noqa: E402
-from twotower_jax.kernels import Backends  # noqa: E402
-from twotower_jax.parameters import bind, initialize, parameter_table  # noqa: E402
-from twotower_jax.tower import Execution  # noqa: E402
-from twotower_jax.train.config import base_config, freeze  # noqa: E402
-from twotower_jax.train.objectives import make_objective  # noqa: E402
-from twotower_jax.train.step import make_optimizer, make_step, start_state, tables  # noqa: E402
-from twotower_jax.two_tower import TwoTower  # noqa: E402
+from twotower_jax import kernels
+from twotower_jax.benchmarks._one_thread import use_one_thread
+from twotower_jax.benchmarks._shapes import demo_config, tiny_config
+from twotower_jax.kernels import Backends
+from twotower_jax.parameters import bind, initialize, parameter_table
+from twotower_jax.tower import Execution
+from twotower_jax.train.config import base_config, freeze
+from twotower_jax.train.objectives import make_objective
+from twotower_jax.train.step import make_optimizer, make_step, start_state, tables
+from twotower_jax.two_tower import TwoTower
 
 _BLOCK = 16
 
@@ -39,6 +36,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
+    use_one_thread()
     trains, evaluates = ("causal_conv", "attention", "expert_mlp"), ("block_scan", "attention", "expert_mlp")
     # The ops that each pass makes use of.
     cases = {

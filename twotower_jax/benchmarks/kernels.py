@@ -1,188 +1,123 @@
-"""Times the scans: every implementation that runs here, against simpler forms, and against what the machine can do.
+"""Times the ops: every implementation that runs here, against simpler forms, and against what the machine can do.
 
-    python launch/benchmark.py kernels                  # the shapes of configs/tiny.py
-    python launch/benchmark.py kernels --shape=nano     # one layer of the 30B model, for an accelerator
+    python launch/benchmark.py kernels                                    # the shapes of configs/tiny.py
+    python launch/benchmark.py kernels --shape=nano --dtype=bfloat16      # layers of the 30B model, for an accelerator
 
-Everything compared runs in one process, in turns, and the median of the turns counts; on a CPU processor seconds do,
-which a busy machine changes less than the time of day. `of matrix rate` is the time that the recurrence's own products
-(2 · 2 · B·L·H·P·N operations forward, three times that with gradients) would take at the rate of a large matrix product
-of float32 in this run; `of bandwidth` the time that reading every argument and writing every result once would take at
-the rate of copying a large array. A form may do more than either counts.
+Everything compared runs in one process, in turns, and the median of the turns counts. On a CPU these are processor
+seconds on one thread, which a busy machine changes less than the time of day; on an accelerator the time of some calls
+behind one another, so that the gaps between them do not count. `of matrix rate` is the time that the case's own
+operations would take at the rate of a large matrix product of the same dtype in this run; `of bandwidth` the time that
+reading what must be read and writing what must be written once would take at the rate of copying a large array. A form
+may do more than either counts. Temporaries are what the compiled form needs beside arguments and results.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from twotower_jax import kernels
-
-
-class Shape(NamedTuple):
-    """One Mamba layer: B, L, H, P, G, N, S, Q."""
-
-    batch: int
-    length: int
-    heads: int
-    head_dim: int
-    groups: int
-    state: int
-    block: int
-    chunk: int
-
-
-_SHAPES = {
-    "tiny": Shape(8, 256, 8, 32, 2, 32, 16, 64),
-    "wide": Shape(1, 1024, 16, 64, 2, 128, 16, 128),
-    "nano": Shape(1, 8192, 64, 64, 8, 128, 16, 128),
-}
-
-
-class Form(NamedTuple):
-    """One way to compute a case.
-
-    Attributes:
-      case: what is computed; forms of one case are compared.
-      name: of the form. function, arguments: what is timed.
-      operations: of the recurrence itself.
-    """
-
-    case: str
-    name: str
-    function: Callable
-    arguments: tuple
-    operations: int
+from twotower_jax.benchmarks._kernel_forms import MAKERS, SHAPES, Form, forms
+from twotower_jax.benchmarks._one_thread import use_one_thread
 
 
 def define_flags() -> None:
-    flags.DEFINE_enum("shape", "tiny", list(_SHAPES), "Of the layer.")
+    flags.DEFINE_enum("shape", "tiny", list(SHAPES), "Of the layers.")
     flags.DEFINE_integer("chunk_size", None, "Q, instead of the shape's.", lower_bound=1)
     flags.DEFINE_integer("turns", 15, "How often each form runs.", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of x, B and C.")
+    flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of activations and weights.")
+    flags.DEFINE_list("op", list(MAKERS), "Which ops.")
+    flags.DEFINE_list(
+        "skip",
+        None,
+        "Implementations to leave out; default: with --shape=nano reference and dense, which take too much.",
+    )
 
 
 def main() -> None:
+    use_one_thread()
     values = flags.FLAGS
-    shape = _SHAPES[values.shape]
+    shape, dtype = SHAPES[values.shape], jnp.dtype(values.dtype)
     if values.chunk_size:
         shape = shape._replace(chunk=values.chunk_size)
-    forms = list(_forms(shape, jnp.dtype(values.dtype)))
+    if unknown := sorted(set(values.op) - set(MAKERS)):
+        raise ValueError(f"--op: there is no op {unknown[0]!r}; there are {', '.join(MAKERS)}")
+    skip = values.skip if values.skip is not None else (["reference", "dense"] if values.shape == "nano" else [])
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__}, {device}, {values.dtype}, {shape}, median of {values.turns} turns\n", flush=True)
-    compiled = [(jax.jit(form.function), form.arguments) for form in forms]
-    *seconds, product, copy = _medians([*compiled, *_ceilings()], values.turns)
-    rate, bandwidth = 2 * _PRODUCT**3 / product, 2 * 4 * _COPIED / copy
+    ceilings = _ceilings(dtype)
+    product, copy = (_Timed(function, arguments) for function, arguments, _ in ceilings)
+    cases: dict[str, list[tuple[Form, _Timed]]] = {}
+    for op in values.op:
+        for form in forms(shape, dtype, [op], skip):
+            cases.setdefault(form.case, []).append((form, _Timed(form.function, form.arguments)))
+    everything = [product, copy, *(timed for case in cases.values() for _, timed in case)]
+    for _ in range(values.turns):
+        for timed in everything:
+            timed.run()
+    rate, bandwidth = ceilings[0][2] / product.median, ceilings[1][2] / copy.median
     print(f"large matrix product {rate / 1e9:,.0f} GFLOP/s, copy {bandwidth / 1e9:,.1f} GB/s\n")
-    print("| case | form | median | against xla | of matrix rate | of bandwidth |")
-    print("|---|---|--:|--:|--:|--:|")
-    xla = {form.case: t for form, t in zip(forms, seconds, strict=True) if form.name == "xla"}
-    for form, t in zip(forms, seconds, strict=True):
-        moved = sum(v.nbytes for v in jax.tree.leaves(form.arguments))
-        moved += sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(jax.eval_shape(form.function, *form.arguments)))
-        fractions = f"{form.operations / rate / t:.1%} | {moved / bandwidth / t:.1%}"
-        print(f"| {form.case} | {form.name} | {t * 1e3:.2f} ms | {t / xla[form.case]:.2f} | {fractions} |")
+    print("| case | form | median | against xla | of matrix rate | of bandwidth | temporaries |")
+    print("|---|---|--:|--:|--:|--:|--:|")
+    for case in cases.values():
+        xla = [timed.median for form, timed in case if form.name == "xla"]
+        for form, timed in case:
+            against = f"{timed.median / xla[0]:.2f}" if xla else ""
+            fractions = f"{form.operations / rate / timed.median:.1%} | {_moved(form) / bandwidth / timed.median:.1%}"
+            print(
+                f"| {form.case} | {form.name} | {timed.median * 1e3:.3f} ms | {against} | {fractions} | "
+                f"{timed.temporaries / 2**20:,.1f} MiB |"
+            )
 
 
-def _forms(s: Shape, dtype: jnp.dtype) -> Iterator[Form]:
-    own, context = _arguments(0, s, dtype), _arguments(1, s, dtype)
-    state = jnp.ones((s.batch, s.heads, s.head_dim, s.state), jnp.float32)
-    operations = 4 * s.batch * s.length * s.heads * s.head_dim * s.state
-
-    for name in _runnable("ssd"):
-
-        def one(*arrays, name=name):
-            *arrays, initial = arrays
-            return kernels.ssd(*arrays, initial_state=initial, chunk_size=s.chunk, implementation=name)
-
-        yield Form("ssd", name, one, (*own, state), operations)
-        yield Form("ssd, gradient", name, _gradient(one, 6), (*own, state), 3 * operations)
-
-    both = []
-    for name in _runnable("two_tower_ssd"):
-
-        def two(*arrays, name=name):
-            return kernels.two_tower_ssd(*arrays, block_size=s.block, chunk_size=s.chunk, implementation=name)
-
-        both.append((two, name))
-    arrays = *own, *context[:4]
-    for function, name in both:
-        yield Form("two_tower_ssd", name, function, arrays, 2 * operations)
-        yield Form("two_tower_ssd, context frozen, gradient", name, _gradient(function, 5), arrays, 4 * operations)
-        yield Form("two_tower_ssd, gradient", name, _gradient(function, 9), arrays, 6 * operations)
-
-    block = _block_arguments(s, dtype)
-    for name in _runnable("block_scan"):
-
-        def fused(*arrays, name=name):
-            return kernels.block_scan(*arrays, groups=s.groups, epsilon=1e-5, implementation=name)[0]
-
-        yield Form(f"block_scan, {s.block} tokens", name, fused, block, operations * s.block // s.length)
+def _moved(form: Form) -> int:
+    """Bytes that must be read and written."""
+    if form.moved is not None:
+        return form.moved
+    results = jax.tree.leaves(jax.eval_shape(form.function, *form.arguments))
+    return sum(v.size * v.dtype.itemsize for v in [*jax.tree.leaves(form.arguments), *results])
 
 
-def _runnable(op: str) -> list[str]:
-    """What runs here: not the interpreter, which says nothing about speed, and no other platform's kernels."""
-    foreign = set() if jax.default_backend() == "tpu" else {"pallas_tpu"}
-    return [name for name in kernels.implementations(op) if name not in foreign | {"pallas_tpu_interpret"}]
+class _Timed:
+    """A compiled function with its arguments, and the seconds that its runs took."""
+
+    _ENOUGH = 0.02  # Seconds of work behind one another, on an accelerator.
+
+    def __init__(self, function, arguments):
+        self.compiled = jax.jit(function).lower(*arguments).compile()
+        self.arguments = arguments
+        self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes
+        self.seconds: list[float] = []
+        self.on_cpu = jax.default_backend() == "cpu"
+        self.calls = 1
+        self._timed()
+        if not self.on_cpu:
+            self.calls = max(1, int(self._ENOUGH / self._timed()))
+
+    def run(self) -> None:
+        """One turn."""
+        self.seconds.append(self._timed())
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def _timed(self) -> float:
+        clock = time.process_time if self.on_cpu else time.perf_counter
+        start = clock()
+        for _ in range(self.calls):
+            result = self.compiled(*self.arguments)
+        jax.block_until_ready(result)
+        return (clock() - start) / self.calls
 
 
-def _gradient(function, count):
-    def loss(*arrays):
-        return sum(jnp.sum(jnp.square(v)) for v in jax.tree.leaves(function(*arrays)))
-
-    return jax.grad(loss, argnums=tuple(range(count)))
-
-
-def _arguments(seed: int, s: Shape, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-    """x, dt, log_decay, b, c."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*sizes):
-        return jnp.asarray(rng.standard_normal(sizes), dtype)
-
-    dt = jnp.asarray(rng.uniform(0.01, 0.5, (s.batch, s.length, s.heads)), jnp.float32)
-    group = s.batch, s.length, s.groups, s.state
-    return normal(s.batch, s.length, s.heads, s.head_dim), dt, -dt, normal(*group), normal(*group)
-
-
-def _block_arguments(s: Shape, dtype: jnp.dtype):
-    """Of `block_scan`: as many rows as the shape has, one block of S tokens each."""
-    rng = np.random.default_rng(2)
-
-    def normal(*sizes, dtype=dtype):
-        return jnp.asarray(rng.standard_normal(sizes), dtype)
-
-    inner, channels = s.heads * s.head_dim, s.heads * s.head_dim + 2 * s.groups * s.state
-    dt = jnp.asarray(rng.uniform(0.01, 0.5, (s.batch, s.block, s.heads)), jnp.float32)
-    weights = kernels.BlockWeights(normal(4, channels), normal(channels), normal(s.heads), normal(inner))
-    state = normal(s.batch, s.heads, s.head_dim, s.state, dtype=jnp.float32)
-    per_token = normal(s.batch, s.block, inner), normal(s.batch, s.block, channels)
-    return *per_token, dt, -dt, weights, normal(s.batch, 4, channels), state
-
-
-_PRODUCT, _COPIED = 1024, 2**24
-
-
-def _ceilings():
-    """A product of float32 matrices, and a pass over 64 MiB."""
-    square, long = jnp.ones((_PRODUCT, _PRODUCT)), jnp.ones(_COPIED)
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
-    return [(product, (square,)), (jax.jit(lambda a: a + 1), (long,))]
-
-
-def _medians(calls, turns: int) -> list[float]:
-    """Seconds of each (function, arguments), run in turns after one run that compiles."""
-    for function, arguments in calls:
-        jax.block_until_ready(function(*arguments))
-    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    times = [[] for _ in calls]
-    for _ in range(turns):
-        for (function, arguments), found in zip(calls, times, strict=True):
-            start = clock()
-            jax.block_until_ready(function(*arguments))
-            found.append(clock() - start)
-    return [statistics.median(found) for found in times]
+def _ceilings(dtype: jnp.dtype) -> tuple[tuple[Callable, tuple, int], tuple[Callable, tuple, int]]:
+    """A product of large matrices and its operations, a pass over a long array and its bytes."""
+    size, length = (1024, 2**24) if jax.default_backend() == "cpu" else (8192, 2**28)
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    keys = jax.random.split(jax.random.key(0), 2)
+    square, long = jax.random.normal(keys[0], (size, size), dtype), jax.random.normal(keys[1], (length,))
+    product = (lambda a: jnp.matmul(a, a, precision=precision)), (square,), 2 * size**3
+    return product, ((lambda a: a + 1), (long,), 2 * long.nbytes)

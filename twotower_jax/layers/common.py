@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from twotower_jax.kernels.experts import relu2
+from twotower_jax.kernels.gated_norm import rms_norm
 from twotower_jax.kernels.quantized import Quantized, as_array
 from twotower_jax.parameters import COLUMNS, LINEAR, Initializer, Scope, constant, use
 
@@ -18,16 +19,6 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, groups: int = 1) -> jax.Array:
-    """RMSNorm over `groups` equal parts of the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
-
-    Runs in float32 and multiplies by the weight there, as the published code does; the result has x's dtype.
-    """
-    parts = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
-    parts = parts * jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + epsilon)
-    return (parts.reshape(x.shape) * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

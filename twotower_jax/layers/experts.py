@@ -14,14 +14,14 @@ from twotower_jax.kernels import double_float
 from twotower_jax.kernels.experts import ROUTING, Weights
 from twotower_jax.layers import expert_parallel
 from twotower_jax.layers.common import ACTIVATIONS, Linear
-from twotower_jax.parameters import GROUPS, LINEAR, Scope, constant, normal, use
+from twotower_jax.parameters import GROUPS, LINEAR, Scope, at_rest, constant, normal, use
 
 # Logical axes, for `sharding.local`.
 _TOKENS = ("batch", "length", None)
 _ROUTER_AXES = ((None, None), (None,))
 _WEIGHT_AXES = Weights(
-    up=("experts", None, "expert_mlp"),
-    down=("experts", "expert_mlp", None),
+    up=sharding.AtRest(("experts", "embed", "expert_mlp")),
+    down=sharding.AtRest(("experts", "expert_mlp", "embed")),
     up_bias=("experts", "expert_mlp"),
     down_bias=("experts", None),
 )
@@ -180,7 +180,7 @@ class Experts(nnx.Module):
         routed = sharding.local(self._routed, (_TOKENS, _ROUTER_AXES, _WEIGHT_AXES), (_TOKENS, (None,), _TOKENS))
         router = use(self.router.weight, jnp.float32), use(self.router.bias, jnp.float32)
         biases = (None if b is None else use(b, x.dtype) for b in (self.up_bias, self.down_bias))
-        y, tokens, chosen = routed(x, router, Weights(use(self.up, x.dtype), use(self.down, x.dtype), *biases))
+        y, tokens, chosen = routed(x, router, Weights(at_rest(self.up, x.dtype), at_rest(self.down, x.dtype), *biases))
         load = tokens * (tokens.size / (x.shape[0] * x.shape[1] * self.router.config.num_experts_per_tok))
         return (y if self.shared_experts is None else y + self.shared_experts(x)), Routing(load, chosen)
 

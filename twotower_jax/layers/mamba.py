@@ -7,6 +7,7 @@ What lies between the two projections knows its own rows, positions, heads and g
 itself (`sharding.local`).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,8 +20,10 @@ from flax import nnx
 
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
+from twotower_jax.kernels.block_scan import LONGEST_BLOCK, BlockWeights, add_skip, split_channels
+from twotower_jax.kernels.gated_norm import gated_norm
 from twotower_jax.layers import sequence_parallel
-from twotower_jax.layers.common import Linear, rms_norm
+from twotower_jax.layers.common import Linear
 from twotower_jax.parameters import CONV, Scope, constant, normal, uniform, use
 
 
@@ -59,7 +62,7 @@ class MambaMemory:
 
     Attributes:
       conv_input: (B, L, C), raw. x: (B, L, H, P). b: (B, L, G, N). dt, log_decay: (B, L, H) float32.
-      end: the cache after the last token; None where sequences are divided over devices.
+      end: the cache after the last token; None where it is not wanted, or sequences are divided over devices.
       before: with sequences divided into n parts, the state before each, (n, B, H, P, N) float32; else None.
     """
 
@@ -75,12 +78,9 @@ class MambaMemory:
 class _Core(NamedTuple):
     """The parameters between the two projections, as one device has them: its channels and heads."""
 
-    conv_weight: jax.Array
-    conv_bias: jax.Array | None
+    weights: BlockWeights
     a_log: jax.Array
-    d: jax.Array
     dt_bias: jax.Array
-    norm_weight: jax.Array
 
 
 # A log-decay whose exponential is 0 in float32.
@@ -91,18 +91,20 @@ _TOKENS = ("batch", "length", "mamba_inner")
 _HEADS = ("batch", "length", "mamba_heads")
 _STATE = ("batch", "mamba_heads", None, None)
 _CORE_AXES = _Core(
-    conv_weight=(None, "mamba_inner"),
-    conv_bias=("mamba_inner",),
+    weights=BlockWeights(
+        conv_weight=(None, "mamba_inner"),
+        conv_bias=("mamba_inner",),
+        skip=("mamba_heads",),
+        norm=("mamba_inner",),
+    ),
     a_log=("mamba_heads",),
-    d=("mamba_heads",),
     dt_bias=("mamba_heads",),
-    norm_weight=("mamba_inner",),
 )
 _BEFORE = ("batch", "length")
 _CACHE_AXES = MambaCache(conv=("batch", None, "mamba_inner"), state=_STATE)
 
 
-def _memory_axes() -> MambaMemory:
+def _memory_axes(end: bool = True) -> MambaMemory:
     divided = sequence_parallel.divided()
     return MambaMemory(
         conv_input=_TOKENS,
@@ -110,7 +112,7 @@ def _memory_axes() -> MambaMemory:
         b=(*_HEADS, None),
         dt=_HEADS,
         log_decay=_HEADS,
-        end=None if divided else _CACHE_AXES,
+        end=_CACHE_AXES if end and not divided else None,
         before=("shard", *_STATE) if divided else None,
     )
 
@@ -163,6 +165,7 @@ class Mamba(nnx.Module):
         cache: MambaCache | None = None,
         lengths: jax.Array | None = None,
         document_start: jax.Array | None = None,
+        end: bool = True,
     ) -> tuple[jax.Array, MambaMemory]:
         """One run of tokens after `cache`.
 
@@ -172,41 +175,47 @@ class Mamba(nnx.Module):
           lengths: (B,) int32, how many of the L tokens of each row are real (the rest is padding on the right that
             changes neither the cache nor any real token); None for all.
           document_start: (B, L) int32, the position of the first token that each one may know of; None for all.
+          end: whether the cache after the real tokens is wanted.
 
         Returns:
           (B, L, D) and the memory, its `end` being the cache after the real tokens.
         """
         optional = zip((_CACHE_AXES, ("batch",), _BEFORE), (cache, lengths, document_start), strict=True)
         axes = (_TOKENS, *(None if given is None else axes for axes, given in optional), _CORE_AXES)
-        core = sharding.local(self._causal, axes, (_TOKENS, _memory_axes()))
+        run = functools.partial(self._causal, end=end)
+        core = sharding.local(run, axes, (_TOKENS, _memory_axes(end)))
         y, memory = core(self._project(x), cache, lengths, _tokens_before(document_start), self._core())
         return self.out_proj(y), memory
 
-    def _causal(self, projected, cache, lengths, before, core):
+    def _causal(self, projected, cache, lengths, before, core, end):
         z, conv_input, dt, log_decay = self._split_projected(projected, core, lengths)
         log_decay = _forget(log_decay, before)
         divided = sequence_parallel.divided()
         if divided and (cache is not None or lengths is not None):
             raise ValueError("caches and padding need a mesh with sequence=1: only training divides sequences")
-        if cache is None:
-            width = self.config.conv_kernel
-            tail = (
-                sequence_parallel.inputs_before(conv_input, width)
-                if divided
-                else jnp.zeros((z.shape[0], width, conv_input.shape[-1]), conv_input.dtype)
-            )
-            cache = MambaCache(conv=tail, state=None)
-        xs, b, c = self._convolve(conv_input, core, cache.conv, before)
-        y, state = self._scan(xs, dt, log_decay, b, c, cache.state)
+        tail, state = self._start(conv_input, divided) if cache is None else (cache.conv, cache.state)
+        xs, b, c = self._convolve(conv_input, core, tail, before)
         memory = MambaMemory(conv_input=conv_input, x=xs, b=b, dt=dt, log_decay=log_decay, end=None, before=None)
-        if divided:
-            seed = sequence_parallel.state_before(state, log_decay)
-            y += sequence_parallel.from_state(c, seed, jnp.cumsum(log_decay, axis=1))
-            memory = memory.replace(before=seed[None])
+        if state is not None and before is None and z.shape[1] <= LONGEST_BLOCK:
+            # Convolves once more, inside; what the memory has of it is computed only where somebody reads that.
+            y, state = self._block_scan(z, conv_input, dt, log_decay, core, tail, state, next_state=end)
         else:
-            end = MambaCache(conv=_last_inputs(cache.conv, conv_input, lengths), state=state)
-            memory = memory.replace(end=end)
-        return self._gated_norm(_skip(y, xs, core), z, core), memory
+            y, state = self._scan(xs, dt, log_decay, b, c, state)
+            if divided:
+                seed = sequence_parallel.state_before(state, log_decay)
+                y += sequence_parallel.from_state(c, seed, jnp.cumsum(log_decay, axis=1))
+                memory = memory.replace(before=seed[None])
+            y = self._gated_norm(add_skip(y, xs, core.weights.skip), z, core)
+        if end and not divided:
+            memory = memory.replace(end=MambaCache(conv=_last_inputs(tail, conv_input, lengths), state=state))
+        return y, memory
+
+    def _start(self, conv_input, divided):
+        """The inputs before a text, or before this device's part of it, and no state."""
+        width = self.config.conv_kernel
+        if divided:
+            return sequence_parallel.inputs_before(conv_input, width), None
+        return jnp.zeros((conv_input.shape[0], width, conv_input.shape[-1]), conv_input.dtype), None
 
     def blockwise(
         self,
@@ -236,15 +245,20 @@ class Mamba(nnx.Module):
 
     def _blockwise(self, projected, memory, before, core, block_size):
         z, conv_input, dt, log_decay = self._split_projected(projected, core)
+        skip = core.weights.skip
         if isinstance(memory, MambaCache):
+            if not self.bidirectional and block_size <= LONGEST_BLOCK:
+                return self._block_scan(z, conv_input, dt, log_decay, core, memory.conv, memory.state)[0]
             xs, b, c = self._convolve(conv_input, core, memory.conv)
             y, _ = self._scan(xs, dt, log_decay, b, c, memory.state)
         else:
             divided = sequence_parallel.divided()
             tail = sequence_parallel.inputs_before(memory.conv_input, self.config.conv_kernel) if divided else None
-            conv = core.conv_weight, core.conv_bias
-            xbc = kernels.block_causal_conv(conv_input, memory.conv_input, *conv, block_size, tail, before)
-            xs, b, c = self._split(xbc)
+            conv = core.weights.conv_weight, core.weights.conv_bias
+            xbc = kernels.block_causal_conv(
+                conv_input, memory.conv_input, *conv, block_size, tail, before, implementation=self.backends.causal_conv
+            )
+            xs, b, c = self._split(xbc, core)
             forward_decay = _forget(log_decay, before)
             y = kernels.two_tower_ssd(
                 *(xs, dt, forward_decay, b, c),
@@ -256,7 +270,7 @@ class Mamba(nnx.Module):
             if divided:
                 decay = _decay_through_context(forward_decay, memory.log_decay, block_size)
                 y += sequence_parallel.from_state(c, memory.before[0], decay)
-        y = _skip(y, xs, core)
+        y = add_skip(y, xs, skip)
         if self.bidirectional:
             y = (y + self._reversed(conv_input, dt, log_decay, core, block_size)) / 2
         return self._gated_norm(y, z, core)
@@ -272,28 +286,36 @@ class Mamba(nnx.Module):
         c = self.config
         bc = c.n_groups * c.ssm_state_size
         arrange = _by_device(c.mamba_inner, bc, bc)
-        return _Core(
+        weights = BlockWeights(
             conv_weight=arrange(use(self.conv_weight)),
             conv_bias=None if self.conv_bias is None else arrange(use(self.conv_bias)),
-            a_log=use(self.A_log, jnp.float32),
-            d=use(self.D, jnp.float32),
-            dt_bias=use(self.dt_bias, jnp.float32),
-            norm_weight=use(self.norm_weight),
+            skip=use(self.D, jnp.float32),
+            norm=use(self.norm_weight),
         )
+        return _Core(weights, a_log=use(self.A_log, jnp.float32), dt_bias=use(self.dt_bias, jnp.float32))
 
     # From here on everything is one device's own: its rows and positions, and H heads of G groups, which may be fewer
     # than the model's.
 
     def _split_projected(self, projected, core, lengths=None):
         """The parts of in_proj: z (B, L, H·P), raw xBC (B, L, C), dt and dt·A (B, L, H) float32."""
-        inner = core.norm_weight.shape[0]
-        z, conv_input, dt = jnp.split(projected, [inner, inner + core.conv_weight.shape[1]], axis=-1)
+        inner, channels = core.weights.norm.shape[0], core.weights.conv_weight.shape[1]
+        z, conv_input, dt = jnp.split(projected, [inner, inner + channels], axis=-1)
         dt = jax.nn.softplus(dt.astype(jnp.float32) + core.dt_bias)
         if self.config.time_step_limit is not None:
             dt = jnp.clip(dt, *self.config.time_step_limit)
         if lengths is not None:
             dt = jnp.where(jnp.arange(dt.shape[1])[:, None] < lengths[:, None, None], dt, 0.0)
         return z, conv_input, dt, -dt * jnp.exp(core.a_log)
+
+    def _block_scan(self, z, conv_input, dt, log_decay, core, tail, state, next_state=False):
+        """All between the projections for a block of few tokens after a cache: (B, S, H·P) and the state or None."""
+        return kernels.block_scan(
+            *(z, conv_input, dt, log_decay, core.weights, tail, state),
+            **self._norm(core),
+            next_state=next_state,
+            implementation=self.backends.block_scan,
+        )
 
     def _scan(self, xs, dt, log_decay, b, c, state):
         """y and the last state, from `state` or zeros."""
@@ -305,16 +327,14 @@ class Mamba(nnx.Module):
         )
 
     def _convolve(self, conv_input, core, tail, before=None):
-        return self._split(kernels.causal_conv(conv_input, core.conv_weight, core.conv_bias, tail, before))
+        conv = core.weights.conv_weight, core.weights.conv_bias
+        xbc = kernels.causal_conv(conv_input, *conv, tail, before, implementation=self.backends.causal_conv)
+        return self._split(xbc, core)
 
-    def _split(self, xbc):
+    def _split(self, xbc, core):
         """x (B, L, H, P), B and C (B, L, G, N)."""
-        c, leading = self.config, xbc.shape[:-1]
-        # H·P to 2·G·N is the same share on every device.
-        inner = xbc.shape[-1] * c.mamba_inner // c.conv_channels
-        x, b, c_ = jnp.split(xbc, [inner, (inner + xbc.shape[-1]) // 2], axis=-1)
-        groups = (*leading, -1, c.ssm_state_size)
-        return x.reshape(*leading, -1, c.mamba_head_dim), b.reshape(groups), c_.reshape(groups)
+        c = self.config
+        return split_channels(xbc, core.weights.norm.shape[0], c.mamba_head_dim, c.ssm_state_size)
 
     def _reversed(self, conv_input, dt, log_decay, core, block_size):
         """The scan of every block from its right end, from zeros, in the block's own order."""
@@ -324,17 +344,15 @@ class Mamba(nnx.Module):
 
         xs, b, c = self._convolve(flip(conv_input), core, None)
         y, _ = self._scan(xs, flip(dt), flip(log_decay), b, c, None)
-        return jnp.flip(_skip(y, xs, core), axis=1).reshape(*dt.shape, -1)
+        return jnp.flip(add_skip(y, xs, core.weights.skip), axis=1).reshape(*dt.shape, -1)
+
+    def _norm(self, core):
+        """The norm's epsilon and its groups on this device."""
+        groups = core.a_log.shape[0] * self.config.n_groups // self.config.mamba_num_heads
+        return {"epsilon": self.config.layer_norm_epsilon, "groups": groups}
 
     def _gated_norm(self, y, z, core):
-        """Gated norm over groups, gate before norm; y is float32 (B, L, H, P), the result (B, L, H·P) in z's dtype."""
-        gated = y.reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
-        groups = core.a_log.shape[0] * self.config.n_groups // self.config.mamba_num_heads
-        return rms_norm(gated, core.norm_weight, self.config.layer_norm_epsilon, groups).astype(z.dtype)
-
-
-def _skip(y: jax.Array, x: jax.Array, core: _Core) -> jax.Array:
-    return y + core.d[:, None] * x.astype(jnp.float32)
+        return gated_norm(y, z, core.weights.norm, **self._norm(core))
 
 
 def _tokens_before(document_start: jax.Array | None) -> jax.Array | None:

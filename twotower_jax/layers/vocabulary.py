@@ -13,7 +13,7 @@ from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
 from twotower_jax.kernels.quantized import Quantized
 from twotower_jax.layers.common import matmul
-from twotower_jax.parameters import COLUMNS, LINEAR, Scope, normal, use
+from twotower_jax.parameters import COLUMNS, LINEAR, Scope, at_rest, normal, use
 
 _TOKENS = ("batch", "length")
 # Logits that may exist at once on a device, 1 GiB in float32.
@@ -91,8 +91,8 @@ class Head(nnx.Module):
         Returns:
           (B, L) float32.
         """
-        function = sharding.local(_log_probabilities, ((*_TOKENS, None), (None, "vocab"), _TOKENS), _TOKENS)
-        return function(h, use(self.weight, h.dtype), ids)
+        axes = (*_TOKENS, None), sharding.AtRest(("embed", "vocab")), _TOKENS
+        return sharding.local(_log_probabilities, axes, _TOKENS)(h, at_rest(self.weight, h.dtype), ids)
 
 
 def _logits(h: jax.Array, weight: jax.Array | Quantized) -> jax.Array:

@@ -1,0 +1,65 @@
+"""The attention layer of the 30B model, for kernel_compile.py: 32 heads of 128, 2 of keys."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from twotower_jax import kernels
+
+_HEADS, _KV_HEADS, _HEAD_DIM, _LENGTH, _BLOCK = 32, 2, 128, 8192, 16
+Shapes = list[tuple[tuple[int, ...], jnp.dtype]]
+
+
+def implementation(platform: str, dtype: jnp.dtype) -> str:
+    """What is made for a platform and takes the dtype."""
+    if platform == "tpu":
+        return "pallas_tpu"
+    return "mosaic_gpu" if dtype == jnp.bfloat16 else "xla"
+
+
+def cases(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]:
+    """What is compiled, its function and its shapes, for the implementation of a name."""
+    attention = functools.partial(kernels.attention, implementation=name)
+
+    def queries(batch, length):
+        return (batch, length, _HEADS, _HEAD_DIM), dtype
+
+    def keys(batch, length):
+        return [((batch, _KV_HEADS, length, _HEAD_DIM), dtype)] * 2
+
+    def causal(q, key, value):
+        return attention(q, (kernels.Keys(key, value, jnp.arange(1, q.shape[1] + 1)),))
+
+    def blocks(q, key, value, *own):
+        context = kernels.Keys(key, value, jnp.arange(q.shape[1]) // _BLOCK * _BLOCK)
+        return attention(q, (context,), own_block=own, block_size=_BLOCK)
+
+    def one_block(q, key, value, lengths, *own):
+        cache = kernels.Keys(key, value, lengths[:, None])
+        return attention(q, (cache,), own_block=own, block_size=q.shape[1])
+
+    def extension(q, key, value, lengths, *own):
+        cache = kernels.Keys(key, value, lengths[:, None])
+        return attention(q, (cache, kernels.Keys(*own, jnp.arange(1, q.shape[1] + 1))))
+
+    def behind_cache(batch, length):
+        lengths = (batch,), jnp.dtype(jnp.int32)
+        return [queries(batch, length), *keys(batch, _LENGTH), lengths, *keys(batch, length)]
+
+    def gradient(function):
+        def loss(arrays):
+            return jnp.sum(jnp.square(function(*arrays).astype(jnp.float32)))
+
+        return lambda *arrays: jax.grad(loss)(arrays)
+
+    run, both = [queries(1, _LENGTH), *keys(1, _LENGTH)], [queries(1, _LENGTH), *2 * keys(1, _LENGTH)]
+    yield f"attention, causal, {_LENGTH} tokens", causal, run
+    yield f"attention, causal, {_LENGTH} tokens, gradient", gradient(causal), run
+    yield f"attention, blocks of {_BLOCK}, {_LENGTH} tokens", blocks, both
+    yield f"attention, blocks of {_BLOCK}, {_LENGTH} tokens, gradient", gradient(blocks), both
+    for batch, length in ((1, _BLOCK), (64, _BLOCK), (1, 64)):
+        yield f"attention, {batch} × {length} tokens behind {_LENGTH}", one_block, behind_cache(batch, length)
+    for batch in (1, 64):
+        yield f"attention, {batch} × 1 token behind {_LENGTH}", extension, behind_cache(batch, 1)
