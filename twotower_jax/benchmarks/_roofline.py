@@ -119,7 +119,13 @@ def _cache_bytes(config: ModelConfig, width: int, one: Pass) -> float:
 
 
 def run(model: TwoTower, dtype: jnp.dtype, batches: list[int], prompt: int, new: int, repeats: int) -> list[str]:
-    """The lines of a table."""
+    """The lines of a table.
+
+    Raises:
+      ValueError: for fewer than 64 new tokens: two first blocks, one that is timed, and the last.
+    """
+    if new < 4 * _BLOCK:
+        raise ValueError(f"new_tokens={new}: the roofline needs at least {4 * _BLOCK}")
     params = random_params(model, dtype)
     bandwidth = copy_bandwidth(1000 if jax.default_backend() != "cpu" else 100)
     lines = [
