@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.block_scan import LONGEST_BLOCK
 from twotower_jax.kernels.gated_norm import gated_norm
-from twotower_jax.kernels.gpu import not_hopper
+from twotower_jax.kernels.hopper import not_hopper
 from twotower_jax.kernels.log_decay import two_parts
 from twotower_jax.kernels.split import PARTS
 from twotower_jax.kernels.split import parts as _float32_parts
