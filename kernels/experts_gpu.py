@@ -141,7 +141,7 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
 
             accumulators = [plgpu.ACC((BLOCK, tile), jnp.float32)] * 2
             for group, product in enumerate(pl.run_scoped(both, *accumulators)):
-                scale = scratch["scales"][place, warpgroup, group]
+                scale = scratch["scales"][place, warpgroup, group].astype(jnp.float32)
                 sums += product * lax.broadcast_in_dim(scale, sums.shape, (0,))
             return sums
 
@@ -163,9 +163,9 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
     if not quantized:
         arrays = [matrix.astype(rows.dtype)]
     else:
-        scratch["scales"] = plgpu.SMEM((stages, WARPGROUPS, 2, BLOCK), jnp.float32)
+        scratch["scales"] = plgpu.SMEM((stages, WARPGROUPS, 2, BLOCK), matrix.scales.dtype)
         scratch["numbers"] = plgpu.SMEM((WARPGROUPS, 2, _GROUP, BLOCK), jnp.bfloat16)
-        arrays = [matrix.values, matrix.scales.astype(jnp.float32)]
+        arrays = [matrix.values, matrix.scales]
     out = jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype)
     return pipeline.call(body, out, scratch, interpret, rows, tiles.expert, tiles.used.reshape(1), *arrays)
 

@@ -72,12 +72,10 @@ def test_a_name_runs_or_raises():
 
 
 def test_every_implementation_is_one_that_loads():
-    of_gpu = ("mosaic_gpu", "mosaic_gpu_interpret")
-    for op in ("ssd", "two_tower_ssd"):
-        assert kernels.implementations(op)[:3] == ("xla", "pallas_tpu", "pallas_tpu_interpret")
-    for op in ("block_scan", "causal_conv", "block_causal_conv"):
-        names = "xla", "pallas_tpu", "pallas_tpu_interpret", *of_gpu, "reference"
-        assert kernels.implementations(op) == names
+    for op in kernels.OPS.values():
+        assert {"xla"} <= set(op.implementations)
+        for one in op.implementations.values():
+            assert callable(one.load())
     assert kernels.implementations("norm") == ()
     with pytest.raises(KeyError):
         kernels.chosen("norm")
@@ -123,3 +121,43 @@ def test_block_scan_lowers_for_a_tpu_at_the_shapes_of_the_30b_model(length, next
         return kernels.block_scan(*arguments, groups=8, epsilon=1e-5, next_state=next_state)
 
     assert kernels_in(run, *arguments, state) == 1
+
+
+def keys_behind(length, keys, dtype=jnp.bfloat16, head_dim=128):
+    """Arguments of `attention` at the shapes of the 30B model: queries, and a source of keys."""
+    shape = jax.ShapeDtypeStruct((1, 2, keys, head_dim), dtype)
+    source = kernels.Keys(shape, shape, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    return jax.ShapeDtypeStruct((1, length, 32, head_dim), dtype), (source,)
+
+
+def hopper(kind="NVIDIA H200"):
+    mesh = AbstractMesh((1,), ("device",), abstract_device=AbstractDevice(kind, None, "gpu"))
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_attention_is_chosen_by_platform_and_arrays():
+    with tpu():
+        for dtype in (jnp.bfloat16, jnp.float32):
+            assert kernels.chosen("attention", *keys_behind(16, 8192, dtype)).implementation == "pallas_tpu"
+        few = kernels.chosen("attention", *keys_behind(16, 128))
+        assert few == ("xla", "not pallas_tpu: no source has more than 128 keys, which XLA does as well")
+        odd = kernels.chosen("attention", *keys_behind(16, 8192, head_dim=80))
+        assert odd == ("xla", "not pallas_tpu: the head dim 80 is not a multiple of 128")
+    with hopper():
+        assert kernels.chosen("attention", *keys_behind(16, 8192)).implementation == "mosaic_gpu"
+        exact = kernels.chosen("attention", *keys_behind(16, 8192, jnp.float32))
+        assert exact == ("xla", "not mosaic_gpu: queries are float32: the tensor core multiplies bfloat16")
+    with hopper("NVIDIA A100-SXM4-80GB"):
+        assert kernels.chosen("attention", *keys_behind(16, 8192)).reason.startswith("not mosaic_gpu: made for")
+
+
+def test_attention_lowers_for_a_tpu_at_the_shapes_of_the_30b_model():
+    def loss(q, key, value, *own):
+        context = kernels.Keys(key, value, jnp.arange(q.shape[1]) // 16 * 16)
+        y = kernels.attention(q, (context,), own_block=own, block_size=16)
+        return jnp.sum(y.astype(jnp.float32))
+
+    q, (source,) = keys_behind(8192, 8192)
+    arrays = (q, *[source.key] * 4)
+    assert kernels_in(loss, *arrays) == 1
+    assert kernels_in(jax.grad(loss, argnums=tuple(range(5))), *arrays) == 3
