@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax import kernels
@@ -30,7 +29,7 @@ FORMS = [(TPU, jnp.float32), (TPU, jnp.bfloat16), (GPU, jnp.bfloat16), (GROUPED,
 QUICK = {"xla_backend_optimization_level": 0}  # Compiles twice as fast.
 T, K = 90, 3  # Several tiles an expert, the last not full.
 # Of the norm: float32 sums in another order; single numbers rounded to the other neighbor.
-TOLERANCE = {jnp.float32: 1e-6, jnp.bfloat16: 2e-3}
+TOLERANCE = {jnp.float32: 1e-6, jnp.bfloat16: 5e-4}
 
 
 @functools.cache
@@ -69,7 +68,7 @@ def one_by_one(x, indices, gates, weights):
         token, choice = np.nonzero(np.asarray(indices) == expert)
         hidden = rounded(np.square(np.maximum(rounded(rows[token] @ up[expert]), 0)))
         np.add.at(total, token, gates[token, choice, None] * rounded(hidden @ down[expert]))
-    return total
+    return rounded(total)
 
 
 @functools.cache
@@ -81,10 +80,11 @@ def distance(found, expected):
     return np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected)
 
 
-def check(form, dtype, arguments, weights, tolerance=None):
+def check(form, dtype, arguments, weights, meant=None):
+    """`meant`: the weights that those stand for, if not themselves."""
     y = compiled(form)(*arguments, weights)
     assert y.dtype == dtype and y.shape == arguments[0].shape
-    assert distance(y, one_by_one(*arguments, weights)) < (tolerance or TOLERANCE[dtype])
+    assert distance(y, one_by_one(*arguments, meant or weights)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("form, dtype", FORMS)
@@ -134,7 +134,7 @@ def test_experts_and_rows_do_not_touch_each_other(form, dtype):
 @pytest.mark.parametrize(
     "form, dtype, up, down",
     [
-        ("xla", jnp.float32, 8, 4),
+        ("xla", jnp.bfloat16, 8, 4),
         (TPU, jnp.float32, 8, 4),
         (TPU, jnp.bfloat16, 4, 8),
         (GPU, jnp.bfloat16, 8, 8),
@@ -143,11 +143,10 @@ def test_experts_and_rows_do_not_touch_each_other(form, dtype):
     ],
 )
 def test_quantized(form, dtype, up, down):
-    """Float64 has the weights unrounded; in bfloat16 the TPU kernel, like XLA, rounds them to the rows' dtype."""
-    tolerance = 6e-3 if (form, dtype) == (TPU, jnp.bfloat16) else None
-    plain = jnp.float32 if min(up, down) < 16 and dtype == jnp.float32 else jnp.bfloat16
-    weights = Weights(draw(plain, up).up, draw(plain, down).down)
-    check(form, dtype, rows(T, T, K, dtype), weights, tolerance)
+    """XLA and the TPU kernel round a weight to the rows' dtype, the GPU kernel does not."""
+    weights = Weights(draw(dtype, up).up, draw(dtype, down).down)
+    meant = None if form == GPU else Weights(*(dequantize(w, dtype) for w in weights[:2]))
+    check(form, dtype, rows(T, T, K, dtype), weights, meant)
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -234,6 +233,8 @@ def grouped(a, b, matrices, groups):
 @pytest.mark.parametrize("module, bits", [(experts_gpu, 4), (experts_grouped_gpu, 16)])
 def test_no_races_on_gpus(module, bits):
     """Copies, products and stores keep their order: the interpreter compares vector clocks."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
     x, indices, gates = rows(9, 20, 2, jnp.bfloat16)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     y = module.expert_mlp(x, indices, gates, draw(jnp.bfloat16, bits), activation=relu2, interpret=interpret)
