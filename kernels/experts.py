@@ -76,15 +76,17 @@ def expert_mlp(
 ) -> jax.Array:
     """The weighted sum of each row's experts.
 
-    Differentiable in x, gates and weights.
+    Differentiable in x, gates and weights, unless they are quantized.
 
     Args:
       x: (T, D).
       indices: (T, k) int32, the experts of each row, all different; E stands for none.
       gates: (T, k), their weights in the sum.
-      weights: see `Weights`; any float dtype, cast to x's.
+      weights: see `Weights`; any float dtype, cast to x's, or quantized.
       activation: between the two products.
-      implementation: "xla" (experts_xla.py), "ragged_dot" (experts_ragged.py, made for TPUs), or None; see dispatch.py.
+      implementation: "xla" (experts_xla.py); on TPUs "pallas_tpu" for few rows (experts_tpu.py) and "ragged_dot"
+        (experts_ragged.py); on NVIDIA Hopper "mosaic_gpu" for few rows or quantized weights (experts_gpu.py) and
+        "mosaic_gpu_grouped" (experts_grouped_gpu.py); or None, see dispatch.py.
 
     Returns:
       (T, D) in x's dtype; the sum over k runs in float32.

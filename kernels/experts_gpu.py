@@ -23,7 +23,7 @@ from twotower_jax.kernels.experts import Activation, Weights
 from twotower_jax.kernels.experts_tiles import Tiles, in_tiles
 from twotower_jax.kernels.experts_touched import with_gradient
 from twotower_jax.kernels.hopper import not_hopper
-from twotower_jax.kernels.pipeline_gpu import BLOCK, WARPGROUPS, Pipeline, write
+from twotower_jax.kernels.pipeline_gpu import BLOCK, WARPGROUPS, Interpret, Pipeline, write
 from twotower_jax.kernels.quantized import Quantized
 
 MOST_ROWS = 1024
@@ -91,14 +91,14 @@ class _Stored(NamedTuple):
         return blocks, min(_MOST_STAGES, (_SHARED_BYTES // blocks - rest) // one)
 
 
-def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | None, interpret: bool) -> jax.Array:
+def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | None, interpret: Interpret) -> jax.Array:
     """(tiles · tile, K) and (E, K, N): (tiles · tile, N), each tile with its expert's matrix; unused ones unwritten."""
     quantized, kind = isinstance(matrix, Quantized), _Stored.of(matrix)
     summed, columns = matrix.shape[1:]
     steps, across, pieces = -(-summed // kind.step), -(-columns // _COLUMNS), kind.step // kind.piece
     blocks, stages = kind.blocks_and_stages(tile)
     copies = pieces + WARPGROUPS * (1 + quantized)
-    pipeline = Pipeline(tile, stages, copies, blocks=blocks, scaled=quantized)
+    pipeline = Pipeline(tile, stages, copies, interpret, blocks=blocks, scaled=quantized)
 
     def body(source_rows, expert, used, *refs, **scratch):
         *parts, out = refs
@@ -129,6 +129,8 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
                 packed = stored[place, warpgroup]
                 numbers[0] = ((packed & 15) ^ 8).astype(jnp.bfloat16) - 8
                 numbers[1] = (packed & -16).astype(jnp.bfloat16) * (1 / 16)
+            scales = [scratch["scales"][place, warpgroup, group].astype(jnp.float32) for group in range(2)]
+            # After all that is read from this step's place, too: what follows may overwrite it.
             plgpu.commit_smem()
 
             def both(*accumulators):
@@ -139,9 +141,8 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
                         plgpu.wgmma(accumulator, numbers.at[where].T, operand_piece)
                 return [accumulator[...] for accumulator in accumulators]
 
-            accumulators = [plgpu.ACC((BLOCK, tile), jnp.float32)] * 2
-            for group, product in enumerate(pl.run_scoped(both, *accumulators)):
-                scale = scratch["scales"][place, warpgroup, group]
+            products = pl.run_scoped(both, *[plgpu.ACC((BLOCK, tile), jnp.float32)] * 2)
+            for product, scale in zip(products, scales, strict=True):
                 sums += product * lax.broadcast_in_dim(scale, sums.shape, (0,))
             return sums
 
@@ -163,14 +164,14 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
     if not quantized:
         arrays = [matrix.astype(rows.dtype)]
     else:
-        scratch["scales"] = plgpu.SMEM((stages, WARPGROUPS, 2, BLOCK), jnp.float32)
+        scratch["scales"] = plgpu.SMEM((stages, WARPGROUPS, 2, BLOCK), matrix.scales.dtype)
         scratch["numbers"] = plgpu.SMEM((WARPGROUPS, 2, _GROUP, BLOCK), jnp.bfloat16)
-        arrays = [matrix.values, matrix.scales.astype(jnp.float32)]
+        arrays = [matrix.values, matrix.scales]
     out = jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype)
-    return pipeline.call(body, out, scratch, interpret, rows, tiles.expert, tiles.used.reshape(1), *arrays)
+    return pipeline.call(body, out, scratch, rows, tiles.expert, tiles.used.reshape(1), *arrays)
 
 
-def _forward(activation: Activation, interpret: bool, x, indices, gates, weights: Weights) -> jax.Array:
+def _forward(activation: Activation, interpret: Interpret, x, indices, gates, weights: Weights) -> jax.Array:
     tile = tile_size(indices.size, weights.up.shape[0])
     tiles = in_tiles(indices, weights.up.shape[0], tile)
     hidden = _product(tiles.gather(x), weights.up, tiles, tile, activation, interpret)
@@ -192,7 +193,7 @@ def expert_mlp(
     weights: Weights,
     *,
     activation: Activation,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """See `experts.expert_mlp`; few rows in bfloat16, no biases."""
     return _expert_mlp(activation, interpret, x, indices, gates, weights)

@@ -13,11 +13,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels import hopper
 from twotower_jax.kernels.experts import Activation, Weights
 from twotower_jax.kernels.experts_tiles import Tiles, in_tiles
 from twotower_jax.kernels.grouped_gpu import STEP, Groups, outer, product
-from twotower_jax.kernels.pipeline_gpu import BLOCK
+from twotower_jax.kernels.hopper import not_hopper
+from twotower_jax.kernels.pipeline_gpu import BLOCK, Interpret
 from twotower_jax.kernels.quantized import Quantized
 
 
@@ -32,7 +32,7 @@ def unsupported(x, indices, gates, weights: Weights, *, activation: Activation) 
     model, width = weights.up.shape[1:]
     if model % STEP or width % STEP:
         return f"rows of {model} numbers and experts {width} wide are not both multiples of {STEP}"
-    return hopper.not_hopper()
+    return not_hopper()
 
 
 def expert_mlp(
@@ -42,7 +42,7 @@ def expert_mlp(
     weights: Weights,
     *,
     activation: Activation,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """See `experts.expert_mlp`; rows in bfloat16, no biases."""
     tiles = in_tiles(indices, weights.up.shape[0], BLOCK)

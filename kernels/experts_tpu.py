@@ -258,7 +258,12 @@ def _forward(activation: Activation, interpret: bool, x, indices, gates, weights
     for group, shape in zip(groups, ((model, tile), (tile, model)), strict=True):
         scratch += [pltpu.VMEM(shape, x.dtype)] * (group > 0)
     up = weights.up.swapaxes(1, 2) if cut.flipped else weights.up
-    arrays = [v for part in (up, weights.down) for v in jax.tree.leaves(part)]
+    # A row of scales is picked by its number, which float32 allows.
+    arrays = [
+        v.astype(jnp.float32) if isinstance(part, Quantized) and v is part.scales else v
+        for part in (up, weights.down)
+        for v in jax.tree.leaves(part)
+    ]
     call = pl.pallas_call(
         functools.partial(_kernel, cut=cut, groups=groups),
         grid_spec=pltpu.PrefetchScalarGridSpec(

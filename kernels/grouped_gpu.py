@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twotower_jax.kernels.pipeline_gpu import BLOCK, WARPGROUPS, Pipeline, write
+from twotower_jax.kernels.pipeline_gpu import BLOCK, WARPGROUPS, Interpret, Pipeline, write
 
 STEP = 64  # Of the summed dimension.
 # Columns of a tile of the result: 192 leaves 3 % of a width of 1856 unused, nothing of 2688.
@@ -63,7 +63,8 @@ def _pairs(groups: Groups, total: int) -> _Tiles:
     return _Tiles(group, jnp.clip(groups.first[group] + within, 0, total - 1), blocks, ends[-1:])
 
 
-_PIPELINE = Pipeline(_COLUMNS, _STAGES, copies=1 + WARPGROUPS, registers=True)
+def _pipeline(interpret: Interpret) -> Pipeline:
+    return Pipeline(_COLUMNS, _STAGES, 1 + WARPGROUPS, interpret, registers=True)
 
 
 def _spaces(b: tuple[int, int]) -> dict:
@@ -82,7 +83,7 @@ def product(
     *,
     transposed: bool = False,
     activation: Activation | None = None,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """Each block's rows times their group's matrix.
 
@@ -98,7 +99,7 @@ def product(
     columns = matrices.shape[1 if transposed else 2]
     across = -(-columns // _COLUMNS)
     tiles = _pairs(groups, total)
-    steps = summed // STEP
+    steps, pipeline = summed // STEP, _pipeline(interpret)
 
     def body(rows, matrices, group, first, blocks, used, out, **scratch):
         a, b = scratch["a"], scratch["b"]
@@ -131,14 +132,14 @@ def product(
         def works(t, warpgroup):
             return warpgroup < blocks[lax.div(t, across)]
 
-        _PIPELINE.run(used[0] * across, scratch, lambda t: jnp.int32(steps), copy, multiply, finish, works)
+        pipeline.run(used[0] * across, scratch, lambda t: jnp.int32(steps), copy, multiply, finish, works)
 
     scratch = _spaces((_COLUMNS, STEP) if transposed else (STEP, _COLUMNS))
     out = jax.ShapeDtypeStruct((rows.shape[0], columns), jnp.bfloat16)
-    return _PIPELINE.call(body, out, scratch, interpret, rows, matrices, *tiles)
+    return pipeline.call(body, out, scratch, rows, matrices, *tiles)
 
 
-def outer(a: jax.Array, b: jax.Array, groups: Groups, *, interpret: bool = False) -> jax.Array:
+def outer(a: jax.Array, b: jax.Array, groups: Groups, *, interpret: Interpret = False) -> jax.Array:
     """Each group's a ᵀ @ b.
 
     Args:
@@ -149,7 +150,7 @@ def outer(a: jax.Array, b: jax.Array, groups: Groups, *, interpret: bool = False
     """
     (_, height), columns = a.shape, b.shape[1]
     down, across = -(-height // (WARPGROUPS * BLOCK)), -(-columns // _COLUMNS)
-    number = groups.count.size
+    number, pipeline = groups.count.size, _pipeline(interpret)
 
     def body(a_rows, b_rows, first, count, out, **scratch):
         a, b = scratch["a"], scratch["b"]
@@ -173,8 +174,8 @@ def outer(a: jax.Array, b: jax.Array, groups: Groups, *, interpret: bool = False
             part = pl.ds((m * WARPGROUPS + warpgroup) * BLOCK, BLOCK)
             write(scratch["result"], warpgroup, sums, out.at[group].at[part, pl.ds(n * _COLUMNS, _COLUMNS)])
 
-        _PIPELINE.run(number * down * across, scratch, lambda t: count[where(t)[0]], copy, multiply, finish)
+        pipeline.run(number * down * across, scratch, lambda t: count[where(t)[0]], copy, multiply, finish)
 
     scratch = _spaces((STEP, _COLUMNS))
     out = jax.ShapeDtypeStruct((number, height, columns), jnp.bfloat16)
-    return _PIPELINE.call(body, out, scratch, interpret, a, b, groups.first, groups.count)
+    return pipeline.call(body, out, scratch, a, b, groups.first, groups.count)

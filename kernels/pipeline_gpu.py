@@ -19,6 +19,8 @@ BLOCK = 64
 PROCESSORS = 132  # Of an H100 or H200.
 WARPGROUPS = 2  # That multiply.
 
+Interpret = bool | plgpu.InterpretGPUParams
+
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
@@ -30,15 +32,21 @@ class Pipeline:
       copies: that a step consists of.
       blocks: thread blocks on one multiprocessor.
       registers: whether the copying warpgroup gives its registers to the others.
+      interpret: run the kernel's operations on any platform, slowly, with two thread blocks.
       scaled: each step's product is added to the sums in registers, not in the accumulator of the tensor core.
     """
 
     columns: int
     stages: int
     copies: int
+    interpret: Interpret
     blocks: int = 1
     registers: bool = False
     scaled: bool = False
+
+    @property
+    def thread_blocks(self) -> int:
+        return 2 if self.interpret else PROCESSORS * self.blocks
 
     def barriers(self) -> dict:
         """`filled`: a place's copies have arrived; `freed`: all are done with it."""
@@ -69,7 +77,7 @@ class Pipeline:
           finish: (t, sums, warpgroup), writes the result.
           works: (t, warpgroup), whether a warpgroup has anything to do there; the other may have the tensor core then.
         """
-        warpgroup, number = lax.axis_index("warpgroup"), PROCESSORS * self.blocks
+        warpgroup, number = lax.axis_index("warpgroup"), self.thread_blocks
         here = lax.axis_index("block")
         mine = lax.div(tiles - here + (number - 1), jnp.int32(number))
         filled, freed = scratch["filled"], scratch["freed"]
@@ -156,17 +164,17 @@ class Pipeline:
 
         return sums
 
-    def call(self, body: Callable, out_type, scratch: dict, interpret, *arrays):
+    def call(self, body: Callable, out_type, scratch: dict, *arrays):
         """Runs `body(*arrays, out, **scratch)`, refs, in every thread block."""
         return plgpu.kernel(
             body,
             out_type=out_type,
             scratch_types=scratch | self.barriers(),
-            grid=(PROCESSORS * self.blocks,),
+            grid=(self.thread_blocks,),
             grid_names=("block",),
             num_threads=WARPGROUPS + 1,
             thread_name="warpgroup",
-            interpret=plgpu.InterpretGPUParams() if interpret else None,
+            interpret=plgpu.InterpretGPUParams() if self.interpret is True else self.interpret or None,
         )(*arrays)
 
 
