@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
             "mamba_head_dim": 32,
             "ssm_state_size": 32,
             "n_groups": 2,
-            "chunk_size": 64,
+            "chunk_size": 32,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 32,

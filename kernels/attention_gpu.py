@@ -24,8 +24,19 @@ from twotower_jax.kernels.hopper import interpreter, not_hopper
 _LOG2E = math.log2(math.e)
 # Rows, or keys, of a warpgroup; keys of a tile, forward and backward; blocks that keep a chip busy.
 _TILE, _KEYS, _KEYS_BACKWARD, _BLOCKS = 64, 128, 64, 132
-_STAGES, _EIGHT = 2, 8
+# Tiles under way at once; what the copy engine can cut; the greatest P.
+_STAGES, _EIGHT, _WIDEST = 2, 8, 128
 _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+class Sizes(NamedTuple):
+    """What a warpgroup takes, and how many blocks keep the chip busy; smaller in tests."""
+
+    rows: int = _TILE
+    keys: int = _KEYS
+    keys_backward: int = _KEYS_BACKWARD
+    blocks: int = _BLOCKS
+    interpret: plgpu.InterpretGPUParams | None = None
 
 
 class _Cut(NamedTuple):
@@ -54,7 +65,7 @@ def _padded(v, multiple, axis, mode="constant"):
 
 def _prepare(q, k, v, ranges: flash.Ranges, rows: int):
     """Padded arrays, the limits of rows (B, M), and of tiles of rows (B, tiles, 4)."""
-    k, v = (_padded(x, _EIGHT, 1) for x in (k, v))  # What the copy engine can cut.
+    k, v = (_padded(x, _EIGHT, 1) for x in (k, v))
     q = _padded(q, rows, 1)
     start, stop = (_padded(x, rows, 1, "edge") for x in ranges)
     in_tiles = [x.reshape(x.shape[0], -1, rows) for x in (start, stop)]
@@ -225,7 +236,7 @@ def _forward_kernel(
     pipeline(k_ref.at[rows.head], v_ref.at[rows.head])
 
 
-def _forward(q, k, v, ranges, dtype, *, sizes: "Sizes"):
+def _forward(q, k, v, ranges, dtype, *, sizes: Sizes):
     heads, count, head_dim = q.shape
     groups = 2 if count > sizes.rows else 1
     key_count = k.shape[1]
@@ -249,8 +260,7 @@ def _forward(q, k, v, ranges, dtype, *, sizes: "Sizes"):
             _for_registers(cut, cut.rows, cut.keys, q.dtype),
         ],
     )
-    parts = [(out[:, i, :count], lse[:, i, :count]) for i in range(splits)]
-    return flash.combine(*zip(*parts, strict=True))
+    return flash.combine_stacked(out[:, :, :count], lse[:, :, :count])
 
 
 def _gradient_of_q_kernel(
@@ -337,7 +347,7 @@ def _gradient_of_keys_kernel(
     pipeline(*(ref.at[head] for ref in (q_ref, do_ref, lse_ref, delta_ref)))
 
 
-def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
+def _backward(q, k, v, ranges, do, lse, delta, *, sizes: Sizes):
     heads, count, head_dim = q.shape
     key_count, groups, rows, keys = k.shape[1], 2, sizes.rows, sizes.keys_backward
     k, v = (_padded(x, groups * keys, 1) for x in (k, v))
@@ -360,7 +370,7 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
     *_, limits = _prepare(q, k, v, flash.Ranges(start, stop), rows)
     tiles = k.shape[1] // (groups * keys)
     # Tiles differ in how many rows see them: several blocks a multiprocessor even that out.
-    splits = max(1, 8 * sizes.blocks // (heads * tiles))
+    splits = max(1, min(8 * sizes.blocks // (heads * tiles), limits.shape[1] // 2))
     cut = cut._replace(splits=splits, tiles=tiles)
     dk, dv = _call(
         _gradient_of_keys_kernel,
@@ -377,16 +387,6 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: "Sizes"):
     return dq[:, :count], *(jnp.sum(x, axis=1)[:, :key_count] for x in (dk, dv))
 
 
-class Sizes(NamedTuple):
-    """What a warpgroup takes, and how many blocks keep the chip busy; smaller in tests."""
-
-    rows: int = _TILE
-    keys: int = _KEYS
-    keys_backward: int = _KEYS_BACKWARD
-    blocks: int = _BLOCKS
-    interpret: plgpu.InterpretGPUParams | None = None
-
-
 @functools.cache
 def _kernels(sizes: Sizes) -> flash.Kernels:
     return flash.Kernels(functools.partial(_forward, sizes=sizes), functools.partial(_backward, sizes=sizes))
@@ -398,6 +398,8 @@ def unsupported(q, sources, *, own_block=None, block_size=None, tile_size=None) 
         return problem
     if q.dtype != jnp.bfloat16:
         return f"queries are {q.dtype}: the tensor core multiplies bfloat16"
+    if q.shape[3] > _WIDEST:
+        return f"the head dim {q.shape[3]} is more than {_WIDEST}: its tiles do not fit into shared memory"
     return flash.unsupported(q, sources, own_block, 64)
 
 

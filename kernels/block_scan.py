@@ -39,8 +39,8 @@ BLOCK_SCAN = Op(
     {
         "xla": Implementation("block_scan", "by_parts"),
         "pallas_tpu": Implementation("block_scan_tpu", "block_scan", platform="tpu", has_limits=True),
-        "mosaic_gpu": Implementation("block_scan_gpu", "block_scan", platform="gpu", has_limits=True),
         "pallas_tpu_interpret": Implementation("block_scan_tpu", "block_scan", options=(("interpret", True),)),
+        "mosaic_gpu": Implementation("block_scan_gpu", "block_scan", platform="gpu", has_limits=True),
         "mosaic_gpu_interpret": Implementation("block_scan_gpu", "block_scan", options=(("interpret", True),)),
         "reference": Implementation("reference", "block_scan"),
     },

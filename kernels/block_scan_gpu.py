@@ -8,7 +8,8 @@ and a block of few tokens its few columns:
     M_ji = exp(a_i − a_j) dt_j (B_j·C_i) for j < i,  dt_i (B_i·C_i) + D for j = i,  0 for j > i
     yᵀ   = (h Cᵀ) ∘ exp(a_i) + xᵀ M           h' = exp(a_S) h + (w ∘ x)ᵀ B
 
-Products are as exact as float32, see gpu_rows.py. The norm couples all heads of a group. Programs of whole groups would
+Products are as exact as float32: operands of that type are cut into parts (split.py), and the state's never leave the
+registers. The norm couples all heads of a group. Programs of whole groups would
 leave most of the processors idle at small batches, where this op is bound by latency, and blocks cannot meet halfway;
 so y leaves the kernel without gate and norm, and XLA fuses these into a second pass over y and z. That moves
 8 S bytes a channel, mostly inside the L2 cache, against the state's 512 (1024 if the next state is wanted).
@@ -24,8 +25,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.block_scan import LONGEST_BLOCK
 from twotower_jax.kernels.gated_norm import gated_norm
-from twotower_jax.kernels.gpu_rows import add_products, parts, tiled
+from twotower_jax.kernels.gpu import not_hopper
 from twotower_jax.kernels.log_decay import two_parts
+from twotower_jax.kernels.split import PARTS
+from twotower_jax.kernels.split import parts as _float32_parts
 
 _ROWS = 64  # Of one product of a warpgroup; positions are padded to as many where they are rows.
 _UNIT = 16  # Positions are padded to multiples of this where they are summed over.
@@ -47,6 +50,31 @@ def _shared_bytes(length: int, state: int, head_dim: int, heads: int, width: int
     padded, copies = length + -length % _UNIT, 1 if dtype == jnp.bfloat16 else 3
     raw = (width - 1 + padded) * (2 * state + heads * head_dim) * dtype.itemsize
     return raw + 2 * (copies * (_ROWS + padded) * state + (3 + copies) * padded * head_dim + 3 * _ROWS * padded)
+
+
+def _parts(x: jax.Array) -> list[jax.Array]:
+    """bfloat16 arrays whose sum is x, the largest first."""
+    return [x] if x.dtype == jnp.bfloat16 else _float32_parts(x)
+
+
+def _product(shape: tuple[int, int], a: list, b: list) -> jax.Array:
+    """Σ a · Σ b in float32, less the products of parts that are below its last bit."""
+
+    def passes(accumulator):
+        # The smallest first.
+        for total in reversed(range(PARTS)):
+            for i, one in enumerate(a):
+                if 0 <= total - i < len(b):
+                    plgpu.wgmma(accumulator, one, b[total - i])
+        return accumulator[...]  # Awaits them.
+
+    return pl.run_scoped(passes, plgpu.ACC(shape))
+
+
+def _tiled(shape: tuple[int, int], swizzle: int) -> plgpu.SMEM:
+    """Shared memory of a bfloat16 matrix, laid out as the matrix unit reads it."""
+    transforms = plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def _kernel(
@@ -92,13 +120,6 @@ def _kernel(
             out = jnp.where(position < length, out, 0.0)
         return out.astype(raw.dtype), layout
 
-    def product(shape, a, b):
-        def body(accumulator):
-            add_products(accumulator, a, b)
-            return accumulator[...]
-
-        return pl.run_scoped(body, plgpu.ACC(shape))
-
     def of_registers(values):
         """Left operands, which the matrix unit takes from registers, but the interpreter only from shared memory."""
         if not state_smem:
@@ -111,12 +132,12 @@ def _kernel(
     state = states(0)
     plgpu.barrier_wait(barrier)
     for raw, start, copies in ((raw_b, first_b, b_smem), (raw_c, first_c, c_smem)):
-        for ref, part in zip(copies, parts(convolved(raw, 0, start, state_size)[0]), strict=True):
+        for ref, part in zip(copies, _parts(convolved(raw, 0, start, state_size)[0]), strict=True):
             ref[pl.ds(0, padded), :] = part
     plgpu.commit_smem()
     c_columns = [ref.transpose((1, 0)) for ref in c_smem]
     b_rows = [ref.at[pl.ds(0, padded)] for ref in b_smem]
-    scores = product((_ROWS, padded), b_smem, c_columns)
+    scores = _product((_ROWS, padded), b_smem, c_columns)
     square = (_ROWS, padded)
     j = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
     i = plgpu.broadcasted_iota(jnp.int32, square, 1, layout=plgpu.Layout.WGMMA)
@@ -143,10 +164,10 @@ def _kernel(
         dt = plgpu.load(rows_ref.at[row, h, _DT], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         mixing = scores * decay * down(dt) + jnp.where(j == i, skip_ref[h].astype(jnp.float32), 0.0)
         # Below the last position the scores are of rows that nobody wrote.
-        for ref, part in zip(mixing_smem, parts(jnp.where(j <= i, mixing, 0.0)), strict=True):
+        for ref, part in zip(mixing_smem, _parts(jnp.where(j <= i, mixing, 0.0)), strict=True):
             ref[...] = part
         x, layout = convolved(raw_x, r * head_dim, first_x + r * head_dim, head_dim)
-        for ref, part in zip(x_smem, parts(x), strict=True):
+        for ref, part in zip(x_smem, _parts(x), strict=True):
             ref[...] = part
         if next_state:
             last = [sums_smem[k, _ROWS - 1] for k in range(2)]
@@ -157,16 +178,16 @@ def _kernel(
             to_edge = (last[0] - of_rows(sums_smem.at[0])) + (last[1] - of_rows(sums_smem.at[1]))
             weights = of_rows(rows_ref.at[row, h, _DT]) * jnp.exp(to_edge)
             weights = plgpu.layout_cast(lax.broadcast_in_dim(weights, x.shape, (0,)), layout)
-            for ref, part in zip(weighted_smem, parts(x.astype(jnp.float32) * weights), strict=True):
+            for ref, part in zip(weighted_smem, _parts(x.astype(jnp.float32) * weights), strict=True):
                 ref[...] = part
         plgpu.commit_smem()
-        across = product(square, of_registers(parts(state)), c_columns)
+        across = _product(square, of_registers(_parts(state)), c_columns)
         mixing_rows = [ref.at[pl.ds(0, padded)] for ref in mixing_smem]
-        within = product(square, [ref.transpose((1, 0)) for ref in x_smem], mixing_rows)
+        within = _product(square, [ref.transpose((1, 0)) for ref in x_smem], mixing_rows)
         y = across * jnp.exp(coarse + fine) + within
         plgpu.store(y_ref.at[row, h], y, optimized=False)
         if next_state:
-            added = product(state.shape, [ref.transpose((1, 0)) for ref in weighted_smem], b_rows)
+            added = _product(state.shape, [ref.transpose((1, 0)) for ref in weighted_smem], b_rows)
             kept = state * jnp.exp(last[0] + last[1])
             plgpu.store(next_ref.at[row, h], kept + added, optimized=False)
 
@@ -183,7 +204,7 @@ def unsupported(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon,
     needed = _shared_bytes(length, state_size, head_dim, in_program, width, xbc.dtype)
     if needed > _SHARED_BYTES:
         return f"{length} tokens of {xbc.dtype} take {needed} bytes of shared memory, more than {_SHARED_BYTES}"
-    return None
+    return not_hopper()
 
 
 def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state, interpret=False):
@@ -206,13 +227,13 @@ def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, 
         plgpu.SMEM((raw, in_program * head_dim), xbc.dtype),
         plgpu.SMEM((raw, state_size), xbc.dtype),
         plgpu.SMEM((raw, state_size), xbc.dtype),
-        [tiled((_ROWS, state_size), swizzle)] * copies,
-        [tiled((padded, state_size), swizzle)] * copies,
-        [tiled((padded, head_dim), swizzle)] * copies,
-        [tiled((padded, head_dim), swizzle)] * (3 if next_state else 0),
-        [tiled((_ROWS, padded), swizzle)] * 3,
+        [_tiled((_ROWS, state_size), swizzle)] * copies,
+        [_tiled((padded, state_size), swizzle)] * copies,
+        [_tiled((padded, head_dim), swizzle)] * copies,
+        [_tiled((padded, head_dim), swizzle)] * (3 if next_state else 0),
+        [_tiled((_ROWS, padded), swizzle)] * 3,
         plgpu.SMEM((2, _ROWS), jnp.float32),
-        [tiled((_ROWS, state_size), swizzle)] * (3 if interpret else 0),
+        [_tiled((_ROWS, state_size), swizzle)] * (3 if interpret else 0),
         plgpu.Barrier(num_arrivals=6 if width > 1 else 3),
     ]
     outputs = [jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.float32)]

@@ -20,6 +20,8 @@ def _op(name: str) -> Op:
             "xla": Implementation("causal_conv_xla", name),
             "pallas_tpu": Implementation("causal_conv_tpu", name, platform="tpu", has_limits=True),
             "pallas_tpu_interpret": Implementation("causal_conv_tpu", name, options=(interpret,)),
+            "mosaic_gpu": Implementation("causal_conv_gpu", name, platform="gpu", has_limits=True),
+            "mosaic_gpu_interpret": Implementation("causal_conv_gpu", name, options=(interpret,)),
             "reference": Implementation("reference", name),
         },
     )
@@ -46,8 +48,8 @@ def causal_conv(
       weight: (K, C), the newest input's weight last. bias: (C,) or None.
       tail: (B, ≥ K−1, C), the raw inputs before x, newest last; zeros if None.
       before: (B, L) int32, how many inputs before each position it may read, its document having no more; None for all.
-      implementation: "xla", "pallas_tpu", "pallas_tpu_interpret" (on any platform, slow), "reference", or None to
-        choose.
+      implementation: "xla", "pallas_tpu", "mosaic_gpu" (NVIDIA Hopper), "pallas_tpu_interpret" and
+        "mosaic_gpu_interpret" (on any platform, slow), "reference", or None to choose.
 
     Returns:
       (B, L, C) in x's dtype; the sum runs in float32.

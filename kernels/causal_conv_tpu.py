@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from twotower_jax.kernels import tpu
+from twotower_jax.kernels.causal_conv_operands import operands
 from twotower_jax.kernels.tpu_layout import LANES, VMEM_BYTES
 
 _CHANNELS, _LONGEST = 512, 512  # Of one grid step.
@@ -280,19 +281,10 @@ def _run(x, context, weight, bias, block_size, tail, before, interpret):
     def pad(v):
         return jnp.pad(v, [(0, 0), (0, padding), (0, 0)]) if padding else v
 
-    reach = None
-    if limited:
-        own = jnp.full(length, width) if context is None else jnp.arange(length) % block_size
-        seen = jnp.full((batch, length), width) if before is None else before
-        reach = jnp.stack([jnp.broadcast_to(own, seen.shape), seen], axis=1).astype(jnp.float32)
-        reach = jnp.pad(reach, [(0, 0), (0, 0), (0, padding)])
-    if tail is None:
-        tail = jnp.zeros((batch, 0, channels), x.dtype)
-    tail = tail[:, max(0, tail.shape[1] - (width - 1)) :].astype(x.dtype)
-    tail = jnp.pad(tail, [(0, 0), (_HALO - tail.shape[1], 0), (0, 0)])
-    rows = [weight.astype(jnp.float32)[::-1]]
-    rows += [jnp.zeros((1, channels), jnp.float32) if bias is None else bias.astype(jnp.float32)[None]]
-    rows = jnp.pad(jnp.concatenate(rows), [(0, 8 - width - 1), (0, 0)])
+    given = operands(x, weight, bias, tail, before, block_size)
+    reach = None if given.reach is None else jnp.pad(given.reach.astype(jnp.float32), [(0, 0), (0, 0), (0, padding)])
+    tail = jnp.pad(given.tail, [(0, 0), (_HALO - (width - 1), 0), (0, 0)])
+    rows = jnp.pad(given.weight, [(0, 8 - width - 1), (0, 0)])
     sources = (tail,) if context is None else (pad(context.astype(x.dtype)), tail)
     return _conv(cut, pad(x), sources, rows, reach)[:, :length]
 

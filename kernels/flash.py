@@ -29,7 +29,7 @@ _FEW = 128
 
 
 class Ranges(NamedTuple):
-    """The limits of (B, M) rows and of their tiles.
+    """The limits of rows.
 
     Attributes:
       start, stop: (B, M) int32: row i sees the keys start ≤ j < stop.
@@ -60,6 +60,16 @@ def combine(outs, lses):
     total = sum(shares)
     out = sum((share / total)[..., None] * out for share, out in zip(shares, outs, strict=True))
     return out, top + jnp.log(total)
+
+
+def combine_stacked(outs: jax.Array, lses: jax.Array):
+    """`combine` of parts along axis 1: (N, parts, M, P) and (N, parts, M)."""
+    if outs.shape[1] == 1:
+        return outs[:, 0], lses[:, 0]
+    top = jnp.max(lses, axis=1, keepdims=True)
+    shares = jnp.exp(lses - top)
+    total = jnp.sum(shares, axis=1, keepdims=True)
+    return jnp.sum((shares / total)[..., None] * outs, axis=1), (top + jnp.log(total))[:, 0]
 
 
 def spans(limits: jax.Array, keys: int, tiles: int) -> jax.Array:

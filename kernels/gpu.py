@@ -34,18 +34,6 @@ TILE = 64
 # The dimensions that `product` sums over: rows with columns, rows with rows, columns with columns.
 NN, NT, TN = (1, 0), (1, 1), (0, 0)
 
-# Compute capability 9.0, which has wgmma; later chips have other instructions in its place.
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-
-
-def not_hopper() -> str | None:
-    """Why the chip that is compiled for cannot run these kernels, or None."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    if any(name in kind for name in _HOPPER):
-        return None
-    return f"made for NVIDIA Hopper ({', '.join(_HOPPER)}), not for {kind}"
-
 
 def is_bfloat16(array) -> bool:
     return array.dtype == jnp.bfloat16

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels import gpu
+from twotower_jax.kernels.hopper import interpreter, not_hopper
 from twotower_jax.kernels.log_decay import in_chunks
 from twotower_jax.kernels.split import for_products
 
@@ -95,12 +96,16 @@ class Cut(NamedTuple):
 
 
 def cut_scan(x_shape, b_shape, chunk_size: int, interpret, block_size: int = 1) -> Cut:
-    """Cuts x (B, L, H, P) and b (B, L, G, N). A chunk begins with a block of block_size positions."""
+    """Cuts x (B, L, H, P) and b (B, L, G, N); a chunk begins with a block of block_size positions.
+
+    `interpret` is False, True, or the interpreter's parameters.
+    """
     batch, length, heads, head_dim = x_shape
     chunk = _chunk_length(length, chunk_size, interpret, block_size)
     tile = math.gcd(chunk, gpu.TILE) if chunk > gpu.TILE or not interpret else _INTERPRETED_TILE
     padded = length + -length % chunk
-    return Cut(batch, padded, heads, head_dim, *b_shape[2:], chunk, tile, interpret)
+    how = interpreter(True) if interpret is True else interpret or None
+    return Cut(batch, padded, heads, head_dim, *b_shape[2:], chunk, tile, how)
 
 
 def _chunk_length(length: int, chunk_size: int, interpret, block_size: int) -> int:
@@ -112,13 +117,12 @@ def _chunk_length(length: int, chunk_size: int, interpret, block_size: int) -> i
 
 def unsupported(x_shape, b_shape, chunk_size: int, block_size: int = 1) -> str | None:
     """Why the hardware cannot run a scan of these shapes, or None."""
-    chip = gpu.not_hopper()
-    if chip is not None:
-        return chip
+    if problem := not_hopper():
+        return problem
     head_dim, state = x_shape[3], b_shape[3]
     if head_dim not in _HEAD_DIMS or state not in _STATES:
         return f"heads of {head_dim} with a state of {state} (made for heads of {_HEAD_DIMS}, states of {_STATES})"
-    chunk = _chunk_length(x_shape[1], chunk_size, None, block_size)
+    chunk = _chunk_length(x_shape[1], chunk_size, False, block_size)
     if chunk > _LONGEST_CHUNK:
         return f"a chunk of {chunk} positions is longer than {_LONGEST_CHUNK}"
     return None

@@ -13,7 +13,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.gpu_layout import Cut, cut_scan
 from twotower_jax.kernels.gpu_layout import unsupported as _unsupported_shapes
@@ -84,10 +83,9 @@ def unsupported(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128) -
     return _unsupported_shapes(x.shape, b.shape, chunk_size)
 
 
-def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128, interpret=None):
-    """`kernels.ssd`, same arguments and results. `interpret` runs it on any backend, with any shapes."""
+def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128, interpret=False):
+    """`kernels.ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
     batch, length, heads, head_dim = x.shape
-    interpret = plgpu.InterpretGPUParams() if interpret is True else interpret
     cut = cut_scan(x.shape, b.shape, chunk_size, interpret)
     dt, log_decay = (in_chunks(v.astype(jnp.float32), cut.chunk) for v in (dt, log_decay))
     sums = cumulative(log_decay, cut.chunk).map(cut.per_head)

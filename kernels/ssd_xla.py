@@ -71,8 +71,11 @@ def _states_at_left_edges(chunk_states, chunk_decay, initial_state):
 
 
 def _within_chunk(c, b, x, query, key, mask):
-    """Σ_j exp(query_i − key_j) (C_i·B_j) x_j over the positions j of the same chunk that `mask` (Q, Q) lets through."""
-    difference = query.map(lambda v: v[..., :, None]) - key.map(lambda v: v[..., None, :])  # (B, c, G, R, Q, Q)
+    """Σ_j exp(query_i − key_j) (C_i·B_j) x_j over the positions j of the same chunk that `mask` lets through.
+
+    i and j may run over different parts of the chunk.
+    """
+    difference = query.map(lambda v: v[..., :, None]) - key.map(lambda v: v[..., None, :])  # (B, c, G, R, i, j)
     # Masked before the exponential: above the diagonal it would overflow, and inf·0 has no gradient.
     decay = jnp.exp(jnp.where(mask, difference, -jnp.inf))
     scores = _einsum("bcgin,bcgjn->bcgij", c, b)
@@ -157,7 +160,17 @@ def two_tower_ssd(
     left, _ = _states_at_left_edges(chunk_states, context_sums.total[..., -1], seed)
     context = _across_chunks(c, left, query.total)
     if chunk > block_size:
-        position = jnp.arange(chunk)
-        before_block = position[None, :] < (position[:, None] // block_size) * block_size
-        context += _within_chunk(c, context_b, context_x, query, context_sums, before_block)
+        # A chunk's first block sees nothing of its chunk, and no block sees the last one.
+        position = jnp.arange(chunk - block_size)
+        before_block = position[None, :] < (position[:, None] // block_size + 1) * block_size
+        later, earlier = slice(block_size, None), slice(None, -block_size)
+        within = _within_chunk(
+            c[..., later, :],
+            context_b[..., earlier, :],
+            context_x[..., earlier, :],
+            query.map(lambda v: v[..., later]),
+            context_sums.map(lambda v: v[..., earlier]),
+            before_block,
+        )
+        context += jnp.pad(within, [(0, 0)] * 4 + [(block_size, 0), (0, 0)])
     return y + _positions_first(context, length)

@@ -13,7 +13,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.gpu_layout import Cut, cut_scan
 from twotower_jax.kernels.gpu_layout import unsupported as _unsupported_shapes
@@ -141,10 +140,9 @@ def two_tower_ssd(
     *,
     block_size,
     chunk_size=128,
-    interpret=None,
+    interpret=False,
 ):
-    """`kernels.two_tower_ssd`, same arguments and results. `interpret` runs it on any backend, with any shapes."""
-    interpret = plgpu.InterpretGPUParams() if interpret is True else interpret
+    """`kernels.two_tower_ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
     cut = cut_scan(x.shape, b.shape, chunk_size, interpret, block_size)
     dt, log_decay, context_dt, context_log_decay = (
         in_chunks(v.astype(jnp.float32), cut.chunk) for v in (dt, log_decay, context_dt, context_log_decay)

@@ -5,6 +5,7 @@ python launch/benchmark.py campaign --mutations=2000
 python launch/benchmark.py compile_time
 python launch/benchmark.py block_memory
 python launch/benchmark.py generation
+python launch/benchmark.py quantization --checkpoint=DIR --rows=rows.jsonl
 python launch/benchmark.py data
 python launch/benchmark.py kills --kills=30 --terms=20
 """

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from twotower_jax import kernels
 
@@ -204,11 +205,13 @@ def test_what_a_gpu_cannot_take_is_refused(changes, reason):
         kernels.chosen("block_scan", *gpu_arguments(**changes), **OPTIONS, implementation="mosaic_gpu")
 
 
-def test_a_gpu_takes_the_blocks_of_the_30b_model():
-    for length in (1, 16, 32, 64):
-        for batch in (1, 64):
-            arguments = gpu_arguments(length, batch=batch)
-            assert kernels.chosen("block_scan", *arguments, **OPTIONS, implementation="mosaic_gpu").reason == "named"
+def test_a_hopper_gpu_takes_the_blocks_of_the_30b_model():
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
+        for length in (1, 16, 32, 64):
+            for batch in (1, 64):
+                arguments = gpu_arguments(length, batch=batch)
+                assert kernels.chosen("block_scan", *arguments, **OPTIONS) == ("mosaic_gpu", "made for gpu")
 
 
 OPTIONS = {"groups": 8, "epsilon": 1e-5, "next_state": True}

@@ -1,6 +1,7 @@
 """Every implementation of kernels/causal_conv.py against a sum over a window, in float64."""
 
 import functools
+import re
 
 import hypothesis
 import jax
@@ -151,43 +152,41 @@ def test_block_causal_conv_block_by_block(block_causal_conv, block, blocks):
     assert not np.any(dcontext[:, length - block :])
 
 
-def random_case(seed, blocks):
+def random_case(seed, blocks, longest, channels):
     """Arguments of `block_causal_conv`, or without blocks of `causal_conv`, over several steps of a kernel's grid."""
     rng = np.random.default_rng(seed)
-    block = int(rng.choice([1, 2, 3, 5, 16, 60])) if blocks else 1
-    length = block * int(rng.integers(1, 1 + 120 // block)) if blocks else int(rng.integers(1, 120))
-    width, channels, rows = int(rng.integers(1, 6)), int(rng.choice([3, 128])), int(rng.integers(1, 3))
+    block = int(rng.choice([1, 3, 5, 16])) if blocks else 1
+    length = block * int(rng.integers(1, 1 + min(8, longest // block))) if blocks else int(rng.integers(1, longest))
+    width, rows = int(rng.integers(1, 6)), int(rng.integers(1, 3))
     start = np.maximum.accumulate(np.where(rng.random((rows, length)) < 0.1, np.arange(length), 0), axis=1)
-    if blocks:
-        start = start // block * block
-    before = np.arange(length) - start if rng.random() < 0.5 else None
+    before = np.arange(length) - start // block * block if rng.random() < 0.5 else None
     arrays = [draw(seed + i, rows, length, channels) for i in range(2 if blocks else 1)]
     arrays += [draw(seed + 2, width, channels), draw(seed + 3, channels)]
     arrays += [draw(seed + 4, rows, width - 1 + int(rng.integers(0, 2)), channels)]
     return block, before, arrays
 
 
-def check_against_the_reference(seed, blocks, implementation):
+def check_against_the_reference(seed, blocks, implementation, longest=70, channels=3):
     """Outputs and every gradient, the reference's by differentiating it in float64."""
-    block, before, arrays = random_case(seed, blocks)
+    block, before, arrays = random_case(seed, blocks, longest, channels)
 
-    def run(name, before):
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def run(name, *arrays):
         def function(*arrays):
             *rest, tail = arrays
             if blocks:
                 return kernels.block_causal_conv(*rest, block, tail, before, implementation=name)
             return kernels.causal_conv(*rest, tail, before, implementation=name)
 
-        return function
+        y, back = jax.vjp(function, *arrays)
+        return y, *back(jnp.asarray(draw(99, *y.shape), y.dtype))
 
-    found = run(implementation, before)(*map(jnp.float32, arrays))
-    found_gradients = gradients(run(implementation, before), *arrays)
+    found = run(implementation, *map(jnp.float32, arrays))
     with jax.enable_x64(True):
-        exact = [jnp.asarray(v, jnp.float64) for v in arrays]
-        y, back = jax.vjp(run("reference", before), *exact)
-        expected = [np.asarray(v) for v in (y, *back(jnp.asarray(draw(99, *y.shape), jnp.float64)))]
-    for one, other in zip((found, *found_gradients), expected, strict=True):
-        assert_close(one, other)
+        expected = run("reference", *(jnp.asarray(v, jnp.float64) for v in arrays))
+    for one, other in zip(found, expected, strict=True):
+        if one.size:
+            assert_close(one, np.asarray(other))
 
 
 @hypothesis.given(
@@ -195,7 +194,7 @@ def check_against_the_reference(seed, blocks, implementation):
     blocks=st.booleans(),
     implementation=st.sampled_from(["xla", "pallas_tpu_interpret"]),
 )
-@hypothesis.settings(max_examples=10)
+@hypothesis.settings(max_examples=4)
 def test_random_shapes_documents_and_blocks(monkeypatch_module, seed, blocks, implementation):
     check_against_the_reference(seed, blocks, implementation)
 
@@ -210,20 +209,28 @@ def monkeypatch_module():
         yield
 
 
+@pytest.mark.parametrize(("seed", "blocks"), [(28, False), (16, True), (31, True)])
+def test_the_gpu_kernels(monkeypatch, seed, blocks):
+    """Which take multiples of 128 channels, and are interpreted slowly: programs of 8 positions."""
+    from twotower_jax.kernels import causal_conv_gpu
+
+    monkeypatch.setattr(causal_conv_gpu, "_POSITIONS", 8)
+    check_against_the_reference(seed, blocks, "mosaic_gpu_interpret", longest=20, channels=128)
+
+
 def test_a_frozen_context_costs_no_gradient_of_it():
-    """The kernel's backward pass has one output less for it, and one for the tail."""
-    x, context, weight, bias = (
-        jnp.float32(v) for v in (draw(0, 1, 32, 3), draw(1, 1, 32, 3), draw(2, 4, 3), draw(3, 3))
-    )
+    """The kernel's backward pass has no output for it, nor for the tail: those of x and of the parameters are left."""
+    arrays = [jnp.float32(v) for v in (draw(0, 1, 32, 3), draw(1, 1, 32, 3), draw(2, 4, 3), draw(3, 3))]
 
     def results(argnums):
         def loss(*arrays):
             return jnp.sum(kernels.block_causal_conv(*arrays, 4, implementation="pallas_tpu_interpret"))
 
-        gradient = jax.make_jaxpr(jax.grad(loss, argnums=argnums))(x, context, weight, bias)
-        return str(gradient).count("f32[1,32,3]")
+        gradient = str(jax.make_jaxpr(jax.grad(loss, argnums=argnums))(*arrays))
+        return [len(found.split()) for found in re.findall(r"\n +((?:\w+:\S+ )+)= pallas_call", gradient)]
 
-    assert results((0, 2)) < results((0, 1, 2))
+    assert results((0, 2)) == [1, 2]
+    assert results((0, 1, 2)) == [1, 4]
 
 
 def test_blocks_divide_the_length():

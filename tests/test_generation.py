@@ -139,9 +139,14 @@ def test_routing_is_in_the_order_of_the_layers(small_config, random_params):
         if path[0] == "denoiser_tower" and path[-1] == "bias":
             layers = {("segment_0", "layer_0"): [0, 2], ("segment_0", "layer_1"): [1, 3]}.get(path[1:3], 4)
             flat[path] = jnp.zeros_like(value) + 100.0 * jax.nn.one_hot(jnp.array(layers), 8)
-    bound = bind(model, unflatten(flat))
-    _, cache = bound.prefill(jnp.full((2, 3), 5), jnp.array([3, 2]), 8)
-    _, experts = bound.denoise_with_routing(jnp.full((2, 4), 3), jnp.ones(2), cache)
+
+    @jax.jit
+    def evaluate(params):
+        bound = bind(model, params)
+        _, cache = bound.prefill(jnp.full((2, 3), 5), jnp.array([3, 2]), 8)
+        return bound.denoise_with_routing(jnp.full((2, 4), 3), jnp.ones(2), cache)[1]
+
+    experts = evaluate(unflatten(flat))
     assert experts.shape == (5, 2, 4, 3)
     assert (experts[..., 0] == jnp.arange(5)[:, None, None]).all()
 

@@ -22,9 +22,9 @@ from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.two_tower import TwoTower
 
 SAMPLING = SamplingConfig(block_size=4, steps_per_block=3, confidence_threshold=0.3, temperature=1.0)
-SETTINGS = Settings(max_new_tokens=9, sampling=SAMPLING, batch_size=8, prefill_chunk=16)
+SETTINGS = Settings(max_new_tokens=9, sampling=SAMPLING, batch_size=4, prefill_chunk=16)
 # More rows than slots, of lengths that are read in one piece and in three; the last ones wait.
-PROMPTS = [[5 + i] * (1 + 4 * i) for i in range(11)]
+PROMPTS = [[5 + i] * (1 + 8 * i) for i in range(6)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +126,7 @@ def test_tied_towers_may_be_apart(small_config, random_params):
 def test_memory_is_counted_by_device(model):
     placement = place(MeshShape(data=4))
     row = cache_bytes(model[0], 1, 128)
-    settings = dataclasses.replace(SETTINGS, max_cache_gb=1.5 * row / 1e9)
+    settings = dataclasses.replace(SETTINGS, batch_size=8, max_cache_gb=1.5 * row / 1e9)
     message = r"8 rows of 128 positions need .* GB on each device, and max_cache_gb .* lower batch_size to 4,"
     with pytest.raises(ValueError, match=message):
         Engine(*model, settings, capacity=128, placement=placement)

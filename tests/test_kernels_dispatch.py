@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: kernels/dispatch.py; and that the TPU kernels lower for a TPU."""
+"""Which implementation of an op runs: kernels/dispatch.py; and that kernels lower for the chips they are made for."""
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,13 @@ def tpu(devices=1, axis_type=AxisType.Auto):
     )
 
 
+def gpu(kind="NVIDIA H200"):
+    device = AbstractDevice(kind, 132, "gpu")
+    return jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
+    )
+
+
 def test_xla_is_chosen_where_nothing_is_made_for_the_platform():
     assert kernels.chosen("ssd", *shapes()) == ("xla", f"nothing is made for {jax.default_backend()}")
 
@@ -32,6 +39,28 @@ def test_the_tpu_kernels_are_chosen_on_a_tpu():
         assert kernels.chosen("ssd", *shapes()).implementation == "pallas_tpu"
         both = *shapes(), *shapes()[:4]
         assert kernels.chosen("two_tower_ssd", *both, block_size=16).implementation == "pallas_tpu"
+
+
+def test_the_gpu_kernels_are_chosen_on_a_hopper_gpu_and_no_other():
+    both = *shapes(), *shapes()[:4]
+    with gpu():
+        assert kernels.chosen("ssd", *shapes()) == ("mosaic_gpu", "made for gpu")
+        assert kernels.chosen("two_tower_ssd", *both, block_size=16).implementation == "mosaic_gpu"
+    for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA B200"):
+        with gpu(kind):
+            choice = kernels.chosen("ssd", *shapes())
+            assert choice.implementation == "xla"
+            assert choice.reason.startswith("not mosaic_gpu: made for NVIDIA Hopper")
+
+
+def test_shapes_that_the_gpu_kernels_do_not_take_fall_to_xla_and_say_so():
+    with gpu():
+        choice = kernels.chosen("ssd", *shapes(head_dim=80))
+        assert choice.implementation == "xla"
+        assert choice.reason.startswith("not mosaic_gpu: heads of 80 with a state of 128")
+        both = *shapes(length=4320), *shapes(length=4320)[:4]
+        choice = kernels.chosen("two_tower_ssd", *both, block_size=27)
+        assert choice == ("xla", "not mosaic_gpu: a chunk of 1728 positions is longer than 256")
 
 
 @pytest.mark.parametrize(
@@ -72,11 +101,14 @@ def test_a_name_runs_or_raises():
 
 
 def test_every_implementation_is_one_that_loads():
-    for op in ("ssd", "two_tower_ssd", "block_scan"):
-        assert kernels.implementations(op) == ("xla", "pallas_tpu", "pallas_tpu_interpret", "reference")
-    assert kernels.implementations("causal_conv") == ()
+    everywhere = {"xla", "pallas_tpu", "pallas_tpu_interpret", "mosaic_gpu", "mosaic_gpu_interpret"}
+    for op in kernels.OPS.values():
+        assert everywhere <= set(op.implementations)
+        for implementation in op.implementations.values():
+            assert callable(implementation.load())
+    assert kernels.implementations("no such op") == ()
     with pytest.raises(KeyError):
-        kernels.chosen("causal_conv")
+        kernels.chosen("no such op")
 
 
 def kernels_in(function, *arguments):
@@ -84,6 +116,12 @@ def kernels_in(function, *arguments):
     with tpu():
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
     return lowered.as_text().count("tpu_custom_call")
+
+
+def gpu_kernels_in(function, *arguments):
+    with gpu():
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("@mosaic_gpu_v2")
 
 
 @pytest.mark.parametrize("length", [1, 16, 100, 8192], ids=lambda v: f"L{v}")
@@ -94,6 +132,26 @@ def test_ssd_lowers_for_a_tpu_at_the_shapes_of_the_30b_model(length, dtype):
         return jnp.sum(y) + jnp.sum(last)
 
     assert kernels_in(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *shapes(length=length, dtype=dtype)) == 2
+
+
+@pytest.mark.parametrize(("length", "dtype"), [(8192, jnp.bfloat16), (8192, jnp.float32), (16, jnp.bfloat16)], ids=str)
+def test_ssd_lowers_for_a_hopper_gpu_at_the_shapes_of_the_30b_model(length, dtype):
+    def loss(*arrays):
+        y, last = kernels.ssd(*arrays, chunk_size=128)
+        return jnp.sum(jnp.square(y)) + jnp.sum(last)
+
+    assert gpu_kernels_in(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *shapes(length=length, dtype=dtype)) == 6
+
+
+@pytest.mark.parametrize(("block_size", "arrays", "count"), [(16, 9, 8), (16, 5, 5), (48, 9, 8)])
+def test_two_tower_ssd_lowers_for_a_hopper_gpu_at_the_shapes_of_the_30b_model(block_size, arrays, count):
+    """With the context's gradients and, where it is frozen, without the three kernels of them."""
+
+    def loss(*arrays):
+        return jnp.sum(jnp.square(kernels.two_tower_ssd(*arrays, block_size=block_size)))
+
+    both = *shapes(length=6144), *shapes(length=6144)[:4]
+    assert gpu_kernels_in(jax.grad(loss, argnums=tuple(range(arrays))), *both) == count
 
 
 @pytest.mark.parametrize("block_size", [4, 16, 64, 128])
@@ -119,3 +177,43 @@ def test_block_scan_lowers_for_a_tpu_at_the_shapes_of_the_30b_model(length, next
         return kernels.block_scan(*arguments, groups=8, epsilon=1e-5, next_state=next_state)
 
     assert kernels_in(run, *arguments, state) == 1
+
+
+def keys_behind(length, keys, dtype=jnp.bfloat16, head_dim=128):
+    """Arguments of `attention` at the shapes of the 30B model: queries, and a source of keys."""
+    shape = jax.ShapeDtypeStruct((1, 2, keys, head_dim), dtype)
+    source = kernels.Keys(shape, shape, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    return jax.ShapeDtypeStruct((1, length, 32, head_dim), dtype), (source,)
+
+
+def hopper(kind="NVIDIA H200"):
+    mesh = AbstractMesh((1,), ("device",), abstract_device=AbstractDevice(kind, None, "gpu"))
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_attention_is_chosen_by_platform_and_arrays():
+    with tpu():
+        for dtype in (jnp.bfloat16, jnp.float32):
+            assert kernels.chosen("attention", *keys_behind(16, 8192, dtype)).implementation == "pallas_tpu"
+        few = kernels.chosen("attention", *keys_behind(16, 128))
+        assert few == ("xla", "not pallas_tpu: no source has more than 128 keys, which XLA does as well")
+        odd = kernels.chosen("attention", *keys_behind(16, 8192, head_dim=80))
+        assert odd == ("xla", "not pallas_tpu: the head dim 80 is not a multiple of 128")
+    with hopper():
+        assert kernels.chosen("attention", *keys_behind(16, 8192)).implementation == "mosaic_gpu"
+        exact = kernels.chosen("attention", *keys_behind(16, 8192, jnp.float32))
+        assert exact == ("xla", "not mosaic_gpu: queries are float32: the tensor core multiplies bfloat16")
+    with hopper("NVIDIA A100-SXM4-80GB"):
+        assert kernels.chosen("attention", *keys_behind(16, 8192)).reason.startswith("not mosaic_gpu: made for")
+
+
+def test_attention_lowers_for_a_tpu_at_the_shapes_of_the_30b_model():
+    def loss(q, key, value, *own):
+        context = kernels.Keys(key, value, jnp.arange(q.shape[1]) // 16 * 16)
+        y = kernels.attention(q, (context,), own_block=own, block_size=16)
+        return jnp.sum(y.astype(jnp.float32))
+
+    q, (source,) = keys_behind(8192, 8192)
+    arrays = (q, *[source.key] * 4)
+    assert kernels_in(loss, *arrays) == 1
+    assert kernels_in(jax.grad(loss, argnums=tuple(range(5))), *arrays) == 3

@@ -39,6 +39,13 @@ from twotower_jax.two_tower import TwoTower
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def sources(data, backbone_folder_bf16) -> dict[str, pathlib.Path]:
     return {"two_tower": data / "tiny/checkpoint", "backbone_bf16": backbone_folder_bf16}

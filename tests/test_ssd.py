@@ -1,7 +1,9 @@
 """Every implementation of kernels/ssd.py against the literal recurrence in float64: values, states, every gradient.
 
-The Pallas TPU kernels run in interpret mode. That they compile for the hardware is a command,
-`launch/benchmark.py kernel_compile`; that they lower for it is tested in test_kernels_dispatch.py.
+The Pallas kernels run in interpret mode. That they compile for the hardware is a command,
+`launch/benchmark.py kernel_compile`; that they lower for it is tested in test_kernels_dispatch.py. The interpreter of
+the GPU kernels calls Python for every access to memory, and fills memory with NaN first: they get fewer and smaller
+problems, of the same kinds.
 """
 
 import functools
@@ -12,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from twotower_jax.kernels import reference, ssd, two_tower_ssd, two_tower_ssd_tpu
+from twotower_jax.kernels import reference, ssd, two_tower_ssd, two_tower_ssd_gpu, two_tower_ssd_tpu
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -130,8 +133,18 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ssd_equals_the_recurrence(shape, implementation):
+# Of two tiles a chunk, the last chunk partly filled: heads that share a group, one chunk, and tiles of full size.
+GPU_SHAPES = [(1, 40, 2, 2, 1, 4, 16), (2, 16, 3, 4, 3, 5, 128), (1, 129, 2, 2, 1, 3, 128)]
+
+
+def for_each(fast, of_gpu):
+    """Pairs of an implementation and a problem."""
+    pairs = [(name, case) for case in fast for name in ("xla", "pallas_tpu_interpret")]
+    return pairs + [("mosaic_gpu_interpret", case) for case in of_gpu]
+
+
+@pytest.mark.parametrize(("implementation", "shape"), for_each(SHAPES, GPU_SHAPES), ids=str)
+def test_ssd_equals_the_recurrence(implementation, shape):
     *shape, chunk = shape
     arrays = draw(chunk, *shape)
     (y, state), gradients = with_gradients(chunked(chunk, implementation), QUICK)(*to_float32(arrays))
@@ -193,11 +206,15 @@ def test_ssd_is_causal(seed, position, implementation):
 
 # Many chunks in either implementation, and few.
 FORMS = [("xla", 8), ("xla", 128), ("pallas_tpu_interpret", 8), ("pallas_tpu_interpret", 128)]
+GPU_FORM = ("mosaic_gpu_interpret", 128)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("step", [0.0, 1e-6, 50.0, 1e3, 1e6])
-def test_extreme_decays_stay_finite_and_accurate(step, form):
+def forms_with(values, of_gpu):
+    return [(form, value) for value in values for form in FORMS] + [(GPU_FORM, value) for value in of_gpu]
+
+
+@pytest.mark.parametrize(("form", "step"), forms_with([0.0, 1e-6, 50.0, 1e3, 1e6], [0.0, 1e6]), ids=str)
+def test_extreme_decays_stay_finite_and_accurate(form, step):
     """All decays equal: from a state that never fades to one that is gone at once; gradients included."""
     arrays = list(draw(3, 1, 150, 2, 3, 1, 4))
     arrays[2] = np.full_like(arrays[2], -np.float32(step))
@@ -213,9 +230,8 @@ def _chunked_gradients(implementation, chunk):
     return with_gradients(chunked(chunk, implementation))
 
 
-@pytest.mark.parametrize("large", [10.0, 50.0, 1e3, 1e6])
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_large_decays_beside_small_ones(large, form):
+@pytest.mark.parametrize(("form", "large"), forms_with([10.0, 50.0, 1e3, 1e6], [50.0, 1e6]), ids=str)
+def test_large_decays_beside_small_ones(form, large):
     """A state forgotten at one step and kept at the next: differences of plain float32 sums lose the small ones."""
     arrays = list(draw(4, 1, 150, 2, 3, 1, 4))
     pick = np.random.default_rng(5).random(arrays[2].shape) < 0.5
@@ -245,6 +261,7 @@ def test_a_long_context_with_large_states(implementation):
     assert np.all(np.isfinite(y))
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu_interpret", "mosaic_gpu_interpret"])
 def test_bfloat16_inputs_are_scanned_in_float32(implementation):
     arrays = draw(6, 1, 40, 4, 3, 2, 4)
     x, dt, log_decay, b, c, state = to_float32(arrays)
@@ -297,8 +314,18 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"S{pair[0]}-Q{pair[1]}-{pair[2]}blocks")
-def test_two_tower_ssd_equals_block_by_block(pair, implementation):
+# Blocks inside tiles, across tiles, of two tiles, and as large as a tile of full size.
+GPU_PAIRS = [
+    (1, 8, 3, 1, 3, 2, 3, 2),
+    (4, 8, 3, 1, 4, 2, 2, 3),
+    (12, 24, 3, 1, 2, 2, 1, 2),
+    (16, 32, 2, 1, 1, 1, 1, 2),
+    (64, 128, 3, 1, 1, 2, 1, 2),
+]
+
+
+@pytest.mark.parametrize(("implementation", "pair"), for_each(PAIRS, GPU_PAIRS), ids=str)
+def test_two_tower_ssd_equals_block_by_block(implementation, pair):
     block, chunk, blocks, batch, heads, head_dim, groups, state = pair
     arrays = draw_two_towers(block, batch, block * blocks, heads, head_dim, groups, state)
     (y,), gradients = with_gradients(blocks_of(block, chunk, implementation), QUICK)(*to_float32(arrays))
@@ -320,11 +347,11 @@ def test_the_plain_form_that_stores_a_state_for_each_block():
 
 @functools.cache
 def _blocks_of_8_gradients(implementation):
-    return with_gradients(blocks_of(8, 32, implementation))
+    return with_gradients(blocks_of(8, 16 if implementation == "mosaic_gpu_interpret" else 32, implementation))
 
 
-@pytest.mark.parametrize("large", [0.01, 50.0, 1e6])
-def test_two_tower_ssd_with_extreme_decays(large, implementation):
+@pytest.mark.parametrize(("implementation", "large"), for_each([0.01, 50.0, 1e6], [50.0]), ids=str)
+def test_two_tower_ssd_with_extreme_decays(implementation, large):
     """Mixed with small ones in both towers; `large` = 0.01 mixes nothing."""
     arrays = list(draw_two_towers(0, 1, 72, 2, 2, 1, 2))
     for i in (2, 7):
@@ -338,11 +365,16 @@ def test_two_tower_ssd_with_extreme_decays(large, implementation):
 
 @pytest.mark.parametrize(
     ("implementation", "frozen"),
-    [("xla", False), ("pallas_tpu_interpret", False), ("pallas_tpu_interpret", True)],
-    ids=["xla", "pallas_tpu_interpret", "pallas_tpu_interpret, context frozen"],
+    [
+        ("xla", False),
+        ("pallas_tpu_interpret", False),
+        ("pallas_tpu_interpret", True),
+        ("mosaic_gpu_interpret", True),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "context frozen" if v else "both",
 )
 def test_two_tower_ssd_in_bfloat16(implementation, frozen):
-    """The TPU kernels compute no gradients of a context that nobody differentiates."""
+    """The Pallas kernels compute no gradients of a context that nobody differentiates."""
     arrays = to_float32(draw_two_towers(6, 1, 40, 4, 3, 2, 4))
     arrays = [v.astype(jnp.bfloat16) if i in (0, 3, 4, 5, 8) else v for i, v in enumerate(arrays)]
     rounded = [np.asarray(v, np.float64) for v in arrays]
@@ -370,6 +402,23 @@ def test_the_tpu_kernels_read_nothing_that_was_not_written():
     (y_expected,), gradients_expected = blocks_one_by_one(4)(*arrays)
     assert difference(y, y_expected) < TOLERANCE
     check_gradients(TWO_TOWER_NAMES, gradients, gradients_expected)
+
+
+def test_the_gpu_kernels_await_what_they_read():
+    """Under the interpreter's detector of races between the copy engine and the threads, which raises on one."""
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    arrays = to_float32(draw_two_towers(9, 1, 24, 2, 4, 1, 8))
+    arrays = [v.astype(jnp.bfloat16) if i in (0, 3, 4, 5, 8) else v for i, v in enumerate(arrays)]
+    rounded = [np.asarray(v, np.float64) for v in arrays]
+
+    def run(*arrays):
+        return (two_tower_ssd_gpu.two_tower_ssd(*arrays, block_size=4, chunk_size=16, interpret=interpret),)
+
+    (y,), gradients = with_gradients(run, QUICK)(*arrays)
+    (y_expected,), gradients_expected = blocks_one_by_one(4)(*rounded)
+    assert difference(y, y_expected) < TOLERANCE
+    for name, array, found, expected in zip(TWO_TOWER_NAMES, arrays, gradients, gradients_expected, strict=True):
+        assert difference(found, expected) < (2**-8 if array.dtype == jnp.bfloat16 else 2 * TOLERANCE), name
 
 
 def test_two_tower_ssd_refuses_a_length_that_is_no_multiple():

@@ -4,7 +4,7 @@ Decoding is bound by bytes: at each pass the weights that are used are read, and
 write is counted here (`pass_bytes`), the device's bandwidth is measured by copying, and the fraction of the roofline is
 the time that these bytes take at that bandwidth over the time that the block took.
 
-Weights are random, and what a router chooses is replaced by even routing: token n goes to the experts n·k … n·k + k − 1,
+Weights are random, and what a router chooses is replaced by even routing: token n goes to experts n·k … n·k + k − 1,
 modulo E. With random weights all mask tokens of a block would go to the same experts. The router's own choice is
 computed all the same. Diffusion is forced to 5 and to 4 evaluations a block of 16, and four blocks of the one kind with
 one of the other give 3.33 tokens an evaluation, which is what the published model reaches.
@@ -90,7 +90,7 @@ class Pass:
 
 
 def pass_bytes(model: TwoTower, dtype: jnp.dtype, one: Pass) -> float:
-    """Bytes that a pass must move: the weights it uses, each once; the cache; the logits. Activations stay out of it."""
+    """Bytes that a pass must move: the weights it uses, each once; the cache; the logits. Activations are left out."""
     config, width = model.config, jnp.dtype(dtype).itemsize
     heads = {"context_tower": "context_head", "denoiser_tower": "denoiser_head"}
     used = min(config.n_routed_experts, one.rows * one.tokens * config.num_experts_per_tok)
@@ -119,7 +119,13 @@ def _cache_bytes(config: ModelConfig, width: int, one: Pass) -> float:
 
 
 def run(model: TwoTower, dtype: jnp.dtype, batches: list[int], prompt: int, new: int, repeats: int) -> list[str]:
-    """The lines of a table."""
+    """The lines of a table.
+
+    Raises:
+      ValueError: for fewer than 64 new tokens: two first blocks, one that is timed, and the last.
+    """
+    if new < 4 * _BLOCK:
+        raise ValueError(f"new_tokens={new}: the roofline needs at least {4 * _BLOCK}")
     params = random_params(model, dtype)
     bandwidth = copy_bandwidth(1000 if jax.default_backend() != "cpu" else 100)
     lines = [

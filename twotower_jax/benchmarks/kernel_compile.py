@@ -1,10 +1,10 @@
-"""Compiles scans and attention for chips that are not there, at the shapes of the 30B model, and shows what they take.
+"""Compiles scans, attention and convolutions for chips that are not there, at the shapes of the 30B model.
 
     python launch/benchmark.py kernel_compile --topology=v5p:2x2x1
 
-What is compiled is what runs there: Pallas kernels for TPUs (package `libtpu`), the XLA forms for h200:1 (packages
-`jax-cuda13-plugin` and `jax-cuda13-pjrt`). A row a kernel: seconds to compile, and its temporary memory, which for
-gradients holds what the forward pass keeps. Exit status 1 if anything does not compile.
+What is compiled is what runs there: Pallas kernels for TPUs (package `libtpu`) and, for h200:1, for NVIDIA Hopper
+(packages `jax-cuda13-plugin` and `jax-cuda13-pjrt`). A row a kernel: seconds to compile, and its temporary memory,
+which for gradients holds what the forward pass keeps. Exit status 1 if anything does not compile.
 """
 
 import sys
@@ -19,7 +19,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import kernels
-from twotower_jax.benchmarks import _attention_cases, _expert_cases
+from twotower_jax.benchmarks import _attention_cases, _convolution_cases, _expert_cases
 from twotower_jax.planning import hardware
 
 _LENGTH = 8192
@@ -55,27 +55,32 @@ def main() -> None:
     print("|---|---|---|---|--:|--:|--:|")
     failures = 0
     for device in devices:
-        implementation = "pallas_tpu" if device.platform == "tpu" else "xla"
-        for dtype in values.dtype:
-            for chunk in values.chunk_size:
-                for case in _cases(jnp.dtype(dtype), chunk, implementation):
-                    result = _compile(case, device)
-                    failures += result.startswith("FAILED")
-                    print(
-                        f"| {device.device_kind} | {implementation} | {case.name} | {dtype} | {chunk} | {result} |",
-                        flush=True,
-                    )
-            name = _attention_cases.implementation(device.platform, jnp.dtype(dtype))
-            for case in _attention_cases.cases(jnp.dtype(dtype), name):
-                result = _compile(Case(*case), device)
-                failures += result.startswith("FAILED")
-                print(f"| {device.device_kind} | {name} | {case[0]} | {dtype} | | {result} |", flush=True)
-        for *case, name in _expert_cases.cases(device.platform):
-            result = _compile(Case(*case), device)
+        for case, implementation, dtype, chunk in _everything(device.platform, values.dtype, values.chunk_size):
+            result = _compile(case, device)
             failures += result.startswith("FAILED")
-            print(f"| {device.device_kind} | {name} | {case[0]} | bfloat16 | | {result} |", flush=True)
+            print(
+                f"| {device.device_kind} | {implementation} | {case.name} | {dtype} | {chunk} | {result} |", flush=True
+            )
     if failures:
         sys.exit(1)
+
+
+def _everything(platform: str, dtypes: list[str], chunks: list[int]) -> Iterator[tuple[Case, str, str, int | str]]:
+    """Cases, each with its implementation, the dtype and, of scans, the chunk."""
+    of_scans = "pallas_tpu" if platform == "tpu" else "mosaic_gpu"
+    for name in dtypes:
+        dtype = jnp.dtype(name)
+        for chunk in chunks:
+            for case in _cases(dtype, chunk, of_scans):
+                yield case, of_scans, name, chunk
+        of_attention = _attention_cases.implementation(platform, dtype)
+        for case in _attention_cases.cases(dtype, of_attention):
+            yield Case(*case), of_attention, name, ""
+        for implementation in _convolution_cases.implementations(platform):
+            for case in _convolution_cases.cases(dtype, implementation):
+                yield Case(*case), implementation, name, ""
+    for *case, implementation in _expert_cases.cases(platform):
+        yield Case(*case), implementation, "bfloat16", ""
 
 
 def _cases(dtype: jnp.dtype, chunk_size: int, implementation: str) -> Iterator[Case]:

@@ -2,7 +2,8 @@
 
 For each op and implementation the largest ‖found − exact‖ / ‖exact‖ over seeded problems: lengths around the edges of
 chunks, seeded and not, three kinds of decay. Of outputs and gradients the worst array counts; a gradient is measured
-against at least a hundredth of the largest one, since under strong decay some vanish. TPU kernels run interpreted.
+against at least a hundredth of the largest one, since under strong decay some vanish. Pallas kernels run
+interpreted, those for GPUs slowly.
 """
 
 import functools
@@ -17,12 +18,14 @@ from twotower_jax import kernels
 
 _HEADS, _HEAD_DIM, _GROUPS, _STATE, _CHUNK, _BLOCK = 4, 8, 2, 16, 16, 8
 _LENGTHS = (8, 16, 24, 120)
+_IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret", "mosaic_gpu_interpret"]
 # A fraction of positions decays by so much, the others mildly.
 _DECAYS = {"mild": 0.0, "strong beside mild": 50.0, "total beside mild": 1e6}
 
 
 def define_flags() -> None:
     flags.DEFINE_integer("seeds", 2, "Problems of each kind.", lower_bound=1)
+    flags.DEFINE_multi_enum("implementation", _IMPLEMENTATIONS, _IMPLEMENTATIONS, "May be given several times.")
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
     print("| op | implementation | inputs | decays | outputs | gradients |")
     print("|---|---|---|---|--:|--:|")
     for op in ("ssd", "two_tower_ssd"):
-        for name in ("xla", "pallas_tpu_interpret"):
+        for name in flags.FLAGS.implementation:
             for dtype in (jnp.float32, jnp.bfloat16):
                 for decays in _DECAYS:
                     outputs, gradients = _worst(op, name, dtype, decays)

@@ -5,7 +5,7 @@ into windows. Against the float32 model's, for each way to store weights,
 
     nats            the mean log-probability's negative of the windows' tokens, under the context tower (each given
                     those before it) and under the denoiser (half of the tokens of each block masked)
-    |Δ|             the mean difference of these tokens' log-probabilities
+    Δ               the mean difference of these tokens' log-probabilities
     same            how often the most probable token is the same
     same tokens     greedy continuations of the windows' beginnings: the part before a row's first other token
 
@@ -68,7 +68,7 @@ def main() -> None:
     header = ["weights", "MB", "bits a parameter"]
     if windows is not None:
         print(f"{len(windows)} windows of {values.window} tokens\n")
-        header += ["context: nats", "|Δ|", "same", "denoiser: nats", "|Δ|", "same", "AR: same tokens", "diffusion"]
+        header += ["context: nats", "Δ", "same", "denoiser: nats", "Δ", "same", "AR: same tokens", "diffusion"]
     header += [f"{mode} {rows}, tokens/s (of the processor)" for mode in ("AR", "diffusion")
                for rows in (f"× {n}" for n in sorted({1, values.prompts}))]  # fmt: skip
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")

@@ -108,6 +108,8 @@ def _tpu(name: str, generation: _Generation, sizes: tuple[int, ...]) -> Hardware
 
 
 def _h200(name: str, chips: int) -> Hardware:
+    # The compiler needs none of CUDA's libraries, whose versions the plugin would check.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     hosts = -(-chips // _GPUS_A_HOST)
     shape = f"1x{hosts}x{chips // hosts}"
     try:
