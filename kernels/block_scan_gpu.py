@@ -8,11 +8,12 @@ and a block of few tokens its few columns:
     M_ji = exp(a_i − a_j) dt_j (B_j·C_i) for j < i,  dt_i (B_i·C_i) + D for j = i,  0 for j > i
     yᵀ   = (h Cᵀ) ∘ exp(a_i) + xᵀ M           h' = exp(a_S) h + (w ∘ x)ᵀ B
 
-Products are as exact as float32: operands of that type are cut into parts (split.py), and the state's never leave the
-registers. The norm couples all heads of a group. Programs of whole groups would
-leave most of the processors idle at small batches, where this op is bound by latency, and blocks cannot meet halfway;
-so y leaves the kernel without gate and norm, and XLA fuses these into a second pass over y and z. That moves
-8 S bytes a channel, mostly inside the L2 cache, against the state's 512 (1024 if the next state is wanted).
+Products are as exact as float32: operands of that type are cut into parts (split.py), the state's in registers.
+
+The norm couples all heads of a group. Programs of whole groups would leave most of the processors idle at small
+batches, where this op is bound by latency; programs of a cluster could exchange their sums, but not when interpreted.
+So y leaves the kernel without gate and norm, and XLA fuses these into a second pass over y and z. That moves 8 S bytes
+a channel, mostly inside the L2 cache, against the state's 512 (1024 if the next state is wanted).
 """
 
 import functools
@@ -25,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.block_scan import LONGEST_BLOCK
 from twotower_jax.kernels.gated_norm import gated_norm
-from twotower_jax.kernels.gpu import not_hopper
+from twotower_jax.kernels.hopper import not_hopper
 from twotower_jax.kernels.log_decay import two_parts
 from twotower_jax.kernels.split import PARTS
 from twotower_jax.kernels.split import parts as _float32_parts

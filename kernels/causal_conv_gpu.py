@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.causal_conv_operands import operands
-from twotower_jax.kernels.gpu import not_hopper
+from twotower_jax.kernels.hopper import not_hopper
 
 _LANES = 128  # Threads of a program.
 _POSITIONS = 64  # Of a program.

@@ -11,11 +11,13 @@ Who waits for whom, in the one order that all kernels follow:
   The copy itself is issued by one thread after all of the warpgroup have come that far, and whatever read the tile's
   place before has been awaited by then: registers hold what was loaded, and `product` awaits its passes.
 * A tile that is stored from registers is seen by the tensor core after `commit_smem`, which `Operand.wait` and
-  `Operand.put` call. The compiler keeps the warpgroup together before and after stores to and loads from shared memory
+  `put_parts` call. The compiler keeps the warpgroup together before and after stores to and loads from shared memory
   (`unsafe_no_auto_barriers` is off), so that no warp overwrites what another still reads.
+* Spaces of one scope take the place of those of the scope before, whose stores were committed and whose products were
+  awaited; the first copy into them again waits for the whole warpgroup.
 * Blocks never write where another reads or writes.
 
-Under `detect_races` the interpreter finds these orders kept (tests/test_ssd.py).
+The interpreter's `detect_races` follows copies, loads and stores (tests/test_ssd.py), but not the tensor core's reads.
 """
 
 from collections.abc import Callable

@@ -25,12 +25,11 @@ from twotower_jax.kernels.log_decay import Sum
 
 
 class Pairs(NamedTuple):
-    """Which readers see which writers of a chunk: by `first`, of readers, the position in the chunk, and how far back.
+    """Which readers see which writers of their chunk: those that are not after them, or some of these.
 
     Attributes:
-      block: S. Where it is not None readers see either the writers of their own block of S positions, or those of
-        earlier blocks. A chunk begins with a block.
-      own: which of the two.
+      block: S, or None. A chunk begins with a block.
+      own: with S, whether a reader sees the writers of its own block, not after it, or all those of earlier blocks.
     """
 
     block: int | None = None

@@ -66,7 +66,8 @@ def test_what_is_ruled_out_is_found(step_config):
 def weights(**changes):
     """A stack of three layers of four experts, 16 wide, as parameters are declared; rows of 48 on two devices."""
     values = {"shape": (3, 4, 48, 16), "axes": ("layers", "experts", "embed", "expert_mlp")} | changes
-    return Parameter((), **values, init=None, tensors=None, layout="", decay=True, float32=False, trainable=True)
+    flags = {"decay": True, "float32": False, "trainable": True}
+    return Parameter((), **values, init=None, tensors=None, layout="", **flags, scales=None)
 
 
 PROGRAM = """

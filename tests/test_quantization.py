@@ -87,9 +87,9 @@ def assert_same(first, second):
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1),
     bits=st.sampled_from([8, 4]),
-    half=st.integers(1, 40),
-    groups=st.integers(1, 3),
-    columns=st.integers(1, 9),
+    half=st.sampled_from([1, 33]),
+    groups=st.sampled_from([1, 3]),
+    columns=st.just(9),
     dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16]),
     transposed=st.booleans(),
 )

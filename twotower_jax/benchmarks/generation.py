@@ -80,23 +80,30 @@ def main() -> None:
             times = f"{rates.processor / first.processor:.1f}"
             speeds = f"{rates.clock:,.0f} | {evaluations} | {rates.processor:,.0f}"
             print(f"| {name} | {batch} | {speeds} | {times} |", flush=True)
+    _against_loops(model, params, settings, values.eager_tokens, values.repeats)
+
+
+def _against_loops(model, params, settings: Settings, eager_tokens: int, repeats: int) -> None:
+    """The engine and the plain loops by turns, so that a machine that slows down slows all of them."""
+    execution = model.context_tower.execution
     # Without scanned segments: a scan is compiled even when nothing else is.
-    flat = TwoTower(config, execution=Execution(dtype=dtype, scan_layers=False))
-    flat_params = _roofline.random_params(flat, dtype)
-    short = dataclasses.replace(settings, max_new_tokens=values.eager_tokens)
-    loops = {
-        "plain loop, jitted, cache": _best(lambda: _plain(model, params, settings, jax.jit), values.repeats),
-        "plain loop, jitted, no cache": _best(
-            lambda: _plain(model, params, settings, jax.jit, cached=False), values.repeats
-        ),
-        "plain loop, eager, cache": _best(lambda: _plain(flat, flat_params, short, lambda function: function), 1),
-    }
+    flat = TwoTower(model.config, execution=dataclasses.replace(execution, scan_layers=False))
+    flat_params = _roofline.random_params(flat, execution.dtype)
+    alone = dataclasses.replace(settings, batch_size=1)
+    short = dataclasses.replace(settings, max_new_tokens=eager_tokens)
+    rates = _best(
+        {
+            "engine": lambda: _tokens(generate(model, params, _prompts(model, 1), alone)),
+            "plain loop, jitted, cache": lambda: _plain(model, params, settings, jax.jit),
+            "plain loop, jitted, no cache": lambda: _plain(model, params, settings, jax.jit, cached=False),
+        },
+        repeats,
+    ) | _best({"plain loop, eager, cache": lambda: _plain(flat, flat_params, short, lambda function: function)}, 1)
     print("\n| diffusion, batch 1 | tokens/s | tokens a processor second | engine gives as many times |")
     print("|---|---|---|---|")
-    engine = alone["diffusion"]
-    for name, rates in {"engine": engine, **loops}.items():
-        times = engine.processor / rates.processor
-        print(f"| {name} | {rates.clock:,.1f} | {rates.processor:,.1f} | {times:.1f} |")
+    for name, rate in rates.items():
+        times = rates["engine"].processor / rate.processor
+        print(f"| {name} | {rate.clock:,.1f} | {rate.processor:,.1f} | {times:.1f} |")
 
 
 class Rates(NamedTuple):
@@ -116,24 +123,33 @@ def _engine(model, params, settings: Settings, batch: int, repeats: int) -> tupl
 
     def run() -> int:
         results[:] = generate(model, params, _prompts(model, batch), settings)
-        return sum(len(r.tokens) for r in results)
+        return _tokens(results)
 
-    rates = _best(run, repeats)
+    rates = _best({"": run}, repeats)[""]
     tokens = sum(len(r.tokens) for r in results)
     denoiser = sum(r.denoiser_evaluations for r in results) / tokens
     context = sum(r.context_evaluations for r in results) / tokens
     return rates, f"{denoiser:.2f} + {context:.2f}"
 
 
-def _best(run: Callable[[], int], repeats: int) -> Rates:
-    """Of the fastest run behind a first one, each measure by itself; `run` returns the number of tokens."""
-    run()
-    rates = []
+def _tokens(results) -> int:
+    return sum(len(r.tokens) for r in results)
+
+
+def _best(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, Rates]:
+    """Of the fastest of some rounds through all runs behind a first one, each measure by itself; a run returns its
+    number of tokens."""
+    for run in runs.values():
+        run()
+    rates = {name: [] for name in runs}
     for _ in range(repeats):
-        clock, processor = time.perf_counter(), time.process_time()
-        tokens = run()
-        rates.append(Rates(tokens / (time.perf_counter() - clock), tokens / (time.process_time() - processor)))
-    return Rates(*map(max, zip(*rates, strict=True)))
+        for name, run in runs.items():
+            clock, processor = time.perf_counter(), time.process_time()
+            tokens = run()
+            rates[name].append(
+                Rates(tokens / (time.perf_counter() - clock), tokens / (time.process_time() - processor))
+            )
+    return {name: Rates(*map(max, zip(*of_run, strict=True))) for name, of_run in rates.items()}
 
 
 _compiled = {}

@@ -45,6 +45,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_multi_enum("dtype", ["bfloat16"], ["bfloat16", "float32"], "Of x, B and C; may be given twice.")
     flags.DEFINE_multi_integer("chunk_size", [128], "Q, a multiple of 128; may be given several times.")
+    flags.DEFINE_bool("compare", False, "Compile XLA's convolutions as well, which takes minutes on TPUs.")
 
 
 def main() -> None:
@@ -55,17 +56,17 @@ def main() -> None:
     print("|---|---|---|---|--:|--:|--:|")
     failures = 0
     for device in devices:
-        for case, implementation, dtype, chunk in _everything(device.platform, values.dtype, values.chunk_size):
+        for case, *row in _everything(device.platform, values.dtype, values.chunk_size, values.compare):
             result = _compile(case, device)
             failures += result.startswith("FAILED")
-            print(
-                f"| {device.device_kind} | {implementation} | {case.name} | {dtype} | {chunk} | {result} |", flush=True
-            )
+            print(f"| {' | '.join(map(str, (device.device_kind, row[0], case.name, *row[1:], result)))} |", flush=True)
     if failures:
         sys.exit(1)
 
 
-def _everything(platform: str, dtypes: list[str], chunks: list[int]) -> Iterator[tuple[Case, str, str, int | str]]:
+def _everything(
+    platform: str, dtypes: list[str], chunks: list[int], compare: bool
+) -> Iterator[tuple[Case, str, str, int | str]]:
     """Cases, each with its implementation, the dtype and, of scans, the chunk."""
     of_scans = "pallas_tpu" if platform == "tpu" else "mosaic_gpu"
     for name in dtypes:
@@ -76,7 +77,7 @@ def _everything(platform: str, dtypes: list[str], chunks: list[int]) -> Iterator
         of_attention = _attention_cases.implementation(platform, dtype)
         for case in _attention_cases.cases(dtype, of_attention):
             yield Case(*case), of_attention, name, ""
-        for implementation in _convolution_cases.implementations(platform):
+        for implementation in _convolution_cases.implementations(platform)[0 if compare else 1 :]:
             for case in _convolution_cases.cases(dtype, implementation):
                 yield Case(*case), implementation, name, ""
     for *case, implementation in _expert_cases.cases(platform):
