@@ -16,6 +16,6 @@ def not_hopper() -> str | None:
     return f"made for NVIDIA Hopper ({', '.join(_HOPPER)}), not for {kind}"
 
 
-def interpreter(interpret: bool):
+def interpreter(interpret: bool | plgpu.InterpretGPUParams) -> plgpu.InterpretGPUParams | None:
     """What `plgpu.kernel` takes: None to compile, or the parameters of the interpreter."""
-    return plgpu.InterpretGPUParams() if interpret else None
+    return plgpu.InterpretGPUParams() if interpret is True else interpret or None

@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from twotower_jax.kernels.hopper import interpreter
+
 # Rows of what a warpgroup's wgmma adds to.
 BLOCK = 64
 PROCESSORS = 132  # Of an H100 or H200.
@@ -174,7 +176,7 @@ class Pipeline:
             grid_names=("block",),
             num_threads=WARPGROUPS + 1,
             thread_name="warpgroup",
-            interpret=plgpu.InterpretGPUParams() if self.interpret is True else self.interpret or None,
+            interpret=interpreter(self.interpret),
         )(*arrays)
 
 
