@@ -72,6 +72,27 @@ def nano_config() -> ModelConfig:
     )
 
 
+def small_config() -> ModelConfig:
+    """The shape of configs/small100m.py: 99 million parameters a tower, more than a processor's caches hold."""
+    return ModelConfig(
+        vocab_size=16384,
+        hidden_size=512,
+        hybrid_override_pattern="MEMEM*E" * 2 + "ME",
+        mamba_num_heads=16,
+        mamba_head_dim=64,
+        ssm_state_size=128,
+        n_groups=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        n_routed_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=256,
+        moe_shared_expert_intermediate_size=512,
+        routed_scaling_factor=2.5,
+    )
+
+
 def abstract_params(module: nnx.Module) -> Params:
     """Shapes of a module's parameters, float32."""
     table = parameter_table(module)

@@ -2,6 +2,7 @@
 
     python launch/benchmark.py generation                     # the demonstration's model
     python launch/benchmark.py generation --model=recorded    # the tests' model: 16 narrow layers
+    python launch/benchmark.py generation --model=small100m --batches=1,64 --modes=ar,diffusion     # weights in memory
     python launch/benchmark.py generation --roofline --model=nano30b --dtype=bfloat16 --batches=1,64     # on an H200
 
 Speed is counted by the clock, and in processor seconds, which other work on the machine changes less; they are those of
@@ -30,7 +31,7 @@ import numpy as np
 from absl import flags
 
 from twotower_jax.benchmarks import _roofline
-from twotower_jax.benchmarks._shapes import demo_config, nano_config, tiny_config
+from twotower_jax.benchmarks._shapes import demo_config, nano_config, small_config, tiny_config
 from twotower_jax.diffusion import SamplingConfig, noise_level, sample_step
 from twotower_jax.generation import Settings, generate
 from twotower_jax.parameters import bind
@@ -38,13 +39,16 @@ from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 _PROMPT_LENGTH, _CAPACITY = 48, 256
-_MODELS = {"demo": demo_config, "recorded": tiny_config, "nano30b": nano_config}
+_MODELS = {"demo": demo_config, "recorded": tiny_config, "small100m": small_config, "nano30b": nano_config}
+# Modes, and what speculative mode tolerates.
+_RUNS = (("diffusion", 0), ("ar", 0), ("mock_ar", 0), ("speculative", 0), ("speculative", 1))
 
 
 def define_flags() -> None:
     flags.DEFINE_enum("model", "demo", list(_MODELS), "Whose shape.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
     flags.DEFINE_bool("roofline", False, "Diffusion against AR with even routing, as parts of the roofline.")
+    flags.DEFINE_list("modes", [], "Only these modes, and no plain loops; default: all, and the loops.")
     flags.DEFINE_list("batches", ["1", "8", "64"], "Rows together.")
     flags.DEFINE_integer("new_tokens", 128, "New tokens of each row.", lower_bound=16)
     flags.DEFINE_integer("steps", 4, "Denoiser evaluations a block of 16.", lower_bound=1, upper_bound=16)
@@ -56,6 +60,8 @@ def main() -> None:
     values = flags.FLAGS
     config, dtype, batches = _MODELS[values.model](), jnp.dtype(values.dtype), [int(b) for b in values.batches]
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, model {values.model}")
+    if unknown := sorted(set(values.modes) - {mode for mode, _ in _RUNS}):
+        raise ValueError(f"--modes: there is no mode {unknown[0]!r}")
     if values.roofline:
         # As generate.py has it: a scan copies the experts out of the stack, but compiles sooner.
         execution = Execution(dtype=dtype, scan_layers=jax.default_backend() == "cpu")
@@ -71,7 +77,9 @@ def main() -> None:
     print(f"| mode | batch | {columns} |")
     print("|---|---|---|---|---|---|")
     alone = {}
-    for mode, tolerance in (("diffusion", 0), ("ar", 0), ("mock_ar", 0), ("speculative", 0), ("speculative", 1)):
+    for mode, tolerance in _RUNS:
+        if values.modes and mode not in values.modes:
+            continue
         name = f"{mode}, every draft kept" if tolerance else mode
         for batch in batches:
             of_mode = dataclasses.replace(settings, mode=mode, tolerance=float(tolerance), batch_size=batch)
@@ -80,7 +88,8 @@ def main() -> None:
             times = f"{rates.processor / first.processor:.1f}"
             speeds = f"{rates.clock:,.0f} | {evaluations} | {rates.processor:,.0f}"
             print(f"| {name} | {batch} | {speeds} | {times} |", flush=True)
-    _against_loops(model, params, settings, values.eager_tokens, values.repeats)
+    if not values.modes:
+        _against_loops(model, params, settings, values.eager_tokens, values.repeats)
 
 
 def _against_loops(model, params, settings: Settings, eager_tokens: int, repeats: int) -> None:
