@@ -19,7 +19,8 @@ def causal_conv(x, weight, bias, tail=None, before=None):
         total += product if before is None else jnp.where((before >= width - 1 - k)[..., None], product, 0.0)
     if bias is not None:
         total += bias.astype(jnp.float32)
-    return jax.nn.silu(total).astype(x.dtype)
+    # Several ops read the result, and XLA would compute it, exponentials and all, again inside each of them.
+    return jax.lax.optimization_barrier(jax.nn.silu(total).astype(x.dtype))
 
 
 def block_causal_conv(x, context, weight, bias, block_size, tail=None, before=None):

@@ -93,10 +93,25 @@ def _positions_first(y: jax.Array, length: int) -> jax.Array:
     return y.reshape(y.shape[0], y.shape[1] * y.shape[2], -1, y.shape[-1])[:, :length]
 
 
+def _one_position(x, dt, log_decay, b, c, state):
+    """The recurrence itself, for sequences of one position: every state is read and written once, in its place.
+
+    x (B, H, P), dt and log_decay (B, H), b and c (B, G, N), state (B, H, P, N).
+    """
+    # B and C are small. Repeated for every head they leave states in their own order, which a CPU takes many at a time.
+    b, c = (jnp.repeat(v, x.shape[1] // b.shape[1], axis=1) for v in (b, c))
+    state = jnp.exp(log_decay)[..., None, None] * state + (x * dt[..., None])[..., None] * b[:, :, None]
+    return _einsum("bhpn,bhn->bhp", state, c), state
+
+
 def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128):
     """`kernels.ssd`, same arguments and results."""
     batch, length, heads, head_dim = x.shape
     groups, state_size = b.shape[2:]
+    if length == 1 and initial_state is not None:
+        one = (v[:, 0].astype(jnp.float32) for v in (x, dt, log_decay, b, c))
+        y, last = _one_position(*one, initial_state.astype(jnp.float32))
+        return y[:, None], last
     chunk = min(chunk_size, length)
     x, dt, log_decay, b, c = (in_chunks(v.astype(jnp.float32), chunk) for v in (x, dt, log_decay, b, c))
     x, b, c = _heads_first(x * dt[..., None], groups), _groups_first(b), _groups_first(c)

@@ -68,7 +68,9 @@ def main() -> None:
         model = TwoTower(config, execution=execution)
         print(*_roofline.run(model, dtype, batches, _PROMPT_LENGTH, values.new_tokens, values.repeats), sep="\n")
         return
-    model = TwoTower(config, execution=Execution(dtype=dtype))
+    # As generate.py has it: small models scanned, since they compile sooner so.
+    execution = Execution(dtype=dtype, scan_layers=values.model in ("demo", "recorded"))
+    model = TwoTower(config, execution=execution)
     params = _roofline.random_params(model, dtype)
     sampling = SamplingConfig(block_size=16, steps_per_block=values.steps, confidence_threshold=1.0)
     settings = Settings(max_new_tokens=values.new_tokens, sampling=sampling, ignore_eos=True)
