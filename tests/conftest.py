@@ -1,5 +1,6 @@
 """What the tests share: small models with random weights that all matter, the recorded data, and how to compile."""
 
+import gc
 import json
 import pathlib
 import random
@@ -41,6 +42,15 @@ SMALL = {
     "moe_intermediate_size": 16,
     "moe_shared_expert_intermediate_size": 24,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def released_programs():
+    """Lets go of what a file's tests compiled. A compiled program takes dozens of memory mappings, of which Linux gives a
+    process 65,530; one that runs half of the tests comes near, and the compiler then crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
