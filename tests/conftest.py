@@ -46,8 +46,8 @@ SMALL = {
 
 @pytest.fixture(autouse=True, scope="module")
 def released_programs():
-    """Lets go of what a file's tests compiled. A compiled program takes dozens of memory mappings, of which Linux gives a
-    process 65,530; one that runs half of the tests comes near, and the compiler then crashes."""
+    """Lets go of what a file's tests compiled. A compiled program takes dozens of memory mappings, of which Linux gives
+    a process 65,530; one that runs half of the tests comes near, and the compiler then crashes."""
     yield
     jax.clear_caches()
     gc.collect()
