@@ -10,14 +10,15 @@ all threads. Weights are random: the time of an evaluation does not depend on wh
 block takes is forced, so that all loops do the same work. Diffusion takes `--steps` evaluations a block (a threshold of
 1 commits by count alone), and `--tolerance=1` keeps every draft. --roofline is described in _roofline.py.
 
-Three plain loops do the evaluations of diffusion at batch 1, look at the block on the host after each step, and sample
+Four plain loops do the evaluations of diffusion at batch 1, look at the block on the host after each step, and sample
 a step with the library's own `sample_step`:
 
-    jitted, cache      `denoise`, `sample_step` and `extend` are compiled, and called one after another from Python
-    jitted, no cache   the same, but for each block the context reads the whole text again, as a loop without a cache
-                       does; texts are padded to one length, so that it is compiled once
-    eager, cache       nothing is compiled: every operation is dispatched by itself, as a first port of the published
-                       code would
+    jitted, cache          `denoise`, `sample_step` and `extend` are compiled, and called one after another from Python
+    jitted, read a block   the same, but for each block the context reads the whole text again
+    jitted, read a step    the same, but for each step, as a loop of nothing but forward passes does; texts are padded
+                           to one length, so that each function is compiled once
+    eager, cache           nothing is compiled: every operation is dispatched by itself, as a first port of the
+                           published code would
 """
 
 import dataclasses
@@ -106,7 +107,8 @@ def _against_loops(model, params, settings: Settings, eager_tokens: int, repeats
         {
             "engine": lambda: _tokens(generate(model, params, _prompts(model, 1), alone)),
             "plain loop, jitted, cache": lambda: _plain(model, params, settings, jax.jit),
-            "plain loop, jitted, no cache": lambda: _plain(model, params, settings, jax.jit, cached=False),
+            "plain loop, jitted, read a block": lambda: _plain(model, params, settings, jax.jit, read_every="block"),
+            "plain loop, jitted, read a step": lambda: _plain(model, params, settings, jax.jit, read_every="step"),
         },
         repeats,
     ) | _best({"plain loop, eager, cache": lambda: _plain(flat, flat_params, short, lambda function: function)}, 1)
@@ -166,8 +168,9 @@ def _best(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, Rates]:
 _compiled = {}
 
 
-def _plain(model, params, settings: Settings, jit, cached: bool = True) -> int:
-    """Diffusion of one row as a plain loop; returns the number of tokens."""
+def _plain(model, params, settings: Settings, jit, read_every: str | None = None) -> int:
+    """Diffusion of one row as a plain loop, with a cache or reading the text every "block" or "step"; returns the
+    number of tokens."""
     sampling, mask = settings.sampling, model.config.mask_token_id
     if jit not in _compiled:
         _compiled[jit] = (
@@ -184,21 +187,24 @@ def _plain(model, params, settings: Settings, jit, cached: bool = True) -> int:
     keys = jax.random.split(jax.random.key(settings.seed), 1)
     text = _prompts(model, 1)[0]
 
-    def read(text):
-        padded = np.full((1, _CAPACITY), model.config.pad_token_id, np.int32)
+    def read():
+        length = len(text) if read_every is None else _PROMPT_LENGTH + settings.max_new_tokens
+        padded = np.full((1, length), model.config.pad_token_id, np.int32)
         padded[0, : len(text)] = text
         return prefill(params, padded, jnp.full(1, len(text)))[1]
 
-    cache = prefill(params, jnp.asarray([text]), jnp.full(1, len(text)))[1] if cached else None
+    cache = read()
     for n in range(settings.max_new_tokens // sampling.block_size):
-        if not cached:
-            cache = read(text)
+        if read_every == "block":
+            cache = read()
         block, step = jnp.full((1, sampling.block_size), mask, jnp.int32), 0
         while bool(jnp.any(block == mask)):
+            if read_every == "step":
+                cache = read()
             logits = denoise(params, block, noise_level(block, mask), cache)
             block = sample(keys, block, logits, n, step).xt
             step += 1
-        text = text + np.asarray(block)[0].tolist()
-        if cached:
+        text += np.asarray(block)[0].tolist()
+        if read_every is None:
             _, cache = extend(params, block, jnp.full(1, sampling.block_size), cache)
     return len(text) - _PROMPT_LENGTH
