@@ -64,7 +64,10 @@ REFUSED = [
     ((), "config"),
     (("--config=missing.py", "--workdir=w"), "missing.py"),
     (("--config=config.py",), "workdir"),
-    (("--config=config.py", "--workdir=w", "--config.no_such_field=1"), "no_such_field"),
+    (
+        ("--config=config.py", "--workdir=w", "--config.mesh.no_such_field=1"),
+        "--config.mesh.no_such_field: the configuration has no such",
+    ),
     (("--config=config.py", "--workdir=w", "--config.steps=many"), "many"),
     (("--config=config.py", "--workdir=w", "--config.objective=both"), "objective='both'"),
     (("--config=config.py", "--workdir=w", "--config.data=nowhere"), "nowhere"),
@@ -91,6 +94,12 @@ def test_bad_input_gets_one_line_and_leaves_nothing(folder):
             assert status != 0, arguments
             assert err.startswith("error: ") and err.count("\n") == 1 and message in err, (arguments, err)
     assert [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+def test_help_is_no_failure(folder):
+    status, out, _ = finish(start(folder, "--help"))
+    assert status == 0
+    assert "--workdir" in out
 
 
 def test_a_run_and_its_continuation(folder):

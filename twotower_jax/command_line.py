@@ -45,12 +45,24 @@ def fail(message: str, status: int) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except SystemExit:  # --help
-        raise
+    except SystemExit:  # absl's --help, after which it exits with 1
+        sys.exit(0)
     except Exception as error:  # noqa: BLE001: a config file is the user's own code and may raise anything
         logging.debug("traceback", exc_info=True)
-        fail(str(error) or type(error).__name__, USAGE)
+        fail(_unknown_field(argv, error) or str(error) or type(error).__name__, USAGE)
     if not flags.FLAGS["verbosity"].present:
         # JAX reports every accelerator that it did not find at absl's default level.
         logging.set_verbosity(logging.WARNING)
     return rest
+
+
+def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
+    """Of --config.FIELD=VALUE with a field that the configuration does not have, of which only the name is raised."""
+    if isinstance(error, (KeyError, AttributeError)):
+        for word in argv:
+            name = word.partition("=")[0]
+            if name.startswith("--config.") and name.rpartition(".")[2] == str(error).strip("\"'"):
+                return (
+                    f"{name}: the configuration has no such field; see twotower_jax/train/config.py for those there are"
+                )
+    return None
