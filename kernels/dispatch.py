@@ -70,15 +70,15 @@ class Op:
                 raise ValueError(f"{self.name} cannot run as {implementation!r}: {problem}")
             return Choice(implementation, "named")
         here = platform()
-        reason = f"nothing is made for {here}"
+        refused = []
         for name, candidate in self.implementations.items():
             if candidate.platform != here:
                 continue
             problem = _divided_by_xla() or candidate.unsupported(*args, **kwargs)
             if problem is None:
                 return Choice(name, f"made for {here}")
-            reason = f"not {name}: {problem}"
-        return Choice("xla", reason)
+            refused.append(f"not {name}: {problem}")
+        return Choice("xla", "; ".join(refused) or f"nothing is made for {here}")
 
     def run(self, implementation: str | None, *args, **kwargs):
         """Runs the op.

@@ -1,16 +1,17 @@
-"""How the Pallas Mosaic GPU kernels cut a scan: chunks of positions, tiles of them, and where heads and groups stand.
+"""How the GPU kernels cut a scan: chunks of positions, tiles of them, and where heads and groups stand.
 
 Arrays keep the layout of the model, heads and groups side by side in the last dimension; only the small per-head
 numbers are transposed.
 """
 
+import importlib
 import math
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels import gpu
 from twotower_jax.kernels.hopper import interpreter, not_hopper
@@ -20,6 +21,8 @@ from twotower_jax.kernels.split import for_products
 _LONGEST_CHUNK = 256
 # P and N whose tiles fit into shared memory in every kernel, as float32 too.
 _HEAD_DIMS, _STATES = (64,), (64, 128)
+# Positions that a block of the grid takes. Of 64, Triton's kernels would keep more than the registers hold.
+_TILES = {"scan_gpu": gpu.TILE, "scan_triton": 32}
 # Under the interpreter small problems are cut as finely, so that tests see several tiles in a chunk.
 _INTERPRETED_TILE = 8
 
@@ -31,6 +34,7 @@ class Cut(NamedTuple):
       batch, length, heads, head_dim, groups, state: B, L (padded to whole chunks), H, P, G, N.
       chunk: Q. tile: positions that a block of the grid takes, which divide Q.
       interpret: None, or how to run the kernels on any backend.
+      module: the kernels', "scan_gpu" (Pallas Mosaic GPU) or "scan_triton".
     """
 
     batch: int
@@ -41,7 +45,13 @@ class Cut(NamedTuple):
     state: int
     chunk: int
     tile: int
-    interpret: plgpu.InterpretGPUParams | None
+    interpret: Any
+    module: str = "scan_gpu"
+
+    @property
+    def kernels(self) -> types.ModuleType:
+        """The module that has `states`, `outputs` and `group_gradients`."""
+        return importlib.import_module(f"twotower_jax.kernels.{self.module}")
 
     @property
     def tiles(self) -> int:
@@ -95,17 +105,17 @@ class Cut(NamedTuple):
         return jnp.moveaxis(v.reshape(v.shape[0], -1, v.shape[3]), 1, 2)
 
 
-def cut_scan(x_shape, b_shape, chunk_size: int, interpret, block_size: int = 1) -> Cut:
+def cut_scan(x_shape, b_shape, chunk_size: int, interpret, block_size: int = 1, module: str = "scan_gpu") -> Cut:
     """Cuts x (B, L, H, P) and b (B, L, G, N); a chunk begins with a block of block_size positions.
 
-    `interpret` is False, True, or the interpreter's parameters.
+    `interpret` is False, True, or the parameters of Mosaic GPU's interpreter.
     """
     batch, length, heads, head_dim = x_shape
     chunk = _chunk_length(length, chunk_size, interpret, block_size)
-    tile = math.gcd(chunk, gpu.TILE) if chunk > gpu.TILE or not interpret else _INTERPRETED_TILE
+    tile = math.gcd(chunk, _TILES[module]) if chunk > gpu.TILE or not interpret else _INTERPRETED_TILE
     padded = length + -length % chunk
-    how = interpreter(True) if interpret is True else interpret or None
-    return Cut(batch, padded, heads, head_dim, *b_shape[2:], chunk, tile, how)
+    how = interpreter(True) if interpret is True and module == "scan_gpu" else interpret or None
+    return Cut(batch, padded, heads, head_dim, *b_shape[2:], chunk, tile, how, module)
 
 
 def _chunk_length(length: int, chunk_size: int, interpret, block_size: int) -> int:
@@ -122,7 +132,10 @@ def unsupported(x_shape, b_shape, chunk_size: int, block_size: int = 1) -> str |
     head_dim, state = x_shape[3], b_shape[3]
     if head_dim not in _HEAD_DIMS or state not in _STATES:
         return f"heads of {head_dim} with a state of {state} (made for heads of {_HEAD_DIMS}, states of {_STATES})"
-    chunk = _chunk_length(x_shape[1], chunk_size, False, block_size)
-    if chunk > _LONGEST_CHUNK:
-        return f"a chunk of {chunk} positions is longer than {_LONGEST_CHUNK}"
-    return None
+    return too_long(x_shape[1], chunk_size, block_size)
+
+
+def too_long(length: int, chunk_size: int, block_size: int) -> str | None:
+    """Why blocks of this size cannot be cut into chunks, or None."""
+    chunk = _chunk_length(length, chunk_size, False, block_size)
+    return f"a chunk of {chunk} positions is longer than {_LONGEST_CHUNK}" if chunk > _LONGEST_CHUNK else None

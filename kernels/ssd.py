@@ -31,6 +31,8 @@ def _op(name: str, **more: Implementation) -> Op:
             "pallas_tpu_interpret": Implementation(f"{name}_tpu", name, options=(interpret,)),
             "mosaic_gpu": Implementation(f"{name}_gpu", name, platform="gpu", has_limits=True),
             "mosaic_gpu_interpret": Implementation(f"{name}_gpu", name, options=(interpret,)),
+            "triton": Implementation("ssd_triton", name, platform="gpu", has_limits=True),
+            "triton_interpret": Implementation("ssd_triton", name, options=(interpret,)),
             "reference": Implementation("reference", name),
             **more,
         },
@@ -63,8 +65,8 @@ def ssd(
       b: (B, L, G, N). c: (B, L, G, N). G divides H.
       initial_state: (B, H, P, N), zeros if None.
       chunk_size: Q; a detail of the computation, any positive value gives the same result for any L.
-      implementation: "xla", "pallas_tpu", "mosaic_gpu" (NVIDIA Hopper), "pallas_tpu_interpret" and
-        "mosaic_gpu_interpret" (on any platform, slow), "reference", or None to choose.
+      implementation: "xla", "pallas_tpu", "mosaic_gpu" (NVIDIA Hopper), "triton" (NVIDIA GPUs from Ampere on),
+        the same with "_interpret" (on any platform, slow), "reference", or None to choose.
 
     Returns:
       y (B, L, H, P) float32, without the skip term D·x, and the state after the last position (B, H, P, N) float32.

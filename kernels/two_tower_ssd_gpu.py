@@ -1,4 +1,4 @@
-"""The SSD scans of two towers in their dual form (ssd.py) with Pallas Mosaic GPU kernels, forward and backward.
+"""The SSD scans of two towers in their dual form (ssd.py) on GPUs, forward and backward.
 
 The kernels are those of one tower (scan_gpu.py). The state that goes from chunk to chunk is the context's: one a chunk,
 none a block. Inside a chunk position i reads from two sources, from the denoiser what lies in i's own block and from
@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from twotower_jax.kernels.gpu_layout import Cut, cut_scan
 from twotower_jax.kernels.gpu_layout import unsupported as _unsupported_shapes
 from twotower_jax.kernels.log_decay import Sum, cumulative, in_chunks, query_sums
-from twotower_jax.kernels.scan_gpu import Decays, Pairs, Source, group_gradients, outputs, states
+from twotower_jax.kernels.scan_gpu import Decays, Pairs, Source
 from twotower_jax.kernels.ssd_gpu import Edges
 
 
@@ -50,9 +50,9 @@ def _run_forward(cut: Cut, block_size: int, denoiser, context):
     (x, b, c, *_), (context_x, context_b, *_) = denoiser, context
     own, before = _decays(denoiser, context)
     edges = Edges(cut, before.writers, before.dt)
-    left, _ = states(cut, context_x, context_b, edges.weight, edges.kept, _no_state(cut))
+    left, _ = cut.kernels.states(cut, context_x, context_b, edges.weight, edges.kept, _no_state(cut))
     sources = Source(b, x, own), Source(context_b, context_x, before)
-    return outputs(cut, c, _pairs(block_size), sources, (jnp.exp(own.readers.total), left)), left
+    return cut.kernels.outputs(cut, c, _pairs(block_size), sources, (jnp.exp(own.readers.total), left)), left
 
 
 def _no_state(cut: Cut) -> jax.Array:
@@ -78,12 +78,12 @@ def _scan_backward(cut, block_size, residuals, dy):
 
     # The denoiser's.
     writers = (Source(c, dy, own),)
-    dx = outputs(cut, b, (own_pairs,), writers, None, readers_in_rows=False)
+    dx = cut.kernels.outputs(cut, b, (own_pairs,), writers, None, readers_in_rows=False)
     sources = Source(b, x, own), Source(context_b, context_x, before)
-    dc, (own_reader, reader), read = group_gradients(
+    dc, (own_reader, reader), read = cut.kernels.group_gradients(
         cut, c, dy, _pairs(block_size), sources, (from_start, left), readers_in_rows=True
     )
-    db, (own_writer,), _ = group_gradients(cut, b, x, (own_pairs,), writers, None, readers_in_rows=False)
+    db, (own_writer,), _ = cut.kernels.group_gradients(cut, b, x, (own_pairs,), writers, None, readers_in_rows=False)
     dbefore = reader.by_decay + from_start * read
     dinside = own_reader.by_decay - own_writer.by_decay + dbefore
     of_denoiser = (
@@ -100,10 +100,10 @@ def _scan_backward(cut, block_size, residuals, dy):
 
     # The context's.
     edges = Edges(cut, before.writers, context_dt)
-    grads, _ = states(cut, dy, c, from_start, edges.kept, _no_state(cut), backward=True)
+    grads, _ = cut.kernels.states(cut, dy, c, from_start, edges.kept, _no_state(cut), backward=True)
     writers, through = (Source(c, dy, before),), (edges.weight, grads)
-    context_dx = outputs(cut, context_b, (before_pairs,), writers, through, readers_in_rows=False)
-    context_db, (writer,), written = group_gradients(
+    context_dx = cut.kernels.outputs(cut, context_b, (before_pairs,), writers, through, readers_in_rows=False)
+    context_db, (writer,), written = cut.kernels.group_gradients(
         cut, context_b, context_x, (before_pairs,), writers, through, readers_in_rows=False
     )
     context_ddt, dsum = edges.gradients(cut, written, left, grads)
@@ -141,9 +141,10 @@ def two_tower_ssd(
     block_size,
     chunk_size=128,
     interpret=False,
+    module="scan_gpu",
 ):
     """`kernels.two_tower_ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
-    cut = cut_scan(x.shape, b.shape, chunk_size, interpret, block_size)
+    cut = cut_scan(x.shape, b.shape, chunk_size, interpret, block_size, module)
     dt, log_decay, context_dt, context_log_decay = (
         in_chunks(v.astype(jnp.float32), cut.chunk) for v in (dt, log_decay, context_dt, context_log_decay)
     )

@@ -41,16 +41,21 @@ def test_the_tpu_kernels_are_chosen_on_a_tpu():
         assert kernels.chosen("two_tower_ssd", *both, block_size=16).implementation == "pallas_tpu"
 
 
-def test_the_gpu_kernels_are_chosen_on_a_hopper_gpu_and_no_other():
+def test_mosaic_gpu_is_chosen_on_a_hopper_gpu_and_triton_on_others(monkeypatch):
     both = *shapes(), *shapes()[:4]
     with gpu():
         assert kernels.chosen("ssd", *shapes()) == ("mosaic_gpu", "made for gpu")
         assert kernels.chosen("two_tower_ssd", *both, block_size=16).implementation == "mosaic_gpu"
     for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA B200"):
         with gpu(kind):
-            choice = kernels.chosen("ssd", *shapes())
-            assert choice.implementation == "xla"
-            assert choice.reason.startswith("not mosaic_gpu: made for NVIDIA Hopper")
+            assert kernels.chosen("ssd", *shapes()) == ("triton", "made for gpu")
+            assert kernels.chosen("two_tower_ssd", *both, block_size=16).implementation == "triton"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with gpu(kind):
+        choice = kernels.chosen("ssd", *shapes())
+        assert choice.implementation == "xla"
+        assert choice.reason.startswith("not mosaic_gpu: made for NVIDIA Hopper")
+        assert choice.reason.endswith("not triton: jax-triton is not installed (pip install 'twotower_jax[cuda]')")
 
 
 def test_shapes_that_the_gpu_kernels_do_not_take_fall_to_xla_and_say_so():
@@ -60,7 +65,8 @@ def test_shapes_that_the_gpu_kernels_do_not_take_fall_to_xla_and_say_so():
         assert choice.reason.startswith("not mosaic_gpu: heads of 80 with a state of 128")
         both = *shapes(length=4320), *shapes(length=4320)[:4]
         choice = kernels.chosen("two_tower_ssd", *both, block_size=27)
-        assert choice == ("xla", "not mosaic_gpu: a chunk of 1728 positions is longer than 256")
+        reason = "a chunk of 1728 positions is longer than 256"
+        assert choice == ("xla", f"not mosaic_gpu: {reason}; not triton: {reason}")
 
 
 @pytest.mark.parametrize(
@@ -93,11 +99,13 @@ def test_no_kernel_is_chosen_where_xla_would_have_to_divide_it():
 
 def test_a_name_runs_or_raises():
     x, dt, log_decay, b, c = (jnp.zeros(v.shape, v.dtype) for v in shapes(length=16))
-    with pytest.raises(ValueError, match="ssd has no implementation 'triton'; there are xla, pallas_tpu, "):
-        kernels.ssd(x, dt, log_decay, b, c, implementation="triton")
+    with pytest.raises(ValueError, match="ssd has no implementation 'cudnn'; there are xla, pallas_tpu, "):
+        kernels.ssd(x, dt, log_decay, b, c, implementation="cudnn")
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match="interpret mode"):
             kernels.ssd(x, dt, log_decay, b, c, implementation="pallas_tpu")
+        with pytest.raises(ValueError, match="ssd cannot run as 'triton': made for NVIDIA GPUs, not for cpu"):
+            kernels.ssd(x, dt, log_decay, b, c, implementation="triton")
 
 
 def test_every_implementation_is_one_that_loads():

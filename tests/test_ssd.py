@@ -1,9 +1,9 @@
 """Every implementation of kernels/ssd.py against the literal recurrence in float64: values, states, every gradient.
 
 The Pallas kernels run in interpret mode. That they compile for the hardware is a command,
-`launch/benchmark.py kernel_compile`; that they lower for it is tested in test_kernels_dispatch.py. The interpreter of
-the GPU kernels calls Python for every access to memory, and fills memory with NaN first: they get fewer and smaller
-problems, of the same kinds.
+`launch/benchmark.py kernel_compile`; that they lower for it is tested in test_kernels_dispatch.py, and for Triton here.
+The interpreters of the GPU kernels call Python for every access to memory, and fill memory with NaN first: they get
+fewer and smaller problems, of the same kinds.
 """
 
 import functools
@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from twotower_jax.kernels import reference, ssd, two_tower_ssd, two_tower_ssd_gpu, two_tower_ssd_tpu
+from twotower_jax.kernels import (
+    reference,
+    ssd,
+    ssd_triton,
+    triton_call,
+    two_tower_ssd,
+    two_tower_ssd_gpu,
+    two_tower_ssd_tpu,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -26,7 +34,10 @@ TOLERANCE = 3e-6
 NAMES = ("x", "dt", "log_decay", "b", "c", "initial_state")
 
 
-@pytest.fixture(params=["xla", "pallas_tpu_interpret"])
+FAST = ("xla", "pallas_tpu_interpret")
+
+
+@pytest.fixture(params=FAST)
 def implementation(request):
     return request.param
 
@@ -137,13 +148,18 @@ SHAPES = [
 GPU_SHAPES = [(1, 40, 2, 2, 1, 4, 16), (2, 16, 3, 4, 3, 5, 128), (1, 129, 2, 2, 1, 3, 128)]
 
 
-def for_each(fast, of_gpu):
+# The same with sizes of Triton's tensors, powers of two, and groups of three heads, which are not one.
+TRITON_SHAPES = [(1, 40, 2, 2, 1, 4, 16), (2, 16, 6, 4, 2, 8, 128), (1, 129, 2, 2, 1, 4, 128)]
+
+
+def for_each(fast, of_gpu, of_triton=()):
     """Pairs of an implementation and a problem."""
-    pairs = [(name, case) for case in fast for name in ("xla", "pallas_tpu_interpret")]
-    return pairs + [("mosaic_gpu_interpret", case) for case in of_gpu]
+    pairs = [(name, case) for case in fast for name in FAST]
+    pairs += [("mosaic_gpu_interpret", case) for case in of_gpu]
+    return pairs + [("triton_interpret", case) for case in of_triton]
 
 
-@pytest.mark.parametrize(("implementation", "shape"), for_each(SHAPES, GPU_SHAPES), ids=str)
+@pytest.mark.parametrize(("implementation", "shape"), for_each(SHAPES, GPU_SHAPES, TRITON_SHAPES), ids=str)
 def test_ssd_equals_the_recurrence(implementation, shape):
     *shape, chunk = shape
     arrays = draw(chunk, *shape)
@@ -206,17 +222,18 @@ def test_ssd_is_causal(seed, position, implementation):
 
 # Many chunks in either implementation, and few.
 FORMS = [("xla", 8), ("xla", 128), ("pallas_tpu_interpret", 8), ("pallas_tpu_interpret", 128)]
-GPU_FORM = ("mosaic_gpu_interpret", 128)
+GPU_FORMS = [("mosaic_gpu_interpret", 128), ("triton_interpret", 128)]
 
 
 def forms_with(values, of_gpu):
-    return [(form, value) for value in values for form in FORMS] + [(GPU_FORM, value) for value in of_gpu]
+    few = [(form, value) for value in of_gpu for form in GPU_FORMS]
+    return [(form, value) for value in values for form in FORMS] + few
 
 
 @pytest.mark.parametrize(("form", "step"), forms_with([0.0, 1e-6, 50.0, 1e3, 1e6], [0.0, 1e6]), ids=str)
 def test_extreme_decays_stay_finite_and_accurate(form, step):
     """All decays equal: from a state that never fades to one that is gone at once; gradients included."""
-    arrays = list(draw(3, 1, 150, 2, 3, 1, 4))
+    arrays = list(draw(3, 1, 150, 2, 2, 1, 4))
     arrays[2] = np.full_like(arrays[2], -np.float32(step))
     (y, state), gradients = _chunked_gradients(*form)(*to_float32(arrays))
     (y_expected, state_expected), gradients_expected = recurrence(*arrays)
@@ -233,7 +250,7 @@ def _chunked_gradients(implementation, chunk):
 @pytest.mark.parametrize(("form", "large"), forms_with([10.0, 50.0, 1e3, 1e6], [50.0, 1e6]), ids=str)
 def test_large_decays_beside_small_ones(form, large):
     """A state forgotten at one step and kept at the next: differences of plain float32 sums lose the small ones."""
-    arrays = list(draw(4, 1, 150, 2, 3, 1, 4))
+    arrays = list(draw(4, 1, 150, 2, 2, 1, 4))
     pick = np.random.default_rng(5).random(arrays[2].shape) < 0.5
     arrays[2] = np.where(pick, -np.float32(large), -np.float32(0.01)).astype(np.float64)
     (y, state), gradients = _chunked_gradients(*form)(*to_float32(arrays))
@@ -261,9 +278,9 @@ def test_a_long_context_with_large_states(implementation):
     assert np.all(np.isfinite(y))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu_interpret", "mosaic_gpu_interpret"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu_interpret", "mosaic_gpu_interpret", "triton_interpret"])
 def test_bfloat16_inputs_are_scanned_in_float32(implementation):
-    arrays = draw(6, 1, 40, 4, 3, 2, 4)
+    arrays = draw(6, 1, 40, 4, 4, 2, 4)
     x, dt, log_decay, b, c, state = to_float32(arrays)
     x, b, c = (v.astype(jnp.bfloat16) for v in (x, b, c))
     rounded = [np.asarray(v, np.float64) for v in (x, dt, log_decay, b, c, state)]
@@ -324,7 +341,10 @@ GPU_PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("implementation", "pair"), for_each(PAIRS, GPU_PAIRS), ids=str)
+TRITON_PAIRS = [(1, 8, 3, 1, 3, 2, 3, 2), (4, 8, 3, 1, 6, 2, 2, 4), *GPU_PAIRS[2:]]
+
+
+@pytest.mark.parametrize(("implementation", "pair"), for_each(PAIRS, GPU_PAIRS, TRITON_PAIRS), ids=str)
 def test_two_tower_ssd_equals_block_by_block(implementation, pair):
     block, chunk, blocks, batch, heads, head_dim, groups, state = pair
     arrays = draw_two_towers(block, batch, block * blocks, heads, head_dim, groups, state)
@@ -347,10 +367,10 @@ def test_the_plain_form_that_stores_a_state_for_each_block():
 
 @functools.cache
 def _blocks_of_8_gradients(implementation):
-    return with_gradients(blocks_of(8, 16 if implementation == "mosaic_gpu_interpret" else 32, implementation))
+    return with_gradients(blocks_of(8, 32 if implementation in FAST else 16, implementation))
 
 
-@pytest.mark.parametrize(("implementation", "large"), for_each([0.01, 50.0, 1e6], [50.0]), ids=str)
+@pytest.mark.parametrize(("implementation", "large"), for_each([0.01, 50.0, 1e6], [50.0], [50.0]), ids=str)
 def test_two_tower_ssd_with_extreme_decays(implementation, large):
     """Mixed with small ones in both towers; `large` = 0.01 mixes nothing."""
     arrays = list(draw_two_towers(0, 1, 72, 2, 2, 1, 2))
@@ -370,12 +390,13 @@ def test_two_tower_ssd_with_extreme_decays(implementation, large):
         ("pallas_tpu_interpret", False),
         ("pallas_tpu_interpret", True),
         ("mosaic_gpu_interpret", True),
+        ("triton_interpret", True),
     ],
     ids=lambda v: v if isinstance(v, str) else "context frozen" if v else "both",
 )
 def test_two_tower_ssd_in_bfloat16(implementation, frozen):
     """The Pallas kernels compute no gradients of a context that nobody differentiates."""
-    arrays = to_float32(draw_two_towers(6, 1, 40, 4, 3, 2, 4))
+    arrays = to_float32(draw_two_towers(6, 1, 40, 4, 4, 2, 4))
     arrays = [v.astype(jnp.bfloat16) if i in (0, 3, 4, 5, 8) else v for i, v in enumerate(arrays)]
     rounded = [np.asarray(v, np.float64) for v in arrays]
     function = blocks_of(8, 16, implementation)
@@ -448,3 +469,32 @@ def test_memory_does_not_grow_as_the_block_shrinks(gradients):
     states_at_4 = length // 4 * heads * head_dim * state * 4
     assert max(memory.values()) <= 1.1 * memory[16], memory
     assert memory[4] < states_at_4, memory  # The states alone would not fit.
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one tower", "two towers"])
+def test_triton_compiles_the_kernels_for_gpus_before_hopper(both, monkeypatch):
+    """At the release's shapes, down to machine code. Every multiprocessor since Ampere has 100 KiB of shared memory."""
+    shared = {}
+
+    def compile_only(kernel, grid, inputs, outputs, constants, interpret):
+        name = kernel.fn.__name__, constants["READERS_IN_ROWS"] if "BLOCK" in constants else constants["BACKWARD"]
+        if name not in shared:
+            compiled = triton_call.compiled(kernel, inputs, outputs, constants, 80)
+            shared[name] = compiled.metadata.shared
+            assert compiled.asm["cubin"]
+        return [jnp.zeros(v.shape, v.dtype) for v in outputs]
+
+    monkeypatch.setattr(triton_call, "call", compile_only)
+    length, heads, head_dim, groups, state = 512, 64, 64, 8, 128
+    x, b = (jax.ShapeDtypeStruct((1, length, *v), jnp.bfloat16) for v in ((heads, head_dim), (groups, state)))
+    steps = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)
+
+    def loss(*arrays):
+        if both:
+            return jnp.sum(ssd_triton.two_tower_ssd(*arrays, block_size=16))
+        return jnp.sum(ssd_triton.ssd(*arrays)[0])
+
+    arrays = (x, steps, steps, b, b) + ((x, steps, steps, b) if both else ())
+    jax.eval_shape(jax.grad(loss, argnums=range(len(arrays))), *arrays)
+    assert len(shared) == 6
+    assert max(shared.values()) < 100 * 1024

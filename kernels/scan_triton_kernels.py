@@ -1,0 +1,298 @@
+"""The Triton programs behind scan_triton.py, which says what each computes; names of arrays and sizes are those there.
+
+A program takes a tile of TILE positions (rows a), or a slice of a state's columns, of one head or group. Every size is
+a constant of the compilation, as shapes are to XLA; arrays lie as the model has them, (B, L, H·P) and (B, L, G·N).
+Products of float32 are sums of three of TF32, which keep 21 bits or more. Where EXACT_AS_IS, queries and keys are both
+bfloat16, whose products are exact.
+"""
+
+import triton
+import triton.language as tl
+
+# Of the library's functions, such as `tl.sum`, the interpreter runs only the operation inside.
+_ADD = tl.standard._sum_combine
+
+
+@triton.jit
+def _columns(
+    tile,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    READERS_IN_ROWS: tl.constexpr,
+):
+    """From and up to which tile of columns, in a chunk, some pair may be seen by a tile of rows: `Pairs.tiles`."""
+    first = tile * TILE
+    final = tile * TILE + TILE - 1
+    if BLOCK == 0:
+        start = 0 if READERS_IN_ROWS else tile
+        end = tile + 1 if READERS_IN_ROWS else CHUNK // TILE
+    elif READERS_IN_ROWS:
+        start = first // BLOCK * BLOCK // TILE if OWN else 0
+        end = tile + 1 if OWN else (final // BLOCK * BLOCK + TILE - 1) // TILE
+    else:
+        start = tile if OWN else (first // BLOCK * BLOCK + BLOCK) // TILE
+        end = tl.minimum((final // BLOCK * BLOCK + BLOCK + TILE - 1) // TILE, CHUNK // TILE) if OWN else CHUNK // TILE
+    return start, end
+
+
+@triton.jit
+def _seen(reader, writer, BLOCK: tl.constexpr, OWN: tl.constexpr):
+    """Which readers see which writers, by positions in the chunk: `Pairs.seen`."""
+    if BLOCK == 0:
+        return writer <= reader
+    elif OWN:
+        return (writer >= reader // BLOCK * BLOCK) & (writer <= reader)
+    else:
+        return writer < reader // BLOCK * BLOCK
+
+
+@triton.jit
+def _decay(
+    readers_coarse,
+    readers_fine,
+    writers_coarse,
+    writers_fine,
+    rows,
+    columns,
+    seen,
+    READERS_IN_ROWS: tl.constexpr,
+):
+    """exp(q_i − k_j) of readers i and writers j, and 0 where the pair is not seen; `rows` and `columns` are places."""
+    if READERS_IN_ROWS:
+        coarse = tl.load(readers_coarse + rows)[:, None] - tl.load(writers_coarse + columns)[None, :]
+        fine = tl.load(readers_fine + rows)[:, None] - tl.load(writers_fine + columns)[None, :]
+    else:
+        coarse = tl.load(readers_coarse + columns)[None, :] - tl.load(writers_coarse + rows)[:, None]
+        fine = tl.load(readers_fine + columns)[None, :] - tl.load(writers_fine + rows)[:, None]
+    # Masked before the exponential, which would overflow for a writer after its reader.
+    return tl.exp(tl.where(seen, coarse + fine, float("-inf")))
+
+
+@triton.jit
+def states(
+    values,
+    keys,
+    weights,
+    kept,
+    initial,
+    edges,
+    last,
+    LENGTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    group = head // (HEADS // GROUPS)
+    of_head = batch * HEADS + head
+    p = tl.arange(0, HEAD_DIM)
+    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    square = p[:, None] * STATE + n[None, :]
+    state = tl.load(initial + of_head * (HEAD_DIM * STATE) + square)
+    for k in range(LENGTH // CHUNK):
+        chunk = LENGTH // CHUNK - 1 - k if BACKWARD else k
+        of_chunk = of_head * (LENGTH // CHUNK) + chunk
+        tl.store(edges + of_chunk * (HEAD_DIM * STATE) + square, state)
+        state *= tl.load(kept + of_chunk)
+        for tile in range(CHUNK // TILE):
+            rows = chunk * CHUNK + tile * TILE + tl.arange(0, TILE)
+            row = (batch * LENGTH + rows)[:, None]
+            value = tl.load(values + row * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
+            weighted = value * tl.load(weights + of_head * LENGTH + rows)[:, None]
+            key = tl.load(keys + row * (GROUPS * STATE) + group * STATE + n[None, :]).to(tl.float32)
+            state = tl.dot(tl.trans(weighted), key, state, input_precision="tf32x3")
+    tl.store(last + of_head * (HEAD_DIM * STATE) + square, state)
+
+
+@triton.jit
+def outputs(
+    queries,
+    keys,
+    values,
+    readers_coarse,
+    readers_fine,
+    writers_coarse,
+    writers_fine,
+    dt,
+    before,
+    scales,
+    edges,
+    output,
+    LENGTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    READERS_IN_ROWS: tl.constexpr,
+    THROUGH: tl.constexpr,
+    ADDED: tl.constexpr,
+    EXACT_AS_IS: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    chunk = tl.program_id(0) // (CHUNK // TILE)
+    tile = tl.program_id(0) % (CHUNK // TILE)
+    group = head // (HEADS // GROUPS)
+    of_head = batch * HEADS + head
+    p = tl.arange(0, HEAD_DIM)
+    n = tl.arange(0, STATE)
+    i = tile * TILE + tl.arange(0, TILE)
+    rows = chunk * CHUNK + i
+    row = (batch * LENGTH + rows)[:, None]
+    query = tl.load(queries + row * (GROUPS * STATE) + group * STATE + n[None, :])
+    place = row * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]
+    total = tl.load(before + place) if ADDED else tl.full((TILE, HEAD_DIM), 0.0, tl.float32)
+    if THROUGH:
+        of_chunk = (of_head * (LENGTH // CHUNK) + chunk) * (HEAD_DIM * STATE)
+        edge = tl.load(edges + of_chunk + p[:, None] * STATE + n[None, :])
+        scale = tl.load(scales + of_head * LENGTH + rows)[:, None]
+        total += scale * tl.dot(query.to(tl.float32), tl.trans(edge), input_precision="tf32x3")
+    if not EXACT_AS_IS:
+        query = query.to(tl.float32)
+    start, end = _columns(tile, CHUNK, TILE, BLOCK, OWN, READERS_IN_ROWS)
+    for other in range(start, end):
+        j = other * TILE + tl.arange(0, TILE)
+        columns = chunk * CHUNK + j
+        column = (batch * LENGTH + columns)[:, None]
+        key = tl.load(keys + column * (GROUPS * STATE) + group * STATE + n[None, :])
+        value = tl.load(values + column * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
+        if not EXACT_AS_IS:
+            key = key.to(tl.float32)
+        reader = i[:, None] if READERS_IN_ROWS else j[None, :]
+        writer = j[None, :] if READERS_IN_ROWS else i[:, None]
+        decay = _decay(
+            readers_coarse,
+            readers_fine,
+            writers_coarse,
+            writers_fine,
+            of_head * LENGTH + rows,
+            of_head * LENGTH + columns,
+            _seen(reader, writer, BLOCK, OWN),
+            READERS_IN_ROWS,
+        )
+        step_size = tl.load(dt + of_head * LENGTH + (columns if READERS_IN_ROWS else rows))
+        decay *= step_size[None, :] if READERS_IN_ROWS else step_size[:, None]
+        mixed = tl.dot(query, tl.trans(key), input_precision="tf32x3") * decay
+        total = tl.dot(mixed, value, total, input_precision="tf32x3")
+    tl.store(output + place, total)
+
+
+@triton.jit
+def group_gradients(
+    queries,
+    upstream,
+    keys,
+    values,
+    readers_coarse,
+    readers_fine,
+    writers_coarse,
+    writers_fine,
+    dt,
+    before,
+    scales,
+    edges,
+    gradient,
+    by_decay,
+    by_step,
+    crossed,
+    LENGTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    READERS_IN_ROWS: tl.constexpr,
+    THROUGH: tl.constexpr,
+    ADDED: tl.constexpr,
+    EXACT_AS_IS: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    group = tl.program_id(1)
+    chunk = tl.program_id(0) // (CHUNK // TILE)
+    tile = tl.program_id(0) % (CHUNK // TILE)
+    p = tl.arange(0, HEAD_DIM)
+    n = tl.arange(0, STATE)
+    i = tile * TILE + tl.arange(0, TILE)
+    rows = chunk * CHUNK + i
+    row = (batch * LENGTH + rows)[:, None]
+    place = row * (GROUPS * STATE) + group * STATE + n[None, :]
+    query = tl.load(queries + place)
+    total = tl.load(before + place) if ADDED else tl.full((TILE, STATE), 0.0, tl.float32)
+    if THROUGH:
+        for r in range(HEADS // GROUPS):
+            head = group * (HEADS // GROUPS) + r
+            of_head = batch * HEADS + head
+            up = tl.load(upstream + row * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
+            of_chunk = (of_head * (LENGTH // CHUNK) + chunk) * (HEAD_DIM * STATE)
+            edge = tl.load(edges + of_chunk + p[:, None] * STATE + n[None, :])
+            pulled = tl.dot(up, edge, input_precision="tf32x3")
+            total += pulled * tl.load(scales + of_head * LENGTH + rows)[:, None]
+            tl.store(crossed + of_head * LENGTH + rows, tl.reduce(pulled * query.to(tl.float32), 1, _ADD))
+    if not EXACT_AS_IS:
+        query = query.to(tl.float32)
+
+    # A row of each for every head, in registers; heads are padded to a power of two.
+    heads = tl.arange(0, PADDED_HEADS)
+    decay_sums = tl.full((PADDED_HEADS, TILE), 0.0, tl.float32)
+    step_sums = tl.full((PADDED_HEADS, TILE), 0.0, tl.float32)
+    start, end = _columns(tile, CHUNK, TILE, BLOCK, OWN, READERS_IN_ROWS)
+    for other in range(start, end):
+        j = other * TILE + tl.arange(0, TILE)
+        columns = chunk * CHUNK + j
+        column = (batch * LENGTH + columns)[:, None]
+        key = tl.load(keys + column * (GROUPS * STATE) + group * STATE + n[None, :])
+        if not EXACT_AS_IS:
+            key = key.to(tl.float32)
+        scores = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+        reader = i[:, None] if READERS_IN_ROWS else j[None, :]
+        writer = j[None, :] if READERS_IN_ROWS else i[:, None]
+        seen = _seen(reader, writer, BLOCK, OWN)
+        dscores = tl.full((TILE, TILE), 0.0, tl.float32)
+        for r in range(HEADS // GROUPS):
+            head = group * (HEADS // GROUPS) + r
+            of_head = batch * HEADS + head
+            up = tl.load(upstream + row * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
+            value = tl.load(values + column * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
+            decay = _decay(
+                readers_coarse,
+                readers_fine,
+                writers_coarse,
+                writers_fine,
+                of_head * LENGTH + rows,
+                of_head * LENGTH + columns,
+                seen,
+                READERS_IN_ROWS,
+            )
+            step_size = tl.load(dt + of_head * LENGTH + (columns if READERS_IN_ROWS else rows))
+            step_size = step_size[None, :] if READERS_IN_ROWS else step_size[:, None]
+            mixed = tl.dot(up, tl.trans(value), input_precision="tf32x3") * decay
+            step_terms = mixed * scores
+            # The diagonal does not decay: left out rather than left to cancel.
+            decay_terms = tl.where(writer < reader, step_terms * step_size, 0.0)
+            of_this = heads[:, None] == r
+            step_sums += tl.where(of_this, tl.reduce(step_terms, 1, _ADD)[None, :], 0.0)
+            decay_sums += tl.where(of_this, tl.reduce(decay_terms, 1, _ADD)[None, :], 0.0)
+            dscores += mixed * step_size
+        total = tl.dot(dscores, key.to(tl.float32), total, input_precision="tf32x3")
+    tl.store(gradient + place, total)
+    of_heads = (batch * HEADS + group * (HEADS // GROUPS) + heads)[:, None] * LENGTH + rows[None, :]
+    real = heads[:, None] < HEADS // GROUPS
+    tl.store(by_decay + of_heads, decay_sums, mask=real)
+    if not READERS_IN_ROWS:
+        tl.store(by_step + of_heads, step_sums, mask=real)
