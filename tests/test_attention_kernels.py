@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import Keys, attention_gpu, attention_tpu, flash, reference
+from twotower_jax.kernels import Keys, attention_gpu, attention_tpu, attention_tpu_layout, flash, reference
 from twotower_jax.layers import attention as layer
 from twotower_jax.sharding import MeshShape, make_mesh
 
@@ -29,9 +29,10 @@ B, H, K, P = 2, 4, 2, 16
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(flash, "_FEW", 8)
-    monkeypatch.setattr(attention_tpu, "_ROWS", 32)
-    monkeypatch.setattr(attention_tpu, "_ROWS_BACKWARD", 128)
-    monkeypatch.setattr(attention_tpu, "_KEYS", 32)
+    monkeypatch.setattr(attention_tpu_layout, "POSITIONS", 16)
+    monkeypatch.setattr(attention_tpu_layout, "ROWS", 32)
+    monkeypatch.setattr(attention_tpu_layout, "ROWS_BACKWARD", 16)
+    monkeypatch.setattr(attention_tpu_layout, "KEYS", 32)
 
 
 def run(platform):
