@@ -210,8 +210,10 @@ def test_each_device_takes_its_positions_and_heads():
 
         return jax.grad(loss, argnums=tuple(range(5)), has_aux=True)(*arrays)
 
-    def divided(*arguments):
-        return layer._attend(*arguments, implementation="pallas_tpu_interpret")
+    def divided(q, sources, own, block):
+        sources = tuple(s._replace(key=layer._side_by_side(s.key), value=layer._side_by_side(s.value)) for s in sources)
+        own, flat = tuple(map(layer._side_by_side, own)), q.reshape(*q.shape[:2], -1)
+        return layer._attend(P, flat, sources, own, block, "pallas_tpu_interpret").reshape(q.shape)
 
     def whole(q, sources, own, block):
         return reference.attention(q, sources, own_block=own, block_size=block)
