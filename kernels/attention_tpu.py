@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from twotower_jax.kernels import attention_tpu_layout as layout
 from twotower_jax.kernels import flash, tpu
 from twotower_jax.kernels.attention import Keys
-from twotower_jax.kernels.attention_tpu_layout import DELTA, LSE, Cut
+from twotower_jax.kernels.attention_tpu_layout import DELTA, LSE, Cut, KeysOfRows, Stream
 from twotower_jax.kernels.attention_xla import MASKED, reachable
 from twotower_jax.kernels.tpu_layout import LANES, SUBLANES, VMEM_BYTES
 
@@ -40,88 +40,6 @@ class _Static(NamedTuple):
     interpret: bool
 
 
-class _Stream:
-    """Tiles of arrays in HBM, one after the other from `first` to `last`: the next is fetched while one is in use."""
-
-    def __init__(self, refs, buffers, at, first, last):
-        *self.buffers, self.sems = buffers
-        self.refs, self.at, self.first, self.last = refs, at, first, last
-
-        @pl.when(first < last)
-        def _():
-            for copy in self._copies(first, 0):
-                copy.start()
-
-    def _copies(self, j, slot):
-        return [
-            pltpu.make_async_copy(ref.at[self.at(a, j)], buffer.at[slot], self.sems.at[a, slot])
-            for a, (ref, buffer) in enumerate(zip(self.refs, self.buffers, strict=True))
-        ]
-
-    def each(self, body):
-        """`body(j, arrays)`."""
-
-        def step(j, _):
-            slot = lax.rem(j - self.first, 2)
-
-            @pl.when(j + 1 < self.last)
-            def _():
-                for copy in self._copies(j + 1, 1 - slot):
-                    copy.start()
-
-            for copy in self._copies(j, slot):
-                copy.wait()
-            body(j, [buffer.at[slot] for buffer in self.buffers])
-            return 0
-
-        lax.fori_loop(self.first, self.last, step, 0)
-
-
-class _KeysOfRows:
-    """The keys that one tile of rows sees; of all sources, the first tile is fetched at once."""
-
-    def __init__(self, cut: Cut, limits_ref, stats, source_refs, buffers):
-        self.cut, self.columns = cut, stats.T
-        self.tile = pl.program_id(2)
-        b, kv = pl.program_id(0), pl.program_id(1)  # Not in a loop, where the interpreter has none.
-        self.limits = [cut.limits(limits_ref, s, b, self.tile) for s in range(len(cut.sources))]
-        self.streams = []
-        for source, limits, refs, space in zip(cut.sources, self.limits, source_refs, buffers, strict=True):
-            first, _, _, last = limits
-            at = functools.partial(lambda source, _, j: source.part(b, kv, j, cut.head_dim), source)
-            self.streams.append(_Stream(refs, space, at, first // source.keys, pl.cdiv(last, source.keys)))
-
-    def ends(self, source: int):
-        return (self.columns[:, 2 * source + end : 2 * source + end + 1] for end in range(2))
-
-    def seen_of_own(self):
-        start, stop = self.ends(len(self.streams))
-        position = self.tile * self.cut.own + lax.broadcasted_iota(jnp.int32, (1, self.cut.own), 1)
-        return (position.astype(jnp.float32) >= start) & (position.astype(jnp.float32) < stop)
-
-    def each(self, step):
-        """`step(k, v, seen)` for the tiles of each source that some row sees, seen None where all rows see all."""
-        for s in range(len(self.streams)):
-            self.streams[s].each(functools.partial(self._tile, step, s))
-
-    def _tile(self, step, s, j, tiles):
-        source, (_, all_from, all_to, last), (start, stop) = self.cut.sources[s], self.limits[s], self.ends(s)
-        begin, place = j * source.keys, source.place(j)
-        whole = (begin >= all_from) & (begin + source.keys <= all_to)
-
-        @pl.when(whole)
-        def _():
-            step(*(tile[...] for tile in tiles), None)
-
-        @pl.when(jnp.logical_not(whole))
-        def _():
-            across = (place + lax.broadcasted_iota(jnp.int32, (1, source.keys), 1)).astype(jnp.float32)
-            down = place + lax.broadcasted_iota(jnp.int32, (source.keys, 1), 0)
-            seen = (across >= jnp.maximum(start, begin.astype(jnp.float32))) & (across < stop)
-            # What no row sees may be NaN, which times 0 is NaN.
-            step(*(jnp.where(down < last, tile[...], jnp.zeros((), tile.dtype)) for tile in tiles), seen)
-
-
 def _row(column):
     """(g·l, 1) → (1, g·l)."""
     return jnp.broadcast_to(column, (column.shape[0], SUBLANES)).T[:1]
@@ -130,7 +48,7 @@ def _row(column):
 def _forward_kernel(
     limits_ref, q_ref, stats_ref, own_refs, source_refs, out_ref, lse_ref, buffers, top_ref, sum_ref, acc_ref, *, cut
 ):
-    keys = _KeysOfRows(cut, limits_ref, stats_ref[...], source_refs, buffers)
+    keys = KeysOfRows(cut, limits_ref, stats_ref[...], source_refs, buffers)
     q, scale = cut.to_rows(q_ref[...]), cut.head_dim**-0.5
     top_ref[...] = jnp.full_like(top_ref, MASKED)
     sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -171,7 +89,7 @@ def _gradient_of_q_kernel(
     whole_stats_ref[...] = stats_ref[...]
     whole_stats_ref[places + LSE : places + LSE + 1] = lse_ref[...]
     whole_stats_ref[places + DELTA : places + DELTA + 1] = _row(delta)
-    keys = _KeysOfRows(cut, limits_ref, whole_stats_ref[...], source_refs, buffers)
+    keys = KeysOfRows(cut, limits_ref, whole_stats_ref[...], source_refs, buffers)
     lse = keys.columns[:, places + LSE : places + LSE + 1]
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
@@ -250,7 +168,7 @@ def _gradient_of_keys_kernel(
 
     base = (b * pl.num_programs(2) + j) * 2
     first, last = spans_ref[base] * cut.groups, spans_ref[base + 1] * cut.groups
-    _Stream((q_ref, do_ref, stats_ref), buffers, at, first, last).each(body)
+    Stream((q_ref, do_ref, stats_ref), buffers, at, first, last).each(body)
     dk_ref[...] = (dk_sum[...] * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
 
@@ -277,7 +195,7 @@ class _Specs:
 
 
 def _buffers(tiles):
-    """For a `_Stream` of tiles of these shapes and dtypes."""
+    """For a `Stream` of tiles of these shapes and dtypes."""
     spaces = (pltpu.VMEM((2, *shape), dtype) for shape, dtype in tiles)
     return (*spaces, pltpu.SemaphoreType.DMA((len(tiles), 2)))
 

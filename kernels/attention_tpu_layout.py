@@ -1,16 +1,19 @@
-"""How attention_tpu.py cuts a problem: rows of several heads, tiles of keys, and where each lies in its array.
+"""How attention_tpu.py cuts a problem: rows of several heads, tiles of keys, where each lies, and how keys are fetched.
 
 Heads are read and written where a projection leaves them, side by side in (B, L, H·P), so that neither activations nor
 the projections' matrices are turned around. A tile takes l positions of g query heads that share keys, as g·l rows, one
 head's positions below another's. Only a cache has the keys of each head together, (B, K, T, P).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from twotower_jax.kernels import tpu
 from twotower_jax.kernels.attention import Keys
@@ -38,12 +41,16 @@ class Source(NamedTuple):
         multiple = PACKED if self.count > self.keys else LANES
         return pl.multiple_of(jnp.minimum(j * self.keys, self.count - self.keys), multiple)
 
-    def part(self, b, kv, j, head_dim: int):
-        """The indices of tile j."""
-        keys = pl.ds(self.place(j), self.keys)
-        if not self.side_by_side:
-            return b, kv, keys
-        return b, keys, pl.ds(pl.multiple_of(kv * head_dim, head_dim), head_dim)
+    def parts(self, b, kv, head_dim: int):
+        """As `Stream` asks for it: where in keys, or in values, tile j lies."""
+
+        def at(_, j):
+            keys = pl.ds(self.place(j), self.keys)
+            if not self.side_by_side:
+                return b, kv, keys
+            return b, keys, pl.ds(pl.multiple_of(kv * head_dim, head_dim), head_dim)
+
+        return at
 
     def spec(self, head_dim: int) -> pl.BlockSpec:
         """Of tile j at (b, kv, j) of a grid."""
@@ -175,3 +182,84 @@ def _side_by_side(v):
     """(B, K, T, P) → (B, T, K·P), where a projection left it: XLA cancels this transposition with that before it."""
     v = jnp.swapaxes(v, 1, 2)
     return v.reshape(*v.shape[:2], -1)
+
+
+class Stream:
+    """Tiles of arrays in HBM, one after the other from `first` to `last`: the next is fetched while one is in use."""
+
+    def __init__(self, refs, buffers, at, first, last):
+        *self.buffers, self.sems = buffers
+        self.refs, self.at, self.first, self.last = refs, at, first, last
+
+        @pl.when(first < last)
+        def _():
+            for copy in self._copies(first, 0):
+                copy.start()
+
+    def _copies(self, j, slot):
+        return [
+            pltpu.make_async_copy(ref.at[self.at(a, j)], buffer.at[slot], self.sems.at[a, slot])
+            for a, (ref, buffer) in enumerate(zip(self.refs, self.buffers, strict=True))
+        ]
+
+    def each(self, body):
+        """`body(j, tiles)`."""
+
+        def step(j, _):
+            slot = lax.rem(j - self.first, 2)
+
+            @pl.when(j + 1 < self.last)
+            def _():
+                for copy in self._copies(j + 1, 1 - slot):
+                    copy.start()
+
+            for copy in self._copies(j, slot):
+                copy.wait()
+            body(j, [buffer.at[slot] for buffer in self.buffers])
+            return 0
+
+        lax.fori_loop(self.first, self.last, step, 0)
+
+
+class KeysOfRows:
+    """The keys that a tile of rows sees, at (b, kv, tile) of a grid; the first of each source are fetched at once."""
+
+    def __init__(self, cut: Cut, limits_ref, stats, source_refs, buffers):
+        self.cut, self.columns = cut, stats.T
+        self.tile = pl.program_id(2)
+        b, kv = pl.program_id(0), pl.program_id(1)  # Not in a loop, where the interpreter has none.
+        self.limits = [cut.limits(limits_ref, s, b, self.tile) for s in range(len(cut.sources))]
+        self.streams = []
+        for source, limits, refs, space in zip(cut.sources, self.limits, source_refs, buffers, strict=True):
+            tiles = limits[0] // source.keys, pl.cdiv(limits[3], source.keys)
+            self.streams.append(Stream(refs, space, source.parts(b, kv, cut.head_dim), *tiles))
+
+    def _ends(self, source: int):
+        return (self.columns[:, 2 * source + end : 2 * source + end + 1] for end in range(2))
+
+    def seen_of_own(self):
+        start, stop = self._ends(len(self.streams))
+        position = self.tile * self.cut.own + lax.broadcasted_iota(jnp.int32, (1, self.cut.own), 1)
+        return (position.astype(jnp.float32) >= start) & (position.astype(jnp.float32) < stop)
+
+    def each(self, step):
+        """`step(k, v, seen)` for the tiles of each source that some row sees, seen None where all rows see all."""
+        for s, stream in enumerate(self.streams):
+            stream.each(functools.partial(self._tile, step, s))
+
+    def _tile(self, step, s, j, tiles):
+        source, (_, all_from, all_to, last), (start, stop) = self.cut.sources[s], self.limits[s], self._ends(s)
+        begin, place = j * source.keys, source.place(j)
+        whole = (begin >= all_from) & (begin + source.keys <= all_to)
+
+        @pl.when(whole)
+        def _():
+            step(*(tile[...] for tile in tiles), None)
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            across = (place + lax.broadcasted_iota(jnp.int32, (1, source.keys), 1)).astype(jnp.float32)
+            down = place + lax.broadcasted_iota(jnp.int32, (source.keys, 1), 0)
+            seen = (across >= jnp.maximum(start, begin.astype(jnp.float32))) & (across < stop)
+            # What no row sees may be NaN, which times 0 is NaN.
+            step(*(jnp.where(down < last, tile[...], jnp.zeros((), tile.dtype)) for tile in tiles), seen)

@@ -91,11 +91,12 @@ def behind_cache(length, capacity, lengths, own):
     return [cache, cache, new, new], sources
 
 
-def compare(platform, length, use, *, gradient=True, seed=0, scale=1.0):
-    """Output and, of a weighted sum of it, all gradients."""
+def compare(platform, length, use, *, heads=(H, K, P), gradient=True, seed=0, scale=1.0):
+    """Output and, of a weighted sum of it, all gradients; `heads` are H, K and P."""
     shapes, sources = use
-    arrays = draw(platform, seed, (B, length, H, P), *shapes)
-    (weights,) = draw(platform, seed + 1, (B, length, H, P))
+    queries, kv_heads, head_dim = (B, length, heads[0], heads[2]), *heads[1:]
+    arrays = draw(platform, seed, queries, *[(B, kv_heads, count, head_dim) for _, _, count, _ in shapes])
+    (weights,) = draw(platform, seed + 1, queries)
     arrays[0] *= scale
 
     def outputs(function, arrays, weights):
@@ -121,6 +122,18 @@ def compare(platform, length, use, *, gradient=True, seed=0, scale=1.0):
 @pytest.mark.parametrize(("platform", "length", "block"), [("tpu", 72, 8), ("tpu", 30, 5), ("gpu", 72, 8)])
 def test_denoiser_training_and_all_its_gradients(platform, length, block):
     compare(platform, length, denoiser(length, block))
+
+
+@pytest.mark.parametrize(("heads", "block"), [((3, 3, 24), 8), ((6, 2, 5), 12), ((5, 1, 16), 20)], ids=str)
+def test_any_heads_and_blocks(heads, block):
+    """As many keys as queries, three and five that share a key; blocks of which 16 positions are not made."""
+    compare("tpu", 120, denoiser(120, block), heads=heads)
+
+
+@pytest.mark.parametrize("length", [1, 5, 20])
+def test_gradients_of_several_sources(length):
+    """A cache, whose heads lie apart, and the tokens just read, in one tile with the queries or in several."""
+    compare("tpu", length, behind_cache(length, 40, (33, 0), False))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -1,5 +1,8 @@
 """Which implementation of an op runs: kernels/dispatch.py; and that kernels lower for the chips they are made for."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -111,11 +114,14 @@ def test_every_implementation_is_one_that_loads():
         kernels.chosen("no such op")
 
 
+def lowered_for_tpu(function, *arguments):
+    with tpu():
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+
+
 def kernels_in(function, *arguments):
     """How many kernels a function lowers to for a TPU."""
-    with tpu():
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
-    return lowered.as_text().count("tpu_custom_call")
+    return lowered_for_tpu(function, *arguments).count("tpu_custom_call")
 
 
 def gpu_kernels_in(function, *arguments):
@@ -217,3 +223,19 @@ def test_attention_lowers_for_a_tpu_at_the_shapes_of_the_30b_model():
     arrays = (q, *[source.key] * 4)
     assert kernels_in(loss, *arrays) == 1
     assert kernels_in(jax.grad(loss, argnums=tuple(range(5))), *arrays) == 3
+
+
+def test_attention_turns_no_queries_around():
+    """Of all that is transposed for a TPU, forward and backward, nothing is larger than keys: heads stay side by side."""
+
+    def loss(q, key, value, *own):
+        q, *keys = (v.reshape(*v.shape[:2], -1, 128) for v in (q, key, value, *own))
+        key, value, *own = (jnp.swapaxes(v, 1, 2) for v in keys)
+        context = kernels.Keys(key, value, jnp.arange(q.shape[1]) // 16 * 16)
+        y = kernels.attention(q, (context,), own_block=tuple(own), block_size=16)
+        return jnp.sum(y.astype(jnp.float32))
+
+    q, key = (jax.ShapeDtypeStruct((1, 8192, width), jnp.bfloat16) for width in (32 * 128, 2 * 128))
+    text = lowered_for_tpu(jax.grad(loss, argnums=tuple(range(5))), q, *[key] * 4)
+    shapes = re.findall(r"stablehlo\.transpose .*-> tensor<([\dx]+)x\w+>", text)
+    assert shapes and max(math.prod(map(int, shape.split("x"))) for shape in shapes) == math.prod(key.shape)
