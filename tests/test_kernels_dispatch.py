@@ -226,7 +226,7 @@ def test_attention_lowers_for_a_tpu_at_the_shapes_of_the_30b_model():
 
 
 def test_attention_turns_no_queries_around():
-    """Of all that is transposed for a TPU, forward and backward, nothing is larger than keys: heads stay side by side."""
+    """Nothing larger than keys is transposed for a TPU, forward or backward: heads stay side by side."""
 
     def loss(q, key, value, *own):
         q, *keys = (v.reshape(*v.shape[:2], -1, 128) for v in (q, key, value, *own))
