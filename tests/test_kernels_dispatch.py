@@ -205,6 +205,9 @@ def test_attention_is_chosen_by_platform_and_arrays():
         assert few == ("xla", "not pallas_tpu: no source has more than 128 keys, which XLA does as well")
         odd = kernels.chosen("attention", *keys_behind(16, 8192, head_dim=80))
         assert odd == ("xla", "not pallas_tpu: the head dim 80 is not a multiple of 128")
+        q, (source,) = keys_behind(1980, 1980)
+        long = kernels.chosen("attention", q, (source,), own_block=(source.key, source.key), block_size=198)
+        assert long == ("xla", "not pallas_tpu: blocks of 198 make tiles of 1584 positions, more than 1024")
     with hopper():
         assert kernels.chosen("attention", *keys_behind(16, 8192)).implementation == "mosaic_gpu"
         exact = kernels.chosen("attention", *keys_behind(16, 8192, jnp.float32))
