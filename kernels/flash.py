@@ -1,4 +1,4 @@
-"""Attention in parts, for kernels that take one source of keys: how the parts are combined, and the gradient.
+"""Attention in parts, for kernels of one source of keys (the GPU's): how parts are combined, and the gradient.
 
 Each part, a source or the own block, gives its normalized output o_s and the logarithm of its weights' sum, lse_s. The
 whole is exact (Dao et al. 2022, arXiv 2205.14135, section 3.1):

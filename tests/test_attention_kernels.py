@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import Keys, attention_gpu, attention_tpu, flash, reference
+from twotower_jax.kernels import Keys, attention_gpu, attention_tpu, attention_tpu_layout, flash, reference
 from twotower_jax.layers import attention as layer
 from twotower_jax.sharding import MeshShape, make_mesh
 
@@ -29,9 +29,10 @@ B, H, K, P = 2, 4, 2, 16
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(flash, "_FEW", 8)
-    monkeypatch.setattr(attention_tpu, "_ROWS", 32)
-    monkeypatch.setattr(attention_tpu, "_ROWS_BACKWARD", 128)
-    monkeypatch.setattr(attention_tpu, "_KEYS", 32)
+    monkeypatch.setattr(attention_tpu_layout, "POSITIONS", 16)
+    monkeypatch.setattr(attention_tpu_layout, "ROWS", 32)
+    monkeypatch.setattr(attention_tpu_layout, "ROWS_BACKWARD", 16)
+    monkeypatch.setattr(attention_tpu_layout, "KEYS", 32)
 
 
 def run(platform):
@@ -90,11 +91,12 @@ def behind_cache(length, capacity, lengths, own):
     return [cache, cache, new, new], sources
 
 
-def compare(platform, length, use, *, gradient=True, seed=0, scale=1.0):
-    """Output and, of a weighted sum of it, all gradients."""
+def compare(platform, length, use, *, heads=(H, K, P), gradient=True, seed=0, scale=1.0):
+    """Output and, of a weighted sum of it, all gradients; `heads` are H, K and P."""
     shapes, sources = use
-    arrays = draw(platform, seed, (B, length, H, P), *shapes)
-    (weights,) = draw(platform, seed + 1, (B, length, H, P))
+    queries, kv_heads, head_dim = (B, length, heads[0], heads[2]), *heads[1:]
+    arrays = draw(platform, seed, queries, *[(B, kv_heads, count, head_dim) for _, _, count, _ in shapes])
+    (weights,) = draw(platform, seed + 1, queries)
     arrays[0] *= scale
 
     def outputs(function, arrays, weights):
@@ -120,6 +122,18 @@ def compare(platform, length, use, *, gradient=True, seed=0, scale=1.0):
 @pytest.mark.parametrize(("platform", "length", "block"), [("tpu", 72, 8), ("tpu", 30, 5), ("gpu", 72, 8)])
 def test_denoiser_training_and_all_its_gradients(platform, length, block):
     compare(platform, length, denoiser(length, block))
+
+
+@pytest.mark.parametrize(("heads", "block"), [((3, 3, 24), 8), ((6, 2, 5), 12), ((5, 1, 16), 20)], ids=str)
+def test_any_heads_and_blocks(heads, block):
+    """As many keys as queries, three and five that share a key; blocks of which 16 positions are not made."""
+    compare("tpu", 120, denoiser(120, block), heads=heads)
+
+
+@pytest.mark.parametrize("length", [1, 5, 20])
+def test_gradients_of_several_sources(length):
+    """A cache, whose heads lie apart, and the tokens just read, in one tile with the queries or in several."""
+    compare("tpu", length, behind_cache(length, 40, (33, 0), False))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -209,8 +223,10 @@ def test_each_device_takes_its_positions_and_heads():
 
         return jax.grad(loss, argnums=tuple(range(5)), has_aux=True)(*arrays)
 
-    def divided(*arguments):
-        return layer._attend(*arguments, implementation="pallas_tpu_interpret")
+    def divided(q, sources, own, block):
+        sources = tuple(s._replace(key=layer._side_by_side(s.key), value=layer._side_by_side(s.value)) for s in sources)
+        own, flat = tuple(map(layer._side_by_side, own)), q.reshape(*q.shape[:2], -1)
+        return layer._attend(P, flat, sources, own, block, "pallas_tpu_interpret").reshape(q.shape)
 
     def whole(q, sources, own, block):
         return reference.attention(q, sources, own_block=own, block_size=block)

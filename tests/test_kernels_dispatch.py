@@ -1,5 +1,8 @@
 """Which implementation of an op runs: kernels/dispatch.py; and that kernels lower for the chips they are made for."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -119,11 +122,14 @@ def test_every_implementation_is_one_that_loads():
         kernels.chosen("no such op")
 
 
+def lowered_for_tpu(function, *arguments):
+    with tpu():
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+
+
 def kernels_in(function, *arguments):
     """How many kernels a function lowers to for a TPU."""
-    with tpu():
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
-    return lowered.as_text().count("tpu_custom_call")
+    return lowered_for_tpu(function, *arguments).count("tpu_custom_call")
 
 
 def gpu_kernels_in(function, *arguments):
@@ -207,6 +213,9 @@ def test_attention_is_chosen_by_platform_and_arrays():
         assert few == ("xla", "not pallas_tpu: no source has more than 128 keys, which XLA does as well")
         odd = kernels.chosen("attention", *keys_behind(16, 8192, head_dim=80))
         assert odd == ("xla", "not pallas_tpu: the head dim 80 is not a multiple of 128")
+        q, (source,) = keys_behind(1980, 1980)
+        long = kernels.chosen("attention", q, (source,), own_block=(source.key, source.key), block_size=198)
+        assert long == ("xla", "not pallas_tpu: blocks of 198 make tiles of 1584 positions, more than 1024")
     with hopper():
         assert kernels.chosen("attention", *keys_behind(16, 8192)).implementation == "mosaic_gpu"
         exact = kernels.chosen("attention", *keys_behind(16, 8192, jnp.float32))
@@ -225,3 +234,19 @@ def test_attention_lowers_for_a_tpu_at_the_shapes_of_the_30b_model():
     arrays = (q, *[source.key] * 4)
     assert kernels_in(loss, *arrays) == 1
     assert kernels_in(jax.grad(loss, argnums=tuple(range(5))), *arrays) == 3
+
+
+def test_attention_turns_no_queries_around():
+    """Nothing larger than keys is transposed for a TPU, forward or backward: heads stay side by side."""
+
+    def loss(q, key, value, *own):
+        q, *keys = (v.reshape(*v.shape[:2], -1, 128) for v in (q, key, value, *own))
+        key, value, *own = (jnp.swapaxes(v, 1, 2) for v in keys)
+        context = kernels.Keys(key, value, jnp.arange(q.shape[1]) // 16 * 16)
+        y = kernels.attention(q, (context,), own_block=tuple(own), block_size=16)
+        return jnp.sum(y.astype(jnp.float32))
+
+    q, key = (jax.ShapeDtypeStruct((1, 8192, width), jnp.bfloat16) for width in (32 * 128, 2 * 128))
+    text = lowered_for_tpu(jax.grad(loss, argnums=tuple(range(5))), q, *[key] * 4)
+    shapes = re.findall(r"stablehlo\.transpose .*-> tensor<([\dx]+)x\w+>", text)
+    assert shapes and max(math.prod(map(int, shape.split("x"))) for shape in shapes) == math.prod(key.shape)

@@ -13,6 +13,7 @@ from twotower_jax.layers.experts import MLP, Experts
 from twotower_jax.layers.mamba import Mamba, MambaCache
 from twotower_jax.layers.time_conditioning import Modulation, TimeConditioning, modulation, sinusoids
 from twotower_jax.parameters import Scope, bind, initialize, normal, parameter_table
+from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.tower import Execution, Layer
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -307,6 +308,22 @@ def test_attention_blocks_read_the_context(small_config, random_params, quick_ji
             everything = np.ones((3, edge + 3), bool)
             expected = literal_attention(config, p, block, all_keys, all_values, everything)
             assert_close(y[row, edge : edge + 3], expected)
+
+
+def test_attention_reaches_devices_with_heads_side_by_side(small_config, random_params):
+    """What crosses the border of devices with heads apart makes XLA turn the projections' matrices around."""
+    mixer = Attention(small_config("*"), SCOPE)
+
+    def run(params, x):
+        _, memory = bind(mixer, params).causal(x)
+        return bind(mixer, params).blockwise(x, memory, 3)
+
+    with jax.set_mesh(make_mesh(MeshShape(data=2), jax.devices()[:2])):
+        jaxpr = jax.make_jaxpr(run)(random_params(mixer), draw(1, 2, 6, D))
+    borders = [equation for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]
+    assert len(borders) == 2
+    for v in [v.aval for border in borders for v in (*border.invars, *border.outvars)]:
+        assert v.ndim == (3 if jnp.issubdtype(v.dtype, jnp.floating) else 2)
 
 
 def test_append_writes_behind_each_row():

@@ -1,6 +1,5 @@
 """The attention layer of the 30B model, for kernel_compile.py: 32 heads of 128, 2 of keys."""
 
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,33 +19,44 @@ def implementation(platform: str, dtype: jnp.dtype) -> str:
 
 
 def cases(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]:
-    """What is compiled, its function and its shapes, for the implementation of a name."""
-    attention = functools.partial(kernels.attention, implementation=name)
+    """What is compiled, its function and its shapes, for the implementation of a name.
 
-    def queries(batch, length):
-        return (batch, length, _HEADS, _HEAD_DIM), dtype
+    Heads lie side by side, as projections leave them, but in caches.
+    """
+
+    def side_by_side(heads, batch, length):
+        return (batch, length, heads * _HEAD_DIM), dtype
 
     def keys(batch, length):
-        return [((batch, _KV_HEADS, length, _HEAD_DIM), dtype)] * 2
+        return [side_by_side(_KV_HEADS, batch, length)] * 2
 
-    def causal(q, key, value):
-        return attention(q, (kernels.Keys(key, value, jnp.arange(1, q.shape[1] + 1)),))
+    def apart(v):
+        return v.reshape(*v.shape[:2], -1, _HEAD_DIM)
+
+    def heads_first(*arrays):
+        return tuple(jnp.swapaxes(apart(v), 1, 2) for v in arrays)
+
+    def attention(q, sources, **own):
+        return kernels.attention(apart(q), sources, **own, implementation=name).reshape(q.shape)
+
+    def causal(q, *pair):
+        return attention(q, (kernels.Keys(*heads_first(*pair), jnp.arange(1, q.shape[1] + 1)),))
 
     def blocks(q, key, value, *own):
-        context = kernels.Keys(key, value, jnp.arange(q.shape[1]) // _BLOCK * _BLOCK)
-        return attention(q, (context,), own_block=own, block_size=_BLOCK)
+        context = kernels.Keys(*heads_first(key, value), jnp.arange(q.shape[1]) // _BLOCK * _BLOCK)
+        return attention(q, (context,), own_block=heads_first(*own), block_size=_BLOCK)
 
     def one_block(q, key, value, lengths, *own):
         cache = kernels.Keys(key, value, lengths[:, None])
-        return attention(q, (cache,), own_block=own, block_size=q.shape[1])
+        return attention(q, (cache,), own_block=heads_first(*own), block_size=q.shape[1])
 
     def extension(q, key, value, lengths, *own):
         cache = kernels.Keys(key, value, lengths[:, None])
-        return attention(q, (cache, kernels.Keys(*own, jnp.arange(1, q.shape[1] + 1))))
+        return attention(q, (cache, kernels.Keys(*heads_first(*own), jnp.arange(1, q.shape[1] + 1))))
 
     def behind_cache(batch, length):
-        lengths = (batch,), jnp.dtype(jnp.int32)
-        return [queries(batch, length), *keys(batch, _LENGTH), lengths, *keys(batch, length)]
+        cache, lengths = ((batch, _KV_HEADS, _LENGTH, _HEAD_DIM), dtype), ((batch,), jnp.dtype(jnp.int32))
+        return [side_by_side(_HEADS, batch, length), cache, cache, lengths, *keys(batch, length)]
 
     def gradient(function):
         def loss(arrays):
@@ -54,7 +64,8 @@ def cases(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]
 
         return lambda *arrays: jax.grad(loss)(arrays)
 
-    run, both = [queries(1, _LENGTH), *keys(1, _LENGTH)], [queries(1, _LENGTH), *2 * keys(1, _LENGTH)]
+    queries = side_by_side(_HEADS, 1, _LENGTH)
+    run, both = [queries, *keys(1, _LENGTH)], [queries, *2 * keys(1, _LENGTH)]
     yield f"attention, causal, {_LENGTH} tokens", causal, run
     yield f"attention, causal, {_LENGTH} tokens, gradient", gradient(causal), run
     yield f"attention, blocks of {_BLOCK}, {_LENGTH} tokens", blocks, both

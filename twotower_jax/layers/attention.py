@@ -91,9 +91,8 @@ class Attention(nnx.Module):
         sources = (kernels.Keys(key, value, stop, document_start),)
         if cache is not None:
             sources = (kernels.Keys(cache.key, cache.value, cache_lengths[:, None]), *sources)
-        return self._output(_attend(q, sources, implementation=self.backends.attention)), AttentionMemory(
-            key=key, value=value
-        )
+        key, value = (_heads_first(v, self.config.head_dim) for v in (key, value))
+        return self._attend(q, sources), AttentionMemory(key=key, value=value)
 
     def blockwise(
         self,
@@ -115,24 +114,22 @@ class Attention(nnx.Module):
         """
         q, key, value = self._project(x)
         if isinstance(memory, AttentionCache):
-            stop = cache_lengths[:, None]
+            source = kernels.Keys(memory.key, memory.value, cache_lengths[:, None], document_start)
         else:
             stop = (jnp.arange(x.shape[1]) // block_size * block_size)[None]
-        sources = (kernels.Keys(memory.key, memory.value, stop, document_start),)
-        return self._output(_attend(q, sources, (key, value), block_size, self.backends.attention))
+            source = kernels.Keys(_side_by_side(memory.key), _side_by_side(memory.value), stop, document_start)
+        return self._attend(q, (source,), (key, value), block_size)
 
     def _project(self, x):
-        """q (B, L, H, P), key and value (B, K, L, P)."""
-        q, key, value = (
-            proj(x).reshape(*x.shape[:-1], -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return q, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def _output(self, y):
-        return self.o_proj(y.reshape(*y.shape[:2], -1))
+    def _attend(self, q, sources, own_block=None, block_size=None):
+        options = {"block_size": block_size, "implementation": self.backends.attention}
+        return self.o_proj(_attend(self.config.head_dim, q, sources, own_block, **options))
 
 
 def _attend(
+    head_dim: int,
     q: jax.Array,
     sources: tuple[kernels.Keys, ...],
     own_block: tuple[jax.Array, jax.Array] | None = None,
@@ -141,35 +138,63 @@ def _attend(
 ) -> jax.Array:
     """`kernels.attention`, every device taking its rows, its heads and its positions as queries.
 
+    Arrays go to the devices as projections leave them, heads side by side, but for caches: XLA would keep heads apart
+    all the way from the projection, and turn its matrix around.
+
     Keys are few (two heads in the release): each device has all positions of them, and picks the heads that its
     queries read.
+
+    Args:
+      q: (B, L, H·P).
+      sources: with keys and values (B, T, K·P), or (B, K, T, P) of a cache.
+      own_block: (B, L, K·P) each.
+
+    Returns:
+      (B, L, H·P)
     """
-    heads, kv_heads = q.shape[2], sources[0].key.shape[1]
-    whole = ("batch", None, None, None)
 
     def attend(q, sources, own_block):
-        pick = _heads_read(heads // kv_heads, q.shape[2], kv_heads)
-        sources = tuple(s._replace(key=pick(s.key), value=pick(s.value)) for s in sources)
-        own_block = None if own_block is None else tuple(map(pick, own_block))
-        return kernels.attention(q, sources, own_block=own_block, block_size=block_size, implementation=implementation)
+        queries = q.reshape(*q.shape[:2], -1, head_dim)
+
+        def heads(v):
+            v = v if v.ndim == 4 else _heads_first(v, head_dim)
+            return _heads_read(v, queries.shape[2], ratio)
+
+        sources = tuple(s._replace(key=heads(s.key), value=heads(s.value)) for s in sources)
+        own_block = None if own_block is None else tuple(map(heads, own_block))
+        y = kernels.attention(
+            queries, sources, own_block=own_block, block_size=block_size, implementation=implementation
+        )
+        return y.reshape(q.shape)
 
     def end_axes(end):
         return None if end is None else (("batch", None)[end.shape[0] == 1], ("length", None)[end.shape[1] == 1])
 
-    queries = ("batch", "length", "heads", None)
-    own = ("batch", None, "length", None)
-    axes = (
-        queries,
-        tuple(kernels.Keys(whole, whole, end_axes(s.stop), end_axes(s.start)) for s in sources),
-        None if own_block is None else (own, own),
-    )
+    def source_axes(s):
+        whole = ("batch", *[None] * (s.key.ndim - 1))
+        return kernels.Keys(whole, whole, end_axes(s.stop), end_axes(s.start))
+
+    key = sources[0].key
+    ratio = q.shape[2] // (key.shape[2] if key.ndim == 3 else key.shape[1] * head_dim)
+    queries, own = ("batch", "length", "heads"), ("batch", "length", None)
+    axes = queries, tuple(map(source_axes, sources)), None if own_block is None else (own, own)
     return sharding.local(attend, axes, queries)(q, sources, own_block)
 
 
-def _heads_read(ratio: int, heads: int, kv_heads: int):
-    """Picks, of (B, K, T, P) keys or values, those that this device's `heads` query heads read."""
+def _heads_first(v: jax.Array, head_dim: int) -> jax.Array:
+    """(B, L, K·P) → (B, K, L, P)."""
+    return jnp.swapaxes(v.reshape(*v.shape[:2], -1, head_dim), 1, 2)
+
+
+def _side_by_side(v: jax.Array) -> jax.Array:
+    """The inverse of `_heads_first`."""
+    v = jnp.swapaxes(v, 1, 2)
+    return v.reshape(*v.shape[:2], -1)
+
+
+def _heads_read(v: jax.Array, heads: int, ratio: int) -> jax.Array:
+    """Of (B, K, T, P) keys or values, those that this device's `heads` query heads read, `ratio` of them each."""
     if sharding.shards("tensor") == 1:
-        return lambda v: v
-    count = max(1, heads // ratio)
+        return v
     first = jax.lax.axis_index("tensor") * heads // ratio
-    return lambda v: jax.lax.dynamic_slice_in_dim(v, first, count, axis=1)
+    return jax.lax.dynamic_slice_in_dim(v, first, max(1, heads // ratio), axis=1)
