@@ -67,7 +67,7 @@ def masked(seen: jax.Array, v: jax.Array, length: int) -> jax.Array:
 
 
 def reachable(v: jax.Array, stop: jax.Array) -> jax.Array:
-    """Keys or values (B, K, T, P), zeros where no query sees them: there may be NaN, which times 0 is NaN."""
+    """Keys or values (B, K, T, P), zeros where no query sees them: there may be NaN, and 0 · NaN is NaN."""
     if stop.shape[1] > 1:  # Not a cache.
         return v
     return jnp.where((jnp.arange(v.shape[2]) < stop)[:, None, :, None], v, jnp.zeros((), v.dtype))
@@ -81,7 +81,7 @@ def _attend(q, sources, own, blocks):
     found, seen = [], []
     for source in sources:
         seen.append(visible(source))
-        found.append(masked(seen[-1], scores(rows, reachable(source.key, source.stop)), length))
+        found.append(masked(seen[-1], scores(rows, source.key), length))
     if own is not None:
         found.append(scores(in_blocks(rows, blocks), in_blocks(own[0], blocks)).reshape(*rows.shape[:3], -1))
     weights = jax.nn.softmax(jnp.concatenate(found, axis=-1), axis=-1)
