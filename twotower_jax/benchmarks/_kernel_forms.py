@@ -10,6 +10,8 @@ import numpy as np
 from twotower_jax import kernels
 from twotower_jax.benchmarks._kernel_goals import ONE_MATRIX
 from twotower_jax.benchmarks._mamba_ssm import MambaSSM
+from twotower_jax.benchmarks._shapes import demo_config, nano_config
+from twotower_jax.config import ModelConfig
 from twotower_jax.kernels.experts import Weights, relu2
 from twotower_jax.kernels.quantized import group_size, quantize
 
@@ -34,11 +36,22 @@ class Shape(NamedTuple):
     kv_heads: int
     query_dim: int
 
+    @classmethod
+    def of(cls, model: ModelConfig, batch: int, length: int, block: int, cache: int) -> "Shape":
+        """The layers of a model."""
+        return cls(
+            *(batch, length, block, model.chunk_size, cache),
+            *(model.mamba_num_heads, model.mamba_head_dim, model.n_groups, model.ssm_state_size),
+            *(model.hidden_size, model.n_routed_experts, model.num_experts_per_tok, model.moe_intermediate_size),
+            *(model.num_attention_heads, model.num_key_value_heads, model.head_dim),
+        )
 
-SHAPES = {
-    "tiny": Shape(8, 256, 16, 32, 256, 8, 32, 2, 32, 128, 8, 2, 128, 4, 2, 32),
-    "wide": Shape(1, 1024, 16, 128, 1024, 16, 64, 2, 128, 512, 32, 4, 256, 8, 2, 64),
-    "nano": Shape(1, 8192, 16, 128, 4096, 64, 64, 8, 128, 2688, 128, 6, 1856, 32, 2, 128),
+
+# By name.
+SHAPES: dict[str, Callable[[], Shape]] = {
+    "tiny": lambda: Shape.of(demo_config(), 8, 256, 16, 256),
+    "wide": lambda: Shape(1, 1024, 16, 128, 1024, 16, 64, 2, 128, 512, 32, 4, 256, 8, 2, 64),
+    "nano": lambda: Shape.of(nano_config(), 1, 8192, 16, 4096),
 }
 
 

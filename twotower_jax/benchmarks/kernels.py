@@ -43,7 +43,7 @@ def define_flags() -> None:
 def main() -> None:
     use_one_thread()
     values = flags.FLAGS
-    shape, dtype = SHAPES[values.shape], jnp.dtype(values.dtype)
+    shape, dtype = SHAPES[values.shape](), jnp.dtype(values.dtype)
     if values.chunk_size:
         shape = shape._replace(chunk=values.chunk_size)
     if unknown := sorted(set(values.op) - set(MAKERS)):
