@@ -72,15 +72,21 @@ def _scans() -> Iterator[Case]:
         yield Case(op, f"{_LONG:,} tokens, slow decays", *long, implementations=of_long)
 
 
-def _tower(rng, length: int, strong: float | None, dtype) -> list[jax.Array]:
-    """x, dt, log-decay, B, C; with `strong` None states that remember for a thousand positions, and grow."""
-    dt = np.log1p(np.exp(rng.standard_normal((1, length, _HEADS)) - 1))
-    decay = -dt * (rng.uniform(0.2, 2.0, _HEADS) if strong is not None else 1e-3)
+def _steps(rng, length: int, heads: int, strong: float | None) -> list[jax.Array]:
+    """dt and log-decay; with `strong` None states remember for a thousand positions, and grow."""
+    dt = np.log1p(np.exp(rng.standard_normal((1, length, heads)) - 1))
+    decay = -dt * (rng.uniform(0.2, 2.0, heads) if strong is not None else 1e-3)
     if strong:
         decay = np.where(rng.random(dt.shape) < 0.3, -strong, decay)
+    return [jnp.asarray(dt, jnp.float32), jnp.asarray(decay, jnp.float32)]
+
+
+def _tower(rng, length: int, strong: float | None, dtype) -> list[jax.Array]:
+    """x, dt, log-decay, B, C."""
+    steps = _steps(rng, length, _HEADS, strong)
     x = _normal(rng, dtype, 1, length, _HEADS, _HEAD_DIM)
     b, c = (_normal(rng, dtype, 1, length, _GROUPS, _STATE) for _ in range(2))
-    return [x, jnp.asarray(dt, jnp.float32), jnp.asarray(decay, jnp.float32), b, c]
+    return [x, *steps, b, c]
 
 
 def _one_tower(length: int, strong: float | None, rng, dtype) -> list[jax.Array]:
@@ -102,20 +108,21 @@ def _two_tower_ssd(chunk: int, name: str, *arrays):
 
 
 def _block_scans() -> Iterator[Case]:
-    inner, channels = _HEADS * _HEAD_DIM, _HEADS * _HEAD_DIM + 2 * _GROUPS * _STATE
+    """Two heads of 64 in two groups, state 64: what the GPU kernel takes."""
+    heads, head_dim, groups, state = 2, 64, 2, 64
+    inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
 
     def arrays(length, strong, rng, dtype):
-        _, dt, decay, _, _ = _tower(rng, length, strong, dtype)
         weights = [_normal(rng, dtype, 4, channels), _normal(rng, dtype, channels)]
-        weights += [_normal(rng, jnp.float32, _HEADS), _normal(rng, dtype, inner)]
+        weights += [_normal(rng, jnp.float32, heads), _normal(rng, dtype, inner)]
         per_token = _normal(rng, dtype, 1, length, inner), _normal(rng, dtype, 1, length, channels)
-        state = 10 * _normal(rng, jnp.float32, 1, _HEADS, _HEAD_DIM, _STATE)
-        return [*per_token, dt, decay, *weights, _normal(rng, dtype, 1, 4, channels), state]
+        steps, tail = _steps(rng, length, heads, strong), _normal(rng, dtype, 1, 4, channels)
+        return [*per_token, *steps, *weights, tail, 10 * _normal(rng, jnp.float32, 1, heads, head_dim, state)]
 
     def run(name, z, xbc, dt, decay, *rest):
         *weights, tail, state = rest
         arguments = z, xbc, dt, decay, kernels.BlockWeights(*weights), tail, state
-        return kernels.block_scan(*arguments, groups=_GROUPS, epsilon=1e-5, next_state=True, implementation=name)
+        return kernels.block_scan(*arguments, groups=groups, epsilon=1e-5, next_state=True, implementation=name)
 
     for kind, strong in _DECAYS.items():
         for length in 1, 16, 40:
