@@ -130,7 +130,7 @@ def _block_scans() -> Iterator[Case]:
 
 
 def _convolutions() -> Iterator[Case]:
-    channels, width = 24, 4
+    channels, width = 128, 4
 
     def arrays(count, length, scale, rng, dtype):
         inputs = [scale * _normal(rng, dtype, 2, length, channels) for _ in range(count)]
