@@ -76,7 +76,9 @@ def _backward(activation, interpret, residuals, g):
     of_gate = jnp.sum(of_hidden * hidden, axis=1).at[tiles.row].get(mode="fill", fill_value=0)
     of_before = pullback(gate * of_hidden)[0].astype(x.dtype)
     of_down = outer((gate * hidden).astype(x.dtype), of_rows, groups, interpret=interpret)
-    of_up = outer(rows, of_before, groups, interpret=interpret)
+    # Rows are gathered once more, so that they are not there while the hidden layer and its gradient both are.
+    x, of_down = jax.lax.optimization_barrier((x, of_down))
+    of_up = outer(tiles.gather(x), of_before, groups, interpret=interpret)
     of_x = product(of_before, up_cast, groups, transposed=True, interpret=interpret)
     of_x = jnp.sum(of_x.at[tiles.row].get(mode="fill", fill_value=0).astype(jnp.float32), axis=1)
     gradients = of_x.astype(x.dtype), of_gate.astype(gates.dtype), of_up.astype(up.dtype), of_down.astype(down.dtype)

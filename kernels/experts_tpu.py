@@ -5,7 +5,8 @@ experts (a list, prefetched) and tiles of their width F. All rows lie in on-chip
 the rows of an expert are picked from there when it begins and, multiplied by its up tile, the activation and its down
 tile, added with their gates to their tokens' sums when it ends. Nothing that is F wide leaves the chip.
 
-Quantized weights are read as they are stored and taken apart here, a tile at a time, to the dtype of the rows.
+Quantized weights are read as they are stored and taken apart here, a tile at a time, to the dtype of the rows. They are
+to be stored as `stored` makes them: TPUs lay other shapes out in ways that no kernel can read.
 """
 
 import functools
@@ -20,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from twotower_jax.kernels import experts_ragged
 from twotower_jax.kernels.experts import Activation, Weights
 from twotower_jax.kernels.experts_touched import touched_experts, with_gradient
-from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.kernels.quantized import Quantized, padded
 from twotower_jax.kernels.tpu import NN, NT
 from twotower_jax.kernels.tpu_layout import LANES, SUBLANES
 
@@ -30,6 +31,29 @@ _WIDEST_TILE = 512
 # Of 128 MiB a core on v5p and v6e, 64 on tpu7x.
 _VMEM_BYTES, _RESERVE = 60 * 2**20, 8 * 2**20  # Reserved for what is multiplied at once.
 _ROW_ARRAYS = 4  # Of float32: the rows, one expert's rows, its results, and the sums.
+
+
+# Rows of a tile of bfloat16 in memory, of float32 half as many: what the rows of scales are a multiple of.
+_SCALE_ROWS = 2 * SUBLANES
+
+
+def stored(matrix: Quantized, width_axis: int) -> Quantized:
+    """A matrix of quantized experts as the kernel reads it without a copy: wider, the rest being zeros.
+
+    act(0) · 0 is 0: nothing changes in the result.
+
+    Args:
+      matrix: stands for (…, D, F) or (…, F, D).
+      width_axis: that of F, −1 or −2.
+
+    Returns:
+      with F a multiple of 128 and as many rows of scales as whole tiles of memory hold; the matrix as it is where
+      its groups do not allow that.
+    """
+    more = -matrix.shape[width_axis] % LANES
+    if width_axis == -1:
+        return padded(matrix, columns=more, scale_rows=_SCALE_ROWS)
+    return matrix if more % matrix.group else padded(matrix, rows=more, scale_rows=_SCALE_ROWS)
 
 
 class _Cut(NamedTuple):
@@ -59,9 +83,10 @@ def _bytes(weights: Weights, model: int, tile: int) -> int:
     total = 0
     for part in weights.up, weights.down:
         if isinstance(part, Quantized):
-            rows = tile if part is weights.up else part.shape[1]
-            total += 2 * model * tile * part.bits // 8 + 2 * 4 * model * rows // part.group
-            total += 2 * model * tile + 4 * model * part.group
+            columns = tile if part is weights.up else model
+            scales = part.scales.shape[1] * columns
+            total += 2 * model * tile * part.bits // 8 + (2 * part.scales.dtype.itemsize + 4) * scales
+            total += 2 * model * tile + 4 * columns * part.group
         else:
             total += 2 * model * tile * part.dtype.itemsize
     return total
@@ -96,7 +121,7 @@ def unsupported(x, indices, gates, weights: Weights, *, activation: Activation) 
     if isinstance(weights.up, Quantized) and weights.up.shape[2] % LANES:
         return (
             f"quantized experts {weights.up.shape[2]} wide, no multiple of {LANES}, would be copied in each call: "
-            "pad their width with zeros"
+            "store them as experts_tpu.stored makes them"
         )
     if x.shape[1] % LANES:
         return f"rows of {x.shape[1]} numbers are not whole multiples of {LANES}"
@@ -114,11 +139,12 @@ class _Block(NamedTuple):
 
     Attributes:
       refs: (array,) or, quantized, (values, scales).
-      scratch: for the block once dequantized. group: rows that share a scale.
+      scratch: for the block once dequantized. scales: for its scales in float32. group: rows that share a scale.
     """
 
     refs: tuple
     scratch: jax.Array | None
+    scales: jax.Array | None
     group: int
 
     def matrix(self, rows: int, columns: int, dtype, first_group=0) -> jax.Array:
@@ -126,11 +152,13 @@ class _Block(NamedTuple):
         if self.scratch is None:
             return self.refs[0][:rows, :columns].astype(dtype)
         values_ref, scales_ref = self.refs
+        # A row is picked by its number, which float32 allows.
+        self.scales[...] = scales_ref[...].astype(jnp.float32)
         packed = self.group * values_ref.shape[0] // self.scratch.shape[0]
 
         def body(g, _):
             values = values_ref[pl.ds(pl.multiple_of(g * packed, packed), packed), :].astype(jnp.int32)
-            scale = scales_ref[pl.ds(first_group + g, 1), :].astype(jnp.float32)
+            scale = self.scales[pl.ds(first_group + g, 1), :]
             pieces = [values] if packed == self.group else [(values << 28) >> 28, values >> 4]
             for i, piece in enumerate(pieces):
                 start = pl.multiple_of(g * self.group + i * packed, packed)
@@ -146,8 +174,8 @@ def _kernel(expert, first, count, used, token, gate, x_hbm, *refs, cut: _Cut, gr
     of_up, of_down = (tuple(refs.pop(0) for _ in range(2 if group else 1)) for group in groups)
     out_hbm, x_ref, sums_ref, rows_ref, results_ref, *scratch = refs
     up, down = (
-        _Block(stored, scratch.pop(0) if group else None, group)
-        for stored, group in zip((of_up, of_down), groups, strict=True)
+        _Block(refs, *(scratch.pop(0) if group else None for _ in range(2)), group)
+        for refs, group in zip((of_up, of_down), groups, strict=True)
     )
     slot, f = pl.program_id(0), pl.program_id(1)
     start, rows = first[slot], count[slot]
@@ -255,15 +283,10 @@ def _forward(activation: Activation, interpret: bool, x, indices, gates, weights
         pltpu.VMEM(row_arrays, jnp.float32),
         pltpu.VMEM(row_arrays, jnp.float32),
     ]
-    for group, shape in zip(groups, ((model, tile), (tile, model)), strict=True):
-        scratch += [pltpu.VMEM(shape, x.dtype)] * (group > 0)
+    for part, shape in (weights.up, (model, tile)), (weights.down, (tile, model)):
+        if isinstance(part, Quantized):
+            scratch += [pltpu.VMEM(shape, x.dtype), pltpu.VMEM((part.scales.shape[1], shape[1]), jnp.float32)]
     up = weights.up.swapaxes(1, 2) if cut.flipped else weights.up
-    # A row of scales is picked by its number, which float32 allows.
-    arrays = [
-        v.astype(jnp.float32) if isinstance(part, Quantized) and v is part.scales else v
-        for part in (up, weights.down)
-        for v in jax.tree.leaves(part)
-    ]
     call = pl.pallas_call(
         functools.partial(_kernel, cut=cut, groups=groups),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -289,7 +312,7 @@ def _forward(activation: Activation, interpret: bool, x, indices, gates, weights
         touched.order // choices,
         gate,
         rows,
-        *arrays,
+        *jax.tree.leaves((up, weights.down)),
     )
     return out[:tokens].astype(x.dtype)
 

@@ -8,6 +8,9 @@ symmetric: −127 … 127 or −7 … 7. Leading axes (experts, layers) are carr
 
 Of 4 bits, two share one int8. The low half of a byte holds a row of the first half of a group, the high half the row
 as far into the second half: taken apart, they are two contiguous pieces. (Not `jnp.int4`, which CPUs get wrong.)
+
+Zeros may stand behind a matrix, and rows without meaning behind its scales (`padded`): hardware that moves whole tiles
+then reads the arrays as they lie.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ _LARGEST = {8: 127, 4: 7}
 _GROUP = 64
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["bits"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["bits", "spare"])
 @dataclasses.dataclass(frozen=True)
 class Quantized:
     """Stands for a matrix (…, K, N), `dequantize` gives it.
@@ -29,13 +32,15 @@ class Quantized:
 
     Attributes:
       values: int8, (…, K, N) for 8 bits, (…, K/2, N) for 4.
-      scales: float32 or bfloat16, (…, K/group, N).
+      scales: float32 or bfloat16, (…, K/group + spare, N).
       bits: 8 or 4.
+      spare: rows of scales behind the last group's, which stand for nothing.
     """
 
     values: jax.Array
     scales: jax.Array
     bits: int
+    spare: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,9 +53,14 @@ class Quantized:
         return len(self.values.shape)
 
     @property
+    def groups(self) -> int:
+        """Groups of rows."""
+        return self.scales.shape[-2] - self.spare
+
+    @property
     def group(self) -> int:
         """Rows that share a scale."""
-        return self.shape[-2] // self.scales.shape[-2]
+        return self.shape[-2] // self.groups
 
     def __getitem__(self, index) -> "Quantized":
         return jax.tree.map(lambda v: v[index], self)
@@ -107,13 +117,39 @@ def quantize(w: jax.Array, bits: int, group: int, *, scale_dtype=jnp.float32) ->
 def dequantize(q: Quantized, dtype: jnp.dtype) -> jax.Array:
     """The matrix (…, K, N): value · scale in float32, rounded to `dtype`."""
     *leading, rows, columns = q.shape
-    values = q.values
+    values, scales = q.values, q.scales[..., : q.groups, :]
     if q.bits == 4:
-        values = values.reshape(*leading, q.scales.shape[-2], q.group // 2, columns)
+        values = values.reshape(*leading, q.groups, q.group // 2, columns)
         # Shifts of int8 keep the sign.
         values = jnp.concatenate([(values << 4) >> 4, values >> 4], axis=-2)
-    values = values.reshape(*leading, q.scales.shape[-2], q.group, columns).astype(jnp.float32)
-    return (values * q.scales.astype(jnp.float32)[..., None, :]).reshape(*leading, rows, columns).astype(dtype)
+    values = values.reshape(*leading, q.groups, q.group, columns).astype(jnp.float32)
+    return (values * scales.astype(jnp.float32)[..., None, :]).reshape(*leading, rows, columns).astype(dtype)
+
+
+def padded(q: Quantized, rows: int = 0, columns: int = 0, scale_rows: int = 1) -> Quantized:
+    """The matrix with so many rows and columns of zeros behind it, and rows of scales to a multiple of `scale_rows`.
+
+    Args:
+      q: stands for (…, K, N).
+      rows: a multiple of the group. columns: any number.
+
+    Returns:
+      stands for (…, K + rows, N + columns).
+
+    Raises:
+      ValueError: if `rows` is no multiple of the group.
+    """
+    if rows % q.group:
+        raise ValueError(f"{rows} rows of zeros are no whole groups of {q.group}")
+    groups = q.groups + rows // q.group
+    spare = -groups % scale_rows
+
+    def pad(v, rows):
+        return jnp.pad(v, [(0, 0)] * (v.ndim - 2) + [(0, rows), (0, columns)])
+
+    return Quantized(
+        pad(q.values, rows * q.bits // 8), pad(q.scales[..., : q.groups, :], groups + spare - q.groups), q.bits, spare
+    )
 
 
 def as_array(w: jax.Array | Quantized, dtype: jnp.dtype) -> jax.Array:

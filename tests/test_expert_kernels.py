@@ -4,6 +4,7 @@ bfloat16 results are compared with float64 arithmetic that rounds where every fo
 after the activation, each expert's output, and the sum. What is left is a rounding that falls the other way.
 """
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -19,7 +20,7 @@ from twotower_jax.kernels import expert_mlp, experts_gpu, experts_grouped_gpu, e
 from twotower_jax.kernels.experts import Weights, relu2
 from twotower_jax.kernels.experts_touched import touched_experts
 from twotower_jax.kernels.grouped_gpu import BLOCK, Groups, outer, product
-from twotower_jax.kernels.quantized import Quantized, dequantize, quantize
+from twotower_jax.kernels.quantized import Quantized, dequantize, padded, quantize
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -147,6 +148,44 @@ def test_quantized(form, dtype, up, down):
     weights = Weights(draw(dtype, up).up, draw(dtype, down).down)
     meant = None if form == GPU else Weights(*(dequantize(w, dtype) for w in weights[:2]))
     check(form, dtype, rows(T, T, K, dtype), weights, meant)
+
+
+def test_quantized_experts_as_tpus_store_them():
+    """Wider by zeros, with rows of scales behind the last; the same results as before, to the last bit.
+
+    F = 320: 384 as stored, which is one tile more than the groups of down that mean anything.
+    """
+    plain = Weights(draw(jnp.bfloat16, 8, 320).up, draw(jnp.bfloat16, 4, 320).down)
+    stored = Weights(experts_tpu.stored(plain.up, -1), experts_tpu.stored(plain.down, -2))
+    assert stored.up.shape == (E, D, 384) and stored.down.shape == (E, 384, D)
+    assert stored.up.scales.shape == (E, 16, 384) and stored.down.scales.shape == (E, 16, D)
+    for one, other in zip(stored[:2], plain[:2], strict=True):
+        assert one.group == other.group == 64 and one.spare > 0
+        whole = np.asarray(dequantize(one, jnp.float32))
+        np.testing.assert_array_equal(
+            whole[tuple(slice(n) for n in other.shape)], np.asarray(dequantize(other, jnp.float32))
+        )
+        assert np.count_nonzero(whole) == np.count_nonzero(np.asarray(dequantize(other, jnp.float32)))
+    # What stands for nothing may be anything.
+    odd = Weights(
+        *(dataclasses.replace(q, scales=q.scales.at[:, q.groups :].set(jnp.nan)) for q in (stored.up, stored.down))
+    )
+    arguments = rows(1, 20, 2, jnp.bfloat16)
+    meant = Weights(*(dequantize(w, jnp.bfloat16) for w in plain[:2]))
+    for form in TPU, "xla":
+        check(form, jnp.bfloat16, arguments, odd, meant)
+    check(GPU, jnp.bfloat16, arguments, odd, plain)
+    np.testing.assert_array_equal(
+        np.asarray(compiled(TPU)(*arguments, odd), np.float32), np.asarray(compiled(TPU)(*arguments, plain), np.float32)
+    )
+
+
+def test_zeros_behind_a_matrix_are_whole_groups():
+    matrix = draw(jnp.float32, 8).down
+    with pytest.raises(ValueError, match="32 rows of zeros are no whole groups of 64"):
+        padded(matrix, rows=32)
+    odd = quantize(jnp.ones((1, 100, 128)), 8, 50)  # 28 more rows would not be.
+    assert experts_tpu.stored(odd, -2) is odd
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -284,7 +323,7 @@ def arguments(tokens, dtype=jnp.bfloat16, model=2688, width=1856, bits=16, exper
         ({"tokens": 1025}, "more than 1024"),
         ({"tokens": 96, "bits": 8, "width": 1920}, None),
         ({"tokens": 1024, "bits": 4, "width": 1920}, None),
-        ({"tokens": 96, "bits": 8}, "pad their width"),
+        ({"tokens": 96, "bits": 8}, "store them as experts_tpu.stored"),
         ({"tokens": 96, "biases": True}, "biases"),
         ({"tokens": 96, "model": 2700}, "multiples of 128"),
     ],

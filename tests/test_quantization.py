@@ -30,7 +30,7 @@ from twotower_jax.kernels.quantized import Quantized, dequantize
 from twotower_jax.parameters import GROUPS, ROWS, bind, cast, flatten, parameter_table, unflatten
 from twotower_jax.planning import serving
 from twotower_jax.planning.hardware import Hardware
-from twotower_jax.quantization import METHODS, disk_table, kind_bytes, quantize
+from twotower_jax.quantization import METHODS, abstract, as_read, check_mesh, disk_table, kind_bytes, quantize
 from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.tower import Execution
 from twotower_jax.train import start
@@ -453,6 +453,39 @@ def test_generation_in_all_modes(small_config, random_params):
     assert found["speculative"] == found["ar"]
     assert found["diffusion"] == tokens(arrays, "diffusion")
     assert len({str(rows) for rows in found.values()}) == 3
+
+
+def test_experts_as_tpus_read_them(nano30b, step_config, random_params, quick_jit):
+    """1920 wide in the release, and no other matrix changed; a small model computes what it did."""
+    changed = set()
+    for parameter in nano30b.values():
+        plain = abstract(parameter, METHODS["int4"])
+        read = as_read(parameter, plain, "tpu")
+        assert as_read(parameter, plain, "gpu") is plain
+        if read is not plain:
+            changed.add((plain.shape[-3:], plain.scales.shape[-2:], read.shape[-3:], read.scales.shape[-2:]))
+    assert changed == {
+        ((128, 2688, 1856), (42, 1856), (128, 2688, 1920), (48, 1920)),
+        ((128, 1856, 2688), (29, 2688), (128, 1920, 2688), (32, 2688)),
+    }
+    model = TwoTower(dataclasses.replace(step_config().model_config(40), moe_intermediate_size=64))
+    table = parameter_table(model)
+    params = quantize_params(table, random_params(model), METHODS["int8"])
+    read = unflatten({path: as_read(table[path], leaf, "tpu") for path, leaf in flatten(params).items()})
+    widths = {leaf.shape[-1] for path, leaf in flatten(read).items() if path[-1] == "up"}
+    assert widths == {128}
+    ids = np.random.default_rng(0).integers(4, 40, (2, 16)).astype(np.int32)
+    logits = quick_jit(lambda params: bind(model, params).context_logits(ids))
+    np.testing.assert_allclose(logits(read), logits(params), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="tensor=2 cuts the groups of 64 rows"):
+        check_mesh(table, read, make_mesh(MeshShape(tensor=2), jax.devices()[:2]))
+    check_mesh(table, read, make_mesh(MeshShape(expert=2), jax.devices()[:2]))
+    # Where devices divide its rows or columns a matrix stays as it is.
+    mesh = make_mesh(MeshShape(tensor=2), jax.devices()[:2])
+    path, leaf = next((path, leaf) for path, leaf in flatten(params).items() if path[-1] == "up")
+    columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), "tensor"))
+    divided = jax.device_put(leaf, columns)
+    assert as_read(table[path], divided, "tpu") is divided
 
 
 def test_on_a_mesh(step_config, random_params, quick_jit, tmp_path):

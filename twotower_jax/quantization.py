@@ -13,6 +13,7 @@ is quantized: when a checkpoint is converted or when it is loaded, for one devic
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -102,6 +103,26 @@ def abstract(
     )
 
 
+def as_read(parameter: Parameter, matrix: jax.Array | Quantized, platform: str) -> jax.Array | Quantized:
+    """A parameter as the kernels of a platform read it without a copy: on TPUs zeros stand behind quantized experts.
+
+    Where devices divide the matrix by rows or columns it stays as it is.
+
+    Args:
+      matrix: its arrays, or shapes without a device.
+    """
+    if platform != "tpu" or not isinstance(matrix, Quantized) or parameter.scales != GROUPS:
+        return matrix
+    place = getattr(matrix.values, "sharding", None)
+    if place is not None and place.shard_shape(matrix.values.shape)[-2:] != matrix.values.shape[-2:]:
+        return matrix
+    # Kernels are imported where they are needed.
+    from twotower_jax.kernels.experts_tpu import stored
+
+    stored = functools.partial(stored, width_axis=parameter.axes[-2:].index("expert_mlp") - 2)
+    return jax.jit(stored)(matrix) if isinstance(matrix.values, jax.Array) else jax.eval_shape(stored, matrix)
+
+
 def disk_table(table: Mapping[Path, Parameter], method: Method | None) -> dict[Path, Parameter]:
     """The arrays that a checkpoint has of these parameters, quantized ones being two."""
     arrays = {}
@@ -136,8 +157,8 @@ def check_mesh(table: Mapping[Path, Parameter], params: Params, mesh: Mesh) -> N
     for path, leaf in flatten(params).items():
         if isinstance(leaf, Quantized) and table[path].scales == GROUPS:
             axis = table[path].axes[-2]
-            parts, groups = math.prod(mesh.shape.get(name, 1) for name in RULES[axis].used), leaf.scales.shape[-2]
-            if groups % parts:
+            parts, groups = math.prod(mesh.shape.get(name, 1) for name in RULES[axis].used), leaf.groups
+            if groups % parts or (parts > 1 and leaf.spare):
                 raise ValueError(
                     f"mesh: {' × '.join(RULES[axis].used)}={parts} cuts the groups of {leaf.group} rows of the "
                     f"quantized {'/'.join(path)}, {groups} groups; give the devices to expert or data instead"

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax import kernels
+from twotower_jax.benchmarks._kernel_goals import ONE_MATRIX
+from twotower_jax.benchmarks._mamba_ssm import MambaSSM
+from twotower_jax.benchmarks._shapes import demo_config, nano_config
+from twotower_jax.config import ModelConfig
 from twotower_jax.kernels.experts import Weights, relu2
 from twotower_jax.kernels.quantized import group_size, quantize
 
@@ -32,11 +36,22 @@ class Shape(NamedTuple):
     kv_heads: int
     query_dim: int
 
+    @classmethod
+    def of(cls, model: ModelConfig, batch: int, length: int, block: int, cache: int) -> "Shape":
+        """The layers of a model."""
+        return cls(
+            *(batch, length, block, model.chunk_size, cache),
+            *(model.mamba_num_heads, model.mamba_head_dim, model.n_groups, model.ssm_state_size),
+            *(model.hidden_size, model.n_routed_experts, model.num_experts_per_tok, model.moe_intermediate_size),
+            *(model.num_attention_heads, model.num_key_value_heads, model.head_dim),
+        )
 
-SHAPES = {
-    "tiny": Shape(8, 256, 16, 32, 256, 8, 32, 2, 32, 128, 8, 2, 128, 4, 2, 32),
-    "wide": Shape(1, 1024, 16, 128, 1024, 16, 64, 2, 128, 512, 32, 4, 256, 8, 2, 64),
-    "nano": Shape(1, 8192, 16, 128, 4096, 64, 64, 8, 128, 2688, 128, 6, 1856, 32, 2, 128),
+
+# By name.
+SHAPES: dict[str, Callable[[], Shape]] = {
+    "tiny": lambda: Shape.of(demo_config(), 8, 256, 16, 256),
+    "wide": lambda: Shape(1, 1024, 16, 128, 1024, 16, 64, 2, 128, 512, 32, 4, 256, 8, 2, 64),
+    "nano": lambda: Shape.of(nano_config(), 1, 8192, 16, 4096),
 }
 
 
@@ -48,6 +63,7 @@ class Form(NamedTuple):
       name: of the form. function, arguments: what is timed.
       operations: that the case needs, additions and multiplications.
       moved: bytes that it must read and write; None for all arguments and results once.
+      library: whose function it is, if not JAX's: it runs as it is, and is waited for by `library.wait`.
     """
 
     case: str
@@ -56,12 +72,28 @@ class Form(NamedTuple):
     arguments: tuple
     operations: float
     moved: int | None = None
+    library: MambaSSM | None = None
+
+    @property
+    def must_move(self) -> int:
+        """Bytes that must be read and written."""
+        if self.moved is not None:
+            return self.moved
+        results = jax.tree.leaves(jax.eval_shape(self.function, *self.arguments))
+        return sum(v.size * v.dtype.itemsize for v in [*jax.tree.leaves(self.arguments), *results])
 
 
-def forms(shape: Shape, dtype: jnp.dtype, ops: list[str], skip: list[str]) -> Iterator[Form]:
+def forms(
+    shape: Shape, dtype: jnp.dtype, ops: list[str], skip: list[str], mamba_ssm: MambaSSM | None = None
+) -> Iterator[Form]:
     """The forms of the named ops but those called `skip`, each made when it is asked for."""
     for op in ops:
-        yield from MAKERS[op](shape, dtype, _Names(op, skip))
+        first = []
+        for form in MAKERS[op](shape, dtype, _Names(op, skip)):
+            first = [*first, form][:2]
+            yield form
+        if op == "ssd" and mamba_ssm is not None and first:
+            yield from _ssd_by_mamba_ssm(mamba_ssm, shape, *first)
 
 
 class _Names:
@@ -110,6 +142,16 @@ def _ssd(s: Shape, dtype, names: _Names) -> Iterator[Form]:
 
         yield Form("ssd", name, one, (*own, state), operations)
         yield Form("ssd, gradient", name, gradient(one, 6), (*own, state), 3 * operations)
+
+
+def _ssd_by_mamba_ssm(library: MambaSSM, s: Shape, forward: Form, gradient: Form) -> Iterator[Form]:
+    """The same two cases; its chunks are 256 by default, so that these are tried beside the shape's."""
+    x, dt, _, b, c, initial = forward.arguments
+    tensors = library.tensors(x, dt, -jnp.ones(s.heads, jnp.float32), b, c, initial)
+    for chunk in dict.fromkeys((s.chunk, 256)):
+        name = f"mamba_ssm, chunks of {chunk}"
+        for form, function in (forward, library.forward(chunk)), (gradient, library.gradient(chunk)):
+            yield Form(form.case, name, function, tensors, form.operations, form.must_move, library)
 
 
 def _two_tower_ssd(s: Shape, dtype, names: _Names) -> Iterator[Form]:
@@ -243,7 +285,7 @@ def _experts(s: Shape, dtype, names: _Names) -> Iterator[Form]:
     case = f"expert_mlp, {tokens * s.choices} rows"
     for name in names(x, indices, gates, weights, activation=relu2):
 
-        def many(x, gates, weights, name=name):
+        def many(x, gates, weights, name=name, indices=indices):
             return kernels.expert_mlp(x, indices, gates, weights, implementation=name)
 
         yield Form(case, name, many, (x, gates, weights), operations)
@@ -255,8 +297,8 @@ def _experts(s: Shape, dtype, names: _Names) -> Iterator[Form]:
         return jnp.matmul(relu2(jnp.matmul(rows, up, precision=precision)), down, precision=precision)
 
     arrays = x, weights.up[0], weights.down[0]
-    yield Form(case, "products of one matrix, as large", plain, arrays, operations)
-    yield Form(f"{case}, gradient", "products of one matrix, as large", gradient(plain, 3), arrays, 3 * operations)
+    yield Form(case, ONE_MATRIX, plain, arrays, operations)
+    yield Form(f"{case}, gradient", ONE_MATRIX, gradient(plain, 3), arrays, 3 * operations)
 
     x, indices, gates = routed(s.block)
     touched = np.unique(np.asarray(indices)).size

@@ -1,11 +1,18 @@
 """Models that several measurements share, without arrays."""
 
+import importlib.util
+import pathlib
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import Params, parameter_table, unflatten
+from twotower_jax.train.config import freeze
+
+_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 NANO_PATTERN = "MEMEM*E" * 5 + "MEMEMEM*E" + "ME" * 4
 
@@ -33,64 +40,33 @@ def tiny_config() -> ModelConfig:
 
 
 def demo_config() -> ModelConfig:
-    """The shape of the demonstration model, configs/tiny.py."""
-    return ModelConfig(
-        vocab_size=1024,
-        hidden_size=128,
-        hybrid_override_pattern="MEM*E",
-        mamba_num_heads=8,
-        mamba_head_dim=32,
-        ssm_state_size=32,
-        n_groups=2,
-        chunk_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        moe_shared_expert_intermediate_size=256,
-        routed_scaling_factor=2.5,
-    )
+    """The shape of the demonstration model."""
+    return _of_file("tiny")
+
+
+def small_config() -> ModelConfig:
+    """99 million parameters a tower, more than a processor's caches hold."""
+    return _of_file("small100m")
 
 
 def nano_config() -> ModelConfig:
     """The shape of the published model."""
-    return ModelConfig(
-        vocab_size=131072,
-        hidden_size=2688,
-        hybrid_override_pattern=NANO_PATTERN,
-        mamba_num_heads=64,
-        mamba_head_dim=64,
-        ssm_state_size=128,
-        n_groups=8,
-        n_routed_experts=128,
-        num_experts_per_tok=6,
-        moe_intermediate_size=1856,
-        moe_shared_expert_intermediate_size=3712,
-        routed_scaling_factor=2.5,
-    )
+    return _of_file("nano30b")
 
 
-def small_config() -> ModelConfig:
-    """The shape of configs/small100m.py: 99 million parameters a tower, more than a processor's caches hold."""
-    return ModelConfig(
-        vocab_size=16384,
-        hidden_size=512,
-        hybrid_override_pattern="MEMEM*E" * 2 + "ME",
-        mamba_num_heads=16,
-        mamba_head_dim=64,
-        ssm_state_size=128,
-        n_groups=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        n_routed_experts=32,
-        num_experts_per_tok=4,
-        moe_intermediate_size=256,
-        moe_shared_expert_intermediate_size=512,
-        routed_scaling_factor=2.5,
-    )
+def train_config(name: str) -> ConfigDict:
+    """`get_config()` of a file of configs/."""
+    file = _CONFIGS / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _of_file(name: str) -> ModelConfig:
+    """A config's model, over all of its vocabulary."""
+    config = freeze(train_config(name))
+    return config.model_config(config.vocab_size)
 
 
 def abstract_params(module: nnx.Module) -> Params:

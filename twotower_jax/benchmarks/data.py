@@ -3,7 +3,6 @@
 Makes its own data in a temporary folder, and removes them afterwards.
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from twotower_jax.benchmarks._shapes import train_config
 from twotower_jax.data import TrainingData, python_documentation, save_tokenizer, train_tokenizer
 from twotower_jax.data.opening import Data, Packing
 from twotower_jax.data.prepare import Settings, prepare
@@ -72,20 +72,12 @@ def main() -> None:
                       "second of processor time", flush=True)  # fmt: skip
         if flags.FLAGS.train:
             print(f"train, configs/tiny.py on this machine: {_training_rate(folder):,.0f} tokens/s", flush=True)
-    config = _published_config()
+    config = freeze(train_config("nano30b"))
     flops = step_flops(config, config.model_config(config.vocab_size), config.block_sizes[-1])
     a_token = flops / (config.batch_size * config.sequence_length)
     for kind, devices in _HOSTS.items():
         needed = UTILIZATION * PEAK_FLOPS[kind] * devices / a_token
         print(f"the published model on a host of {devices} devices of {kind}, by arithmetic: {needed:,.0f} tokens/s")
-
-
-def _published_config():
-    path = _ROOT / "configs" / "nano30b.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return freeze(module.get_config())
 
 
 def _make_text(folder: pathlib.Path) -> None:

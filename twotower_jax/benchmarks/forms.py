@@ -18,11 +18,11 @@ from absl import flags
 
 from twotower_jax import kernels
 from twotower_jax.benchmarks._one_thread import use_one_thread
-from twotower_jax.benchmarks._shapes import demo_config, tiny_config
+from twotower_jax.benchmarks._shapes import tiny_config, train_config
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import bind, initialize, parameter_table
 from twotower_jax.tower import Execution
-from twotower_jax.train.config import base_config, freeze
+from twotower_jax.train.config import freeze
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import make_optimizer, make_step, start_state, tables
 from twotower_jax.two_tower import TwoTower
@@ -72,12 +72,11 @@ def _simple(op: str) -> list[str]:
 
 def _train_step(backends: Backends, objective: str = "denoiser"):
     """A function without arguments that makes one more step."""
-    model = demo_config()
-    unset = "vocab_size", "time_step_limit"
-    config = base_config({name: value for name, value in dataclasses.asdict(model).items() if name not in unset})
-    config.objective, config.block_size, config.vocab_size = objective, _BLOCK, model.vocab_size
+    config = train_config("tiny")
+    config.objective, config.block_size = objective, _BLOCK
     config.kernels.update(dataclasses.asdict(backends))
     config = freeze(config)
+    model = config.model_config(config.vocab_size)
     task = make_objective(config, model)
     optimizer = make_optimizer(config, tables(task)[0])
     state, frozen = start_state(task, optimizer, task.start(None, jax.random.key(0)))

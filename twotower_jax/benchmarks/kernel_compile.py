@@ -1,6 +1,7 @@
-"""Compiles scans, attention and convolutions for chips that are not there, at the shapes of the 30B model.
+"""Compiles the ops for chips that are not there, at the shapes of the 30B model.
 
     python launch/benchmark.py kernel_compile --topology=v5p:2x2x1
+    python launch/benchmark.py kernel_compile --op=ssd,two_tower_ssd
 
 What is compiled is what runs there: Pallas kernels for TPUs (package `libtpu`) and, for h200:1, for NVIDIA Hopper
 (packages `jax-cuda13-plugin` and `jax-cuda13-pjrt`). A row a kernel: seconds to compile, and its temporary memory,
@@ -45,6 +46,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_multi_enum("dtype", ["bfloat16"], ["bfloat16", "float32"], "Of x, B and C; may be given twice.")
     flags.DEFINE_multi_integer("chunk_size", [128], "Q, a multiple of 128; may be given several times.")
+    flags.DEFINE_list("op", [], "Only what begins with one of these: ssd, two_tower_ssd, block_scan, attention …")
     flags.DEFINE_bool("compare", False, "Compile XLA's convolutions as well, which takes minutes on TPUs.")
 
 
@@ -57,6 +59,8 @@ def main() -> None:
     failures = 0
     for device in devices:
         for case, *row in _everything(device.platform, values.dtype, values.chunk_size, values.compare):
+            if values.op and not case.name.startswith(tuple(values.op)):
+                continue
             result = _compile(case, device)
             failures += result.startswith("FAILED")
             print(f"| {' | '.join(map(str, (device.device_kind, row[0], case.name, *row[1:], result)))} |", flush=True)

@@ -1,13 +1,15 @@
-"""Errors of every implementation of the scans against the literal recurrence in float64, by norm.
+"""Errors of every implementation of every op against float64, by norm.
 
-For each op and implementation the largest ‖found − exact‖ / ‖exact‖ over seeded problems: lengths around the edges of
-chunks, seeded and not, three kinds of decay. Of outputs and gradients the worst array counts; a gradient is measured
-against at least a hundredth of the largest one, since under strong decay some vanish. Pallas kernels run
-interpreted, those for GPUs slowly.
+    python launch/benchmark.py kernel_errors
+    python launch/benchmark.py kernel_errors --op=expert_mlp --seeds=3
+
+The largest ‖found − exact‖ / ‖exact‖ over seeded problems of one kind (_error_cases.py). Exact is the literal maths in
+float64, of the same inputs. Of outputs and gradients the worst array counts; a gradient is measured against at least a
+hundredth of the largest one, since some vanish under strong decay. The kernels run interpreted, those for GPUs slowly.
 """
 
-import functools
-from collections.abc import Iterator
+import itertools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -15,97 +17,73 @@ import numpy as np
 from absl import flags
 
 from twotower_jax import kernels
+from twotower_jax.benchmarks._error_cases import GPU, GROUPED, RAGGED, TPU, XLA, Case, cases
 
-_HEADS, _HEAD_DIM, _GROUPS, _STATE, _CHUNK, _BLOCK = 4, 8, 2, 16, 16, 8
-_LENGTHS = (8, 16, 24, 120)
-_IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret", "mosaic_gpu_interpret"]
-# A fraction of positions decays by so much, the others mildly.
-_DECAYS = {"mild": 0.0, "strong beside mild": 50.0, "total beside mild": 1e6}
+_IMPLEMENTATIONS = [XLA, TPU, GPU, GROUPED, RAGGED]
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("seeds", 2, "Problems of each kind.", lower_bound=1)
+    flags.DEFINE_integer("seeds", 1, "Problems of each kind.", lower_bound=1)
+    flags.DEFINE_multi_enum("op", list(kernels.OPS), list(kernels.OPS), "May be given several times.")
     flags.DEFINE_multi_enum("implementation", _IMPLEMENTATIONS, _IMPLEMENTATIONS, "May be given several times.")
 
 
 def main() -> None:
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {flags.FLAGS.seeds} seeds\n")
-    print("| op | implementation | inputs | decays | outputs | gradients |")
+    values = flags.FLAGS
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {values.seeds} problems of each kind and length\n")
+    print("| op | problems | implementation | inputs | outputs | gradients |")
     print("|---|---|---|---|--:|--:|")
-    for op in ("ssd", "two_tower_ssd"):
-        for name in flags.FLAGS.implementation:
-            for dtype in (jnp.float32, jnp.bfloat16):
-                for decays in _DECAYS:
-                    outputs, gradients = _worst(op, name, dtype, decays)
-                    print(
-                        f"| {op} | {name} | {dtype.__name__} | {decays} | {outputs:.1e} | {gradients:.1e} |", flush=True
-                    )
+    wanted = (case for case in cases() if case.op in values.op)
+    for (op, kind), group in itertools.groupby(wanted, lambda case: (case.op, case.kind)):
+        group = list(group)
+        for name, dtypes in group[0].implementations.items():
+            for dtype in dtypes if name in values.implementation else ():
+                found = [errors(case, name, dtype, seed) for case in group for seed in range(values.seeds)]
+                outputs, gradients = np.max(found, axis=0)
+                gradients = f"{gradients:.1e}" if name in group[0].gradients else ""
+                print(f"| {op} | {kind} | {name} | {dtype} | {outputs:.1e} | {gradients} |", flush=True)
 
 
-def _worst(op: str, name: str, dtype, decays: str) -> tuple[float, float]:
-    worst = np.zeros(2)
-    for length in _LENGTHS:
-        for arrays in _problems(op, length, decays, dtype):
-            found = _run(op, name, length)(*arrays)
-            with jax.enable_x64(True):
-                exact = _run(op, "reference", length)(*(np.asarray(v, np.float64) for v in arrays))
-            worst = np.maximum(worst, [_outputs_error(found[0], exact[0]), _gradients_error(found[1], exact[1])])
-    return tuple(worst)
+def errors(case: Case, name: str, dtype: str, seed: int) -> tuple[float, float]:
+    """Of the outputs and of the gradients (0 where there are none) of one problem."""
+    rng = np.random.default_rng([seed, zlib.crc32(f"{case.op}, {case.kind}".encode())])
+    arrays = case.arrays(rng, jnp.dtype(dtype))
+    differentiable = name in case.gradients
+    found = _run(case, name, differentiable, arrays)
+    with jax.enable_x64(True):
+        exact = _run(case, case.exact, differentiable, jax.tree.map(_widened, arrays))
+    return _worst(found[0], exact[0], 0), _worst(found[1], exact[1], 0.01)
 
 
-@functools.cache
-def _run(op: str, name: str, length: int):
-    """The op's outputs, and the gradients of a weighted sum of them, in float32 (or float64)."""
+def _widened(v: jax.Array) -> np.ndarray:
+    whole = jnp.issubdtype(v.dtype, jnp.integer)
+    # The scales of quantized matrices stay as they are: they are no argument of their own.
+    return np.asarray(v) if whole else np.asarray(v, np.float64)
 
-    def outputs(*arrays):
-        if op == "ssd":
-            *arrays, initial = arrays
-            return kernels.ssd(*arrays, initial_state=initial, chunk_size=_CHUNK, implementation=name)
-        return (kernels.two_tower_ssd(*arrays, block_size=_BLOCK, chunk_size=_CHUNK, implementation=name),)
+
+def _run(case: Case, name: str, differentiable: bool, arrays: list) -> tuple[list, list]:
+    """The outputs, and the gradients of a weighted sum of them in all floating-point arguments."""
+    floating = [i for i, v in enumerate(arrays) if jnp.issubdtype(jax.tree.leaves(v)[0].dtype, jnp.floating)]
 
     def loss(*arrays):
-        found = outputs(*arrays)
-        weights = np.random.default_rng(length)
-        return sum(jnp.sum(v * weights.standard_normal(v.shape).astype(v.dtype)) for v in found), found
+        outputs = case.run(name, *arrays)
+        rng = np.random.default_rng(0)
+        total = 0
+        for v in outputs:
+            # Numbers of 8 bits, which are the same in every dtype.
+            weights = jnp.asarray(rng.standard_normal(v.shape), jnp.bfloat16).astype(v.dtype)
+            total += jnp.sum(v * weights, dtype=jnp.promote_types(v.dtype, jnp.float32))
+        return total, outputs
 
-    def run(*arrays):
-        gradients, found = jax.grad(loss, argnums=tuple(range(len(arrays))), has_aux=True)(*arrays)
-        return found, gradients
-
-    return jax.jit(run)
-
-
-def _problems(op: str, length: int, decays: str, dtype) -> Iterator[list[jax.Array]]:
-    for seed in range(flags.FLAGS.seeds):
-        rng = np.random.default_rng([seed, length])
-
-        def tower(rng=rng):
-            dt = np.log1p(np.exp(rng.standard_normal((1, length, _HEADS)) - 1))
-            strong = rng.random(dt.shape) < (0.3 if _DECAYS[decays] else 0.0)
-            decay = np.where(strong, -_DECAYS[decays], -dt * rng.uniform(0.2, 2.0, _HEADS))
-            x = rng.standard_normal((1, length, _HEADS, _HEAD_DIM))
-            b, c = rng.standard_normal((2, 1, length, _GROUPS, _STATE))
-            wide = (jnp.asarray(v, dtype) for v in (x, b, c))
-            narrow = (jnp.asarray(v, jnp.float32) for v in (dt, decay))
-            x, b, c, dt, decay = *wide, *narrow
-            return [x, dt, decay, b, c]
-
-        if op == "ssd":
-            initial = rng.standard_normal((1, _HEADS, _HEAD_DIM, _STATE)) * rng.choice([0.0, 10.0])
-            yield [*tower(), jnp.asarray(initial, jnp.float32)]
-        else:
-            yield [*tower(), *tower()[:4]]
+    if not differentiable:
+        return jax.jit(lambda *arrays: case.run(name, *arrays))(*arrays), []
+    gradients, outputs = jax.jit(jax.grad(loss, argnums=floating, has_aux=True))(*arrays)
+    return outputs, gradients
 
 
-def _difference(found, exact) -> float:
-    return float(np.linalg.norm(np.asarray(found, np.float64) - np.asarray(exact)))
-
-
-def _outputs_error(found, exact) -> float:
-    return max(_difference(a, b) / max(np.linalg.norm(b), 1e-30) for a, b in zip(found, exact, strict=True))
-
-
-def _gradients_error(found, exact) -> float:
-    largest = max(np.linalg.norm(b) for b in exact)
-    pairs = zip(found, exact, strict=True)
-    return max(_difference(a, b) / max(np.linalg.norm(b), 0.01 * largest) for a, b in pairs)
+def _worst(found, exact, least: float) -> float:
+    """The largest error, each array's norm counting as at least so much of the largest one."""
+    norms = [np.linalg.norm(b) for b in exact]
+    floor = max([1e-30, *(least * norm for norm in norms)])
+    differences = (np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b)) for a, b in zip(found, exact, strict=True))
+    return max((d / max(norm, floor) for d, norm in zip(differences, norms, strict=True)), default=0.0)

@@ -9,17 +9,21 @@ behind one another, so that the gaps between them do not count. `of matrix rate`
 operations would take at the rate of a large matrix product of the same dtype in this run; `of bandwidth` the time that
 reading what must be read and writing what must be written once would take at the rate of copying a large array. A form
 may do more than either counts. Temporaries are what the compiled form needs beside arguments and results.
+
+On a GPU `ssd` is compared with the Triton kernels of `mamba_ssm`, if that and PyTorch are installed (_mamba_ssm.py), in
+the same turns. What the kernels are to reach on an H200 (_kernel_goals.py) stands below the table.
 """
 
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
 from twotower_jax.benchmarks._kernel_forms import MAKERS, SHAPES, Form, forms
+from twotower_jax.benchmarks._kernel_goals import Measured, goals
+from twotower_jax.benchmarks._mamba_ssm import INSTALL, MambaSSM
 from twotower_jax.benchmarks._one_thread import use_one_thread
 
 
@@ -39,7 +43,7 @@ def define_flags() -> None:
 def main() -> None:
     use_one_thread()
     values = flags.FLAGS
-    shape, dtype = SHAPES[values.shape], jnp.dtype(values.dtype)
+    shape, dtype = SHAPES[values.shape](), jnp.dtype(values.dtype)
     if values.chunk_size:
         shape = shape._replace(chunk=values.chunk_size)
     if unknown := sorted(set(values.op) - set(MAKERS)):
@@ -47,48 +51,68 @@ def main() -> None:
     skip = values.skip if values.skip is not None else (["reference", "dense"] if values.shape == "nano" else [])
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__}, {device}, {values.dtype}, {shape}, median of {values.turns} turns\n", flush=True)
-    ceilings = _ceilings(dtype)
-    product, copy = (_Timed(function, arguments) for function, arguments, _ in ceilings)
-    cases: dict[str, list[tuple[Form, _Timed]]] = {}
-    for op in values.op:
-        for form in forms(shape, dtype, [op], skip):
-            cases.setdefault(form.case, []).append((form, _Timed(form.function, form.arguments)))
-    everything = [product, copy, *(timed for case in cases.values() for _, timed in case)]
+    library = _mamba_ssm() if "ssd" in values.op and "mamba_ssm" not in skip else None
+    product, copy = (_Timed(form) for form in _ceilings(dtype))
+    cases: dict[str, list[_Timed]] = {}
+    for form in forms(shape, dtype, values.op, skip, library):
+        try:
+            cases.setdefault(form.case, []).append(_Timed(form))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{form.case}, {form.name}: left out, its memory exceeds the device's", flush=True)
+    everything = [product, copy, *(timed for case in cases.values() for timed in case)]
     for _ in range(values.turns):
         for timed in everything:
             timed.run()
-    rate, bandwidth = ceilings[0][2] / product.median, ceilings[1][2] / copy.median
+    rate, bandwidth = product.form.operations / product.median, copy.form.must_move / copy.median
     print(f"large matrix product {rate / 1e9:,.0f} GFLOP/s, copy {bandwidth / 1e9:,.1f} GB/s\n")
     print("| case | form | median | against xla | of matrix rate | of bandwidth | temporaries |")
     print("|---|---|--:|--:|--:|--:|--:|")
+    measured = []
     for case in cases.values():
-        xla = [timed.median for form, timed in case if form.name == "xla"]
-        for form, timed in case:
-            against = f"{timed.median / xla[0]:.2f}" if xla else ""
-            fractions = f"{form.operations / rate / timed.median:.1%} | {_moved(form) / bandwidth / timed.median:.1%}"
+        xla = [timed.median for timed in case if timed.form.name == "xla"]
+        for timed in case:
+            form, seconds = timed.form, timed.median
+            of_bandwidth = form.must_move / bandwidth / seconds
+            measured.append(Measured(form.case, form.name, seconds, timed.temporaries, of_bandwidth))
+            against = f"{seconds / xla[0]:.2f}" if xla else ""
             print(
-                f"| {form.case} | {form.name} | {timed.median * 1e3:.3f} ms | {against} | {fractions} | "
-                f"{timed.temporaries / 2**20:,.1f} MiB |"
+                f"| {form.case} | {form.name} | {seconds * 1e3:.3f} ms | {against} | "
+                f"{form.operations / rate / seconds:.1%} | {of_bandwidth:.1%} | {timed.temporaries / 2**20:,.1f} MiB |"
             )
+    if rows := list(goals(measured)):
+        print("\n| case | our fastest form | reaches | wanted on an H200, of the 30B model |")
+        print("|---|---|---|---|")
+        print("\n".join(rows))
 
 
-def _moved(form: Form) -> int:
-    """Bytes that must be read and written."""
-    if form.moved is not None:
-        return form.moved
-    results = jax.tree.leaves(jax.eval_shape(form.function, *form.arguments))
-    return sum(v.size * v.dtype.itemsize for v in [*jax.tree.leaves(form.arguments), *results])
+def _mamba_ssm() -> MambaSSM | None:
+    """The library, or None with a line that says why it is left out."""
+    if jax.default_backend() != "gpu":
+        print(f"mamba_ssm is left out: it runs on NVIDIA GPUs, not on {jax.default_backend()}\n")
+        return None
+    try:
+        return MambaSSM()
+    except (ImportError, AttributeError) as error:
+        print(f"mamba_ssm is left out: {error}; install it with: {INSTALL}\n")
+        return None
 
 
 class _Timed:
-    """A compiled function with its arguments, and the seconds that its runs took."""
+    """A form, compiled, and the seconds that its runs took."""
 
     _ENOUGH = 0.02  # Seconds of work behind one another, on an accelerator.
 
-    def __init__(self, function, arguments):
-        self.compiled = jax.jit(function).lower(*arguments).compile()
-        self.arguments = arguments
-        self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes
+    def __init__(self, form: Form):
+        self.form = form
+        if form.library is None:
+            self.call, self.wait = jax.jit(form.function).lower(*form.arguments).compile(), jax.block_until_ready
+            self.temporaries = self.call.memory_analysis().temp_size_in_bytes
+        else:
+            self.call, self.wait = form.function, form.library.wait
+            self.wait(self.call(*form.arguments))  # Its first call compiles and tunes.
+            self.temporaries = form.library.temporaries(form.function, form.arguments)
         self.seconds: list[float] = []
         self.on_cpu = jax.default_backend() == "cpu"
         self.calls = 1
@@ -107,19 +131,19 @@ class _Timed:
     def _timed(self) -> float:
         clock = time.process_time if self.on_cpu else time.perf_counter
         # Not counted: what the form before has left of memory and caches is not this one's.
-        jax.block_until_ready(self.compiled(*self.arguments))
+        self.wait(self.call(*self.form.arguments))
         start = clock()
         for _ in range(self.calls):
-            result = self.compiled(*self.arguments)
-        jax.block_until_ready(result)
+            result = self.call(*self.form.arguments)
+        self.wait(result)
         return (clock() - start) / self.calls
 
 
-def _ceilings(dtype: jnp.dtype) -> tuple[tuple[Callable, tuple, int], tuple[Callable, tuple, int]]:
-    """A product of large matrices and its operations, a pass over a long array and its bytes."""
+def _ceilings(dtype: jnp.dtype) -> tuple[Form, Form]:
+    """A product of large matrices, a pass over a long array."""
     size, length = (1024, 2**24) if jax.default_backend() == "cpu" else (8192, 2**28)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     keys = jax.random.split(jax.random.key(0), 2)
     square, long = jax.random.normal(keys[0], (size, size), dtype), jax.random.normal(keys[1], (length,))
-    product = (lambda a: jnp.matmul(a, a, precision=precision)), (square,), 2 * size**3
-    return product, ((lambda a: a + 1), (long,), 2 * long.nbytes)
+    product = Form("product", "", lambda a: jnp.matmul(a, a, precision=precision), (square,), 2 * size**3)
+    return product, Form("copy", "", lambda a: a + 1, (long,), length)

@@ -9,7 +9,7 @@ from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.kernels.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, flatten, unflatten
-from twotower_jax.quantization import SCALES, VALUES, Method, abstract
+from twotower_jax.quantization import SCALES, VALUES, Method, abstract, as_read
 from twotower_jax.sharding import ShardingOf
 
 Index = tuple[int, ...]
@@ -47,7 +47,8 @@ def read_quantized(
     def put(array: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
         return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
 
-    return Quantized(put(values, places[VALUES]), put(scales, places[SCALES]), target.bits)
+    made = Quantized(put(values, places[VALUES]), put(scales, places[SCALES]), target.bits)
+    return as_read(parameter, made, next(iter(places[VALUES].device_set)).platform)
 
 
 def quantize_params(table: Mapping[Path, Parameter], params: Params, method: Method) -> Params:

@@ -24,7 +24,7 @@ from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.kernels.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
-from twotower_jax.quantization import SCALES, VALUES, Method, disk_table
+from twotower_jax.quantization import SCALES, VALUES, Method, as_read, disk_table
 from twotower_jax.sharding import ShardingOf
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
@@ -145,7 +145,8 @@ def load(
             return as_stored(parameter)
         if stored is not None:
             bits, _ = stored.layout(parameter)
-            return Quantized(as_stored(parameter, VALUES), as_stored(parameter, SCALES), bits)
+            made = Quantized(as_stored(parameter, VALUES), as_stored(parameter, SCALES), bits)
+            return as_read(parameter, made, next(iter(made.values.sharding.device_set)).platform)
         view = _view(store, parameter, places)
         return read_quantized(parameter, quantize, lambda index: view[index].read().result(), sharding)
 

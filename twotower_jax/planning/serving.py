@@ -75,10 +75,12 @@ def plan_serving(
     def abstract(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    table = parameter_table(model)
+    table, platform = parameter_table(model), hardware.devices[0].platform
     params = jax.tree.map(
         lambda leaf: abstract(leaf.shape, leaf.dtype),
-        unflatten({path: quantization.abstract(p, quantize) for path, p in table.items()}),
+        unflatten(
+            {path: quantization.as_read(p, quantization.abstract(p, quantize), platform) for path, p in table.items()}
+        ),
     )
     cache = jax.tree.map(
         lambda leaf: abstract(leaf.shape, leaf.dtype),
