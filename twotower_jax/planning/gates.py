@@ -18,11 +18,16 @@ from twotower_jax.train.config import TrainConfig
 STATES, DENSE, WEIGHT_COPIES = "a state for every block", "a dense expansion over the experts", "a copy of a weight"
 # Weights that count, in elements.
 _LARGE = 1 << 20
-# Instructions that move elements and compute nothing, and those that do not even move them.
+# Instructions that move elements and compute nothing, among them those that take a part, and those that move nothing.
 _MOVES = ("copy", "transpose", "pad", "slice", "dynamic-slice", "concatenate", "reverse", "gather")
+_CUTS = ("slice", "dynamic-slice")
 _STANDS = ("parameter", "constant", "bitcast", "reshape", "tuple", "get-tuple-element", "iota")
+_PRODUCTS = ("dot", "convolution")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\w+)\[([\d,]*)\](?:\{[^}]*\})? ([\w\-]+)\(")
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\w+\[[\d,]*\](?:\{[^}]*\})?) ([\w\-]+)\((?:%([\w.\-]+))?"
+)
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 
 
@@ -39,11 +44,14 @@ def describe(gates: Iterable[Gate]) -> list[str]:
 
 
 class _Instruction(NamedTuple):
-    """`dims` without those of size 1; `called` is a fusion's computation."""
+    """One output of an instruction: `dims` without those of size 1; `called` is a fusion's computation, `operand` the
+    first one's name."""
 
+    name: str
     shape: str
     dims: tuple[int, ...]
     opcode: str
+    operand: str | None
     called: str | None
 
 
@@ -77,7 +85,9 @@ def weight_copies(program: str, table: Iterable[Parameter], sizes: Mapping[str, 
     """Weights, as they are used on a device or as they lie there, moved by an instruction that computes nothing.
 
     Cutting the part of one layer that lies on a device out of its stack does not count where weights are gathered
-    afterwards, which moves more; nor does a cast, nor what a fusion does on the way to a product.
+    afterwards, which moves more; nor does a cast, nor what a fusion does on the way to a product. A gradient that is
+    turned around counts as its weight does, but not one that is cut out of a product: XLA multiplies for several
+    weights at once, and what it cuts was made a moment ago and lies as it is wanted.
 
     Args:
       table: the parameters. sizes: devices along each axis of the mesh.
@@ -96,9 +106,11 @@ def weight_copies(program: str, table: Iterable[Parameter], sizes: Mapping[str, 
     bodies = dict(_computations(program))
     fused = {instruction.called for body in bodies.values() for instruction in body}
     found = []
-    for instruction in (one for name, body in bodies.items() if name not in fused for one in body):
+    for instruction, beside in ((one, body) for name, body in bodies.items() if name not in fused for one in body):
         moved = _moved(instruction, bodies)
         matrix = tuple(sorted(instruction.dims))
+        if matrix in used and set(moved) <= set(_CUTS) and _is_product(instruction.operand, beside, bodies):
+            continue
         if moved and (matrix in used or "pad" in moved and any(_is_padded(matrix, shape) for shape in used)):
             found.append(f"{instruction.shape} by {moved[0]}")
         elif matrix in at_rest and {"copy", "transpose"} & set(moved):
@@ -138,10 +150,11 @@ def _computations(program: str) -> Iterator[tuple[str, list[_Instruction]]]:
         if match := _COMPUTATION.match(line):
             name, body = match[1], []
         elif match := _INSTRUCTION.match(line):
-            dims = tuple(int(n) for n in match[3].split(",") if n and n != "1")
             called = _CALLED.search(line)
-            shape = f"{match[2]}[{match[3]}]"
-            body.append(_Instruction(shape, dims, match[4], called[1] if called else None))
+            for dtype, sizes in _SHAPE.findall(match[2]):
+                dims = tuple(int(n) for n in sizes.split(",") if n and n != "1")
+                shape, called_name = f"{dtype}[{sizes}]", called[1] if called else None
+                body.append(_Instruction(match[1], shape, dims, match[3], match[4], called_name))
         elif line.startswith("}"):
             yield name, body
 
@@ -153,3 +166,10 @@ def _moved(instruction: _Instruction, bodies: Mapping[str, list[_Instruction]]) 
     # What is computed of single numbers is where a slice begins.
     inside = [one.opcode for one in bodies.get(instruction.called, ()) if one.dims]
     return [op for op in inside if op in _MOVES] if all(op in (*_MOVES, *_STANDS) for op in inside) else []
+
+
+def _is_product(name: str | None, body: list[_Instruction], bodies: Mapping[str, list[_Instruction]]) -> bool:
+    """Whether what has this name in a computation is made by a product, in a fusion or by itself."""
+    made = [one for one in body if one.name == name]
+    inside = [one for outer in made for one in (outer, *bodies.get(outer.called, ()))]
+    return any(one.opcode in _PRODUCTS for one in inside)
