@@ -136,6 +136,78 @@ def test_a_gradient_that_is_cut_out_of_a_larger_product_is_not_a_copy():
     assert copies(program(f"{merged}\n  {turned}")) == ["1 × bf16[4,16,48] by transpose"]
 
 
+@pytest.mark.parametrize(
+    "source, layout, counts",
+    [
+        ("fusion(), kind=kLoop, calls=%computed", "2,1,0", False),  # zeros to sum upon
+        ("fusion(), kind=kLoop, calls=%computed", "1,2,0", True),  # turned
+        ("fusion(%gathered), kind=kLoop, calls=%cast", "2,1,0", True),
+        ("get-tuple-element(%loop), index=0", "2,1,0", False),  # a sum over the rounds of a loop
+        ("get-tuple-element(%loop), index=1", "2,1,0", True),  # a weight that a loop hands through
+        ("all-gather(%mine), dimensions={0}", "2,1,0", True),
+    ],
+)
+def test_what_is_computed_may_be_kept_twice(source, layout, counts):
+    shape = "bf16[4,48,16]{2,1,0}"
+    others = f"""
+%computed () -> bf16[4,48,16] {{
+  %zero = bf16[] constant(0)
+  ROOT %zeros = {shape} broadcast(%zero), dimensions={{}}
+}}
+
+%cast (a: f32[4,48,16]) -> bf16[4,48,16] {{
+  %a = f32[4,48,16]{{2,1,0}} parameter(0)
+  ROOT %c = {shape} convert(%a)
+}}
+
+%rounds (tuple: ({shape}, {shape})) -> ({shape}, {shape}) {{
+  %carried = ({shape}, {shape}) parameter(0)
+  %total = {shape} get-tuple-element(%carried), index=0
+  %weights = {shape} get-tuple-element(%carried), index=1
+  %more = {shape} add(%total, %weights)
+  ROOT %all = ({shape}, {shape}) tuple(%more, %weights)
+}}
+"""
+    loop = f"  %loop = ({shape}, {shape}) while(%tuple), condition=%c, body=%rounds\n"
+    more = f"{loop}  %source = {shape} {source}\n  %kept = bf16[4,48,16]{{{layout}}} copy(%source)\n"
+    found = copies(others + PROGRAM.replace("  %product", f"{more}  %product"))
+    assert found == (["1 × bf16[4,48,16] by copy"] if counts else [])
+
+
+@pytest.mark.parametrize(
+    "copied, order, retiled",
+    [
+        ("copy(%weights)", "3,2,1,0", True),
+        ("copy(%done)", "3,2,1,0", True),
+        ("copy(%together)", "3,2,1,0", True),
+        ("copy(%weights)", "2,3,1,0", False),  # turned
+        ("copy(%looped)", "3,2,1,0", False),  # no argument
+    ],
+)
+def test_arguments_put_into_other_tiles_are_measured(copied, order, retiled):
+    """Once a call, from tiles of 8 rows to tiles of 16, whether or not XLA fetches them first."""
+    shape = "bf16[3,2,48,16]{3,2,1,0:T(8,128)(2,1)}"
+    copy = f"  %copy = bf16[3,2,48,16]{{{order}:T(16,128)(2,1)}} {copied}\n"
+    entry = f"""
+ENTRY %main (weights: bf16[3,2,48,16]) -> bf16[4,48,16] {{
+  %weights = {shape} parameter(0)
+  %start = ({shape}, {shape}, u32[]) copy-start(%weights)
+  %done = {shape} copy-done(%start)
+  %part = s8[400]{{0}} slice-start(%weights)
+  %part_done = s8[400]{{0}} slice-done(%part)
+  %together = {shape} custom-call(%part_done, %part_done), custom_call_target="ConcatBitcast"
+  %tuple = ({shape}) tuple(%weights)
+  %while = ({shape}) while(%tuple), condition=%c, body=%body
+  %looped = {shape} get-tuple-element(%while), index=0
+{copy}}}
+"""
+    arguments = [weights()], {"fsdp": 2}, 1
+    assert gates.retiled_bytes(PROGRAM + entry, *arguments) == (3 * 2 * 48 * 16 * 2 if retiled else 0)
+    assert copies(PROGRAM + entry) == ([] if retiled else ["1 × bf16[3,2,48,16] at rest by copy"])
+    in_a_loop = PROGRAM.replace("  %product", f"{copy}  %product").replace("%tuple = ", "%weights = ")
+    assert copies(in_a_loop) and not gates.retiled_bytes(in_a_loop, *arguments)
+
+
 def test_every_output_of_a_fusion_is_looked_at():
     both = "%both (a: bf16[4,16,48]) -> (bf16[4,48,16], s32[3]) {\n  %t = bf16[4,48,16]{2,1,0} transpose(%a)\n"
     both += "  %n = s32[3]{0} iota()\n  ROOT %r = (bf16[4,48,16]{2,1,0}, s32[3]{0}) tuple(%t, %n)\n}\n"

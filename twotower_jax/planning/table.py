@@ -156,6 +156,7 @@ _TRAINING = [
     ("activations (all temporaries)", _gib("activations")),
     ("in all", _in_all),
     (f"fits with {HEADROOM:.0%} free", lambda plan, _: "yes" if plan["fits"] else "no"),
+    ("weights copied into other tiles, once a step", _gib("retiled")),
     (gates.STATES, _gate(gates.STATES)),
     (gates.DENSE, _gate(gates.DENSE)),
     (gates.WEIGHT_COPIES, _gate(gates.WEIGHT_COPIES)),
