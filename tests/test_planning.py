@@ -180,6 +180,8 @@ def test_what_is_computed_may_be_kept_twice(source, layout, counts):
         ("copy(%weights)", "3,2,1,0", True),
         ("copy(%done)", "3,2,1,0", True),
         ("copy(%together)", "3,2,1,0", True),
+        ("copy(%gathering_done)", "3,2,1,0", True),
+        ("copy(%summing_done)", "3,2,1,0", False),  # a call that does something else
         ("copy(%weights)", "2,3,1,0", False),  # turned
         ("copy(%looped)", "3,2,1,0", False),  # no argument
     ],
@@ -189,6 +191,16 @@ def test_arguments_put_into_other_tiles_are_measured(copied, order, retiled):
     shape = "bf16[3,2,48,16]{3,2,1,0:T(8,128)(2,1)}"
     copy = f"  %copy = bf16[3,2,48,16]{{{order}:T(16,128)(2,1)}} {copied}\n"
     entry = f"""
+%gathers (mine: bf16[3,1,48,16]) -> bf16[3,2,48,16] {{
+  %mine = bf16[3,1,48,16]{{3,2,1,0}} parameter(0)
+  ROOT %gathered = {shape} all-gather(%mine), dimensions={{1}}
+}}
+
+%sums (mine: bf16[3,2,48,16]) -> bf16[3,2,48,16] {{
+  %mine = {shape} parameter(0)
+  ROOT %sum = {shape} all-reduce(%mine)
+}}
+
 ENTRY %main (weights: bf16[3,2,48,16]) -> bf16[4,48,16] {{
   %weights = {shape} parameter(0)
   %start = ({shape}, {shape}, u32[]) copy-start(%weights)
@@ -196,6 +208,12 @@ ENTRY %main (weights: bf16[3,2,48,16]) -> bf16[4,48,16] {{
   %part = s8[400]{{0}} slice-start(%weights)
   %part_done = s8[400]{{0}} slice-done(%part)
   %together = {shape} custom-call(%part_done, %part_done), custom_call_target="ConcatBitcast"
+  %gathering = ((), (), (s32[8]{{0}})) custom-call-start(), called_computations={{%gathers}}
+  %gathering_more = (({shape}), {shape}) custom-call-update(%gathering, %weights)
+  %gathering_done = {shape} custom-call-done(%gathering_more)
+  %summing = ((), (), (s32[8]{{0}})) custom-call-start(), called_computations={{%sums}}
+  %summing_more = (({shape}), {shape}) custom-call-update(%summing, %weights)
+  %summing_done = {shape} custom-call-done(%summing_more)
   %tuple = ({shape}) tuple(%weights)
   %while = ({shape}) while(%tuple), condition=%c, body=%body
   %looped = {shape} get-tuple-element(%while), index=0
@@ -206,6 +224,36 @@ ENTRY %main (weights: bf16[3,2,48,16]) -> bf16[4,48,16] {{
     assert copies(PROGRAM + entry) == ([] if retiled else ["1 × bf16[3,2,48,16] at rest by copy"])
     in_a_loop = PROGRAM.replace("  %product", f"{copy}  %product").replace("%tuple = ", "%weights = ")
     assert copies(in_a_loop) and not gates.retiled_bytes(in_a_loop, *arguments)
+
+
+def test_an_argument_that_another_core_puts_into_other_tiles_is_measured():
+    """By a call in parts; not in a loop."""
+    shape, other = "bf16[3,2,48,16]{3,2,1,0:T(8,128)(2,1)}", "bf16[3,2,48,16]{3,2,1,0:T(16,128)(2,1)}"
+    there = f"""
+%inner (given: bf16[3,2,48,16]) -> bf16[3,2,48,16] {{
+  %given = {shape} parameter(0)
+  ROOT %copy = {other} copy(%given)
+}}, execution_thread="sparsecore"
+
+%outer (given: bf16[3,2,48,16]) -> bf16[3,2,48,16] {{
+  %handed = {shape} parameter(0)
+  %one = ({shape}) tuple(%handed)
+  %element = {shape} get-tuple-element(%one), index=0
+  %begun = (({shape}), {other}, u32[]) call-start(%element), to_apply=%inner
+  ROOT %done = {other} call-done(%begun)
+}}, execution_thread="sparsecore"
+
+"""
+    call = f"""  %started = ((), (), (s32[8]{{0}})) custom-call-start(), called_computations={{%outer}}
+  %updated = (({shape}), {other}) custom-call-update(%started, %argument)
+"""
+    entry = f"ENTRY %main (argument: bf16[3,2,48,16]) -> s32[] {{\n  %argument = {shape} parameter(0)\n{call}}}\n"
+    arguments = [weights()], {"fsdp": 2}, 1
+    assert gates.retiled_bytes(there + PROGRAM + entry, *arguments) == 3 * 2 * 48 * 16 * 2
+    assert copies(there + PROGRAM + entry) == []
+    looped = f"  %argument = {shape} get-tuple-element(%tuple), index=0\n{call}"
+    program = there + PROGRAM.replace("  %product", f"{looped}  %product") + "ENTRY %main () -> s32[] {\n}\n"
+    assert copies(program) == ["1 × bf16[3,2,48,16] at rest by copy"]
 
 
 def test_every_output_of_a_fusion_is_looked_at():

@@ -27,6 +27,7 @@ _STANDS = ("parameter", "constant", "bitcast", "reshape", "tuple", "get-tuple-el
 _PRODUCTS = ("dot", "convolution")
 # What stands between an argument and the copy of it: a copy into faster memory as it lies, of all at once or by parts.
 _PREFETCHES = ("bitcast", "copy-start", "copy-done", "slice-start", "slice-done")
+_GATHERS = ("all-gather", "all-gather-start", "all-gather-done")
 _PARTS_TOGETHER = 'custom_call_target="ConcatBitcast"'
 _ENTRY = re.compile(r"^ENTRY %?([\w.\-]+) \(", re.MULTILINE)
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -35,6 +36,8 @@ _INSTRUCTION = re.compile(
 )
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED, _BODY = re.compile(r"calls=%?([\w.\-]+)"), re.compile(r"body=%?([\w.\-]+)")
+_CALLS = re.compile(r"call(?:-start)?\(.*(?:to_apply=|called_computations=\{)%?([\w.\-]+)")
+_SECOND = re.compile(r"call-update\(%[\w.\-]+, %([\w.\-]+)")
 _INDEX = re.compile(r", index=(\d+)")
 
 
@@ -145,18 +148,16 @@ def _copies(
     bodies = dict(_computations(program))
     fused = {instruction.called for body in bodies.values() for instruction in body}
     entry = _ENTRY.search(program)
-    arguments = bodies.get(entry[1], []) if entry else []
-    for instruction, beside in ((one, body) for name, body in bodies.items() if name not in fused for one in body):
+    for instruction, within in ((one, name) for name, body in bodies.items() if name not in fused for one in body):
         moved = _moved(instruction, bodies)
         matrix = tuple(sorted(instruction.dims))
-        if not moved or matrix in used and _is_computed_and_lies_so(instruction, moved, beside, bodies):
+        if not moved or matrix in used and _is_computed_and_lies_so(instruction, moved, bodies[within], bodies):
             continue
         size = math.prod(matrix) * _BYTES.get(instruction.shape.partition("[")[0], 4)
-        if matrix in used or ("pad" in moved and any(_is_padded(matrix, shape) for shape in used)):
-            yield f"{instruction.shape} by {moved[0]}", size, False
-        elif matrix in at_rest and {"copy", "transpose"} & set(moved):
-            retiled = beside is arguments and _is_retiled(instruction, arguments)
-            yield f"{instruction.shape} at rest by {moved[0]}", size, retiled
+        is_used = matrix in used or ("pad" in moved and any(_is_padded(matrix, shape) for shape in used))
+        if is_used or matrix in at_rest and {"copy", "transpose"} & set(moved):
+            retiled = entry is not None and _is_retiled(instruction, within, bodies, entry[1])
+            yield f"{instruction.shape}{'' if is_used else ' at rest'} by {moved[0]}", size, retiled
 
 
 def _tokens(config: TrainConfig, sizes: MeshShape) -> int:
@@ -242,11 +243,57 @@ def _find(name: str | None, body: list[_Instruction]) -> _Instruction | None:
     return next((one for one in body if one.name == name), None)
 
 
-def _is_retiled(instruction: _Instruction, entry: list[_Instruction]) -> bool:
-    """Whether an instruction of the entry copies an argument, whose dimensions keep their order."""
-    source = _find(instruction.operand, entry)
+def _is_retiled(instruction: _Instruction, within: str, bodies: Mapping[str, list[_Instruction]], entry: str) -> bool:
+    """Whether an instruction copies an argument of the program, once, and its dimensions keep their order.
+
+    The argument may have been fetched into faster memory, gathered, or handed to another kind of core, which copies it.
+    """
+    source = _find(instruction.operand, bodies[within])
     if instruction.opcode != "copy" or source is None or source.order != instruction.order:
         return False
-    while source is not None and (source.opcode in _PREFETCHES or _PARTS_TOGETHER in source.line):
-        source = _find(source.operand, entry)
-    return source is not None and source.opcode == "parameter"
+    while source is not None and (source.opcode != "parameter" or within != entry):
+        if source.opcode == "parameter":
+            source, within = _handed(within, bodies)
+        elif source.opcode == "custom-call-done":
+            source = _gathered(source, bodies[within], bodies)
+        elif (
+            source.opcode in (*_PREFETCHES, *_GATHERS)
+            or _PARTS_TOGETHER in source.line
+            or _is_alone(source, bodies[within])
+        ):
+            source = _find(source.operand, bodies[within])
+        else:
+            return False
+    return source is not None
+
+
+def _gathered(
+    done: _Instruction, body: list[_Instruction], bodies: Mapping[str, list[_Instruction]]
+) -> _Instruction | None:
+    """What a call in parts gathers, on another kind of core; None if it does anything else."""
+    update = _find(done.operand, body)
+    start = _find(update.operand, body) if update else None
+    called = _CALLS.search(start.line) if start else None
+    inside = {one.opcode for one in bodies.get(called[1], ())} if called else set()
+    second = _SECOND.search(update.line) if update else None
+    return _find(second[1], body) if second and "all-gather" in inside <= {"all-gather", *_STANDS} else None
+
+
+def _is_alone(one: _Instruction, body: list[_Instruction]) -> bool:
+    """Whether it is a tuple of one element, or that element."""
+    of = _find(one.operand, body) if one.opcode == "get-tuple-element" else one
+    return of is not None and of.opcode == "tuple" and sum(other.name == of.name for other in body) == 1
+
+
+def _handed(called: str, bodies: Mapping[str, list[_Instruction]]) -> tuple[_Instruction | None, str]:
+    """What a computation that is called, by itself or on another core, is called with, and in which computation.
+
+    A call in parts has its operand in its second one: `custom-call-update(%start, %operand)`.
+    """
+    for name, body in bodies.items():
+        for call in body:
+            if (match := _CALLS.search(call.line)) and match[1] == called:
+                operand = call.operand or next((_SECOND.search(o.line) for o in body if o.operand == call.name), None)
+                operand = operand[1] if isinstance(operand, re.Match) else operand
+                return _find(operand, body), name
+    return None, called
