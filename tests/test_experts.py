@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import expert_mlp, reference
+from twotower_jax.kernels import expert_mlp, experts_ragged, reference
 from twotower_jax.kernels.experts import Weights, relu2, sort_by_expert
 from twotower_jax.kernels.experts_xla import tile_size
 from twotower_jax.layers.common import ACTIVATIONS
@@ -26,16 +26,16 @@ def normal(rng, *shape):
     return rng.standard_normal(shape).astype(np.float32)
 
 
-def draw(seed, tokens, choices, experts, biases=True):
+def draw(seed, tokens, choices, experts, biases=True, sides=(D, F)):
     """x, gates and weights."""
-    rng = np.random.default_rng(seed)
+    rng, (model, width) = np.random.default_rng(seed), sides
     weights = Weights(
-        normal(rng, experts, D, F),
-        normal(rng, experts, F, D),
-        normal(rng, experts, F) if biases else None,
-        normal(rng, experts, D) if biases else None,
+        normal(rng, experts, model, width),
+        normal(rng, experts, width, model),
+        normal(rng, experts, width) if biases else None,
+        normal(rng, experts, model) if biases else None,
     )
-    return normal(rng, tokens, D), rng.uniform(0.1, 1, (tokens, choices)).astype(np.float32), weights
+    return normal(rng, tokens, model), rng.uniform(0.1, 1, (tokens, choices)).astype(np.float32), weights
 
 
 def route(seed, tokens, choices, experts, favourites=None):
@@ -91,6 +91,14 @@ def check(x, gates, weights, indices, activation=relu2, form="xla"):
 )
 def test_random_routing(tokens, choices, experts, biases, form):
     check(*draw(0, tokens, choices, experts, biases), route(1, tokens, choices, experts), form=form)
+
+
+@pytest.mark.parametrize("sides, turned", [((128, 72), (True, False)), ((72, 128), (False, True))])
+def test_ragged_dot_takes_matrices_as_a_tpu_lays_them_down(sides, turned):
+    """With that side along the lanes which is a multiple of 128: `up` or `down` the other way around."""
+    x, gates, weights = draw(0, 20, 2, 3, sides=sides)
+    assert tuple(experts_ragged._lies_turned(*w.shape[1:]) for w in weights[:2]) == turned
+    check(x, gates, weights, route(1, 20, 2, 3), form="ragged_dot")
 
 
 @pytest.mark.parametrize("form", ["xla", "ragged_dot", "dense"])

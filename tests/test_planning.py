@@ -64,24 +64,24 @@ def test_what_is_ruled_out_is_found(step_config):
 
 
 def weights(**changes):
-    """A stack of three layers of four experts, 16 wide, as parameters are declared; rows of 48 on two devices."""
+    """A stack of three layers of four experts, 16 wide, as parameters are declared; two on each of two devices."""
     values = {"shape": (3, 4, 48, 16), "axes": ("layers", "experts", "embed", "expert_mlp")} | changes
     flags = {"decay": True, "float32": False, "trainable": True}
     return Parameter((), **values, init=None, tensors=None, layout="", **flags, scales=None)
 
 
 PROGRAM = """
-%slice_of_a_layer (param_0: bf16[3,4,24,16], param_1: s32[]) -> bf16[1,4,24,16] {
-  %param_0 = bf16[3,4,24,16]{3,2,1,0} parameter(0)
+%slice_of_a_layer (param_0: bf16[3,2,48,16], param_1: s32[]) -> bf16[1,2,48,16] {
+  %param_0 = bf16[3,2,48,16]{3,2,1,0} parameter(0)
   %param_1 = s32[] parameter(1)
   %less = pred[] compare(%param_1, %param_1), direction=LT
-  ROOT %cut = bf16[1,4,24,16]{3,2,1,0} dynamic-slice(%param_0, %param_1), dynamic_slice_sizes={1,4,24,16}
+  ROOT %cut = bf16[1,2,48,16]{3,2,1,0} dynamic-slice(%param_0, %param_1), dynamic_slice_sizes={1,2,48,16}
 }
 
-%body (tuple: (bf16[3,4,24,16], s32[])) -> bf16[4,48,16] {
-  %tuple = (bf16[3,4,24,16]{3,2,1,0}, s32[]) parameter(0)
-  %mine = bf16[1,4,24,16]{3,2,1,0} fusion(%tuple), kind=kLoop, calls=%slice_of_a_layer
-  %gathered = bf16[1,4,48,16]{3,2,1,0} all-gather(%mine), dimensions={2}
+%body (tuple: (bf16[3,2,48,16], s32[])) -> bf16[4,48,16] {
+  %tuple = (bf16[3,2,48,16]{3,2,1,0}, s32[]) parameter(0)
+  %mine = bf16[1,2,48,16]{3,2,1,0} fusion(%tuple), kind=kLoop, calls=%slice_of_a_layer
+  %gathered = bf16[1,4,48,16]{3,2,1,0} all-gather(%mine), dimensions={1}
   %product = f32[48,16]{1,0} dot(%gathered, %gathered)
   ROOT %done = bf16[4,48,16]{2,1,0} bitcast(%gathered)
 }
@@ -103,22 +103,165 @@ def test_weights_that_are_gathered_and_used_are_not_copied():
         ("bf16[16,4,48]{2,1,0} transpose(%done), dimensions={2,0,1}", "bf16[16,4,48] by transpose"),
         ("bf16[4,48,16]{2,1,0} dynamic-slice(%stack, %i), dynamic_slice_sizes={4,48,16}", "bf16[4,48,16] by dynamic-"),
         ("bf16[4,48,128]{2,1,0} pad(%done, %zero), padding=0_0x0_0x0_112", "bf16[4,48,128] by pad"),
-        ("f32[3,4,24,16]{2,3,1,0} copy(%moments)", "f32[3,4,24,16] at rest by copy"),
-        ("bf16[4,24,16]{2,1,0} fusion(%tuple), kind=kLoop, calls=%turned", "bf16[4,24,16] at rest by transpose"),
+        ("f32[3,2,48,16]{2,3,1,0} copy(%moments)", "f32[3,2,48,16] at rest by copy"),
+        ("bf16[2,48,16]{2,1,0} fusion(%tuple), kind=kLoop, calls=%turned", "bf16[2,48,16] at rest by transpose"),
     ],
 )
 def test_a_weight_that_is_copied_is_found(instruction, found):
-    turned = "%turned (a: bf16[4,16,24]) -> bf16[4,24,16] {\n  ROOT %t = bf16[4,24,16]{2,1,0} transpose(%a)\n}\n"
+    turned = "%turned (a: bf16[2,16,48]) -> bf16[2,48,16] {\n  ROOT %t = bf16[2,48,16]{2,1,0} transpose(%a)\n}\n"
     turned = turned if "turned" in instruction else ""
     (one,) = copies(turned + PROGRAM.replace("  %product", f"  %more = {instruction}\n  %product"))
     assert one.startswith(f"1 × {found}")
 
 
 def test_a_fusion_that_computes_is_not_a_copy():
-    cast = "%cast (a: f32[4,16,24]) -> bf16[4,24,16] {\n  %t = f32[4,24,16]{2,1,0} transpose(%a)\n"
-    cast += "  ROOT %c = bf16[4,24,16]{2,1,0} convert(%t)\n}\n"
-    more = "bf16[4,24,16]{2,1,0} fusion(%tuple), kind=kLoop, calls=%cast"
+    cast = "%cast (a: f32[2,16,48]) -> bf16[2,48,16] {\n  %t = f32[2,48,16]{2,1,0} transpose(%a)\n"
+    cast += "  ROOT %c = bf16[2,48,16]{2,1,0} convert(%t)\n}\n"
+    more = "bf16[2,48,16]{2,1,0} fusion(%tuple), kind=kLoop, calls=%cast"
     assert copies(cast + PROGRAM.replace("  %product", f"  %more = {more}\n  %product")) == []
+
+
+def test_a_gradient_that_is_cut_out_of_a_larger_product_is_not_a_copy():
+    """As XLA multiplies for queries, keys and values at once; cut out of what comes into the program, it is a copy."""
+    merged = "bf16[4,48,40]{2,1,0} fusion(%gathered), kind=kCustom, calls=%several"
+    several = "%several (a: bf16[4,48,16]) -> bf16[4,48,40] {\n  ROOT %p = bf16[4,48,40]{2,1,0} dot(%a, %a)\n}\n"
+    cut = "%cut = bf16[4,48,16]{2,1,0} slice(%merged), slice={[0:4], [0:48], [0:16]}"
+
+    def program(first):
+        return several + PROGRAM.replace("  %product", f"  %merged = {first}\n  {cut}\n  %product")
+
+    assert copies(program(merged)) == []
+    assert copies(program("bf16[4,48,40]{2,1,0} get-tuple-element(%tuple), index=0")) == ["1 × bf16[4,48,16] by slice"]
+    turned = "%turned = bf16[4,16,48]{2,1,0} transpose(%cut), dimensions={0,2,1}"
+    assert copies(program(f"{merged}\n  {turned}")) == ["1 × bf16[4,16,48] by transpose"]
+
+
+@pytest.mark.parametrize(
+    "source, layout, counts",
+    [
+        ("fusion(), kind=kLoop, calls=%computed", "2,1,0", False),  # zeros to sum upon
+        ("fusion(), kind=kLoop, calls=%computed", "1,2,0", True),  # turned
+        ("fusion(%gathered), kind=kLoop, calls=%cast", "2,1,0", True),
+        ("get-tuple-element(%loop), index=0", "2,1,0", False),  # a sum over the rounds of a loop
+        ("get-tuple-element(%loop), index=1", "2,1,0", True),  # a weight that a loop hands through
+        ("all-gather(%mine), dimensions={0}", "2,1,0", True),
+    ],
+)
+def test_what_is_computed_may_be_kept_twice(source, layout, counts):
+    shape = "bf16[4,48,16]{2,1,0}"
+    others = f"""
+%computed () -> bf16[4,48,16] {{
+  %zero = bf16[] constant(0)
+  ROOT %zeros = {shape} broadcast(%zero), dimensions={{}}
+}}
+
+%cast (a: f32[4,48,16]) -> bf16[4,48,16] {{
+  %a = f32[4,48,16]{{2,1,0}} parameter(0)
+  ROOT %c = {shape} convert(%a)
+}}
+
+%rounds (tuple: ({shape}, {shape})) -> ({shape}, {shape}) {{
+  %carried = ({shape}, {shape}) parameter(0)
+  %total = {shape} get-tuple-element(%carried), index=0
+  %weights = {shape} get-tuple-element(%carried), index=1
+  %more = {shape} add(%total, %weights)
+  ROOT %all = ({shape}, {shape}) tuple(%more, %weights)
+}}
+"""
+    loop = f"  %loop = ({shape}, {shape}) while(%tuple), condition=%c, body=%rounds\n"
+    more = f"{loop}  %source = {shape} {source}\n  %kept = bf16[4,48,16]{{{layout}}} copy(%source)\n"
+    found = copies(others + PROGRAM.replace("  %product", f"{more}  %product"))
+    assert found == (["1 × bf16[4,48,16] by copy"] if counts else [])
+
+
+@pytest.mark.parametrize(
+    "copied, order, retiled",
+    [
+        ("copy(%weights)", "3,2,1,0", True),
+        ("copy(%done)", "3,2,1,0", True),
+        ("copy(%together)", "3,2,1,0", True),
+        ("copy(%gathering_done)", "3,2,1,0", True),
+        ("copy(%summing_done)", "3,2,1,0", False),  # a call that does something else
+        ("copy(%weights)", "2,3,1,0", False),  # turned
+        ("copy(%looped)", "3,2,1,0", False),  # no argument
+    ],
+)
+def test_arguments_put_into_other_tiles_are_measured(copied, order, retiled):
+    """Once a call, from tiles of 8 rows to tiles of 16, whether or not XLA fetches them first."""
+    shape = "bf16[3,2,48,16]{3,2,1,0:T(8,128)(2,1)}"
+    copy = f"  %copy = bf16[3,2,48,16]{{{order}:T(16,128)(2,1)}} {copied}\n"
+    entry = f"""
+%gathers (mine: bf16[3,1,48,16]) -> bf16[3,2,48,16] {{
+  %mine = bf16[3,1,48,16]{{3,2,1,0}} parameter(0)
+  ROOT %gathered = {shape} all-gather(%mine), dimensions={{1}}
+}}
+
+%sums (mine: bf16[3,2,48,16]) -> bf16[3,2,48,16] {{
+  %mine = {shape} parameter(0)
+  ROOT %sum = {shape} all-reduce(%mine)
+}}
+
+ENTRY %main (weights: bf16[3,2,48,16]) -> bf16[4,48,16] {{
+  %weights = {shape} parameter(0)
+  %start = ({shape}, {shape}, u32[]) copy-start(%weights)
+  %done = {shape} copy-done(%start)
+  %part = s8[400]{{0}} slice-start(%weights)
+  %part_done = s8[400]{{0}} slice-done(%part)
+  %together = {shape} custom-call(%part_done, %part_done), custom_call_target="ConcatBitcast"
+  %gathering = ((), (), (s32[8]{{0}})) custom-call-start(), called_computations={{%gathers}}
+  %gathering_more = (({shape}), {shape}) custom-call-update(%gathering, %weights)
+  %gathering_done = {shape} custom-call-done(%gathering_more)
+  %summing = ((), (), (s32[8]{{0}})) custom-call-start(), called_computations={{%sums}}
+  %summing_more = (({shape}), {shape}) custom-call-update(%summing, %weights)
+  %summing_done = {shape} custom-call-done(%summing_more)
+  %tuple = ({shape}) tuple(%weights)
+  %while = ({shape}) while(%tuple), condition=%c, body=%body
+  %looped = {shape} get-tuple-element(%while), index=0
+{copy}}}
+"""
+    arguments = [weights()], {"fsdp": 2}, 1
+    assert gates.retiled_bytes(PROGRAM + entry, *arguments) == (3 * 2 * 48 * 16 * 2 if retiled else 0)
+    assert copies(PROGRAM + entry) == ([] if retiled else ["1 × bf16[3,2,48,16] at rest by copy"])
+    in_a_loop = PROGRAM.replace("  %product", f"{copy}  %product").replace("%tuple = ", "%weights = ")
+    assert copies(in_a_loop) and not gates.retiled_bytes(in_a_loop, *arguments)
+
+
+def test_an_argument_that_another_core_puts_into_other_tiles_is_measured():
+    """By a call in parts; not in a loop."""
+    shape, other = "bf16[3,2,48,16]{3,2,1,0:T(8,128)(2,1)}", "bf16[3,2,48,16]{3,2,1,0:T(16,128)(2,1)}"
+    there = f"""
+%inner (given: bf16[3,2,48,16]) -> bf16[3,2,48,16] {{
+  %given = {shape} parameter(0)
+  ROOT %copy = {other} copy(%given)
+}}, execution_thread="sparsecore"
+
+%outer (given: bf16[3,2,48,16]) -> bf16[3,2,48,16] {{
+  %handed = {shape} parameter(0)
+  %one = ({shape}) tuple(%handed)
+  %element = {shape} get-tuple-element(%one), index=0
+  %begun = (({shape}), {other}, u32[]) call-start(%element), to_apply=%inner
+  ROOT %done = {other} call-done(%begun)
+}}, execution_thread="sparsecore"
+
+"""
+    call = f"""  %started = ((), (), (s32[8]{{0}})) custom-call-start(), called_computations={{%outer}}
+  %updated = (({shape}), {other}) custom-call-update(%started, %argument)
+"""
+    entry = f"ENTRY %main (argument: bf16[3,2,48,16]) -> s32[] {{\n  %argument = {shape} parameter(0)\n{call}}}\n"
+    arguments = [weights()], {"fsdp": 2}, 1
+    assert gates.retiled_bytes(there + PROGRAM + entry, *arguments) == 3 * 2 * 48 * 16 * 2
+    assert copies(there + PROGRAM + entry) == []
+    looped = f"  %argument = {shape} get-tuple-element(%tuple), index=0\n{call}"
+    program = there + PROGRAM.replace("  %product", f"{looped}  %product") + "ENTRY %main () -> s32[] {\n}\n"
+    assert copies(program) == ["1 × bf16[3,2,48,16] at rest by copy"]
+
+
+def test_every_output_of_a_fusion_is_looked_at():
+    both = "%both (a: bf16[4,16,48]) -> (bf16[4,48,16], s32[3]) {\n  %t = bf16[4,48,16]{2,1,0} transpose(%a)\n"
+    both += "  %n = s32[3]{0} iota()\n  ROOT %r = (bf16[4,48,16]{2,1,0}, s32[3]{0}) tuple(%t, %n)\n}\n"
+    more = "%more = (bf16[4,48,16]{2,1,0:T(8,128)(2,1)}, s32[3]{0}) fusion(%tuple), kind=kLoop, calls=%both"
+    (one,) = copies(both + PROGRAM.replace("  %product", f"  {more}\n  %product"))
+    assert one == "1 × bf16[4,48,16] by transpose"
 
 
 def test_the_compiler_s_own_words_for_a_copy_are_known():

@@ -17,7 +17,17 @@ from twotower_jax.kernels import expert_mlp
 from twotower_jax.kernels.experts import Weights, relu2
 from twotower_jax.layers import expert_parallel
 from twotower_jax.parameters import flatten, parameter_table, unflatten
-from twotower_jax.sharding import BATCH, MESH_AXES, MeshShape, batch_sharding, local, make_mesh, spec, stored_sharding
+from twotower_jax.sharding import (
+    BATCH,
+    MESH_AXES,
+    AtRest,
+    MeshShape,
+    batch_sharding,
+    local,
+    make_mesh,
+    spec,
+    stored_sharding,
+)
 from twotower_jax.tower import Execution
 from twotower_jax.train.objectives import Denoiser, NoiseKey, make_objective
 from twotower_jax.train.step import abstract_state, make_optimizer, make_step, start_state, tables
@@ -241,7 +251,7 @@ def test_two_steps_are_those_of_one_device(run_steps, step_config, random_params
 
 def test_a_mesh_axis_divides_an_array_once():
     sizes = {"fsdp": 2, "expert": 2, "tensor": 2}
-    assert spec(("experts", "embed", "expert_mlp"), (8, 16, 8), sizes, stored=True) == jax.P("expert", "fsdp", "tensor")
+    assert spec(("experts", "embed", "expert_mlp"), (2, 16, 8), sizes, stored=True) == jax.P("expert", "fsdp", "tensor")
     assert spec(("embed", "mlp"), (32, 8), sizes, stored=True) == jax.P(("fsdp", "expert"), "tensor")
     assert spec(("embed", "mlp"), (16, 8), sizes) == jax.P(None, "tensor")
 
@@ -260,7 +270,61 @@ def test_matrices_lie_in_whole_tiles_of_rows_where_they_can():
         None, "expert", "fsdp", None
     )
     # With their biases, (E, D), experts have no rows to divide.
-    assert spec(("experts", "embed"), (32, 48), {"fsdp": 4}, stored=True) == jax.P(None, "fsdp")
+    assert spec(("experts", "embed"), (2, 48), {"fsdp": 4}, stored=True) == jax.P(None, "fsdp")
+
+
+def test_whole_experts_lie_on_a_device_where_there_are_enough():
+    """As many as there are of the published model, on the meshes of nano30b.py; and what is in use."""
+    axes, shape = ("layers", "experts", "expert_mlp", "embed"), (5, 128, 1856, 2688)
+    pod = {"data": 2, "fsdp": 8, "expert": 16}
+    assert spec(axes, shape, pod, stored=True) == jax.P(None, ("expert", "fsdp"), None, None)
+    assert spec(axes, shape, pod) == jax.P(None, "expert", None, None)
+    assert spec(axes, shape, {"fsdp": 4, "sequence": 2, "expert": 16}, stored=True) == jax.P(
+        None, ("expert", "fsdp", "sequence"), None, None
+    )
+    # Sixteen times sixteen devices are too many for whole experts; what is left divides the rows.
+    assert spec(axes, shape, {"fsdp": 8, "sequence": 2, "expert": 16}, stored=True) == jax.P(
+        None, ("expert", "fsdp"), "sequence", None
+    )
+
+
+@pytest.mark.parametrize(
+    "experts, stored",
+    [
+        (8, (("expert", "fsdp", "sequence"), None)),
+        (4, (("expert", "fsdp"), "sequence")),
+        (2, ("expert", ("fsdp", "sequence"))),
+    ],
+)
+def test_experts_are_gathered_in_order_and_gradients_summed(quick_jit, experts, stored):
+    """Whole experts, experts and rows, or rows alone at rest: each device gets its own of them, and what all devices
+    say of one is added up where it lies."""
+    mesh = make_mesh(MeshShape(expert=2, fsdp=2, sequence=2))
+    rng = np.random.default_rng(0)
+    weights, x = np.float32(rng.standard_normal((experts, 32, 6))), np.float32(rng.standard_normal((4, 4, 32)))
+    axes, tokens = ("experts", "expert_mlp", "embed"), ("batch", "length", None)
+    place = stored_sharding(mesh, axes, weights.shape)
+    assert place.spec == jax.P(*stored, None)
+
+    def multiplied(x, weights, number):
+        return jnp.einsum("blf,efd,e->bled", x, weights, number)
+
+    def loss(weights, function):
+        y = function(x, weights, jnp.arange(1.0, experts + 1))
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+    def on_a_device(x, weights, number):
+        """The expert's own rows are multiplied here, those of other devices there."""
+        everybody = jax.lax.all_gather(x, "expert", tiled=True)
+        y = multiplied(everybody, weights, number)
+        return jax.lax.all_to_all(y, "expert", 0, 2, tiled=True)
+
+    expected, expected_y = jax.grad(loss, has_aux=True)(weights, multiplied)
+    with jax.set_mesh(mesh):
+        divided = local(on_a_device, (tokens, AtRest(axes), ("experts",)), (*tokens, None))
+        found, y = quick_jit(lambda w: jax.grad(loss, has_aux=True)(w, divided))(jax.device_put(weights, place))
+    np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_state_is_divided_evenly(step_config):

@@ -3,8 +3,8 @@
 | mesh axis | what it divides |
 |---|---|
 | data | the batch; everything else is repeated along it |
-| fsdp | the batch, and every matrix at rest (ZeRO-3: gathered where it is used, one layer at a time) |
-| sequence | the positions of a sequence; matrices at rest as well |
+| fsdp | the batch; at rest every matrix, or a layer's experts (ZeRO-3: gathered where used, one layer at a time) |
+| sequence | the positions of a sequence; what fsdp divides at rest as well |
 | expert | the routed experts; the batch and all other matrices at rest as well |
 | tensor | heads, Mamba channels, widths of MLPs and experts, the vocabulary |
 
@@ -50,9 +50,11 @@ class Rule:
 
 
 RULES: Mapping[str, Rule] = {
-    # Of parameters. A mesh axis divides an array once: the experts' matrices leave "expert" to their first axis.
+    # Of parameters. A mesh axis divides an array once: "embed" has what experts leave it, which is nothing where there
+    # are enough of them. Whole experts are then what is gathered, along the first axis of what a device holds, and lie
+    # next to one another as they are used, whatever their matrices' sides.
     "layers": Rule((), ()),
-    "experts": Rule(("expert",), ("expert",)),
+    "experts": Rule(("expert", "fsdp", "sequence"), ("expert",)),
     "embed": Rule(("fsdp", "sequence", "expert"), ()),
     "vocab": Rule(("tensor",), ("tensor",)),
     "heads": Rule(("tensor",), ("tensor",)),
@@ -192,7 +194,7 @@ def spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], *, stored
 
     Of a matrix at rest, what "embed" takes divides the rows (the last dimension but one) instead, wherever that gives
     every device whole tiles of rows: what is gathered by whole tiles of rows lies in memory as it is used, and TPUs
-    copy anything else into place, once a layer and pass.
+    copy anything else into place, once a layer and pass. (GPUs want rows, too: they gather along the first axis alone.)
     """
     if stored and len(axes) - axes.count("layers") < 2:
         return PartitionSpec()

@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     Attributes:
       parameters, trained: counts. weights: trained in float32 and frozen ones. optimizer: moments.
       activations: everything else that lives during a step (XLA's temporaries, gathered layers and gradients in it).
+      retiled: of the weights, what the step copies into other tiles at its beginning (`gates.retiled_bytes`).
       flops: analytic, of one step over all devices.
       lower_seconds, compile_seconds: by the clock. processor_seconds: of both, on all cores.
     """
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     weights: int
     optimizer: int
     activations: int
+    retiled: int
     memory: int
     tokens: int
     flops: float
@@ -104,6 +106,7 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
     arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.output_size_in_bytes + memory.temp_size_in_bytes + arguments
     sizes, program = config.mesh.resolve(len(hardware.devices)), compiled.as_text()
+    table = [*trained.values(), *frozen_table.values()]
     return Plan(
         hardware=hardware.name,
         chips=hardware.chips,
@@ -114,6 +117,7 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
         weights=weights,
         optimizer=optimizer_bytes,
         activations=peak - weights - optimizer_bytes,
+        retiled=gates.retiled_bytes(program, table, mesh.shape),
         memory=hardware.memory,
         tokens=config.batch_size * config.sequence_length,
         flops=step_flops(config, model, block_size),
@@ -124,7 +128,7 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
         gates=[
             gates.per_block_states(program, config, model, block_size, sizes),
             gates.dense_experts(program, config, model, sizes),
-            gates.weight_copies(program, [*trained.values(), *frozen_table.values()], mesh.shape),
+            gates.weight_copies(program, table, mesh.shape),
         ],
     )
 

@@ -22,6 +22,7 @@ def describe(plan: Plan) -> str:
         f"  GiB a device: weights {plan.weights / GIB:.2f}, optimizer {plan.optimizer / GIB:.2f}, activations "
         f"{plan.activations / GIB:.2f}, in all {plan.total / GIB:.2f} of {plan.memory / GIB:.0f}: {verdict} with "
         f"{HEADROOM:.0%} to stay free ({free / plan.memory:.0%} is)",
+        f"  GiB copied into other tiles once a step: {plan.retiled / GIB:.2f}",
         f"  lowered in {plan.lower_seconds:.0f} s, compiled in {plan.compile_seconds:.0f} s, "
         f"{plan.processor_seconds:.0f} processor seconds in all",
         f"  {plan.flops / 1e12:,.0f} TFLOP a step; at {UTILIZATION:.0%} of {plan.peak_flops / 1e12:.0f} TFLOP/s a "

@@ -39,8 +39,7 @@ _ON_H200 = ("--config.mesh.expert=8",)
 ROWS = (
     Row("v5p:8x8x4"),
     Row("v6e:16x16"),
-    # Its tiles of bfloat16 have 16 rows, of which 1856 is a multiple of 4 × 16.
-    Row("tpu7x:4x4x8", flags=("--config.mesh.fsdp=4",)),
+    Row("tpu7x:4x4x8"),
     Row("h200:256", flags=_ON_H200),
     Row("h200:1", serve=True, flags=("--batch_size=64", "--capacity=4096")),
 )
@@ -157,6 +156,7 @@ _TRAINING = [
     ("activations (all temporaries)", _gib("activations")),
     ("in all", _in_all),
     (f"fits with {HEADROOM:.0%} free", lambda plan, _: "yes" if plan["fits"] else "no"),
+    ("weights copied into other tiles, once a step", _gib("retiled")),
     (gates.STATES, _gate(gates.STATES)),
     (gates.DENSE, _gate(gates.DENSE)),
     (gates.WEIGHT_COPIES, _gate(gates.WEIGHT_COPIES)),
