@@ -13,7 +13,7 @@ from twotower_jax.kernels.experts import Weights, relu2
 from twotower_jax.kernels.quantized import quantize
 
 XLA, TPU, GPU = "xla", "pallas_tpu_interpret", "mosaic_gpu_interpret"
-GROUPED, RAGGED = "mosaic_gpu_grouped_interpret", "ragged_dot"
+TRITON, GROUPED, RAGGED = "triton_interpret", "mosaic_gpu_grouped_interpret", "ragged_dot"
 _BOTH = ("float32", "bfloat16")
 _EVERYWHERE = {XLA: _BOTH, TPU: _BOTH, GPU: _BOTH}
 
@@ -65,8 +65,10 @@ def _scans() -> Iterator[Case]:
         run = functools.partial({"ssd": _ssd, "two_tower_ssd": _two_tower_ssd}[op], _CHUNK)
         for kind, strong in _DECAYS.items():
             for length in _LENGTHS:
-                yield Case(op, kind, functools.partial(arrays, length, strong), run)
-        # The interpreter of GPU kernels would take hours.
+                forms = _EVERYWHERE | {TRITON: _BOTH}
+                problem = functools.partial(arrays, length, strong), run
+                yield Case(op, kind, *problem, implementations=forms, gradients=tuple(forms))
+        # The interpreters of GPU kernels would take hours.
         of_long = {name: ("float32",) for name in (XLA, TPU)}
         long = functools.partial(arrays, _LONG, None), functools.partial(run.func, 128)
         yield Case(op, f"{_LONG:,} tokens, slow decays", *long, implementations=of_long)

@@ -4,7 +4,8 @@
     python launch/benchmark.py kernel_compile --op=ssd,two_tower_ssd
 
 What is compiled is what runs there: Pallas kernels for TPUs (package `libtpu`) and, for h200:1, for NVIDIA Hopper
-(packages `jax-cuda13-plugin` and `jax-cuda13-pjrt`). A row a kernel: seconds to compile, and its temporary memory,
+(packages `jax-cuda13-plugin` and `jax-cuda13-pjrt`), where the scans of other GPUs are compiled as well (package
+`jax-triton`). A row a kernel: seconds to compile, and its temporary memory,
 which for gradients holds what the forward pass keeps. Exit status 1 if anything does not compile.
 """
 
@@ -78,6 +79,9 @@ def _everything(
         for chunk in chunks:
             for case in _cases(dtype, chunk, of_scans):
                 yield case, of_scans, name, chunk
+            for case in _cases(dtype, chunk, "triton") if platform == "gpu" else ():
+                if not case.name.startswith("block_scan"):
+                    yield case, "triton", name, chunk
         of_attention = _attention_cases.implementation(platform, dtype)
         for case in _attention_cases.cases(dtype, of_attention):
             yield Case(*case), of_attention, name, ""

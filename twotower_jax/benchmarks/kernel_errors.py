@@ -17,9 +17,9 @@ import numpy as np
 from absl import flags
 
 from twotower_jax import kernels
-from twotower_jax.benchmarks._error_cases import GPU, GROUPED, RAGGED, TPU, XLA, Case, cases
+from twotower_jax.benchmarks._error_cases import GPU, GROUPED, RAGGED, TPU, TRITON, XLA, Case, cases
 
-_IMPLEMENTATIONS = [XLA, TPU, GPU, GROUPED, RAGGED]
+_IMPLEMENTATIONS = [XLA, TPU, GPU, TRITON, GROUPED, RAGGED]
 
 
 def define_flags() -> None:
