@@ -13,7 +13,7 @@ from twotower_jax.kernels.experts import Weights, relu2
 from twotower_jax.kernels.experts_tpu import stored
 from twotower_jax.kernels.quantized import Quantized
 
-_EXPERTS, _MODEL, _WIDTH, _PADDED, _CHOICES = 128, 2688, 1856, 1920, 6
+_EXPERTS, _MODEL, _WIDTH, _CHOICES = 128, 2688, 1856, 6
 _GROUP = 64
 _ROWS = (96, 1024)
 _MANY = 8192
@@ -27,13 +27,11 @@ def cases(platform: str) -> Iterator[tuple[str, object, list, str]]:
             weights = _weights(_WIDTH, bits, platform)
             name = f"expert_mlp, {tokens} tokens, {bits} bits, {weights.up.shape[2]} wide"
             yield name, _forward(few, weights), _shapes(tokens, _CHOICES, weights), few
-    for width in (_WIDTH, _PADDED) if platform == "tpu" else (_WIDTH,):
-        for tokens, choices in (_MANY, _CHOICES), (_MANY * _CHOICES, 1):
-            name = f"expert_mlp, {tokens} tokens × {choices}, {width} wide"
-            weights = _weights(width, 16, platform)
-            shapes = _shapes(tokens, choices, weights)
-            yield name, _forward(many, weights), shapes, many
-            yield f"{name}, gradient", _gradient(many, weights), shapes, many
+    weights = _weights(_WIDTH, 16, platform)
+    for tokens, choices in (_MANY, _CHOICES), (_MANY * _CHOICES, 1):
+        name, shapes = f"expert_mlp, {tokens} tokens × {choices}, {_WIDTH} wide", _shapes(tokens, choices, weights)
+        yield name, _forward(many, weights), shapes, many
+        yield f"{name}, gradient", _gradient(many, weights), shapes, many
 
 
 def _forward(implementation: str, weights: Weights):
