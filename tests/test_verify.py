@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -42,6 +43,13 @@ def test_certified(data, tmp_path):
     evaluations = case["mask_diffusion"][0]["denoiser_evaluations"]
     assert f"48 of 48 tokens, {evaluations} of {evaluations} evaluations" in out.stdout
     assert "agrees with the recorded numbers" in lines[-1]
+
+
+def test_the_worst_gradient_counts():
+    ones = np.ones(4, np.float32)
+    drift = certify._gradient_drift({"a": ones, "b": 2 * ones, "c": ones}, {"a": ones, "b": 2.02 * ones})
+    assert drift.name == "gradients of 2 tensors"
+    assert drift.difference == pytest.approx(0.02 / 2.02, rel=1e-5)
 
 
 def test_a_drift_is_reported():

@@ -1,7 +1,8 @@
 """Numerical proof of a conversion: a checkpoint's numbers against those that the published code gave once.
 
-`expected.safetensors` holds one forward pass of each kind, `generation.json` greedy generations; `docs/conversion.md`
-describes both. Everything is compared in float32 arithmetic unless another dtype is asked for.
+`expected.safetensors` holds one forward pass of each kind, `expected_gradients.safetensors` the gradients of its loss,
+`generation.json` greedy generations; `docs/conversion.md` describes them. Everything is compared in float32 arithmetic
+unless another dtype is asked for.
 """
 
 import pathlib
@@ -18,13 +19,14 @@ from twotower_jax import parameters
 from twotower_jax.checkpoint.files import CheckpointError, read_json
 from twotower_jax.diffusion import SamplingConfig, masked_cross_entropy
 from twotower_jax.generation import Settings, generate
+from twotower_jax.kernels.quantized import Quantized
 from twotower_jax.layers.attention import AttentionCache
 from twotower_jax.parameters import Params, bind, parameter_table
 from twotower_jax.tokens import check_ids
 from twotower_jax.tower import Cache
 from twotower_jax.two_tower import TwoTower
 
-NUMBERS, GENERATIONS = "expected.safetensors", "generation.json"
+NUMBERS, GRADIENTS, GENERATIONS = "expected.safetensors", "expected_gradients.safetensors", "generation.json"
 
 
 class Drift(NamedTuple):
@@ -97,6 +99,9 @@ def certify(model: TwoTower, params: Params, recorded: pathlib.Path, *, context_
         ]
     except KeyError as error:
         raise CheckpointError(f"{recorded / NUMBERS}: array {error} is missing") from None
+    quantized = any(isinstance(v, Quantized) for v in parameters.flatten(params).values())
+    if (recorded / GRADIENTS).exists() and not context_only and not quantized:
+        drifts.append(_gradient_drift(gradients(model, params, expected), _numbers(recorded / GRADIENTS)))
     agreements = []
     if (recorded / GENERATIONS).exists():
         agreements = list(_generations(model, params, recorded / GENERATIONS, context_only))
@@ -167,6 +172,38 @@ def _training_arrays(model: TwoTower, params: Params, expected: Mapping[str, np.
     )
     yield "train.logits", logits
     yield "train.loss", masked_cross_entropy(logits, clean, masked)[0]
+
+
+def gradients(model: TwoTower, params: Params, expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of the recorded training loss, under the names and in the orientation of a checkpoint."""
+    clean, masked, t = (jnp.asarray(expected[f"train.{name}"]) for name in ("ids", "masked", "t"))
+    noisy = jnp.where(masked, model.config.mask_token_id, clean)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            logits, _ = bind(model, params).training_logits(clean, noisy, t, int(expected["train.block_size"]))
+            return masked_cross_entropy(logits, clean, masked)[0]
+
+        return jax.grad(loss)(params)
+
+    return by_tensor_name(model, gradient(params))
+
+
+def _gradient_drift(found: Mapping[str, np.ndarray], recorded: Mapping[str, np.ndarray]) -> Drift:
+    """The worst tensor, ‖found − recorded‖ / ‖recorded‖, as if its magnitude were 1."""
+    errors = [np.linalg.norm(found[name] - v) / max(np.linalg.norm(v), 1e-30) for name, v in recorded.items()]
+    return Drift(f"gradients of {len(errors)} tensors", float(np.max(errors)), 1.0)
+
+
+def by_tensor_name(model: TwoTower, params: Params) -> dict[str, np.ndarray]:
+    """Parameters, or their gradients, under the names and in the orientation of a checkpoint."""
+    table, tensors = parameter_table(model), {}
+    for path, array in parameters.flatten(params).items():
+        parameter = table[path]
+        stack = np.asarray(array).reshape(parameter.tensors.size, *parameter.shape[parameter.tensors.ndim :])
+        tensors.update(zip(parameter.tensors.flat, map(parameter.to_tensor, stack), strict=True))
+    return tensors
 
 
 def _cache_arrays(model: TwoTower, cache: Cache) -> Iterator[tuple[str, Any]]:
