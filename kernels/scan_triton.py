@@ -1,12 +1,13 @@
 """The three kernels that scans and their gradients are composed of (scan_gpu.py says what for), in Triton.
 
-For NVIDIA GPUs before Hopper, which Pallas Mosaic GPU does not compile for. Arguments and results are those of
+For NVIDIA GPUs that are not Hopper, which the Mosaic GPU kernels are not made for. Arguments and results are those of
 scan_gpu.py, whose sources are taken one after the other here, each adding to what the one before has found.
 """
 
 import jax
 import jax.numpy as jnp
 
+from twotower_jax.kernels import scan_triton_kernels as programs
 from twotower_jax.kernels import triton_call
 from twotower_jax.kernels.gpu_layout import Cut
 from twotower_jax.kernels.scan_gpu import Pairs, RowSums, Source
@@ -39,8 +40,6 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = False):
     """See scan_gpu.py."""
-    from twotower_jax.kernels import scan_triton_kernels as programs
-
     square = cut.head_dim, cut.state
     outputs = [_float32(*kept.shape, *square), _float32(*initial.shape)]
     width = cut.slice_width
@@ -53,8 +52,6 @@ def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = F
 
 def outputs(cut: Cut, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows=True):
     """See scan_gpu.py."""
-    from twotower_jax.kernels import scan_triton_kernels as programs
-
     total, none = None, jnp.zeros(1, jnp.float32)
     for which, (keys, values, decays) in zip(pairs, sources, strict=True):
         passed = total is None and through is not None
@@ -80,8 +77,6 @@ def group_gradients(
     cut: Cut, queries, upstream, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows
 ):
     """See scan_gpu.py."""
-    from twotower_jax.kernels import scan_triton_kernels as programs
-
     gradient, crossed, sums, none = None, None, [], jnp.zeros(1, jnp.float32)
     per_head = _float32(cut.batch, cut.heads, cut.length)
     for which, (keys, values, decays) in zip(pairs, sources, strict=True):

@@ -1,4 +1,4 @@
-"""The SSD scans of one tower and of two in Triton, by jax-triton, for NVIDIA GPUs before Hopper.
+"""The SSD scans of one tower and of two in Triton, by jax-triton, for NVIDIA GPUs that are not Hopper.
 
 What is done is what ssd_gpu.py and two_tower_ssd_gpu.py do; only the kernels are others (scan_triton.py).
 """
