@@ -27,10 +27,19 @@ def unsupported(x, dt, log_decay, b, c, *context, initial_state=None, block_size
         return f"made for NVIDIA GPUs, not for {platform()}"
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed (pip install 'twotower_jax[cuda]')"
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    if capability is not None and float(capability) < _OLDEST:
-        return f"made for compute capability {_OLDEST} and later, not for {capability}"
+    if problem := _too_old(getattr(jax.devices()[0], "compute_capability", None)):
+        return problem
     head_dim, state = x.shape[3], b.shape[3]
     if head_dim not in _HEAD_DIMS or state not in _STATES:
         return f"heads of {head_dim} with a state of {state} (made for heads of {_HEAD_DIMS}, states of {_STATES})"
     return too_long(x.shape[1], chunk_size, block_size)
+
+
+def _too_old(capability: str | None) -> str | None:
+    """Why a GPU of this compute capability cannot run the kernels, or None; None where no GPU is there to be asked."""
+    if capability is None:
+        return None
+    try:
+        return f"made for compute capability {_OLDEST} and later" if float(capability) < _OLDEST else None
+    except ValueError:  # As AMD's are named.
+        return f"made for NVIDIA GPUs, not for {capability}"

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from twotower_jax import kernels
+from twotower_jax.kernels import ssd_triton
 
 
 def shapes(batch=1, length=512, heads=64, head_dim=64, groups=8, state=128, dtype=jnp.bfloat16):
@@ -59,6 +60,21 @@ def test_mosaic_gpu_is_chosen_on_a_hopper_gpu_and_triton_on_others(monkeypatch):
         assert choice.implementation == "xla"
         assert choice.reason.startswith("not mosaic_gpu: made for NVIDIA Hopper")
         assert choice.reason.endswith("not triton: jax-triton is not installed (pip install 'twotower_jax[cuda]')")
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ("7.5", "compute capability 8.0 and later"),
+        ("8.0", None),
+        ("12.1", None),
+        ("gfx90a", "NVIDIA GPUs"),
+        (None, None),
+    ],
+)
+def test_triton_is_for_nvidia_gpus_from_ampere_on(capability, reason):
+    problem = ssd_triton._too_old(capability)
+    assert problem is None if reason is None else reason in problem
 
 
 def test_shapes_that_the_gpu_kernels_do_not_take_fall_to_xla_and_say_so():
