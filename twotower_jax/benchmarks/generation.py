@@ -76,9 +76,9 @@ def main() -> None:
     sampling = SamplingConfig(block_size=16, steps_per_block=values.steps, confidence_threshold=1.0)
     settings = Settings(max_new_tokens=values.new_tokens, sampling=sampling, ignore_eos=True)
     print(f"{values.steps} evaluations a block of 16\n")
-    columns = "tokens/s | evaluations a token, denoiser + context | tokens a processor second | times batch 1"
-    print(f"| mode | batch | {columns} |")
-    print("|---|---|---|---|---|---|")
+    columns = "tokens/s | times batch 1 | tokens a processor second | times batch 1"
+    print(f"| mode | batch | evaluations a token, denoiser + context | {columns} |")
+    print("|---|--:|---|--:|--:|--:|--:|")
     alone = {}
     for mode, tolerance in _RUNS:
         if values.modes and mode not in values.modes:
@@ -88,9 +88,8 @@ def main() -> None:
             of_mode = dataclasses.replace(settings, mode=mode, tolerance=float(tolerance), batch_size=batch)
             rates, evaluations = _engine(model, params, of_mode, batch, values.repeats)
             first = alone.setdefault(name, rates)
-            times = f"{rates.processor / first.processor:.1f}"
-            speeds = f"{rates.clock:,.0f} | {evaluations} | {rates.processor:,.0f}"
-            print(f"| {name} | {batch} | {speeds} | {times} |", flush=True)
+            speeds = (f"{own:,.0f} | {own / one:.1f}" for own, one in zip(rates, first, strict=True))
+            print(f"| {name} | {batch} | {evaluations} | {' | '.join(speeds)} |", flush=True)
     if not values.modes:
         _against_loops(model, params, settings, values.eager_tokens, values.repeats)
 
@@ -112,11 +111,11 @@ def _against_loops(model, params, settings: Settings, eager_tokens: int, repeats
         },
         repeats,
     ) | _best({"plain loop, eager, cache": lambda: _plain(flat, flat_params, short, lambda function: function)}, 1)
-    print("\n| diffusion, batch 1 | tokens/s | tokens a processor second | engine gives as many times |")
-    print("|---|---|---|---|")
+    print("\n| diffusion, batch 1 | tokens/s | the engine's, times | tokens a processor second | the engine's, times |")
+    print("|---|--:|--:|--:|--:|")
     for name, rate in rates.items():
-        times = rates["engine"].processor / rate.processor
-        print(f"| {name} | {rate.clock:,.1f} | {rate.processor:,.1f} | {times:.1f} |")
+        speeds = (f"{own:,.1f} | {of_engine / own:,.1f}" for own, of_engine in zip(rate, rates["engine"], strict=True))
+        print(f"| {name} | {' | '.join(speeds)} |")
 
 
 class Rates(NamedTuple):
