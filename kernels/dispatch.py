@@ -65,7 +65,8 @@ class Op:
             if implementation not in self.implementations:
                 names = ", ".join(self.implementations)
                 raise ValueError(f"{self.name} has no implementation {implementation!r}; there are {names}")
-            problem = self.implementations[implementation].unsupported(*args, **kwargs)
+            named = self.implementations[implementation]
+            problem = named.unsupported(*args, **kwargs) or self._elsewhere(implementation)
             if problem:
                 raise ValueError(f"{self.name} cannot run as {implementation!r}: {problem}")
             return Choice(implementation, "named")
@@ -79,6 +80,13 @@ class Op:
                 return Choice(name, f"made for {here}")
             refused.append(f"not {name}: {problem}")
         return Choice("xla", "; ".join(refused) or f"nothing is made for {here}")
+
+    def _elsewhere(self, name: str) -> str | None:
+        """Why a kernel that only an interpreter could run here cannot run, or None."""
+        made_for, interpreted = self.implementations[name].platform, f"{name}_interpret"
+        if made_for in (None, platform()) or interpreted not in self.implementations:
+            return None
+        return f"made for {made_for}, and this is {platform()} ({interpreted!r} runs anywhere, slowly)"
 
     def run(self, implementation: str | None, *args, **kwargs):
         """Runs the op.

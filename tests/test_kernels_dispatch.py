@@ -121,7 +121,7 @@ def test_a_name_runs_or_raises():
     with pytest.raises(ValueError, match="ssd has no implementation 'cudnn'; there are xla, pallas_tpu, "):
         kernels.ssd(x, dt, log_decay, b, c, implementation="cudnn")
     if jax.default_backend() == "cpu":
-        with pytest.raises(ValueError, match="interpret mode"):
+        with pytest.raises(ValueError, match="ssd cannot run as 'pallas_tpu': made for tpu, and this is cpu"):
             kernels.ssd(x, dt, log_decay, b, c, implementation="pallas_tpu")
         with pytest.raises(ValueError, match="ssd cannot run as 'triton': made for NVIDIA GPUs, not for cpu"):
             kernels.ssd(x, dt, log_decay, b, c, implementation="triton")

@@ -77,6 +77,7 @@ REFUSED = [
         "sequence_length=32 is not a multiple of the block size 5",
     ),
     (("--config=config.py", "--workdir=w", "--config.sequence_length=96000"), "sequence_length 96000"),
+    (("--config=config.py", "--workdir=w", "--config.kernels.ssd=pallas_tpu"), "ssd cannot run as 'pallas_tpu'"),
     (("--config=config.py", "--workdir=config.py"), "config.py is a file"),
     (("--config=config.py", "--workdir=text"), "holds files but no config.json"),
     (("--config=config.py", "--workdir=w", "--profile_steps=5"), "profile_steps='5' is not FIRST:LAST"),

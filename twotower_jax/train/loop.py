@@ -14,7 +14,8 @@ import numpy as np
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.checkpoint.workdir import CHECKPOINTS, Saver, Workdir
 from twotower_jax.data import TrainingData, save_tokenizer, validation_batches
-from twotower_jax.parameters import count
+from twotower_jax.kernels import Backends
+from twotower_jax.parameters import Params, count
 from twotower_jax.train import distributed, flops, watch
 from twotower_jax.train.config import CHANGEABLE, TrainConfig
 from twotower_jax.train.metrics import (
@@ -100,11 +101,12 @@ def train(
         raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
     if config.wandb_project:
         import_wandb(config.wandb_project)
-    start = make_start(config, folder)
+    leader = distributed.is_leader()
+    run = _Run(config, folder, make_start(config, folder), report if leader else lambda line: None, stop, profile)
+    run.check_kernels()
     with distributed.noticing_loss():
         distributed.barrier("before anything is written")
     with distributed.noticing_loss(), folder.locked():
-        run = _Run(config, folder, start, report if distributed.is_leader() else lambda line: None, stop, profile)
         run.describe()
         if folder.step is None:
             run.begin()
@@ -286,12 +288,18 @@ class _Run:
         saver.wait()
         self.agreement.now(_GO_ON)
 
-    def _compile(self, block_size: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        config, started = self.config, Stopwatch()
+    def check_kernels(self) -> None:
+        """Traces the step if kernels are named: one that cannot run says so before anything is written."""
+        if self.config.kernels != Backends():
+            weights = abstract_state(self.objective, self.optimizer, self.placement.mesh)
+            self._lower(self.stages[0].block_size, *weights)
+
+    def _lower(self, block_size: int, state: TrainState, frozen: Params) -> jax.stages.Lowered:
+        config = self.config
         step = make_step(config, self.objective, self.optimizer, block_size)
         where = None
         if self.placement.mesh is not None:
-            where = jax.tree.map(lambda leaf: leaf.sharding, self.state), self.placement.everywhere
+            where = jax.tree.map(lambda leaf: leaf.sharding, state), self.placement.everywhere
         shape = (config.batch_size, config.sequence_length)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.ids_sharding())
         documents = None
@@ -299,7 +307,13 @@ class _Run:
             documents = Documents(ids, jax.ShapeDtypeStruct(shape, jnp.bool, sharding=ids.sharding))
         with self.placement.in_force():
             jitted = jax.jit(step, donate_argnums=0, out_shardings=where)
-            compiled = jitted.lower(self.state, self.frozen, ids, self.placement.index, documents).compile()
+            return jitted.lower(state, frozen, ids, self.placement.index, documents)
+
+    def _compile(self, block_size: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
+        config, started = self.config, Stopwatch()
+        lowered = self._lower(block_size, self.state, self.frozen)
+        with self.placement.in_force():
+            compiled = lowered.compile()
         blocks = f" for blocks of {block_size}" if config.objective == "denoiser" else ""
         needed = watch.temporaries(compiled)
         self.flops = flops.step_flops(config, self.start.model, block_size)
