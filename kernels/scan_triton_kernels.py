@@ -38,6 +38,20 @@ def _columns(
 
 
 @triton.jit
+def _pairs(i, j, READERS_IN_ROWS: tl.constexpr):
+    """Positions of readers and of writers, from those of rows and of columns."""
+    reader = i[:, None] if READERS_IN_ROWS else j[None, :]
+    writer = j[None, :] if READERS_IN_ROWS else i[:, None]
+    return reader, writer
+
+
+@triton.jit
+def _step_size(dt, rows, columns, READERS_IN_ROWS: tl.constexpr):
+    """dt of writers; `rows` and `columns` are places."""
+    return tl.load(dt + columns)[None, :] if READERS_IN_ROWS else tl.load(dt + rows)[:, None]
+
+
+@triton.jit
 def _seen(reader, writer, BLOCK: tl.constexpr, OWN: tl.constexpr):
     """Which readers see which writers, by positions in the chunk: `Pairs.seen`."""
     if BLOCK == 0:
@@ -170,8 +184,7 @@ def outputs(
         value = tl.load(values + column * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
         if not EXACT_AS_IS:
             key = key.to(tl.float32)
-        reader = i[:, None] if READERS_IN_ROWS else j[None, :]
-        writer = j[None, :] if READERS_IN_ROWS else i[:, None]
+        reader, writer = _pairs(i, j, READERS_IN_ROWS)
         decay = _decay(
             readers_coarse,
             readers_fine,
@@ -182,8 +195,7 @@ def outputs(
             _seen(reader, writer, BLOCK, OWN),
             READERS_IN_ROWS,
         )
-        step_size = tl.load(dt + of_head * LENGTH + (columns if READERS_IN_ROWS else rows))
-        decay *= step_size[None, :] if READERS_IN_ROWS else step_size[:, None]
+        decay *= _step_size(dt, of_head * LENGTH + rows, of_head * LENGTH + columns, READERS_IN_ROWS)
         mixed = tl.dot(query, tl.trans(key), input_precision="tf32x3") * decay
         total = tl.dot(mixed, value, total, input_precision="tf32x3")
     tl.store(output + place, total)
@@ -260,8 +272,7 @@ def group_gradients(
         if not EXACT_AS_IS:
             key = key.to(tl.float32)
         scores = tl.dot(query, tl.trans(key), input_precision="tf32x3")
-        reader = i[:, None] if READERS_IN_ROWS else j[None, :]
-        writer = j[None, :] if READERS_IN_ROWS else i[:, None]
+        reader, writer = _pairs(i, j, READERS_IN_ROWS)
         seen = _seen(reader, writer, BLOCK, OWN)
         dscores = tl.full((TILE, TILE), 0.0, tl.float32)
         for r in range(HEADS // GROUPS):
@@ -279,8 +290,7 @@ def group_gradients(
                 seen,
                 READERS_IN_ROWS,
             )
-            step_size = tl.load(dt + of_head * LENGTH + (columns if READERS_IN_ROWS else rows))
-            step_size = step_size[None, :] if READERS_IN_ROWS else step_size[:, None]
+            step_size = _step_size(dt, of_head * LENGTH + rows, of_head * LENGTH + columns, READERS_IN_ROWS)
             mixed = tl.dot(up, tl.trans(value), input_precision="tf32x3") * decay
             step_terms = mixed * scores
             # The diagonal does not decay: left out rather than left to cancel.

@@ -471,15 +471,15 @@ def test_memory_does_not_grow_as_the_block_shrinks(gradients):
     assert memory[4] < states_at_4, memory  # The states alone would not fit.
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["one tower", "two towers"])
-def test_triton_compiles_the_kernels_for_gpus_before_hopper(both, monkeypatch):
+@pytest.mark.parametrize(("both", "capability"), [(False, 80), (True, 80), (True, 100)])
+def test_triton_compiles_the_kernels_for_gpus_that_are_not_hopper(both, capability, monkeypatch):
     """At the release's shapes, down to machine code. Every multiprocessor since Ampere has 100 KiB of shared memory."""
     shared = {}
 
     def compile_only(kernel, grid, inputs, outputs, constants, interpret):
         name = kernel.fn.__name__, constants["READERS_IN_ROWS"] if "BLOCK" in constants else constants["BACKWARD"]
         if name not in shared:
-            compiled = triton_call.compiled(kernel, inputs, outputs, constants, 80)
+            compiled = triton_call.compiled(kernel, inputs, outputs, constants, capability)
             shared[name] = compiled.metadata.shared
             assert compiled.asm["cubin"]
         return [jnp.zeros(v.shape, v.dtype) for v in outputs]

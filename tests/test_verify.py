@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from twotower_jax import certify
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
+from twotower_jax.checkpoint.files import CheckpointError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -50,6 +51,9 @@ def test_the_worst_gradient_counts():
     drift = certify._gradient_drift({"a": ones, "b": 2 * ones, "c": ones}, {"a": ones, "b": 2.02 * ones})
     assert drift.name == "gradients of 2 tensors"
     assert drift.difference == pytest.approx(0.02 / 2.02, rel=1e-5)
+    for recorded in {"d": ones}, {"a": np.ones(5, np.float32)}:
+        with pytest.raises(CheckpointError, match="is none of the model's"):
+            certify._gradient_drift({"a": ones}, recorded)
 
 
 def test_a_drift_is_reported():

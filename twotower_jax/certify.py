@@ -97,11 +97,12 @@ def certify(model: TwoTower, params: Params, recorded: pathlib.Path, *, context_
             for name, found in _forward(model, params, expected, context_only)
             if name in expected
         ]
+        quantized = any(isinstance(v, Quantized) for v in parameters.flatten(params).values())
+        if (recorded / GRADIENTS).exists() and not context_only and not quantized:
+            recorded_gradients = _numbers(recorded / GRADIENTS)
+            drifts.append(_gradient_drift(gradients(model, params, expected), recorded_gradients))
     except KeyError as error:
         raise CheckpointError(f"{recorded / NUMBERS}: array {error} is missing") from None
-    quantized = any(isinstance(v, Quantized) for v in parameters.flatten(params).values())
-    if (recorded / GRADIENTS).exists() and not context_only and not quantized:
-        drifts.append(_gradient_drift(gradients(model, params, expected), _numbers(recorded / GRADIENTS)))
     agreements = []
     if (recorded / GENERATIONS).exists():
         agreements = list(_generations(model, params, recorded / GENERATIONS, context_only))
@@ -191,9 +192,16 @@ def gradients(model: TwoTower, params: Params, expected: Mapping[str, np.ndarray
 
 
 def _gradient_drift(found: Mapping[str, np.ndarray], recorded: Mapping[str, np.ndarray]) -> Drift:
-    """The worst tensor, ‖found − recorded‖ / ‖recorded‖, as if its magnitude were 1."""
+    """The worst tensor, ‖found − recorded‖ / ‖recorded‖, as if its magnitude were 1.
+
+    Raises:
+      CheckpointError: for a recorded tensor that the model does not have, or not of that shape.
+    """
+    for name, v in recorded.items():
+        if name not in found or found[name].shape != v.shape:
+            raise CheckpointError(f"{GRADIENTS}: tensor {name} {v.shape} is none of the model's")
     errors = [np.linalg.norm(found[name] - v) / max(np.linalg.norm(v), 1e-30) for name, v in recorded.items()]
-    return Drift(f"gradients of {len(errors)} tensors", float(np.max(errors)), 1.0)
+    return Drift(f"gradients of {len(errors)} tensors", float(np.max(errors, initial=0.0)), 1.0)
 
 
 def by_tensor_name(model: TwoTower, params: Params) -> dict[str, np.ndarray]:

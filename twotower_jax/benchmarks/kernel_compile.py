@@ -57,14 +57,17 @@ def main() -> None:
     print(f"jax {jax.__version__}\n")
     print("| chip | implementation | op | dtype | chunk | compiled in | temporaries |")
     print("|---|---|---|---|--:|--:|--:|")
-    failures = 0
+    failures, count = 0, 0
     for device in devices:
         for case, *row in _everything(device.platform, values.dtype, values.chunk_size, values.compare):
             if values.op and not case.name.startswith(tuple(values.op)):
                 continue
+            count += 1
             result = _compile(case, device)
             failures += result.startswith("FAILED")
             print(f"| {' | '.join(map(str, (device.device_kind, row[0], case.name, *row[1:], result)))} |", flush=True)
+    if not count:
+        raise ValueError(f"--op={','.join(values.op)}: no case begins so")
     if failures:
         sys.exit(1)
 
