@@ -26,8 +26,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.orbax_steps import SaveError
+from twotower_jax.files import CheckpointError
 from twotower_jax.train import distributed
 from twotower_jax.train.config import freeze
 from twotower_jax.train.loop import TrainResult, train

@@ -18,8 +18,8 @@ from absl import flags
 
 from twotower_jax import command_line, model_flags
 from twotower_jax.checkpoint import store
-from twotower_jax.checkpoint.files import read_json
 from twotower_jax.data import load_tokenizer
+from twotower_jax.files import read_json
 from twotower_jax.generation.operating_point import FILE, merged, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.generation.settings import Settings

@@ -13,8 +13,8 @@ from absl import flags
 
 from twotower_jax import certify, command_line
 from twotower_jax.checkpoint import load, manifest
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.store import MANIFEST
+from twotower_jax.files import CheckpointError
 from twotower_jax.tower import Execution
 
 _SOURCE = flags.DEFINE_string("source", None, "The Hugging Face folder that was converted.", required=True)

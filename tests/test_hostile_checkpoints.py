@@ -14,8 +14,8 @@ from twotower_jax.benchmarks import campaign
 from twotower_jax.benchmarks._mutations import CONVERTED, HUGGING_FACE
 from twotower_jax.checkpoint import huggingface, load, manifest, store
 from twotower_jax.checkpoint.convert import convert
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.safetensors_file import MAX_HEADER_BYTES, read_header
+from twotower_jax.files import CheckpointError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARD = "model-00002-of-00003.safetensors"

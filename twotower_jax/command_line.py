@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from twotower_jax.checkpoint.safetensors_file import CheckpointError
+from twotower_jax.files import CheckpointError
 
 USAGE, BROKEN_CHECKPOINT = 2, 3
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore
 
-from twotower_jax.checkpoint.files import CheckpointError, read_json
+from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.parameters import Parameter, Path
 
 PARAMS = "params"  # The Orbax folder within a checkpoint folder.

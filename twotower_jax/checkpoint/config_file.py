@@ -3,8 +3,8 @@
 import os
 import pathlib
 
-from twotower_jax.checkpoint.files import CheckpointError, check_link, open_regular, read_bytes
 from twotower_jax.config import ModelConfig, read_model_config
+from twotower_jax.files import CheckpointError, check_link, open_regular, read_bytes
 
 CONFIG = "config.json"
 # Everything that is carried from folder to folder with the weights. Code (.py) and pickles never are.

@@ -19,12 +19,12 @@ from twotower_jax.checkpoint import arrays, huggingface, manifest
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.config_file import SMALL_FILES, read_small_file
-from twotower_jax.checkpoint.files import CheckpointError, open_regular, read_file
 from twotower_jax.checkpoint.manifest import Digest, Manifest, write_file
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.checkpoint.plan import Plan, make_plan, segment_list
 from twotower_jax.checkpoint.quantizing import quantize_tensor
 from twotower_jax.checkpoint.safetensors_file import Entry, next_tensor
+from twotower_jax.files import CheckpointError, open_regular, read_file
 from twotower_jax.parameters import Parameter, Path, parameter_table
 from twotower_jax.progress import Progress
 from twotower_jax.quantization import SCALE_DTYPE, SCALES, VALUE_DTYPE, VALUES, Method, disk_table

@@ -18,11 +18,11 @@ from twotower_jax.checkpoint import arrays, huggingface, load, manifest, store, 
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.config_file import CONFIG, SMALL_FILES, read_small_file
-from twotower_jax.checkpoint.files import read_file, read_json
 from twotower_jax.checkpoint.manifest import write_file
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.checkpoint.plan import table_places
 from twotower_jax.checkpoint.safetensors_file import DTYPES
+from twotower_jax.files import read_file, read_json
 from twotower_jax.parameters import Params, parameter_table
 from twotower_jax.progress import Progress
 from twotower_jax.two_tower import TwoTower

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 
 from twotower_jax.checkpoint import manifest
 from twotower_jax.checkpoint.atomic import sync_path, sync_tree
-from twotower_jax.checkpoint.files import CheckpointError, read_json
+from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.parameters import Params, Path, flatten, unflatten
 
 HASHES = "hashes.json"

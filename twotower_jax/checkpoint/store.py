@@ -17,11 +17,11 @@ from twotower_jax import parameters
 from twotower_jax.checkpoint import arrays, manifest
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.config_file import read_config
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.manifest import Manifest
 from twotower_jax.checkpoint.plan import Place, segment_list, table_places
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.files import CheckpointError
 from twotower_jax.kernels.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
 from twotower_jax.quantization import SCALES, VALUES, Method, as_read, disk_table

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from twotower_jax.checkpoint.files import CheckpointError, read_json
+from twotower_jax.files import CheckpointError, read_json
 
 
 def trained_block_size(folder: pathlib.Path) -> int | None:
