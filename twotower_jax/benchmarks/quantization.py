@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from twotower_jax import randomness
 from twotower_jax.checkpoint.load import load
 from twotower_jax.checkpoint.quantizing import quantize_params
 from twotower_jax.config import ModelConfig
@@ -92,7 +93,7 @@ def _model(way: Stored) -> tuple[TwoTower, Params]:
         model, params, _ = load(flags.FLAGS.checkpoint, execution=execution, quantize=way.method)
     else:
         model = TwoTower(_wide_config(), execution=execution)
-        params = jax.jit(lambda: initialize(parameter_table(model), jax.random.key(0)))()
+        params = jax.jit(lambda: initialize(parameter_table(model), randomness.key(0)))()
         if way.method is not None:
             params = quantize_params(parameter_table(model), params, METHODS[way.method])
     return model, cast(parameter_table(model), params, way.dtype)

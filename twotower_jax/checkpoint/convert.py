@@ -11,10 +11,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
-import jax
 import numpy as np
 
-from twotower_jax import parameters
+from twotower_jax import parameters, randomness
 from twotower_jax.checkpoint import arrays, huggingface, manifest
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.atomic import new_folder
@@ -154,7 +153,7 @@ def _copy_small_files(source: pathlib.Path, partial: pathlib.Path, expected: Map
 
 def _write_fresh(partial: pathlib.Path, plan: Plan) -> dict[str, Digest]:
     """The time conditioning that a single tower does not bring."""
-    values = parameters.flatten(parameters.initialize(plan.fresh, jax.random.key(0)))
+    values = parameters.flatten(parameters.initialize(plan.fresh, randomness.key(0)))
     digests = {}
     for path, parameter in plan.fresh.items():
         for index, _ in np.ndenumerate(parameter.tensors):

@@ -10,10 +10,9 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from twotower_jax import parameters
+from twotower_jax import parameters, randomness
 from twotower_jax.checkpoint import arrays, huggingface, load, manifest, store, workdir
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.atomic import new_folder
@@ -137,7 +136,7 @@ def model_tensors(model: TwoTower, params: Params) -> dict[str, Tensor]:
     if not model.variant.time_conditioning:
         whole = parameter_table(TwoTower(model.config))
         fresh = {path: parameter for path, parameter in whole.items() if path[0] == "time"}
-        flat |= parameters.flatten(parameters.initialize(fresh, jax.random.key(0)))
+        flat |= parameters.flatten(parameters.initialize(fresh, randomness.key(0)))
         table |= fresh
     tensors = {}
     for name, (parameter, index) in table_places(table).items():

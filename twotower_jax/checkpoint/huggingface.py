@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twotower_jax import randomness
 from twotower_jax.checkpoint.config_file import read_config
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
@@ -207,4 +208,4 @@ def load(
     backbone_table = parameter_table(Backbone(folder.config, execution))
     check(folder, backbone_table)
     backbone = read_parameters(folder, backbone_table, sharding, quantize)
-    return model, from_backbone(model, backbone, jax.random.key(0))
+    return model, from_backbone(model, backbone, randomness.key(0))

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twotower_jax import randomness
 from twotower_jax.checkpoint import orbax_steps
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
@@ -240,7 +241,7 @@ def load(
     params = _read_parameters(path, folder / PARAMS, table, sharding, quantize)
     model = TwoTower(config, variant)
     if single:
-        params = from_backbone(model, params, jax.random.key(0))
+        params = from_backbone(model, params, randomness.key(0))
     elif variant != trained_as:
         params = _as_variant(path, model, params, trained_as)
     if execution.scan_layers:
@@ -357,7 +358,7 @@ def _as_variant(path: pathlib.Path, model: TwoTower, params: Params, trained_as:
         )
     params = {"denoiser_tower": params["context_tower"]} | params
     table = parameter_table(model)
-    fresh = initialize({p: parameter for p, parameter in table.items() if p[0] == "time"}, jax.random.key(0))
+    fresh = initialize({p: parameter for p, parameter in table.items() if p[0] == "time"}, randomness.key(0))
     flat = flatten(fresh) | flatten(params)
     return unflatten({p: flat[p] for p in table})
 
