@@ -10,6 +10,9 @@ wrote into DIR/generation_config.json takes the place of the defaults of the fla
 --mesh=expert=4,tensor=2 divides the model and the rows over devices, --separate_towers gives each tower its own.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import contextlib
 import pathlib
 import sys
@@ -28,11 +31,13 @@ from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
+from twotower_jax.outputs import check_apart
+from twotower_jax.texts import check_text
 
 flags.adopt_module_key_flags(model_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
-_PROMPTS = flags.DEFINE_string("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
-_OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the results; without it the texts are printed.")
+_PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
+_OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
 _MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; at most what was trained.")
@@ -58,7 +63,7 @@ _MAX_CACHE_GB = flags.DEFINE_float(
     "max_cache_gb", None, "Refuse to start if a device's caches need more; default: what it has free."
 )
 _WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
-_TRACE = flags.DEFINE_string("trace", None, "JSON Lines file for every step of every row.")
+_TRACE = command_line.DEFINE_path("trace", None, "JSON Lines file for every step of every row.")
 
 
 def _sampling_flags() -> dict:
@@ -102,7 +107,7 @@ def _rows() -> list[dict]:
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         raise ValueError("give either --prompt=TEXT or --prompts=FILE.jsonl")
     if _PROMPT.value is not None:
-        return [{"text": _PROMPT.value}]
+        return [{"text": check_text(_PROMPT.value, "--prompt")}]
     return read_prompts(_PROMPTS.value)
 
 
@@ -118,6 +123,9 @@ def _tokenizer(folder, needed: bool):
 
 def main() -> None:
     settings, rows = _settings(), _rows()
+    for text in settings.stop:
+        check_text(text, "--stop")
+    check_apart({"--output": _OUTPUT.value, "--trace": _TRACE.value})
     with contextlib.ExitStack() as stack:
         # Opened first, so that a path that cannot be written is known before a model is loaded.
         write, trace = (

@@ -12,6 +12,9 @@ tower, and how much they repeat themselves.
 Every objective but denoiser also prints a line about all rows together.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import sys
 from collections.abc import Callable
 
@@ -26,8 +29,8 @@ from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
 flags.adopt_module_key_flags(model_flags)
-_INPUT = flags.DEFINE_string("input", None, "JSON Lines file of rows to score.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the scores.", required=True)
+_INPUT = command_line.DEFINE_path("input", None, "JSON Lines file of rows to score.", required=True)
+_OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the scores.", required=True)
 _FIELDS = {
     "ar": {"ids"},
     "denoiser": {"ids", "masked", "t", "block_size"},

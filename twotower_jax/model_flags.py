@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
+from twotower_jax import command_line
 from twotower_jax.checkpoint.load import load
 from twotower_jax.generation.placement import Placement, parse_mesh, place
 from twotower_jax.kernels import Backends
@@ -14,7 +15,7 @@ from twotower_jax.quantization import METHODS
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
+CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "Folder of the checkpoint.", required=True)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 QUANTIZE = flags.DEFINE_enum(
     "quantize", None, list(METHODS),

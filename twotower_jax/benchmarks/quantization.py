@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from twotower_jax import randomness
+from twotower_jax import command_line, randomness
 from twotower_jax.checkpoint.load import load
 from twotower_jax.checkpoint.quantizing import quantize_params
 from twotower_jax.config import ModelConfig
@@ -48,8 +48,8 @@ class Stored(NamedTuple):
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "A checkpoint of any kind; a random model without it.")
-    flags.DEFINE_string("rows", None, 'JSON Lines of text for the checkpoint: {"text": ...} or {"ids": [...]}.')
+    command_line.DEFINE_path("checkpoint", None, "A checkpoint of any kind; a random model without it.")
+    command_line.DEFINE_path("rows", None, 'JSON Lines of text for the checkpoint: {"text": ...} or {"ids": [...]}.')
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What quantized models compute in.")
     flags.DEFINE_integer("window", 128, "Tokens of a window, a multiple of 16.", lower_bound=32)
     flags.DEFINE_integer("windows", 32, "At most so many windows.", lower_bound=1)

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from twotower_jax.texts import check_text
+
 PAD_ID, BOS_ID, EOS_ID, MASK_ID = range(4)
 
 # The published names: padding shares id 0 with the unknown token, and the mask token is an unnamed spare.
@@ -86,10 +88,20 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns the token ids of each text, int32 (length,), with no special tokens added or recognized."""
+    """Returns the token ids of each text, int32 (length,), with no special tokens added or recognized.
+
+    Raises:
+      ValueError: for a string that is no text, see `check_text`.
+    """
     arrays = []
     for start in range(0, len(texts), _ENCODE_CHUNK):
-        chunk = tokenizer.encode_batch_fast(list(texts[start : start + _ENCODE_CHUNK]), add_special_tokens=False)
+        chunk = list(texts[start : start + _ENCODE_CHUNK])
+        try:
+            chunk = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+        except TypeError:  # the library's word for a string that is no text
+            for number, text in enumerate(chunk, start):
+                check_text(text, f"text {number}")
+            raise
         arrays += [np.array(encoding.ids, np.int32) for encoding in chunk]
     return arrays
 
