@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from absl import flags
 
 from twotower_jax import command_line, model_flags
-from twotower_jax.data import load_tokenizer
+from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
 from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
 from twotower_jax.generation.operating_point import FILE, read_operating_point
@@ -146,7 +146,7 @@ def _generate(
 ) -> None:
     model, params, folder, placement = model_flags.load_model(_SEPARATE_TOWERS.value)
     tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
-    decode = tokenizer.decode if tokenizer else None
+    decode = Decoder(tokenizer) if tokenizer else None
     _warn_of_large_blocks(settings, folder)
     prompts = prompt_ids(rows, tokenizer)
     observed = _WATCH.value or write_trace is not None

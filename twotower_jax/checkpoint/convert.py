@@ -14,9 +14,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import numpy as np
 
 from twotower_jax import parameters, randomness
+from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint import arrays, huggingface, manifest
 from twotower_jax.checkpoint.arrays import PARAMS
-from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.config_file import SMALL_FILES, read_small_file
 from twotower_jax.checkpoint.manifest import Digest, Manifest, write_file
 from twotower_jax.checkpoint.pipeline import in_order
@@ -54,8 +54,9 @@ def convert(
 
     Raises:
       CheckpointError: if the source is broken or not of this model.
-      ValueError, OSError: if the output cannot be written.
+      ValueError, OSError: if the output cannot be written, or arrays not be stored under such a path.
     """
+    arrays.check_path(output)
     folder = huggingface.open_folder(source)
     plan = make_plan(folder.config, folder.single_tower, time_init)
     on_disk = disk_table(plan.table, quantize)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from twotower_jax import parameters, randomness
+from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint import arrays, huggingface, load, manifest, store, workdir
 from twotower_jax.checkpoint.arrays import PARAMS
-from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.config_file import CONFIG, SMALL_FILES, read_small_file
 from twotower_jax.checkpoint.manifest import write_file
 from twotower_jax.checkpoint.pipeline import in_order

@@ -11,10 +11,8 @@ one run: settings that make it another one are refused, with the differences. On
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax import randomness
+from twotower_jax.atomic import locked_folder
 from twotower_jax.checkpoint import orbax_steps
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
@@ -59,9 +58,11 @@ class Workdir:
           changeable: settings in which a resumed run may differ from the saved one.
 
         Raises:
-          ValueError: if `path` holds something else, or a run with other settings; the message lists what differs.
+          ValueError: if `path` holds something else, or a run with other settings (the message lists what differs), or
+            checkpoints could not be read back from under such a path.
         """
         self.path = pathlib.Path(path)
+        orbax_steps.check_path(self.path)
         self._settings = settings
         self._identity = identity(settings, changeable)
         for parent in (self.path, *self.path.parents):
@@ -82,21 +83,14 @@ class Workdir:
         """While this run writes to the workdir; process 0 holds the lock, for as long as it lives.
 
         Raises:
-          ValueError: if another run holds it.
+          ValueError: if another run holds it, or the file system has no locks.
         """
         if jax.process_index() > 0:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"workdir {self.path}: another run is training in it; choose another one") from None
+        with locked_folder(self.path, f"workdir {self.path}: another run is training in it; choose another one"):
             yield
-        finally:
-            os.close(lock)
 
     def create(self, model: ModelConfig, frozen: Params) -> None:
         """Writes what a new workdir holds once: settings and frozen parameters. Every process calls it.

@@ -87,6 +87,26 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     _write(folder / "special_tokens_map.json", json.dumps(roles, indent=1))
 
 
+class Decoder:
+    """Token ids to text, special tokens left out.
+
+    Attributes:
+      special: the text of each special token, by id.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = {number: token.content for number, token in added.items() if token.special}
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def spelled(self, ids: Sequence[int]) -> str:
+        """The text with the special tokens in it."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns the token ids of each text, int32 (length,), with no special tokens added or recognized.
 
