@@ -148,6 +148,8 @@ def _generate(
     tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
     decode = Decoder(tokenizer) if tokenizer else None
     _warn_of_large_blocks(settings, folder)
+    if settings.mode != "ar":
+        model_flags.warn_if_untrained(folder, f"--mode={settings.mode}", "--mode=ar generates with the backbone itself")
     prompts = prompt_ids(rows, tokenizer)
     observed = _WATCH.value or write_trace is not None
     options = {"record_trace": observed, "record_routing": write_trace is not None, "decode": decode}

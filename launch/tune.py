@@ -75,6 +75,7 @@ def main() -> None:
     model, params, folder, placement = model_flags.load_model()
     if _WRITE.value:
         _check_writable(folder)
+    model_flags.warn_if_untrained(folder, "tuning", "train a denoiser on it first (config.init_from)")
     trained = trained_block_size(folder)
     usable = [sampling for sampling in samplings if trained is None or sampling.block_size <= trained]
     if not usable:

@@ -1,6 +1,7 @@
 """The flags of every command that computes with a checkpoint: where it is and how it is computed."""
 
 import pathlib
+import sys
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from absl import flags
 from twotower_jax import command_line
 from twotower_jax.checkpoint.load import load
 from twotower_jax.generation.placement import Placement, parse_mesh, place
+from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, parameter_table
 from twotower_jax.quantization import METHODS
@@ -50,6 +52,15 @@ def load_model(apart: bool = False) -> Loaded:
     model, params, folder = load(CHECKPOINT.value, execution=execution, sharding=places, quantize=QUANTIZE.value)
     placement.check(model.config)
     return Loaded(model, cast(parameter_table(model), params, DTYPE.value), folder, placement)
+
+
+def warn_if_untrained(folder: pathlib.Path, what: str, remedy: str) -> None:
+    """Says on stderr that `what` uses a denoiser that never trained, and what to do."""
+    if untrained_denoiser(folder):
+        print(
+            f"warning: {CHECKPOINT.value} is a backbone: its denoiser never trained, and {what} uses it; {remedy}",
+            file=sys.stderr,
+        )
 
 
 def is_small(folder: pathlib.Path) -> bool:

@@ -16,7 +16,11 @@ def read_prompts(path: str | pathlib.Path) -> list[dict]:
       ValueError: naming the file and the row, for a row that is neither, or no text.
       OSError: if the file cannot be read.
     """
-    rows = read_rows(path)
+    return check_prompts(read_rows(path), path)
+
+
+def check_prompts(rows: list[dict], path: str | pathlib.Path) -> list[dict]:
+    """The rows themselves, read from `path`; ValueError as `read_prompts`."""
     for number, row in enumerate(rows, 1):
         if ("text" in row) == ("ids" in row):
             raise ValueError(f'{path}, row {number}: expected either "text" or "ids"')
