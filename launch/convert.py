@@ -10,6 +10,7 @@ import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
 import pathlib
+import sys
 
 import jax
 from absl import flags
@@ -18,6 +19,7 @@ from twotower_jax import command_line
 from twotower_jax.checkpoint import hub, listing
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.plan import TIME_INITS
+from twotower_jax.data.tokenizer import unread_tokenizer
 from twotower_jax.quantization import METHODS
 
 _SOURCE = command_line.DEFINE_path(
@@ -65,6 +67,8 @@ def main() -> None:
         verify=_VERIFY.value,
         quantize=METHODS.get(_QUANTIZE.value),
     )
+    if problem := unread_tokenizer(source.path):
+        print(f"warning: {source.path}: {problem}; the result has no tokenizer", file=sys.stderr)
     print(f"{_OUTPUT.value}: {result.parameters:,} parameters in {result.tensors:,} tensors")
 
 

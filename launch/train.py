@@ -83,7 +83,7 @@ def _train() -> TrainResult:
 
 
 def _leave(message: str, status: int, *, together: bool) -> None:
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    print(command_line.one_line(message), file=sys.stderr, flush=True)
     distributed.leave(status, together=together)
     sys.exit(status)
 

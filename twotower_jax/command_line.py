@@ -87,11 +87,16 @@ def run(main: Callable[[], None]) -> None:
 
 def fail(message: str, status: int) -> None:
     """Prints one line on stderr and exits."""
+    print(one_line(f"error: {message}"), file=sys.stderr)
+    sys.exit(status)
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks, its middle left out if it is too long to be read."""
     line = " ".join(message.split())
     if len(line) > _LONGEST_LINE:
         line = f"{line[: _LONGEST_LINE * 2 // 3]} … {line[-_LONGEST_LINE // 3 :]}"
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(status)
+    return line
 
 
 def _print_anything() -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from twotower_jax import randomness
 from twotower_jax.atomic import locked_folder
 from twotower_jax.checkpoint import orbax_steps
+from twotower_jax.checkpoint.config_file import is_run
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.files import CheckpointError, read_json
@@ -251,7 +252,7 @@ def read_settings(path: pathlib.Path) -> Settings:
       CheckpointError: if it is missing or is not one of ours.
     """
     settings = read_json(path / CONFIG)
-    if not isinstance(settings, dict) or not {"objective", "variant", "model"} <= settings.keys():
+    if not is_run(settings):
         raise CheckpointError(f"{path / CONFIG}: not the settings of a training run; choose another workdir")
     return settings
 

@@ -61,12 +61,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; give a folder that holds the model's tokenizer")
+        remedy = unread_tokenizer(folder) or "give a folder that holds the model's tokenizer"
+        raise FileNotFoundError(f"{file}: no such file; {remedy}")
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for every fault it finds
         raise ValueError(f"{file}: not a tokenizer: {error}") from error
     return _plain(tokenizer)
+
+
+def unread_tokenizer(folder: str | Path) -> str:
+    """What to do about a tokenizer that is in the folder in another form than tokenizer.json; "" if none is."""
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
+        return (
+            'tokenizer.model (SentencePiece) is not read; make a tokenizer.json of it: python -c "from transformers '
+            "import AutoTokenizer as A; A.from_pretrained('DIR').save_pretrained('DIR')\""
+        )
+    return ""
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
