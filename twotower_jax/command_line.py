@@ -77,8 +77,9 @@ def run(main: Callable[[], None]) -> None:
             _flush()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("error: interrupted; nothing was left half-written", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        print("error: interrupted; nothing was left half-written", file=sys.stderr, flush=True)
+        # Not sys.exit, which waits for threads of JAX that may wait for an accelerator.
+        os._exit(INTERRUPTED)
     except BrokenPipeError:
         # Python flushes once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
