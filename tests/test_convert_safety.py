@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from twotower_jax.atomic import new_folder
 from twotower_jax.benchmarks import campaign
 from twotower_jax.checkpoint import arrays, hub, listing, manifest
-from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.files import CheckpointError
 
