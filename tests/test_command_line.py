@@ -1,5 +1,6 @@
 """What every command does alike, whatever the user's shell, environment and machine do to it."""
 
+import ast
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from twotower_jax import command_line, jax_settings, randomness
 from twotower_jax.diffusion import NoiseSchedule, corrupt
@@ -243,3 +245,36 @@ def test_a_run_under_nohup_goes_on_when_the_terminal_goes(monkeypatch):
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+# The page that explains messages.
+
+
+def literals(folder: pathlib.Path) -> list[str]:
+    """What the strings of a folder's programs say, a mark where a value comes in."""
+    found = []
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+                found.append(node.value if isinstance(node.value, str) else node.value.decode("latin-1"))
+    return found
+
+
+def test_every_message_that_is_explained_is_one_that_is_printed():
+    said = [text for name in ("twotower_jax", "launch") for text in literals(ROOT / name)]
+    said += literals(pathlib.Path(flags.__file__).parent)
+    page = (ROOT / "docs/guide/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 30
+    unsaid = []
+    for message in messages:
+        # What lies between the parts that differ from case to case, of which some are examples here.
+        parts = re.split(r"…|\b[A-Z]+(?:_[A-Z]+)*\b(?!-)|'\[?'|'absl'|0xff|--\w+(?:=\w+)?|flock|fsync|[()']", message)
+        parts = [part.strip(" :.,;") for part in parts]
+        assert any(len(part) > 7 for part in parts), message
+        for part in parts:
+            if len(part) > 4 and not any(part in text for text in said):
+                unsaid.append((message, part))
+    assert not unsaid

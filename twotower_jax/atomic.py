@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+_ELSEWHERE = "choose a folder on another one, such as a local disk, and copy the result"
+
 
 @contextlib.contextmanager
 def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -59,21 +61,16 @@ def locked_folder(folder: pathlib.Path, busy: str) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(busy) from None
         except OSError as error:
-            raise _unsuited(folder, "lock a folder (flock", error) from None
+            reason = f"its file system cannot lock a folder (flock: {error.strerror})"
+            raise ValueError(f"{folder}: {reason}; {_ELSEWHERE}") from None
         try:
             os.fsync(lock)
         except OSError as error:
-            raise _unsuited(folder, "bring a folder to the disk (fsync", error) from None
+            reason = f"its file system cannot bring a folder to the disk (fsync: {error.strerror})"
+            raise ValueError(f"{folder}: {reason}; {_ELSEWHERE}") from None
         yield
     finally:
         os.close(lock)
-
-
-def _unsuited(folder: pathlib.Path, what: str, error: OSError) -> ValueError:
-    return ValueError(
-        f"{folder}: its file system cannot {what}: {error.strerror}); choose a folder on another one, such as a local "
-        "disk, and copy the result"
-    )
 
 
 def _clear(folder: pathlib.Path) -> None:
