@@ -129,7 +129,10 @@ def _no_devices() -> str:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(_config_paths(argv))
+        nones = [word for word in argv if word.startswith("--config.") and word.endswith("=None")]
+        rest = flags.FLAGS(_config_paths([word for word in argv if word not in nones]))
+        for word in nones:
+            _set_none(word)
     except BrokenPipeError:  # of --help
         raise
     except SystemExit:  # absl's --help, after which it exits with 1
@@ -153,6 +156,15 @@ def _said(error: Exception) -> str:
     """What an error says. A KeyError's own text is the repr of that."""
     told = error.args[0] if isinstance(error, KeyError) and error.args else error
     return str(told) or type(error).__name__
+
+
+def _set_none(word: str) -> None:
+    """--config.FIELD=None, which the parsers of typed fields refuse or take for text; `freeze` says who may be None."""
+    *parents, field = word.removeprefix("--config.").removesuffix("=None").split(".")
+    config = flags.FLAGS.config
+    for parent in parents:
+        config = config[parent]
+    config[field] = None
 
 
 def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
