@@ -23,7 +23,7 @@ from twotower_jax.generation.blocks import Table
 from twotower_jax.generation.modes import Call, Emitted, Recipe, Trace
 from twotower_jax.generation.placement import Placement
 from twotower_jax.generation.settings import Result, Settings, Step
-from twotower_jax.generation.slots import First, Piece, cache_bytes
+from twotower_jax.generation.slots import First, Piece, cache_bytes, end_token_array
 from twotower_jax.generation.stops import Decode, cut
 from twotower_jax.parameters import Params
 from twotower_jax.tokens import check_ids
@@ -133,7 +133,7 @@ class Engine:
         self._model, self._settings = model, settings
         self._decode, self._record = decode, record_trace
         self._capacity = _round_up(capacity, _PIECE)
-        self._eos = None if settings.ignore_eos else model.config.eos_token_id
+        self._eos = settings.end_tokens(model.config)
         self._rows_apart = placement.rows
         batch = _round_up(slots or settings.batch_size, placement.rows)
         self._table: list[_Row | None] = [None] * batch
@@ -270,8 +270,8 @@ class Engine:
 
     # Blocks.
 
-    def _seed_and_eos(self) -> tuple[np.uint32, np.int32]:
-        return np.uint32(self._settings.seed), np.int32(-1 if self._eos is None else self._eos)
+    def _seed_and_eos(self) -> tuple[np.uint32, np.ndarray]:
+        return np.uint32(self._settings.seed), end_token_array(self._eos)
 
     def _block(self, alive: np.ndarray) -> Emitted:
         settings = self._settings

@@ -1,6 +1,6 @@
 """Where a row ends: end of text, a stop text, or its limit. On the host, on the tokens of one row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 Decode = Callable[[Sequence[int]], str]
@@ -15,16 +15,16 @@ class Cut(NamedTuple):
 
 
 def cut(
-    tokens: list[int], limit: int, *, eos: int | None = None, stop: Sequence[str] = (), decode: Decode | None = None
+    tokens: list[int], limit: int, *, eos: Collection[int] = (), stop: Sequence[str] = (), decode: Decode | None = None
 ) -> Cut:
-    """Cuts a row behind its limit, behind its first end-of-text token, or behind the token that completes a stop text.
+    """Cuts a row behind its limit, behind the first of the end-of-text tokens, or behind the token that completes a stop text.
 
     Whichever comes first counts. The text ends before the stop text; the tokens may hold some of it, because a token
     may begin before it and end in it, and all of it is in them. Text of the prompt is not looked at.
     """
     tokens, reason = tokens[:limit], "length" if len(tokens) >= limit else None
-    if eos is not None and eos in tokens:
-        tokens, reason = tokens[: tokens.index(eos) + 1], "eos"
+    if (end := next((i for i, token in enumerate(tokens) if token in eos), None)) is not None:
+        tokens, reason = tokens[: end + 1], "eos"
     text = None if decode is None else decode(tokens)
     if not any(stopper in text for stopper in stop):
         return Cut(tokens, reason, text)
