@@ -57,7 +57,9 @@ def _cut(rows: list[dict]) -> list[dict]:
     if eos is None:
         return rows
     if _OBJECTIVE.value != "generations":
-        raise ValueError(f"--eos changes nothing with --objective={_OBJECTIVE.value}: rows are scored as they are given")
+        raise ValueError(
+            f"--eos changes nothing with --objective={_OBJECTIVE.value}: rows are scored as they are given"
+        )
     return [row | {"tokens": cut(row["tokens"], len(row["tokens"]), eos=eos).tokens} for row in rows]
 
 

@@ -169,16 +169,16 @@ class ModelConfig:
           ValueError: for a missing field, a value of the wrong type, two that contradict each other, or a value that
             this model cannot have.
         """
-        raw = config_reading.canonical(raw)
+        given = config_reading.canonical(raw)
         values = {}
         for field in dataclasses.fields(cls):
-            if field.name in raw:
-                values[field.name] = _typed(field, raw[field.name])
+            if field.name in given:
+                values[field.name] = _typed(field, given[field.name])
             elif field.default is dataclasses.MISSING:
                 raise ValueError(f"model config: field {field.name!r} is missing")
         config = cls(**values)
-        if (layers := raw.get("num_hidden_layers", config.num_hidden_layers)) != config.num_hidden_layers:
-            said_by = next(name for name in config_reading.LAYERS if name in raw)
+        if (layers := given.get("num_hidden_layers", config.num_hidden_layers)) != config.num_hidden_layers:
+            said_by = next(name for name in config_reading.LAYERS if raw.get(name) is not None)
             raise ValueError(
                 f"model config: num_hidden_layers={layers} but {said_by}={config.hybrid_override_pattern!r} has "
                 f"{config.num_hidden_layers} layers"

@@ -126,7 +126,9 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_pattern(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with the layers as a pattern."""
-    said = {name: values[name] if name == _PATTERN else _pattern(name, values[name]) for name in LAYERS if name in values}
+    said = {
+        name: values[name] if name == _PATTERN else _pattern(name, values[name]) for name in LAYERS if name in values
+    }
     if not said:
         return values
     (first, pattern), *others = said.items()

@@ -171,7 +171,7 @@ def _stream(
     expected: Mapping[str, str],
     quantize: Method | None,
 ) -> tuple[dict[str, Digest], dict[str, Digest]]:
-    """All tensors; returns the digests of the source's files and of the files written. What is ignored is hashed too."""
+    """All tensors; returns the digests of the source's files, of all that is in them, and of the files written."""
     by_file: dict[pathlib.Path, list[tuple[Entry, str]]] = collections.defaultdict(list)
     for name, tensor in (folder.tensors | folder.ignored).items():
         by_file[tensor.file].append((tensor.entry, name))

@@ -54,7 +54,7 @@ class Folder(NamedTuple):
       tensors: by name, in the names of today (`embeddings.`, where older files say `embedding.`).
       single_tower: whether it is a backbone.
       unheld: names that the index lists but no file holds.
-      ignored: tensors of no use here, by name: those of multi-token prediction, which transformers does not read either.
+      ignored: by name, the tensors of multi-token prediction, which transformers does not read either.
     """
 
     path: pathlib.Path
@@ -147,8 +147,8 @@ def check(folder: Folder, table: Mapping[Path, Parameter]) -> None:
     _check_dtypes(folder)
     if folder.ignored:
         print(
-            f"{folder.path}: left out {len(folder.ignored)} tensors of multi-token prediction (mtp.*), which a two-tower "
-            "model does not have",
+            f"{folder.path}: left out {len(folder.ignored)} tensors of multi-token prediction (mtp.*), which a "
+            "two-tower model does not have",
             file=sys.stderr,
         )
 

@@ -149,9 +149,9 @@ class PreparedSource:
         if (end_token := documents.manifest.end_token) not in packing.end_tokens:
             ends = " or ".join(map(str, packing.end_tokens))
             raise ValueError(
-                f"{self._path}: its documents are closed by token {end_token}, the model's texts end with {ends}; prepare "
-                f"the text again with launch/prepare.py --eos={packing.end_tokens[0]}, or give a new model that end "
-                f"token (--config.model.eos_token_id={end_token})"
+                f"{self._path}: its documents are closed by token {end_token}, the model's texts end with {ends}; "
+                f"prepare the text again with launch/prepare.py --eos={packing.end_tokens[0]}, or give a new model that "
+                f"end token (--config.model.eos_token_id={end_token})"
             )
         training = _windows(documents, packing, self._path)
         validation = PreparedDocuments(self._path, VALIDATION)

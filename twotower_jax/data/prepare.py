@@ -123,7 +123,9 @@ def prepare(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     if tokenizer.id_to_token(settings.end_token) is None:
-        raise ValueError(f"the tokenizer has no token {settings.end_token} to close documents with; give one with --eos")
+        raise ValueError(
+            f"the tokenizer has no token {settings.end_token} to close documents with; give one with --eos"
+        )
     output = pathlib.Path(output)
     files = inputs.find_files(sources)
     if output.exists() and not output.is_dir():

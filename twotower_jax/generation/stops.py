@@ -17,7 +17,8 @@ class Cut(NamedTuple):
 def cut(
     tokens: list[int], limit: int, *, eos: Collection[int] = (), stop: Sequence[str] = (), decode: Decode | None = None
 ) -> Cut:
-    """Cuts a row behind its limit, behind the first of the end-of-text tokens, or behind the token that completes a stop text.
+    """Cuts a row after its limit, after the first of its end-of-text tokens, or after the token that completes a stop
+    text.
 
     Whichever comes first counts. The text ends before the stop text; the tokens may hold some of it, because a token
     may begin before it and end in it, and all of it is in them. Text of the prompt is not looked at.
