@@ -150,8 +150,8 @@ class PreparedSource:
             ends = " or ".join(map(str, packing.end_tokens))
             raise ValueError(
                 f"{self._path}: its documents are closed by token {end_token}, the model's texts end with {ends}; "
-                f"prepare the text again with launch/prepare.py --eos={packing.end_tokens[0]}, or give a new model that "
-                f"end token (--config.model.eos_token_id={end_token})"
+                f"prepare the text again with launch/prepare.py --eos={packing.end_tokens[0]}, or give a new model "
+                f"that end token (--config.model.eos_token_id={end_token})"
             )
         training = _windows(documents, packing, self._path)
         validation = PreparedDocuments(self._path, VALIDATION)
