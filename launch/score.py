@@ -60,7 +60,12 @@ def _cut(rows: list[dict]) -> list[dict]:
         raise ValueError(
             f"--eos changes nothing with --objective={_OBJECTIVE.value}: rows are scored as they are given"
         )
-    return [row | {"tokens": cut(row["tokens"], len(row["tokens"]), eos=eos).tokens} for row in rows]
+
+    def tokens(row: dict):
+        given = row["tokens"]
+        return cut(given, len(given), eos=eos).tokens if isinstance(given, list) else given
+
+    return [row | {"tokens": tokens(row)} for row in rows]
 
 
 def main() -> None:

@@ -407,7 +407,7 @@ def test_documents_closed_by_other_tokens_are_refused_or_warned_of(tmp_path, fol
         Data(str(folder)).windows(tokenizer, packing()._replace(end_tokens=ids)) for ids in ((7, 2), (2,))
     )
     np.testing.assert_array_equal(all_ids(both), all_ids(one))
-    prefix = write_megatron(tmp_path / "mega", [[ids] for ids in make_documents([30] * 9)], "<u2")
+    prefix = write_megatron(tmp_path / "mega", [[np.append(ids, 2)] for ids in make_documents([30] * 9)], "<u2")
     for ids, warned in (((2,), False), ((7, 2), False), ((7, 9), True)):
         Data(str(prefix)).windows(tokenizer, packing()._replace(end_tokens=ids))
         said = capsys.readouterr().err

@@ -171,7 +171,7 @@ def _wanted(settings: Settings, files: Sequence[File], with_times: bool) -> dict
 
 def _identity(settings: dict[str, Any], files: list[dict[str, Any]], with_times: bool = False) -> dict[str, Any]:
     """What makes a run what it is, as one flat dictionary."""
-    values = {"end_token": EOS_ID} | settings  # which sets made before there was a choice do not name
+    values = dict(settings)
     for number, file in enumerate(files):
         when = f", changed at {file['changed']} ns" if with_times else ""
         values[f"input {number}"] = f"{file['path']}, {file['size']} bytes{when}"
@@ -179,6 +179,7 @@ def _identity(settings: dict[str, Any], files: list[dict[str, Any]], with_times:
 
 
 def _refuse_differences(output: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    saved = {"end_token": EOS_ID} | saved  # Sets made before there was a choice do not name it.
     names = [name for name in saved | now if saved.get(name) != now.get(name)]
     lines = [f"{name} {saved.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names]
     if len(lines) > _SHOWN_DIFFERENCES:
