@@ -28,7 +28,7 @@ from twotower_jax.checkpoint.config_file import with_end_tokens
 from twotower_jax.checkpoint.files import CheckpointError, read_json
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
-from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, flatten, initialize, parameter_table, unflatten
 from twotower_jax.quantization import Method
 from twotower_jax.sharding import ShardingOf
