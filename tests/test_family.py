@@ -24,7 +24,7 @@ from twotower_jax.data import load_tokenizer
 from twotower_jax.data.end_tokens import end_tokens
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Settings, generate
-from twotower_jax.kernels.quantized import Quantized, as_array
+from twotower_jax.kernels.numerics.quantized import Quantized, as_array
 from twotower_jax.layers.experts import Experts
 from twotower_jax.parameters import Scope, bind, count, flatten, parameter_table, unflatten
 from twotower_jax.quantization import METHODS
