@@ -50,7 +50,7 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable toke
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the most probable tokens that hold this much; 1: all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind an end-of-text token.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-text token.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 0.0, "Mode speculative: keep a draft at least 1 - this as probable as AR's best; 0: AR's tokens only."
@@ -96,6 +96,7 @@ def _settings() -> Settings:
         seed=_SEED.value,
         batch_size=_BATCH_SIZE.value,
         ignore_eos=_IGNORE_EOS.value,
+        eos=model_flags.end_tokens(),
         stop=tuple(_STOP.value),
         prefill_chunk=_PREFILL_CHUNK.value,
         tolerance=_TOLERANCE.value,

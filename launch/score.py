@@ -9,7 +9,7 @@ of ids[i] itself in the training-time forward pass, and "loss" the mean of their
 Rows for --objective=nll_bound: {"ids": [...]}; an upper bound of the negative log-likelihood a token under block
 diffusion, by Monte Carlo, with its standard error.
 Rows for --objective=generations: as launch/generate.py writes them; how likely the new tokens are under the context
-tower, and how much they repeat themselves.
+tower, and how much they repeat themselves. With --eos=ID,ID only as far as the first of these tokens.
 Every objective but denoiser also prints a line about all rows together.
 """
 
@@ -27,6 +27,7 @@ from twotower_jax.generation import quality
 from twotower_jax.generation.placement import in_force
 from twotower_jax.generation.prompts import check_prompts, prompt_ids
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
+from twotower_jax.generation.stops import cut
 from twotower_jax.jsonl import read_rows, row_writer
 from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
@@ -62,8 +63,25 @@ def _read() -> list[dict]:
     return rows
 
 
+def _cut(rows: list[dict]) -> list[dict]:
+    """Generated rows as far as the end tokens of --eos let them go."""
+    eos = model_flags.end_tokens()
+    if eos is None:
+        return rows
+    if _OBJECTIVE.value != "generations":
+        raise ValueError(
+            f"--eos changes nothing with --objective={_OBJECTIVE.value}: rows are scored as they are given"
+        )
+
+    def tokens(row: dict):
+        given = row["tokens"]
+        return cut(given, len(given), eos=eos).tokens if isinstance(given, list) else given
+
+    return [row | {"tokens": tokens(row)} for row in rows]
+
+
 def main() -> None:
-    rows = _read()
+    rows = _cut(_read())
     with row_writer(_OUTPUT.value) as write:
         model, params, folder, placement = model_flags.load_model()
         if _OBJECTIVE.value in ("denoiser", "nll_bound"):

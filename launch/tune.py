@@ -67,7 +67,10 @@ def _check_writable(folder: pathlib.Path) -> None:
 def main() -> None:
     samplings = grid(_numbers(_THRESHOLDS, float), _numbers(_STEPS, int), _numbers(_BLOCKS, int))
     settings = Settings(
-        max_new_tokens=_MAX_NEW_TOKENS.value, batch_size=_BATCH_SIZE.value, ignore_eos=_IGNORE_EOS.value
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        batch_size=_BATCH_SIZE.value,
+        ignore_eos=_IGNORE_EOS.value,
+        eos=model_flags.end_tokens(),
     )
     rows, output = read_prompts(_PROMPTS.value), pathlib.Path(_OUTPUT.value)
     read_operating_point(model_flags.CHECKPOINT.value)  # What is merged at the end must be readable.

@@ -14,6 +14,7 @@ from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, parameter_table
 from twotower_jax.quantization import METHODS
+from twotower_jax.tokens import parse_ids
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
@@ -27,6 +28,9 @@ KERNELS = flags.DEFINE_list("kernels", [], "OP=IMPLEMENTATION, several with comm
 MESH = flags.DEFINE_list(
     "mesh", [], "AXIS=DEVICES, several with commas: data, fsdp, expert, tensor; -1 for all that are left."
 )
+EOS = flags.DEFINE_list(
+    "eos", [], "Token ids that end a text, several with commas, in place of those that the checkpoint names."
+)
 _SMALL = 256 * 2**20  # Bytes.
 
 
@@ -37,6 +41,15 @@ class Loaded(NamedTuple):
     params: Params
     folder: pathlib.Path
     placement: Placement
+
+
+def end_tokens() -> tuple[int, ...] | None:
+    """The tokens of --eos; None without it.
+
+    Raises:
+      ValueError: if they are no token ids.
+    """
+    return parse_ids(EOS.value, "--eos") if EOS.value else None
 
 
 def load_model(apart: bool = False) -> Loaded:

@@ -171,9 +171,9 @@ def _stream(
     expected: Mapping[str, str],
     quantize: Method | None,
 ) -> tuple[dict[str, Digest], dict[str, Digest]]:
-    """All tensors; returns the digests of the source's files and of the files written."""
+    """All tensors; returns the digests of the source's files, of all that is in them, and of the files written."""
     by_file: dict[pathlib.Path, list[tuple[Entry, str]]] = collections.defaultdict(list)
-    for name, tensor in folder.tensors.items():
+    for name, tensor in (folder.tensors | folder.ignored).items():
         by_file[tensor.file].append((tensor.entry, name))
     progress = Progress("converting", sum(file.stat().st_size for file in by_file))
     sources: dict[str, Digest] = {}
@@ -187,7 +187,10 @@ def _stream(
                 for entry, name in tensors:
                     tensor = next_tensor(file, stream, entry)
                     hashed = hasher.submit(digest.update, tensor.reshape(-1).view(np.uint8).data)
-                    yield name, tensor, hashed
+                    if name in folder.ignored:
+                        progress.add(tensor.nbytes)
+                    else:
+                        yield name, tensor, hashed
                 hashed.result()
             sources[file.name] = Digest(tensors[-1][0].stop, digest.hexdigest())
             _check_expected(file, sources[file.name], expected)

@@ -31,6 +31,7 @@ from twotower_jax.two_tower import TwoTower
 TOWERS = ("both", "context", "denoiser")
 _ARCHITECTURES = {"both": "NemotronHTwoTowerForCausalLM"}
 _SINGLE_TOWER = "NemotronHForCausalLM"
+_SOURCE_TOWERS = {"two_tower": "both", "single_tower": "one"}  # By the manifest's kind.
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -73,6 +74,7 @@ def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard
                 "bit for bit; export the checkpoint or the folder that it was made from"
             )
         tensors = stored_tensors(opened)
+        came = _SOURCE_TOWERS[opened.manifest.kind]
         config = read_json(checkpoint / CONFIG)
     else:
         loaded = load.load(checkpoint)
@@ -82,11 +84,12 @@ def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard
                 print(f"warning: {checkpoint}: {remark}", file=sys.stderr)
         tensors = model_tensors(loaded.model, loaded.params)
         # A workdir's own config.json is about the run.
-        config = loaded.model.config.to_hf() | {"tie_word_embeddings": False}
+        came, config = None, loaded.model.config.to_hf() | {"tie_word_embeddings": False}
         if not (checkpoint / workdir.CHECKPOINTS).exists():
+            came = "one" if huggingface.open_folder(checkpoint).single_tower else "both"
             config = read_json(checkpoint / CONFIG)
     tensors = _select(tensors, tower)
-    changed = _config(config, tower)
+    changed = config if came == ("both" if tower == "both" else "one") else _config(config, tower)
     small = {
         name: read_small_file(checkpoint / name)
         for name in SMALL_FILES

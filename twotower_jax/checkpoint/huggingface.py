@@ -7,6 +7,7 @@ any data is read.
 
 import collections
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ class Folder(NamedTuple):
       tensors: by name, in the names of today (`embeddings.`, where older files say `embedding.`).
       single_tower: whether it is a backbone.
       unheld: names that the index lists but no file holds.
+      ignored: by name, the tensors of multi-token prediction, which transformers does not read either.
     """
 
     path: pathlib.Path
@@ -63,6 +65,7 @@ class Folder(NamedTuple):
     tensors: dict[str, Tensor]
     single_tower: bool
     unheld: tuple[str, ...]
+    ignored: dict[str, Tensor]
 
 
 def open_folder(path: pathlib.Path) -> Folder:
@@ -76,18 +79,20 @@ def open_folder(path: pathlib.Path) -> Folder:
     config = read_config(path)
     files = _files(path)
     tensors: dict[str, Tensor] = {}
+    ignored: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         check_link(path / file)
         for name, entry in read_header(path / file).items():
             if files.get(name, file) != file:
                 raise CheckpointError(f"{path / file}: holds {name!r}, which the index places in {files[name]}")
             name = today_name(name)
-            if name in tensors:
-                raise CheckpointError(f"{path / file}: tensor {name!r} stands in {tensors[name].file.name} as well")
-            tensors[name] = Tensor(path / file, entry)
+            held = ignored if is_ignored(name) else tensors
+            if name in held:
+                raise CheckpointError(f"{path / file}: tensor {name!r} stands in {held[name].file.name} as well")
+            held[name] = Tensor(path / file, entry)
     single = not any(name.startswith(_TOWERS) for name in tensors)
-    unheld = tuple(sorted({today_name(name) for name in files} - set(tensors) - {""}))
-    return Folder(path, config, tensors, single, unheld)
+    unheld = tuple(sorted({today_name(name) for name in files} - set(tensors) - set(ignored) - {""}))
+    return Folder(path, config, tensors, single, unheld, ignored)
 
 
 def today_name(name: str) -> str:
@@ -100,6 +105,11 @@ def today_name(name: str) -> str:
         tower = name.startswith(tuple(f"model.{tower}" for tower in _TOWERS))
         name = ("" if tower else "backbone.") + name.removeprefix("model.")
     return name
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a tensor belongs to the layers of multi-token prediction, which no part of a two-tower model is."""
+    return name.startswith("mtp.")
 
 
 def _files(path: pathlib.Path) -> dict[str, str]:
@@ -125,7 +135,7 @@ def _files(path: pathlib.Path) -> dict[str, str]:
 
 
 def check(folder: Folder, table: Mapping[Path, Parameter]) -> None:
-    """Compares names, shapes and dtypes of a folder with a model's parameter table.
+    """Compares names, shapes and dtypes of a folder with a model's parameter table; says on stderr what is ignored.
 
     Raises:
       CheckpointError: counting the missing and unexpected tensors and naming some, or one of a wrong shape or dtype.
@@ -150,6 +160,12 @@ def check(folder: Folder, table: Mapping[Path, Parameter]) -> None:
                 f"the model's is {list(parameter.tensor_shape)}"
             )
     _check_dtypes(folder)
+    if folder.ignored:
+        print(
+            f"{folder.path}: left out {len(folder.ignored)} tensors of multi-token prediction (mtp.*), which a "
+            "two-tower model does not have",
+            file=sys.stderr,
+        )
 
 
 def _check_dtypes(folder: Folder) -> None:

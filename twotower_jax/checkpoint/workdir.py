@@ -24,7 +24,7 @@ import numpy as np
 from twotower_jax import randomness
 from twotower_jax.atomic import locked_folder
 from twotower_jax.checkpoint import orbax_steps
-from twotower_jax.checkpoint.config_file import is_run
+from twotower_jax.checkpoint.config_file import is_run, with_end_tokens
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.files import CheckpointError, read_json
@@ -36,6 +36,9 @@ from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
 CONFIG, CHECKPOINTS, FROZEN = "config.json", "checkpoints", "frozen"
+_MODEL_DEFAULTS = {
+    field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING
+}
 # The trees of a step's folder and its JSON values; a frozen folder has params alone.
 PARAMS, OPTIMIZER, RUN = "params", "optimizer", "run"
 
@@ -223,7 +226,7 @@ def load(
     """
     path = pathlib.Path(path)
     settings = read_settings(path)
-    config = _model_config(path, settings)
+    config = with_end_tokens(_model_config(path, settings), path)
     step = orbax_steps.latest_step(path / CHECKPOINTS)
     if step is None:
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
@@ -260,10 +263,13 @@ def read_settings(path: pathlib.Path) -> Settings:
 def identity(settings: Settings, changeable: tuple[str, ...]) -> Settings:
     """The settings that make a run what it is, as one flat dictionary of JSON values.
 
-    Where a run starts from a checkpoint, that decides the model's shape and vocabulary, and not these settings.
+    Where a run starts from a checkpoint, that decides the model's shape and vocabulary, and not these settings. A field
+    of the model that a run of an earlier version does not have is at its default.
     """
     unused = ("model", "vocab_size") if settings.get("init_from") else ()
     kept = {name: value for name, value in settings.items() if name not in changeable + unused}
+    if isinstance(kept.get("model"), dict):
+        kept["model"] = _MODEL_DEFAULTS | kept["model"]
     flat = {".".join(path): value for path, value in flatten(kept).items()}
     return {name: json.loads(json.dumps(value)) for name, value in flat.items() if name != "model.vocab_size"}
 

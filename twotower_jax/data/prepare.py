@@ -62,6 +62,7 @@ class Settings:
       seed: of that choice.
       shard_size: tokens in a shard, about.
       skip_bad: leave out what is broken, and count it, instead of giving up.
+      end_token: the token that closes every document.
 
     Raises:
       ValueError: at construction, for values that cannot be.
@@ -72,6 +73,7 @@ class Settings:
     seed: int = 0
     shard_size: int = 1 << 28
     skip_bad: bool = False
+    end_token: int = EOS_ID
 
     def __post_init__(self):
         if not 0 <= self.validation_fraction < 1:
@@ -101,7 +103,7 @@ def prepare(
 ) -> Manifest:
     """Makes a folder of prepared data, or goes on where an interrupted run stopped.
 
-    Each document's tokens are followed by the end-of-text token, and nothing else is added, as in packing.py. A
+    Each document's tokens are followed by `settings.end_token`, and nothing else is added, as in packing.py. A
     document is held out by the hash of its text and the seed, so copies of one document stay on one side.
 
     Args:
@@ -120,6 +122,10 @@ def prepare(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
+    if tokenizer.id_to_token(settings.end_token) is None:
+        raise ValueError(
+            f"the tokenizer has no token {settings.end_token} to close documents with; give one with --eos"
+        )
     output = pathlib.Path(output)
     files = inputs.find_files(sources)
     if output.exists() and not output.is_dir():
@@ -156,7 +162,7 @@ def _begin(output: pathlib.Path, tokenizer: Tokenizer, settings: Settings, files
         if file.suffix != ".json":
             file.unlink()
     write_json(folder / _PLAN, wanted)
-    save_tokenizer(tokenizer, output)
+    save_tokenizer(tokenizer, output, settings.end_token)
 
 
 def _wanted(settings: Settings, files: Sequence[File], with_times: bool) -> dict[str, Any]:
@@ -173,6 +179,7 @@ def _identity(settings: dict[str, Any], files: list[dict[str, Any]], with_times:
 
 
 def _refuse_differences(output: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    saved = {"end_token": EOS_ID} | saved  # Sets made before there was a choice do not name it.
     names = [name for name in saved | now if saved.get(name) != now.get(name)]
     lines = [f"{name} {saved.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names]
     if len(lines) > _SHOWN_DIFFERENCES:
@@ -303,7 +310,7 @@ def _make_part(number: int, part: list[Slice]) -> Part:
         tokens = 0
         for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
             split = VALIDATION if _is_held_out(text, settings) else TRAIN
-            writers[split].add(np.append(ids, np.int32(EOS_ID)))
+            writers[split].add(np.append(ids, np.int32(settings.end_token)))
             tokens += len(ids) + 1
         with _worker.weight.get_lock():
             _worker.weight.value += weight

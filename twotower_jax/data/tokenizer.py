@@ -81,7 +81,7 @@ def unread_tokenizer(folder: str | Path) -> str:
     return ""
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, end_token: int = EOS_ID) -> None:
     """Writes tokenizer.json and the two files that tell Hugging Face's loader the special tokens' roles.
 
     `folder` is created if needed. Each file appears whole or not at all.
@@ -90,7 +90,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     roles = {
         "bos_token": tokenizer.id_to_token(BOS_ID),
-        "eos_token": tokenizer.id_to_token(EOS_ID),
+        "eos_token": tokenizer.id_to_token(end_token),
         "unk_token": tokenizer.id_to_token(PAD_ID),
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles, "clean_up_tokenization_spaces": False}

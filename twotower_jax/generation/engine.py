@@ -23,7 +23,7 @@ from twotower_jax.generation.blocks import Table
 from twotower_jax.generation.modes import Call, Emitted, Recipe, Trace
 from twotower_jax.generation.placement import Placement
 from twotower_jax.generation.settings import Result, Settings, Step
-from twotower_jax.generation.slots import First, Piece, cache_bytes
+from twotower_jax.generation.slots import First, Piece, cache_bytes, end_token_array
 from twotower_jax.generation.stops import Decode, Ending
 from twotower_jax.parameters import Params
 from twotower_jax.tokens import check_ids
@@ -134,7 +134,7 @@ class Engine:
         self._model, self._settings = model, settings
         self._decode, self._record = decode, record_trace
         self._capacity = _round_up(capacity, _PIECE)
-        self._eos = None if settings.ignore_eos else model.config.eos_token_id
+        self._eos = settings.end_tokens(model.config)
         self._rows_apart = placement.rows
         batch = _round_up(slots or settings.batch_size, placement.rows)
         self._table: list[_Row | None] = [None] * batch
@@ -173,8 +173,7 @@ class Engine:
         if needed > self._capacity:
             raise ValueError(f"prompt {number} needs {needed} cache positions, and a slot has {self._capacity}")
         to_read = ids[:-1] if self._settings.mode == "mock_ar" else ids
-        eos = () if self._eos is None else (self._eos,)
-        ending = Ending(limit, eos=eos, stop=self._settings.stop, decode=self._decode)
+        ending = Ending(limit, eos=self._eos, stop=self._settings.stop, decode=self._decode)
         self._waiting.append(_Row(number, ids, limit, to_read, ending))
         self._submitted += 1
         return number
@@ -273,8 +272,8 @@ class Engine:
 
     # Blocks.
 
-    def _seed_and_eos(self) -> tuple[np.uint32, np.int32]:
-        return np.uint32(self._settings.seed), np.int32(-1 if self._eos is None else self._eos)
+    def _seed_and_eos(self) -> tuple[np.uint32, np.ndarray]:
+        return np.uint32(self._settings.seed), end_token_array(self._eos)
 
     def _block(self, alive: np.ndarray) -> Emitted:
         settings = self._settings

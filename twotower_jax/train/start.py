@@ -91,6 +91,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
         validation_fraction=config.validation_fraction,
         seed=config.seed,
         align=math.lcm(*config.block_sizes) if config.reset_at_documents else None,
+        end_tokens=model.eos_token_ids,
     )
     training, validation = data.windows(tokenizer, packing)
     objective = make_objective(config, model)
