@@ -15,7 +15,7 @@ from twotower_jax import certify, command_line
 from twotower_jax.checkpoint import load, manifest
 from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.store import MANIFEST
-from twotower_jax.tower import Execution
+from twotower_jax.execution import Execution
 
 _SOURCE = flags.DEFINE_string("source", None, "The Hugging Face folder that was converted.", required=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The checkpoint to certify, of any kind.", required=True)

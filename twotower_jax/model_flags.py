@@ -7,11 +7,11 @@ import jax
 from absl import flags
 
 from twotower_jax.checkpoint.load import load
+from twotower_jax.execution import Execution
 from twotower_jax.generation.placement import Placement, parse_mesh, place
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, parameter_table
 from twotower_jax.quantization import METHODS
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
