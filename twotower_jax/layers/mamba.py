@@ -230,10 +230,10 @@ class Mamba(Mixer):
         def blocks(projected, memory, before, core):
             return self._blockwise(projected, memory, before, core, block_size)
 
-        before = _tokens_before(run.document_start)
-        axes = (_TOKENS, memory_axes, None if before is None else _BEFORE, _CORE_AXES)
+        axes = (_TOKENS, memory_axes, None if run.document_start is None else _BEFORE, _CORE_AXES)
         core = sharding.local(blocks, axes, _TOKENS)
-        return self.out_proj(core(self._project(x), memory, before, self._core())), None
+        y = core(self._project(x), memory, _tokens_before(run.document_start), self._core())
+        return self.out_proj(y), None
 
     def _blockwise(self, projected, memory, before, core, block_size):
         z, conv_input, dt, log_decay = self._split_projected(projected, core)
