@@ -288,6 +288,8 @@ class Mamba(Mixer):
         require_positive(
             *(config, "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size")
         )
+        if config.conv_kernel < 2:
+            raise ValueError(f"conv_kernel={config.conv_kernel} must be at least 2: it reaches back in time")
         require_divides(config, "n_groups", "mamba_num_heads")
 
     @classmethod
