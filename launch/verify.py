@@ -17,8 +17,8 @@ from absl import flags
 from twotower_jax import certify, command_line
 from twotower_jax.checkpoint import load, manifest
 from twotower_jax.checkpoint.store import MANIFEST
+from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError
-from twotower_jax.tower import Execution
 
 _SOURCE = command_line.DEFINE_path("source", None, "The Hugging Face folder that was converted.", required=True)
 _CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "The checkpoint to certify, of any kind.", required=True)

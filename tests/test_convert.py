@@ -21,9 +21,9 @@ from twotower_jax.checkpoint import arrays, huggingface, inspection, load, manif
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export, model_tensors, write_folder
 from twotower_jax.config import Variant
+from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import bind, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -25,12 +25,12 @@ from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.files import CheckpointError
 from twotower_jax.generation import Settings, generate
 from twotower_jax.kernels.numerics.quantized import Quantized, as_array
+from twotower_jax.layers import registry
 from twotower_jax.layers.experts import Experts
 from twotower_jax.parameters import Scope, bind, count, flatten, parameter_table, unflatten
 from twotower_jax.quantization import METHODS
 from twotower_jax.sharding import MeshShape, batch_sharding, make_mesh, stored_sharding
 from twotower_jax.train.config import base_config, freeze
-from twotower_jax.train.flops import layer_flops
 from twotower_jax.train.loop import train
 from twotower_jax.two_tower import Backbone
 
@@ -262,9 +262,9 @@ def test_operations_of_latent_experts():
     """By hand: router, fc1, fc2, two products of each chosen expert, two of the shared one."""
     config = config_file.read_config(FAMILY / "latent")
     d, z, e, k, f, shared = 48, 24, 12, 4, 40, 56
-    assert layer_flops(config, "E", 0.0) == 2 * d * e + 2 * (d * z + z * d) + k * 2 * (z * f + f * z) + 4 * d * shared
+    assert registry.kind("E").flops(config, 0.0, 1) == 2 * d * e + 2 * (d * z + z * d) + k * 2 * (z * f + f * z) + 4 * d * shared
     plain = dataclasses.replace(config, moe_latent_size=0)
-    assert layer_flops(plain, "E", 0.0) == 2 * d * e + k * 4 * d * f + 4 * d * shared
+    assert registry.kind("E").flops(plain, 0.0, 1) == 2 * d * e + k * 4 * d * f + 4 * d * shared
 
 
 @pytest.mark.parametrize("shape", [{"expert": 2, "tensor": 2}, {"fsdp": 4}], ids=["expert-tensor", "fsdp"])

@@ -83,7 +83,7 @@ def test_the_table_is_divided_and_written_in_place(model):
         recipe = Recipe("ar", SamplingConfig())
         params = Placement(mesh).context_params(*model)
         compiled = block.lower(params, slots, call, model=model[0], recipe=recipe).compile()
-    mamba, attention, _ = (layer for segment in slots.cache.layers for layer in segment)
+    mamba, attention, _ = slots.cache.layers.by_layer()
     assert mamba.state.sharding.shard_shape(mamba.state.shape) == (2, 4, *mamba.state.shape[2:])
     assert attention.key.sharding.shard_shape(attention.key.shape) == (2, *attention.key.shape[1:])
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(slots))

@@ -12,8 +12,8 @@ import pathlib
 from typing import Any
 
 from twotower_jax import config_reading
+from twotower_jax.layers import registry
 
-LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "experts", "-": "mlp"}
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu")
 MASK_TOKEN_ID = 3  # The release keeps it out of config.json.
 
@@ -80,46 +80,17 @@ class ModelConfig:
             if not ok:
                 raise ValueError(f"model config: {message}")
 
-        pattern = self.hybrid_override_pattern
-        check(bool(pattern), "hybrid_override_pattern is empty; it names each layer's kind with one of M * E -")
-        unknown = sorted(set(pattern) - set(LAYER_KINDS))
-        check(not unknown, f"hybrid_override_pattern={pattern!r} holds {unknown}; known layer kinds are M * E -")
-        positive = ["vocab_size", "hidden_size"]
-        if "M" in pattern:
-            positive += ["mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size"]
-        if "*" in pattern:
-            positive += ["num_attention_heads", "num_key_value_heads", "head_dim"]
-        if "E" in pattern:
-            positive += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
-        if "-" in pattern:
-            positive += ["intermediate_size"]
-        for name in positive:
+        pattern, letters = self.hybrid_override_pattern, " ".join(registry.kinds())
+        check(bool(pattern), f"hybrid_override_pattern is empty; it names each layer's kind with one of {letters}")
+        unknown = sorted(set(pattern) - set(registry.kinds()))
+        check(not unknown, f"hybrid_override_pattern={pattern!r} holds {unknown}; known layer kinds are {letters}")
+        for name in ("vocab_size", "hidden_size"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive with layers {pattern!r}")
-        if "M" in pattern:
-            check(self.conv_kernel >= 2, f"conv_kernel={self.conv_kernel} must be at least 2: it reaches back in time")
-            self._check_divides("n_groups", "mamba_num_heads")
-        if "*" in pattern:
-            self._check_divides("num_key_value_heads", "num_attention_heads")
-        if "E" in pattern:
-            self._check_divides("n_group", "n_routed_experts")
-            check(self.topk_group <= self.n_group, f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
-            check(
-                self.num_experts_per_tok <= self.n_routed_experts,
-                f"num_experts_per_tok={self.num_experts_per_tok} exceeds n_routed_experts={self.n_routed_experts}",
-            )
-            check(
-                self.n_group == 1 or self.n_routed_experts // self.n_group >= 2,
-                f"n_group={self.n_group} leaves fewer than two of n_routed_experts={self.n_routed_experts} in a group, "
-                "and a group is scored by its best two",
-            )
-            check(self.moe_latent_size >= 0, f"moe_latent_size={self.moe_latent_size} must not be negative")
-            check(self.n_shared_experts in (0, 1), f"n_shared_experts={self.n_shared_experts} must be 0 or 1")
-            if self.n_shared_experts:
-                check(
-                    self.moe_shared_expert_intermediate_size > 0,
-                    f"n_shared_experts={self.n_shared_experts} needs a positive moe_shared_expert_intermediate_size, "
-                    f"not {self.moe_shared_expert_intermediate_size}",
-                )
+        for letter in sorted(set(pattern)):
+            try:
+                registry.kind(letter).check_config(self)
+            except ValueError as error:
+                raise ValueError(f"model config: {error}") from None
         check(
             self.mlp_hidden_act in ACTIVATIONS,
             f"mlp_hidden_act={self.mlp_hidden_act!r} is not one of {', '.join(ACTIVATIONS)}",
@@ -131,12 +102,6 @@ class ModelConfig:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
             for value in self.eos_token_ids if name == "eos_token_id" else (getattr(self, name),):
                 check(0 <= value < self.vocab_size, f"{name}={value} lies outside vocab_size={self.vocab_size}")
-
-    def _check_divides(self, small: str, large: str):
-        if getattr(self, large) % getattr(self, small):
-            raise ValueError(
-                f"model config: {small}={getattr(self, small)} does not divide {large}={getattr(self, large)}"
-            )
 
     @property
     def num_hidden_layers(self) -> int:

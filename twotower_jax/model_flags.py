@@ -9,13 +9,13 @@ from absl import flags
 
 from twotower_jax import command_line
 from twotower_jax.checkpoint.load import load
+from twotower_jax.execution import Execution
 from twotower_jax.generation.placement import Placement, parse_mesh, place
 from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, parameter_table
 from twotower_jax.quantization import METHODS
 from twotower_jax.tokens import parse_ids
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "Folder of the checkpoint.", required=True)

@@ -19,9 +19,9 @@ from absl import flags
 from twotower_jax import kernels, randomness
 from twotower_jax.benchmarks._one_thread import use_one_thread
 from twotower_jax.benchmarks._shapes import tiny_config, train_config
+from twotower_jax.execution import Execution
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import bind, initialize, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.train.config import freeze
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import make_optimizer, make_step, start_state, tables

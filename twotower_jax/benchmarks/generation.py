@@ -35,9 +35,9 @@ from twotower_jax import randomness
 from twotower_jax.benchmarks import _roofline
 from twotower_jax.benchmarks._shapes import demo_config, nano_config, small_config, tiny_config
 from twotower_jax.diffusion import SamplingConfig, noise_level, sample_step
+from twotower_jax.execution import Execution
 from twotower_jax.generation import Settings, generate
 from twotower_jax.parameters import bind
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 _PROMPT_LENGTH, _CAPACITY = 48, 256

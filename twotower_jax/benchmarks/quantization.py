@@ -29,11 +29,11 @@ from twotower_jax.checkpoint.quantizing import quantize_params
 from twotower_jax.config import ModelConfig
 from twotower_jax.data import load_tokenizer
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.execution import Execution
 from twotower_jax.generation import Settings, generate
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.parameters import Params, bind, cast, count, initialize, parameter_table
 from twotower_jax.quantization import METHODS
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 _BLOCK = 16

@@ -8,6 +8,7 @@ from typing import Any
 from twotower_jax.config import ModelConfig, read_model_config
 from twotower_jax.config_reading import token_ids
 from twotower_jax.files import CheckpointError, check_link, open_regular, read_bytes, read_json
+from twotower_jax.layers import registry
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # Everything that is carried from folder to folder with the weights. Code (.py) and pickles never are.
@@ -64,10 +65,11 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     pattern = config.hybrid_override_pattern
     if len(pattern) > _MAX_LAYERS:
         raise CheckpointError(f"{path}: hybrid_override_pattern has {len(pattern)} layers; {_MAX_LAYERS} is the limit")
-    if pattern.count("E") * config.n_routed_experts > _MAX_EXPERTS:
+    experts = [count for count in (registry.kind(letter).num_experts(config) for letter in pattern) if count]
+    if sum(experts) > _MAX_EXPERTS:
         raise CheckpointError(
-            f"{path}: {pattern.count('E')} layers with n_routed_experts={config.n_routed_experts} are more than "
-            f"{_MAX_EXPERTS} experts, the limit"
+            f"{path}: {len(experts)} layers with n_routed_experts={max(experts)} are more than {_MAX_EXPERTS} experts, "
+            "the limit"
         )
     return with_end_tokens(config, folder)
 

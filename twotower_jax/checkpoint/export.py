@@ -178,8 +178,7 @@ def model_tensors(model: TwoTower, params: Params) -> dict[str, Tensor]:
     has it: a tied tower twice, and without time conditioning one that changes nothing."""
     table, flat = parameter_table(model), parameters.flatten(params)
     if not model.variant.time_conditioning:
-        whole = parameter_table(TwoTower(model.config))
-        fresh = {path: parameter for path, parameter in whole.items() if path[0] == "time"}
+        fresh = parameters.fresh(parameter_table(TwoTower(model.config)))
         flat |= parameters.flatten(parameters.initialize(fresh, randomness.key(0)))
         table |= fresh
     tensors = {}

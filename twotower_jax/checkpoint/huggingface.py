@@ -21,12 +21,11 @@ from twotower_jax.checkpoint.config_file import read_config
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError, check_link, read_json, some
 from twotower_jax.kernels.numerics.quantized import Quantized
-from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
+from twotower_jax.parameters import Parameter, Params, Path, ShardingOf, parameter_table, unflatten
 from twotower_jax.quantization import Method
-from twotower_jax.sharding import ShardingOf
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
 INDEX = "model.safetensors.index.json"

@@ -27,12 +27,21 @@ from twotower_jax.checkpoint import orbax_steps
 from twotower_jax.checkpoint.config_file import is_run, with_end_tokens
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.kernels.numerics.quantized import Quantized
-from twotower_jax.parameters import Parameter, Params, Path, flatten, initialize, parameter_table, unflatten
+from twotower_jax.parameters import (
+    Parameter,
+    Params,
+    Path,
+    ShardingOf,
+    flatten,
+    fresh,
+    initialize,
+    parameter_table,
+    unflatten,
+)
 from twotower_jax.quantization import Method
-from twotower_jax.sharding import ShardingOf
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
 CONFIG, CHECKPOINTS, FROZEN = "config.json", "checkpoints", "frozen"
@@ -359,8 +368,7 @@ def _as_variant(path: pathlib.Path, model: TwoTower, params: Params, trained_as:
         )
     params = {"denoiser_tower": params["context_tower"]} | params
     table = parameter_table(model)
-    fresh = initialize({p: parameter for p, parameter in table.items() if p[0] == "time"}, randomness.key(0))
-    flat = flatten(fresh) | flatten(params)
+    flat = flatten(initialize(fresh(table), randomness.key(0))) | flatten(params)
     return unflatten({p: flat[p] for p in table})
 
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twotower_jax.cache import Cache
 from twotower_jax.diffusion import Prediction, SamplingConfig, noise_level, sample_step
 from twotower_jax.generation.slots import Slots, choose, ends, row_keys
-from twotower_jax.tower import Cache
 from twotower_jax.two_tower import TwoTower
 
 

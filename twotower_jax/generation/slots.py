@@ -7,7 +7,7 @@ independent: a slot that is not active takes part in the arithmetic and changes 
 import functools
 import math
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -16,11 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from twotower_jax import randomness, sharding
+from twotower_jax.cache import Cache
 from twotower_jax.diffusion import Prediction, SamplingConfig, sample_tokens
 from twotower_jax.generation.placement import bind_part
-from twotower_jax.layers.attention import AttentionCache, AttentionMemory
 from twotower_jax.parameters import Params
-from twotower_jax.tower import Cache
 from twotower_jax.two_tower import TwoTower
 
 
@@ -168,8 +167,7 @@ def prefill(
         then says nothing, and the slot's token is the piece's `unread`.
     """
     bound = bind_part(model, params)
-    tower = bound.context_tower
-    rows = tower.clear_rows(tower.take_rows(slots.cache, piece.slot), piece.first)
+    rows = slots.cache.take_rows(piece.slot).clear_rows(piece.first)
     logits, rows = bound.extend(piece.ids, piece.lengths, rows)
 
     # Prompts that go on have no slot yet, as far as everything but the cache is concerned.
@@ -187,7 +185,7 @@ def prefill(
         return old.at[ready].set(new, mode="drop")
 
     slots = Slots(
-        cache=tower.put_rows(slots.cache, piece.slot, rows),
+        cache=slots.cache.put_rows(piece.slot, rows),
         number=put(slots.number, piece.number),
         token=put(slots.token, token),
         count=put(slots.count, count),
@@ -204,7 +202,7 @@ def prefill(
 def take_slots(slots: Slots, rows: jax.Array, *, model: TwoTower) -> Slots:
     """The slots `rows` (R,) int32 as a table of their own; of one out of range, something."""
     part = jax.tree.map(lambda v: jnp.take(v, rows, mode="clip"), slots.replace(cache=None))
-    return laid_out(model, part.replace(cache=model.context_tower.take_rows(slots.cache, rows)))
+    return laid_out(model, part.replace(cache=slots.cache.take_rows(rows)))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="view")
@@ -213,45 +211,15 @@ def put_slots(view: Slots, rows: jax.Array, part: Slots, *, model: TwoTower) -> 
     new = jax.tree.map(
         lambda v, new: v.at[rows].set(new, mode="drop"), view.replace(cache=None), part.replace(cache=None)
     )
-    return laid_out(model, new.replace(cache=model.context_tower.put_rows(view.cache, rows, part.cache)))
+    return laid_out(model, new.replace(cache=view.cache.put_rows(rows, part.cache)))
 
 
 def newest(model: TwoTower, slots: Slots, before: jax.Array, width: int) -> Slots:
-    """What changed since the cache's lengths were `before` (B,): all but the keys, and of these `width` positions.
-
-    In place of each `AttentionCache` stands the `AttentionMemory` of these positions.
-    """
-
-    def keys(cache: Any, stacked: bool) -> Any:
-        if not isinstance(cache, AttentionCache):
-            return cache
-
-        def cut(v):  # (B, K, T, P)
-            return jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))(v, before, width, 1)
-
-        cut = jax.vmap(cut) if stacked else cut
-        return AttentionMemory(key=cut(cache.key), value=cut(cache.value))
-
-    layers = [
-        tuple(keys(cache, stretch.repeats > 1) for cache in segment)
-        for stretch, segment in zip(model.context_tower.stretches, slots.cache.layers, strict=True)
-    ]
-    return slots.replace(cache=slots.cache.replace(layers=layers))
+    """What changed since the cache's lengths were `before` (B,), at most `width` tokens ago: for `absorb`."""
+    return slots.replace(cache=model.context_tower.newest(slots.cache, before, width))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="view")
 def absorb(view: Slots, news: Slots, *, model: TwoTower) -> Slots:
     """The table after what `newest` tells of it. It consumes `view`."""
-    before = view.cache.lengths
-
-    def write(old: Any, new: Any, stacked: bool) -> Any:
-        if not isinstance(old, AttentionCache):
-            return new
-        append = jax.vmap(AttentionCache.append, in_axes=(0, 0, None)) if stacked else AttentionCache.append
-        return append(old, new, before)
-
-    layers = [
-        tuple(write(*pair, stretch.repeats > 1) for pair in zip(*segments, strict=True))
-        for stretch, *segments in zip(model.context_tower.stretches, view.cache.layers, news.cache.layers, strict=True)
-    ]
-    return laid_out(model, news.replace(cache=news.cache.replace(layers=layers)))
+    return laid_out(model, news.replace(cache=model.context_tower.absorb(view.cache, news.cache)))

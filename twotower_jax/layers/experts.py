@@ -1,7 +1,7 @@
-"""Mixture of experts with sigmoid routing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), and the dense MLP."""
+"""Mixture of experts with sigmoid routing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
 
-import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from twotower_jax.kernels.experts import ROUTING, Weights
 from twotower_jax.kernels.numerics.choice import choose_experts
 from twotower_jax.layers import expert_parallel
 from twotower_jax.layers.common import ACTIVATIONS, Linear
+from twotower_jax.layers.mixer import Pointwise, Routing, Run, require_divides, require_positive
+from twotower_jax.layers.mlp import MLP, stds
 from twotower_jax.parameters import GROUPS, LINEAR, Scope, at_rest, constant, normal, use
 
 # Logical axes, for `sharding.local`.
@@ -25,24 +27,6 @@ _WEIGHT_AXES = Weights(
     up_bias=("experts", "expert_mlp"),
     down_bias=("experts", None),
 )
-
-
-class MLP(nnx.Module):
-    """Ungated: up, activation, down."""
-
-    def __init__(self, config: ModelConfig, width: int, scope: Scope):
-        self.activation = config.mlp_hidden_act
-        up_std, down_std = _stds(config)
-        self.up_proj = Linear(
-            scope.child("up_proj"), (config.hidden_size, width), ("embed", "mlp"), normal(up_std), config.mlp_bias
-        )
-        self.down_proj = Linear(
-            scope.child("down_proj"), (width, config.hidden_size), ("mlp", "embed"), normal(down_std), config.mlp_bias
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, L, D) → (B, L, D)"""
-        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
 
 
 class Router(nnx.Module):
@@ -97,35 +81,26 @@ class Router(nnx.Module):
         )
 
 
-class Routing(NamedTuple):
-    """What a router did.
-
-    Attributes:
-      load: (E,) float32, each expert's number of tokens as a multiple of the even share.
-      experts: (B, L, k) int32, those of each token, best first.
-    """
-
-    load: jax.Array
-    experts: jax.Array
-
-
-class Experts(nnx.Module):
+class Experts(Pointwise):
     """Σ weight · expert(x) over the chosen experts, plus the shared expert. No capacity, no dropped tokens.
 
     With `moe_latent_size` the routed experts work in a smaller space, fc2(Σ weight · expert(fc1(x))); router and shared
     expert read x itself (Nemotron 3 Super).
     """
 
+    kept = (ROUTING,)
+
     def __init__(
         self,
         config: ModelConfig,
         scope: Scope,
         backends: kernels.Backends = kernels.Backends(),  # noqa: B008 (frozen)
+        bidirectional: bool = False,
     ):
         self.activation = config.mlp_hidden_act
         self.backends = backends
         width, num_experts = config.moe_intermediate_size, config.n_routed_experts
-        up_std, down_std = _stds(config)
+        up_std, down_std = stds(config)
         self.router = Router(config, scope.child("gate"))
 
         def latent(name: str, shape: tuple[int, int], axes: tuple[str | None, str | None], std: float):
@@ -175,6 +150,15 @@ class Experts(nnx.Module):
         """(B, L, D) → (B, L, D)"""
         return self.with_routing(x)[0]
 
+    def blockwise(
+        self,
+        x: jax.Array,
+        memory: None,
+        block_size: int,
+        run: Run = Run(),  # noqa: B008 (frozen)
+    ) -> tuple[jax.Array, Routing]:
+        return self.with_routing(x)
+
     def with_routing(self, x: jax.Array) -> tuple[jax.Array, Routing]:
         """(B, L, D) → (B, L, D), and which experts it went through."""
         latent = None if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
@@ -205,8 +189,66 @@ class Experts(nnx.Module):
             load = jax.lax.psum(load, over)
         return y.reshape(read.shape), load, indices.reshape(*x.shape[:2], -1)
 
+    @classmethod
+    def check_config(cls, config: ModelConfig) -> None:
+        require_positive(
+            config, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"
+        )
+        require_divides(config, "n_group", "n_routed_experts")
+        if config.topk_group > config.n_group:
+            raise ValueError(f"topk_group={config.topk_group} exceeds n_group={config.n_group}")
+        if config.num_experts_per_tok > config.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok={config.num_experts_per_tok} exceeds n_routed_experts={config.n_routed_experts}"
+            )
+        if config.n_group > 1 and config.n_routed_experts // config.n_group < 2:
+            raise ValueError(
+                f"n_group={config.n_group} leaves fewer than two of n_routed_experts={config.n_routed_experts} in a "
+                "group, and a group is scored by its best two"
+            )
+        if config.moe_latent_size < 0:
+            raise ValueError(f"moe_latent_size={config.moe_latent_size} must not be negative")
+        if config.n_shared_experts not in (0, 1):
+            raise ValueError(f"n_shared_experts={config.n_shared_experts} must be 0 or 1")
+        if config.n_shared_experts and config.moe_shared_expert_intermediate_size <= 0:
+            raise ValueError(
+                f"n_shared_experts={config.n_shared_experts} needs a positive moe_shared_expert_intermediate_size, "
+                f"not {config.moe_shared_expert_intermediate_size}"
+            )
 
-def _stds(config: ModelConfig) -> tuple[float, float]:
-    """Standard deviations of up and down projections; the latter feeds the residual stream."""
-    std = config.initializer_range
-    return std, std / math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else std
+    @classmethod
+    def check_mesh(cls, config: ModelConfig, shape: sharding.MeshShape, sequence_length: int) -> None:
+        sharding.check_divides("expert", shape.expert, config.n_routed_experts, "n_routed_experts")
+        sharding.check_divides("tensor", shape.tensor, config.moe_intermediate_size, "moe_intermediate_size")
+        if config.n_shared_experts:
+            name = "moe_shared_expert_intermediate_size"
+            sharding.check_divides("tensor", shape.tensor, getattr(config, name), name)
+
+    @classmethod
+    def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
+        shared = config.moe_shared_expert_intermediate_size if config.n_shared_experts else 0
+        routed = 4 * config.expert_input_size * config.num_experts_per_tok * config.moe_intermediate_size
+        whole = 2 * config.n_routed_experts + 4 * (shared + config.moe_latent_size)
+        return config.hidden_size * whole + routed
+
+    @classmethod
+    def num_experts(cls, config: ModelConfig) -> int:
+        return config.n_routed_experts
+
+    @classmethod
+    def infer(cls, shapes: Mapping[str, list[int]]) -> dict[str, Any] | None:
+        if "gate.weight" not in shapes:
+            return None
+        shared = "shared_experts.up_proj.weight" in shapes
+        values = {
+            "n_routed_experts": shapes["gate.weight"][0],
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": shapes["experts.0.up_proj.weight"][0],
+            "n_shared_experts": int(shared),
+            "mlp_bias": "experts.0.up_proj.bias" in shapes,
+        }
+        if "fc1_latent_proj.weight" in shapes:
+            values["moe_latent_size"] = shapes["fc1_latent_proj.weight"][0]
+        if shared:
+            values["moe_shared_expert_intermediate_size"] = shapes["shared_experts.up_proj.weight"][0]
+        return values

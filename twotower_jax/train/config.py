@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
 from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
-from twotower_jax.tower import REMAT, Execution
 
 OBJECTIVES = ("autoregressive", "denoiser")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

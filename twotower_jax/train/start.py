@@ -16,8 +16,9 @@ from twotower_jax.data.mixture import Mixture
 from twotower_jax.data.opening import Data, Packing, Windows
 from twotower_jax.data.tokenizer import id_range
 from twotower_jax.data.windows import Concatenation
+from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import Params, parameter_table, unflatten
-from twotower_jax.sharding import MeshShape, check_fits, stored_sharding
+from twotower_jax.sharding import MeshShape, stored_sharding
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Objective, make_objective
 from twotower_jax.train.placement import choose_mesh
