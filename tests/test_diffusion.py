@@ -95,7 +95,7 @@ def clean_ids(batch, length, seed=0):
 def test_corruption_masks_at_the_rate_it_states(schedule):
     batch, length = 400, 1000
     ids = clean_ids(batch, length)
-    noisy, masked, t = corrupt_examples(ids, np.arange(batch, dtype=np.int32), schedule=schedule)
+    noisy, masked, t, _ = corrupt_examples(ids, np.arange(batch, dtype=np.int32), schedule=schedule)
     assert (noisy.dtype, masked.dtype, t.dtype) == (jnp.int32, jnp.bool_, jnp.float32)
     np.testing.assert_array_equal(noisy, np.where(masked, MASK, ids))
     # Each row's count is Binomial(L, t): 5 standard deviations a row, 4 for the mean over all rows of the deviations.

@@ -79,7 +79,7 @@ class TimeConditioning(nnx.Module):
 
 
 def modulation(table: jax.Array, block: jax.Array, block_size: int | None = None) -> Modulation:
-    """A layer's modulation from its table (3, D) and the shared (B, 3·D), or (B, N, 3·D) for N blocks of `block_size`."""
+    """A layer's modulation from its table (3, D) and the shared (B, 3·D), or (B, N, 3·D) for N blocks of a size."""
     if block.ndim == 3:
         parts = table.astype(block.dtype) + block.reshape(*block.shape[:2], 3, -1)
         return Modulation(*(jnp.repeat(parts[:, :, i], block_size, axis=1) for i in range(3)))
