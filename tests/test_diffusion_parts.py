@@ -1,5 +1,6 @@
 """What an experimenter may choose of diffusion: times, weights, complementary masks, and the newer strategies."""
 
+import functools
 import itertools
 import math
 
@@ -22,10 +23,14 @@ from twotower_jax.diffusion import (
 MASK, VOCAB = 3, 13
 
 
-def corrupt(process, ids, **options):
+def corrupt(process, ids, step=11, block_size=None):
     index = jnp.arange(len(ids))
-    given = {"seed": 7, "step": 11, "example_index": index, "mask_token_id": MASK} | options
-    return jax.jit(lambda ids: process.corrupt(ids, **given))(ids)
+    return _corrupt(process, ids, index, step, block_size)
+
+
+@functools.partial(jax.jit, static_argnames=("process", "block_size"))
+def _corrupt(process, ids, index, step, block_size):
+    return process.corrupt(ids, seed=7, step=step, example_index=index, mask_token_id=MASK, block_size=block_size)
 
 
 def ids_of(batch, length):
@@ -38,8 +43,9 @@ def ids_of(batch, length):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("complementary", [False, True])
 def test_the_elbo_weight_makes_the_loss_the_bound(schedule, complementary):
-    """Over three tokens, for any table of log p(token | which others are masked): the bound is the mean over all orders of
-    the sum of −log p, whatever the schedule. The expectation over times is a quadrature, that over masks an enumeration.
+    """Over three tokens, for any table of log p(token | which others are masked): the bound is the mean over all
+    orders of the sum of −log p, whatever the schedule. The expectation over times is a quadrature, that over masks an
+    enumeration.
     """
     length, rng = 3, np.random.default_rng(1)
     masks = list(itertools.product([False, True], repeat=length))
@@ -167,7 +173,9 @@ KNOBS = {
 def test_strategies_do_what_their_papers_say(name):
     size, steps, rng, moved = 12, 5, np.random.default_rng(3), 0
     config = SamplingConfig(size, steps, name, strategy_options=KNOBS[name])
-    take = jax.jit(lambda keys, xt, logits, step: sample_step(config, keys, xt, logits, block=0, step=step, mask_token_id=3))
+    take = jax.jit(
+        lambda keys, xt, logits, step: sample_step(config, keys, xt, logits, block=0, step=step, mask_token_id=3)
+    )
     for trial in range(20):
         masked = rng.random((4, size)) < rng.choice([0.3, 0.7, 1.0], (4, 1))
         masked[:, 0] = True
@@ -179,9 +187,7 @@ def test_strategies_do_what_their_papers_say(name):
         p /= p.sum(-1, keepdims=True)
         for row in range(4):
             commit, again = literal(name, KNOBS[name], p[row], xt[row], steps, trial % steps)
-            expected = [
-                MASK if i in again else p[row, i].argmax() if i in commit else xt[row, i] for i in range(size)
-            ]
+            expected = [MASK if i in again else p[row, i].argmax() if i in commit else xt[row, i] for i in range(size)]
             np.testing.assert_array_equal(result.xt[row], expected)
             np.testing.assert_array_equal(np.flatnonzero(result.committed[row]), sorted(commit))
             moved += len(again)

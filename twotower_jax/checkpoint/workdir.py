@@ -271,8 +271,8 @@ def read_settings(path: pathlib.Path) -> Settings:
 def identity(settings: Settings, changeable: tuple[str, ...], added: Mapping[str, Any] | None = None) -> Settings:
     """The settings that make a run what it is, as one flat dictionary of JSON values.
 
-    `added` are settings that came later, each with the value that stands for what was done before: with it they are left
-    out, so that a workdir without them is the same run.
+    `added` are settings that came later, each with the value that stands for what was done before: with it they are
+    left out, so that a workdir without them is the same run.
 
     Where a run starts from a checkpoint, that decides the model's shape and vocabulary, and not these settings.
     """

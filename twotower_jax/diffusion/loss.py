@@ -19,8 +19,8 @@ NOISE_LEVEL_BINS = 10
 
 
 class LossSum(NamedTuple):
-    """Summed loss and what its mean is over, the number of tokens or the sum of their weights: float32 of the same shape,
-    scalars or one per bin. Numbers of tokens are exact below 2²⁴."""
+    """Summed loss and what its mean is over, the number of tokens or the sum of their weights: float32 of the same
+    shape, scalars or one per bin. Numbers of tokens are exact below 2²⁴."""
 
     total: jax.Array
     count: jax.Array

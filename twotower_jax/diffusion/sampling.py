@@ -1,11 +1,11 @@
 """The reverse process: one denoising step of a block, by any of the strategies.
 
 A block starts all masked. At each of up to T steps the denoiser gives logits for the block, every position gets a
-prediction (SUBS: never the mask token), and the strategy (strategies/) returns the new block. The block-by-block frame is
-BD3-LM's (Arriola et al. 2025, arXiv 2503.09573).
+prediction (SUBS: never the mask token), and the strategy (strategies/) returns the new block. The block-by-block
+frame is BD3-LM's (Arriola et al. 2025, arXiv 2503.09573).
 
-A strategy is a function of one row; `sample_step` maps it over the batch. So a row cannot depend on its neighbors: it has
-its own noise level, commits, knobs and stop, and gets what it would get alone.
+A strategy is a function of one row; `sample_step` maps it over the batch. So a row cannot depend on its neighbors: it
+has its own noise level, commits, knobs and stop, and gets what it would get alone.
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.diffusion.prediction import check_prediction_settings, predict, without_token
-from twotower_jax.diffusion.strategies import STRATEGIES, Draft, Strategy, make_strategy, per_row
+from twotower_jax.diffusion.strategies import Draft, Strategy, make_strategy, per_row
 
 # Knobs that are settings of their own beside `strategy_options`.
 _NAMED_KNOBS = ("confidence_threshold", "schedule")
@@ -34,7 +34,8 @@ class SamplingConfig:
     schedule              one of `SCHEDULES`, of strategies that have that knob
     temperature           0 is greedy
     top_k, top_p          filters of the tempered distribution; 0 and 1 turn them off
-    strategy_options      any knobs of the strategy, a mapping; kept as sorted pairs, the two above moved to their fields
+    strategy_options      any knobs of the strategy, a mapping; kept as sorted pairs, the two above moved to their
+    fields
     """
 
     block_size: int = 16
@@ -186,8 +187,8 @@ def sample_step(
             mask_token_id=mask_token_id,
         )
         new = strategy.new_block(draft)
-        # What holds whatever the strategy says: the last step decides all; a block without masks and what was given stay;
-        # and a prediction that means nothing is not used.
+        # What holds whatever the strategy says: the last step decides all; a block without masks and what was given
+        stay  # and a prediction that means nothing is not used.
         new = jnp.where((step >= config.steps_per_block - 1) & (new == mask_token_id), draft.commit(masked), new)
         new = jnp.where(fixed | (masked & ~prediction.finite) | ~jnp.any(masked), xt, new)
         return StepResult(

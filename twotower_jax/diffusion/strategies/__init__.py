@@ -8,14 +8,16 @@ remasking           as confidence, and tokens that turned doubtful are masked ag
 factor              as many of the surest as their number allows
 """
 
-from twotower_jax.diffusion.strategies import (  # noqa: F401 (they register themselves)
-    confidence,
-    posterior,
-    predict_and_noise,
-    entropy_bounded,
-    remasking,
-    factor,
-)  # isort: skip
+# Each registers itself; `confidence`, the default, first.
+# isort: off
+import twotower_jax.diffusion.strategies.confidence
+import twotower_jax.diffusion.strategies.posterior
+import twotower_jax.diffusion.strategies.predict_and_noise
+import twotower_jax.diffusion.strategies.entropy_bounded
+import twotower_jax.diffusion.strategies.remasking
+import twotower_jax.diffusion.strategies.factor
+
+# isort: on
 from twotower_jax.diffusion.strategies.base import STRATEGIES, Draft, Strategy, knobs, make_strategy, per_row, strategy
 
 __all__ = ["STRATEGIES", "Draft", "Strategy", "knobs", "make_strategy", "per_row", "strategy"]

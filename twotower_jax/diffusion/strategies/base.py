@@ -19,8 +19,8 @@ class Draft(NamedTuple):
     masked         (S,) bool      where it is
     logits         (S, V) float32 the denoiser's, the mask token's being −∞
     tokens         (S,) int32     the prediction for each position
-    confidence     (S,) float32   its probability, neither tempered nor filtered; NaN where the logits are no distribution
-    key            ()             for the strategy's own draws
+    confidence     (S,) float32   its probability, neither tempered nor filtered; NaN where the logits are no
+    distribution key            ()             for the strategy's own draws
     step           () int32       index of the step in the block
     steps          int            T, the most there may be
     mask_token_id  int
@@ -70,7 +70,7 @@ class Strategy(abc.ABC):
     def new_block(self, draft: Draft) -> jax.Array:
         """The block after the step, (S,) int32: predictions committed, or tokens masked again."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 (nothing to check is a check)
         """Raises ValueError for knobs out of range."""
 
     def check_between(self, least: float, most: float, *names: str) -> None:

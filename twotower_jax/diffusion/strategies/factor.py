@@ -9,8 +9,8 @@ from twotower_jax.diffusion.strategies.base import STRATEGIES, Draft, Strategy, 
 @STRATEGIES.register("factor")
 @strategy
 class Factor(Strategy):
-    """factor  f: of the confidences in falling order the largest n with (n + 1) · (1 − c_n) < f is committed: one or more,
-    and at least ceil(masked / steps left)."""
+    """factor  f: of the confidences in falling order the largest n with (n + 1) · (1 − c_n) < f is committed: one or
+    more, and at least ceil(masked / steps left)."""
 
     factor: float = 1.0
 

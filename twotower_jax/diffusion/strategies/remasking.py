@@ -1,8 +1,9 @@
 """Commits as `confidence` does, and masks again what has turned doubtful.
 
-After ReMDM (Wang et al. 2025, arXiv 2503.00307), which masks decoded tokens again with a probability that rises as their
-confidence falls; here without a draw. Its confidence is that at the time of decoding; ours is the denoiser's present one,
-which reads the token as given and was not trained there, so that only a low one means much.
+After ReMDM (Wang et al. 2025, arXiv 2503.00307), which masks decoded tokens again with a probability that rises as
+their
+confidence falls; here without a draw. Its confidence is that at the time of decoding; ours is the denoiser's present
+one, which reads the token as given and was not trained there, so that only a low one means much.
 """
 
 import jax
@@ -18,7 +19,8 @@ class Remasking(Strategy):
     """confidence_threshold  γ, as of `confidence`.
     doubt_threshold       a committed token whose probability has fallen below it is masked again
 
-    The most doubtful first, and fewer than the step commits, so that every step leaves fewer masks; none in the last step.
+    The most doubtful first, and fewer than the step commits, so that every step leaves fewer masks; none in the last
+    step.
     """
 
     confidence_threshold: float = 0.8
