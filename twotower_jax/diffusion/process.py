@@ -49,9 +49,8 @@ class MaskedDiffusion:
     times          how times are drawn
     weight         how much a masked token counts
     complementary  each sequence is seen once more with the complement of its mask, so that every token is masked
-                   exactly
-                   once (Fast-dLLM v2, Wu et al. 2025, arXiv 2509.26328): twice the work of a step. The second row's
-                   noise level is 1 − m, and so are the denoiser's t and the weight
+                   exactly once (Fast-dLLM v2, Wu et al. 2025, arXiv 2509.26328): twice the work of a step. The second
+                   row's noise level is 1 − m, and so are the denoiser's t and the level of the weight
 
     Raises TypeError at construction for a part of another kind.
     """
@@ -88,8 +87,7 @@ class MaskedDiffusion:
         """Draws times and masks each token with the schedule's probability at its time.
 
         The noise of a sequence is a function of (seed, step, its example index) and of nothing else: neither of its
-        place
-        in the batch, nor of the mesh or process that holds it, nor, for times that are drawn row by row, of the batch's
+        place in the batch, nor of the mesh or process that holds it, nor, for times drawn row by row, of the batch's
         size. By chance a short sequence may have no masked position; the losses in loss.py give 0 for it.
 
         Args:

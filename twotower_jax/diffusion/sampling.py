@@ -34,8 +34,7 @@ class SamplingConfig:
     schedule              one of `SCHEDULES`, of strategies that have that knob
     temperature           0 is greedy
     top_k, top_p          filters of the tempered distribution; 0 and 1 turn them off
-    strategy_options      any knobs of the strategy, a mapping; kept as sorted pairs, the two above moved to their
-    fields
+    strategy_options      any knobs of the strategy, a mapping; kept as sorted pairs without the two above
     """
 
     block_size: int = 16
@@ -188,7 +187,7 @@ def sample_step(
         )
         new = strategy.new_block(draft)
         # What holds whatever the strategy says: the last step decides all; a block without masks and what was given
-        stay  # and a prediction that means nothing is not used.
+        # stay; and a prediction that means nothing is not used.
         new = jnp.where((step >= config.steps_per_block - 1) & (new == mask_token_id), draft.commit(masked), new)
         new = jnp.where(fixed | (masked & ~prediction.finite) | ~jnp.any(masked), xt, new)
         return StepResult(

@@ -15,7 +15,7 @@ import twotower_jax.diffusion.strategies.posterior
 import twotower_jax.diffusion.strategies.predict_and_noise
 import twotower_jax.diffusion.strategies.entropy_bounded
 import twotower_jax.diffusion.strategies.remasking
-import twotower_jax.diffusion.strategies.factor
+import twotower_jax.diffusion.strategies.factor  # noqa: F401
 
 # isort: on
 from twotower_jax.diffusion.strategies.base import STRATEGIES, Draft, Strategy, knobs, make_strategy, per_row, strategy

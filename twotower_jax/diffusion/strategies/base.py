@@ -19,8 +19,8 @@ class Draft(NamedTuple):
     masked         (S,) bool      where it is
     logits         (S, V) float32 the denoiser's, the mask token's being −∞
     tokens         (S,) int32     the prediction for each position
-    confidence     (S,) float32   its probability, neither tempered nor filtered; NaN where the logits are no
-    distribution key            ()             for the strategy's own draws
+    confidence     (S,) float32   its probability, untempered; NaN where the logits are no distribution
+    key            ()             for the strategy's own draws
     step           () int32       index of the step in the block
     steps          int            T, the most there may be
     mask_token_id  int
