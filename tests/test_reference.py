@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from twotower_jax import certify, parameters
 from twotower_jax.checkpoint import huggingface
 from twotower_jax.config import ModelConfig
-from twotower_jax.diffusion import SamplingConfig, masked_cross_entropy
+from twotower_jax.diffusion import SamplingConfig, masked_loss_sum, token_log_probabilities
 from twotower_jax.execution import Execution
 from twotower_jax.generation import DenoiserRow, Settings, generate, score_ar, score_denoiser
 from twotower_jax.layers.common import rms_norm
@@ -82,7 +82,7 @@ def _denoise(params, block, t, cache, *, model):
 def _train(params, ids, masked, t, *, model, block_size):
     noisy = jnp.where(masked, model.config.mask_token_id, ids)
     logits, _ = bind(model, params).training_logits(ids, noisy, t, block_size)
-    return masked_cross_entropy(logits, ids, masked)[0], logits
+    return masked_loss_sum(token_log_probabilities(logits, ids), masked).mean, logits
 
 
 def assert_close(actual, expected, tolerance):
