@@ -29,4 +29,4 @@ if __name__ == "__main__":
         command_line.fail(f"unknown measurement {sys.argv[1]!r}; there are {', '.join(names)}", command_line.USAGE)
     module = importlib.import_module(f"twotower_jax.benchmarks.{sys.argv.pop(1)}")
     module.define_flags()
-    command_line.run(module.main)
+    command_line.run(module.main, cache=False)

@@ -9,13 +9,16 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from twotower_jax import compilation_cache
 from twotower_jax.checkpoint.safetensors_file import CheckpointError
 
 USAGE, BROKEN_CHECKPOINT = 2, 3
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, cache: bool = True) -> None:
     """Parses the flags, runs `main`, and exits.
+
+    Compiled programs are kept for the next start; without `cache`, for what measures compiling, only if a flag says so.
 
     ValueError and OSError are taken to be about what the user gave, and become one line; anything else is a bug and
     keeps its traceback.
@@ -25,6 +28,7 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; every setting is a --flag=value", USAGE)
         try:
+            compilation_cache.enable(flags.FLAGS[compilation_cache.FLAG].value, by_default=cache)
             main()
         except CheckpointError as error:
             logging.debug("traceback", exc_info=True)
@@ -33,6 +37,8 @@ def run(main: Callable[[], None]) -> None:
             logging.debug("traceback", exc_info=True)
             fail(str(error), USAGE)
 
+    # Shown by --help, as if the command had defined it.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[compilation_cache.FLAG])
     app.run(guarded, flags_parser=_parse)
 
 
