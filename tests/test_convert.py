@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from campaigns import campaign
 from twotower_jax import parameters
-from twotower_jax.benchmarks import campaign
 from twotower_jax.checkpoint import arrays, huggingface, inspection, load, manifest, store, workdir
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export, model_tensors, write_folder

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from twotower_jax.benchmarks import campaign
+from campaigns import campaign
 from twotower_jax.checkpoint import arrays, hub, listing, manifest
 from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.convert import convert

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from twotower_jax.benchmarks import campaign
-from twotower_jax.benchmarks._mutations import CONVERTED, HUGGING_FACE
+from campaigns import campaign
+from campaigns._mutations import CONVERTED, HUGGING_FACE
 from twotower_jax.checkpoint import huggingface, load, manifest, store
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.files import CheckpointError
@@ -380,6 +380,14 @@ def test_a_slice_of_the_campaign():
     assert not bad
     assert len({(outcome.target, outcome.mutation) for outcome in outcomes}) == kinds
     assert campaign.table(outcomes).count("\n") == kinds + 2
+
+
+def test_a_campaign_needs_the_tests(tmp_path):
+    """Which an installation without the repository lacks."""
+    script = shutil.copy(ROOT / "launch/benchmark.py", tmp_path)
+    out = subprocess.run([sys.executable, script, "kills"], capture_output=True, text=True, timeout=60)
+    assert (out.returncode, out.stdout) == (2, "")
+    assert out.stderr.startswith("error: kills needs the repository's tests") and out.stderr.count("\n") == 1
 
 
 def test_random_bytes_as_a_checkpoint(tmp_path):
