@@ -21,19 +21,19 @@ import sys
 
 from twotower_jax import benchmarks, command_line
 
-_TESTS = pathlib.Path(__file__).parents[1] / "tests"
-_CAMPAIGNS = ("campaign", "kills")  # Modules of tests/campaigns, of which the tests run a slice.
+_SUPPORT = pathlib.Path(__file__).parents[1] / "tests" / "support"
+_CAMPAIGNS = ("campaign", "kills")  # Modules of tests/support/campaigns, of which the tests run a slice.
 
 
 def _module(name: str) -> str:
     """The full name of a measurement's module, which can be imported from now on."""
     if name not in _CAMPAIGNS:
         return f"{benchmarks.__name__}.{name}"
-    if not (_TESTS / "campaigns").is_dir():
+    if not (_SUPPORT / "campaigns").is_dir():
         command_line.fail(
-            f"{name} needs the repository's tests, and there is no {_TESTS}/campaigns", command_line.USAGE
+            f"{name} needs the repository's tests, and there is no {_SUPPORT}/campaigns", command_line.USAGE
         )
-    sys.path.insert(0, str(_TESTS))
+    sys.path.insert(0, str(_SUPPORT))
     return f"campaigns.{name}"
 
 

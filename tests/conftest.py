@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import pytest
 
+from helpers import DATA
 from twotower_jax import parameters
 from twotower_jax.config import ModelConfig
 from twotower_jax.train.config import TrainConfig, base_config, freeze
@@ -33,8 +34,6 @@ hypothesis.settings.load_profile("seeded")
 
 # Virtual devices for the tests of meshes; everything else uses the first.
 jax.config.update("jax_num_cpu_devices", 8)
-
-DATA = pathlib.Path(__file__).parent / "data"
 
 SMALL = {
     "hidden_size": 24,

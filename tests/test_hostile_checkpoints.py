@@ -12,12 +12,12 @@ import pytest
 
 from campaigns import campaign
 from campaigns._mutations import CONVERTED, HUGGING_FACE
+from helpers import ROOT, run_command
 from twotower_jax.checkpoint import huggingface, load, manifest, store
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.safetensors_file import MAX_HEADER_BYTES, read_header
 
-ROOT = pathlib.Path(__file__).parent.parent
 SHARD = "model-00002-of-00003.safetensors"
 
 
@@ -366,8 +366,7 @@ def test_exit_status(script, folder):
     os.truncate(folder / SHARD, 1000)
     flag = "source" if script == "convert" else "checkpoint"
     flags = [f"--{flag}={folder}"] + ([f"--output={folder.parent / 'out'}"] if script != "inspect_checkpoint" else [])
-    command = [sys.executable, ROOT / f"launch/{script}.py", *flags]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    out = run_command(script, *flags)
     assert out.returncode == 3 and out.stdout == ""
     assert out.stderr.startswith(f"error: {folder / SHARD}: ") and out.stderr.count("\n") == 1
     assert not (folder.parent / "out").exists()

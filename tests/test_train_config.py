@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import pathlib
 import re
 import sys
 
@@ -14,6 +13,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from helpers import ROOT
 from twotower_jax import parameters
 from twotower_jax.config import Variant
 from twotower_jax.parameters import flatten, parameter_table, unflatten
@@ -27,7 +27,6 @@ from twotower_jax.train.step import (
     tables,
 )
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 MODEL = {
     "hidden_size": 24,
