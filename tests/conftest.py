@@ -54,6 +54,16 @@ SMALL = {
 }
 
 
+# The files that take longest, which start first, so that no worker is left alone with one of them at the end.
+_LONG = "reference ssd generation_mesh train speculative tune quantization train_step sharding generation".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files, and leaves the order of tests in a file."""
+    names = [f"test_{name}" for name in _LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def released_programs():
     """Lets go of what a file's tests compiled. A compiled program takes dozens of memory mappings, of which Linux gives
