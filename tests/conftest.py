@@ -55,7 +55,18 @@ SMALL = {
 
 
 # The files that take longest, which start first, so that no worker is left alone with one of them at the end.
-_LONG = "reference ssd generation_mesh train speculative tune quantization train_step sharding generation".split()
+_LONG = (
+    "reference",
+    "ssd",
+    "generation_mesh",
+    "train",
+    "speculative",
+    "tune",
+    "quantization",
+    "train_step",
+    "sharding",
+    "generation",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
