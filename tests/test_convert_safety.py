@@ -11,10 +11,10 @@ import pytest
 
 from campaigns import campaign
 from helpers import ROOT, run_command
+from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint import arrays, hub, listing, manifest
-from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.convert import convert
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 
 RELEASE = {"two_tower": (12_544, 63_185_902_848), "backbone": (6_243, 31_577_940_288)}
 

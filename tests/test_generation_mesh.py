@@ -16,7 +16,7 @@ from twotower_jax.generation import MODES, Engine, Placement, Settings, generate
 from twotower_jax.generation.blocks import block
 from twotower_jax.generation.modes import Call, Recipe
 from twotower_jax.generation.placement import in_force, parse_mesh
-from twotower_jax.generation.slots import allocate, cache_bytes
+from twotower_jax.generation.slots import allocate, cache_bytes, end_token_array
 from twotower_jax.parameters import flatten, parameter_table
 from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.two_tower import TwoTower
@@ -79,7 +79,7 @@ def test_the_table_is_divided_and_written_in_place(model):
     whole, part = (cache_bytes(model[0], 8, 1024, m) for m in (None, mesh))
     with in_force(mesh):
         slots = allocate(model=model[0], batch=8, capacity=1024)
-        call = Call(jnp.ones(8, bool), jnp.uint32(0), jnp.int32(2), jnp.float32(0.8), jnp.float32(0))
+        call = Call(jnp.ones(8, bool), jnp.uint32(0), end_token_array((2,)), jnp.float32(0.8), jnp.float32(0))
         recipe = Recipe("ar", SamplingConfig())
         params = Placement(mesh).context_params(*model)
         compiled = block.lower(params, slots, call, model=model[0], recipe=recipe).compile()

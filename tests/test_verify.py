@@ -13,7 +13,7 @@ from helpers import run_command
 from twotower_jax import certify
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 
 
 def test_certified(data, tmp_path):

@@ -9,11 +9,11 @@ import numpy as np
 
 from twotower_jax import parameters
 from twotower_jax.checkpoint import huggingface
-from twotower_jax.checkpoint.files import CheckpointError, parse_json, read_bytes
-from twotower_jax.checkpoint.huggingface import Folder, Tensor, today_name
+from twotower_jax.checkpoint.huggingface import Folder, Tensor, is_ignored, today_name
 from twotower_jax.checkpoint.plan import make_plan
 from twotower_jax.checkpoint.safetensors_file import Entry
 from twotower_jax.config import ModelConfig
+from twotower_jax.files import CheckpointError, parse_json, read_bytes
 from twotower_jax.parameters import parameter_table
 from twotower_jax.quantization import Method, kind_bytes
 from twotower_jax.two_tower import Backbone
@@ -83,14 +83,17 @@ def read_list(path: pathlib.Path) -> Folder:
     if raw.get("parameters", total) != total:
         raise CheckpointError(f"{path}: says {raw['parameters']} parameters, its tensors have {total}")
     float32 = np.dtype(np.float32)  # A list says nothing of dtypes.
-    tensors = {today_name(name): Tensor(path, Entry(float32, tuple(shape), 0, 0)) for name, shape in shapes.items()}
+    shapes = {today_name(name): shape for name, shape in shapes.items()}
+    listed = {name: Tensor(path, Entry(float32, tuple(shape), 0, 0)) for name, shape in shapes.items()}
+    ignored = {name: tensor for name, tensor in listed.items() if is_ignored(name)}
+    tensors = {name: tensor for name, tensor in listed.items() if name not in ignored}
     single = not any(name.startswith(("context_tower.", "denoiser_tower.")) for name in shapes)
     prefix = "backbone." if single else "context_tower."
     try:
         config = infer_config({k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)})
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: its tensors are not those of a tower of this model ({error!r})") from None
-    return Folder(path, config, tensors, single, ())
+    return Folder(path, config, tensors, single, (), ignored)
 
 
 def infer_config(shapes: Mapping[str, list[int]]) -> ModelConfig:
@@ -124,6 +127,8 @@ def infer_config(shapes: Mapping[str, list[int]]) -> ModelConfig:
             values |= {"n_routed_experts": shape("gate.weight")[0], "num_experts_per_tok": 1}
             values |= {"moe_intermediate_size": shape("experts.0.up_proj.weight")[0], "n_shared_experts": int(shared)}
             values |= {"mlp_bias": f"{mixer}experts.0.up_proj.bias" in shapes}
+            if f"{mixer}fc1_latent_proj.weight" in shapes:
+                values["moe_latent_size"] = shape("fc1_latent_proj.weight")[0]
             if shared:
                 values["moe_shared_expert_intermediate_size"] = shape("shared_experts.up_proj.weight")[0]
             kind = "E"

@@ -6,14 +6,16 @@ independent: a slot that is not active takes part in the arithmetic and changes 
 
 import functools
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from twotower_jax import sharding
+from twotower_jax import randomness, sharding
 from twotower_jax.diffusion import Prediction, SamplingConfig, sample_tokens
 from twotower_jax.generation.placement import bind_part
 from twotower_jax.layers.attention import AttentionCache, AttentionMemory
@@ -64,6 +66,18 @@ class Piece(NamedTuple):
     unread: jax.Array
 
 
+def end_token_array(ids: Collection[int]) -> np.ndarray:
+    """End tokens as a traced argument: (K,) int32, padded with −1, which no token is. K is a power of two and at least
+    4, so that programs are compiled for few sizes and not for each set."""
+    size = max(4, 1 << max(0, len(ids) - 1).bit_length())
+    return np.array([*ids] + [-1] * (size - len(ids)), np.int32)
+
+
+def ends(tokens: jax.Array, eos: jax.Array) -> jax.Array:
+    """Which of `tokens` (…) int32 end a row, bool (…): those that are among `eos` (K,)."""
+    return jnp.any(tokens[..., None] == eos, axis=-1)
+
+
 class First(NamedTuple):
     """What reading prompts chose: tokens (R,) int32 and whether their logits were numbers, (R,) bool."""
 
@@ -112,7 +126,7 @@ def cache_bytes(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = 
 
 def row_keys(seed: jax.Array, number: jax.Array) -> jax.Array:
     """Keys (B,) of rows with these numbers (B,): of nothing but the seed and the number."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number)
+    return jax.vmap(jax.random.fold_in, (None, 0))(randomness.key(seed), number)
 
 
 def next_keys(seed: jax.Array, number: jax.Array, count: jax.Array) -> jax.Array:
@@ -149,7 +163,7 @@ def prefill(
     """Reads pieces of prompts into their slots; a slot whose prompt ends becomes active.
 
     Args:
-      seed: () uint32. eos: () int32, the token that ends a row, or −1.
+      seed: () uint32. eos: (K,) int32, see `end_token_array`.
       first: how AR chooses the first new token, from the logits after the prompt. None for modes that do not; `First`
         then says nothing, and the slot's token is the piece's `unread`.
     """
@@ -165,7 +179,7 @@ def prefill(
         prediction = choose(first, seed, piece.number, count, logits)
         token, finite = prediction.tokens, prediction.finite
         count += 1
-        active = (token != eos) & (count < piece.limit)
+        active = ~ends(token, eos) & (count < piece.limit)
     else:
         token, finite, active = piece.unread, jnp.ones_like(piece.last), jnp.ones_like(piece.last)
 

@@ -110,7 +110,11 @@ class Routing(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """Σ weight · expert(x) over the chosen experts, plus the shared expert. No capacity, no dropped tokens."""
+    """Σ weight · expert(x) over the chosen experts, plus the shared expert. No capacity, no dropped tokens.
+
+    With `moe_latent_size` the routed experts work in a smaller space, fc2(Σ weight · expert(fc1(x))); router and shared
+    expert read x itself (Nemotron 3 Super).
+    """
 
     def __init__(
         self,
@@ -123,9 +127,20 @@ class Experts(nnx.Module):
         width, num_experts = config.moe_intermediate_size, config.n_routed_experts
         up_std, down_std = _stds(config)
         self.router = Router(config, scope.child("gate"))
+
+        def latent(name: str, shape: tuple[int, int], axes: tuple[str | None, str | None], std: float):
+            if not config.moe_latent_size:
+                return None
+            return Linear(scope.child(name), shape, axes, normal(std), config.mlp_bias)
+
+        sizes = (config.hidden_size, config.moe_latent_size)
+        self.fc1_latent_proj = latent("fc1_latent_proj", sizes, ("embed", None), up_std)
+        self.fc2_latent_proj = latent("fc2_latent_proj", sizes[::-1], (None, "embed"), down_std)
+        if config.moe_latent_size:
+            down_std = up_std  # fc2 feeds the residual stream in place of the experts.
         self.up = scope.declare(
             "experts.{e}.up_proj.weight",
-            (config.hidden_size, width),
+            (config.expert_input_size, width),
             ("embed", "expert_mlp"),
             normal(up_std),
             layout=LINEAR,
@@ -134,7 +149,7 @@ class Experts(nnx.Module):
         )
         self.down = scope.declare(
             "experts.{e}.down_proj.weight",
-            (width, config.hidden_size),
+            (width, config.expert_input_size),
             ("expert_mlp", "embed"),
             normal(down_std),
             layout=LINEAR,
@@ -149,7 +164,7 @@ class Experts(nnx.Module):
             return scope.declare(name, (width,), (axis,), constant(0.0), experts=num_experts, decay=False)
 
         self.up_bias = bias("up_proj", width, "expert_mlp")
-        self.down_bias = bias("down_proj", config.hidden_size, "embed")
+        self.down_bias = bias("down_proj", config.expert_input_size, "embed")
         self.shared_experts = (
             MLP(config, config.moe_shared_expert_intermediate_size, scope.child("shared_experts"))
             if config.n_shared_experts
@@ -162,26 +177,33 @@ class Experts(nnx.Module):
 
     def with_routing(self, x: jax.Array) -> tuple[jax.Array, Routing]:
         """(B, L, D) → (B, L, D), and which experts it went through."""
-        routed = sharding.local(self._routed, (_TOKENS, _ROUTER_AXES, _WEIGHT_AXES), (_TOKENS, (None,), _TOKENS))
+        latent = None if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
+        axes = (_TOKENS, _TOKENS, _ROUTER_AXES, _WEIGHT_AXES)
+        routed = sharding.local(self._routed, axes, (_TOKENS, (None,), _TOKENS))
         router = use(self.router.weight, jnp.float32), use(self.router.bias, jnp.float32)
         biases = (None if b is None else use(b, x.dtype) for b in (self.up_bias, self.down_bias))
-        y, tokens, chosen = routed(x, router, Weights(at_rest(self.up, x.dtype), at_rest(self.down, x.dtype), *biases))
+        weights = Weights(at_rest(self.up, x.dtype), at_rest(self.down, x.dtype), *biases)
+        y, tokens, chosen = routed(x, latent, router, weights)
+        if self.fc2_latent_proj is not None:
+            y = self.fc2_latent_proj(y)
         load = tokens * (tokens.size / (x.shape[0] * x.shape[1] * self.router.config.num_experts_per_tok))
         return (y if self.shared_experts is None else y + self.shared_experts(x)), Routing(load, chosen)
 
-    def _routed(self, x, router, weights):
-        """One device's tokens through the routed experts, which may be on other devices."""
+    def _routed(self, x, latent, router, weights):
+        """One device's tokens through the routed experts, which may be on other devices and read `latent` where it is
+        given."""
         tokens = x.reshape(-1, x.shape[-1])
         indices, gates = self.router.route(tokens, *router)
+        read = x if latent is None else latent
         y = expert_parallel.expert_mlp(
-            *(tokens, indices, gates, weights),
+            *(tokens if latent is None else latent.reshape(-1, latent.shape[-1]), indices, gates, weights),
             activation=ACTIVATIONS[self.activation],
             implementation=self.backends.expert_mlp,
         )
         load = jnp.bincount(indices.reshape(-1), length=router[1].size).astype(jnp.float32)
         if over := sharding.dividing("batch", "length"):
             load = jax.lax.psum(load, over)
-        return y.reshape(x.shape), load, indices.reshape(*x.shape[:2], -1)
+        return y.reshape(read.shape), load, indices.reshape(*x.shape[:2], -1)
 
 
 def _stds(config: ModelConfig) -> tuple[float, float]:

@@ -10,7 +10,7 @@ expert, k of E experts a token, S block, V vocabulary):
     attention   2 D d (2 H + 2 K) + 4 H d · keys            q, o, k, v with K key heads of d; scores and their sum
                 keys: (L + 1) / 2 on average where causal, (L + S) / 2 for a denoiser that sees the blocks before its
                 own and all of its own
-    experts     2 D E + 4 D F k + 4 D F_shared
+    experts     2 D E + 4 Z F k + 4 D F_shared, where Z is D, or with latent experts their width, and 4 D Z more
     MLP         4 D F
     head        2 D V
     time        2 (256 D + D² + 3 D²) a sequence
@@ -58,7 +58,8 @@ def layer_flops(model: ModelConfig, kind: str, keys: float, scans: int = 1) -> f
         return projections + 4 * m.num_attention_heads * m.head_dim * keys
     if kind == "E":
         shared = m.moe_shared_expert_intermediate_size if m.n_shared_experts else 0
-        return 2 * width * m.n_routed_experts + 4 * width * (m.num_experts_per_tok * m.moe_intermediate_size + shared)
+        routed = 4 * m.expert_input_size * m.num_experts_per_tok * m.moe_intermediate_size
+        return 2 * width * m.n_routed_experts + routed + 4 * width * (shared + m.moe_latent_size)
     return 4 * width * m.intermediate_size
 
 

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from twotower_jax import randomness
 from twotower_jax.checkpoint.load import load, stored_method
 from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.config import ModelConfig
@@ -90,6 +91,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
         validation_fraction=config.validation_fraction,
         seed=config.seed,
         align=math.lcm(*config.block_sizes) if config.reset_at_documents else None,
+        end_tokens=model.eos_token_ids,
     )
     training, validation = data.windows(tokenizer, packing)
     objective = make_objective(config, model)
@@ -101,10 +103,10 @@ def _first_parameters(
     config: TrainConfig, objective: Objective, checkpoint: Params | None, mesh: Mesh | None
 ) -> Params:
     def draw() -> Params:
-        return objective.start(None, jax.random.key(config.seed))
+        return objective.start(None, randomness.key(config.seed))
 
     if checkpoint is not None:
-        return objective.start(checkpoint, jax.random.key(config.seed))
+        return objective.start(checkpoint, randomness.key(config.seed))
     if mesh is None:
         return draw()
     # Each device draws its part.
