@@ -7,7 +7,6 @@ meets: logits 2e-4 absolute, loss 1e-5, gradients 1e-3 relative a tensor, every 
 import dataclasses
 import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from helpers import DATA
 from twotower_jax import certify, parameters
 from twotower_jax.checkpoint import huggingface
 from twotower_jax.config import ModelConfig
@@ -26,7 +26,6 @@ from twotower_jax.layers.experts import Router
 from twotower_jax.parameters import bind, parameter_table
 from twotower_jax.two_tower import TwoTower
 
-DATA = pathlib.Path(__file__).parent / "data"
 LOGITS, LOSS, GRADIENT = 2e-4, 1e-5, 1e-3
 
 
