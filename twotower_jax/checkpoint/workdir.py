@@ -34,6 +34,8 @@ from twotower_jax.sharding import ShardingOf
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
+# Settings that runs of earlier versions do not have, and what these did.
+_ADDED = {"moments_dtype": "float32"}
 CONFIG, CHECKPOINTS, FROZEN = "config.json", "checkpoints", "frozen"
 # The trees of a step's folder and its JSON values; a frozen folder has params alone.
 PARAMS, OPTIMIZER, RUN = "params", "optimizer", "run"
@@ -249,6 +251,17 @@ def load(
     return laid_out, _relayout(params, parameter_table(model), parameter_table(laid_out))
 
 
+def described(path: pathlib.Path) -> tuple[ModelConfig, Variant, bool]:
+    """The model that was trained, the variant that `load` makes of it, and whether it is a backbone.
+
+    Raises:
+      CheckpointError: see `read_settings`.
+    """
+    settings = read_settings(path)
+    single = settings["objective"] == "autoregressive"
+    return _model_config(path, settings), Variant() if single else Variant(**settings["variant"]), single
+
+
 def read_settings(path: pathlib.Path) -> Settings:
     """The config.json of a workdir.
 
@@ -267,7 +280,8 @@ def identity(settings: Settings, changeable: tuple[str, ...]) -> Settings:
     Where a run starts from a checkpoint, that decides the model's shape and vocabulary, and not these settings.
     """
     unused = ("model", "vocab_size") if settings.get("init_from") else ()
-    kept = {name: value for name, value in settings.items() if name not in changeable + unused}
+    as_before = {name for name, value in _ADDED.items() if settings.get(name) == value}
+    kept = {name: value for name, value in settings.items() if name not in {*changeable, *unused, *as_before}}
     flat = {".".join(path): value for path, value in flatten(kept).items()}
     return {name: json.loads(json.dumps(value)) for name, value in flat.items() if name != "model.vocab_size"}
 

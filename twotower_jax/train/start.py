@@ -6,18 +6,21 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from twotower_jax.checkpoint.load import load, stored_method
+from twotower_jax import memory
+from twotower_jax.checkpoint.load import contents, load, stored_method
 from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.config import ModelConfig
 from twotower_jax.data import load_tokenizer
 from twotower_jax.data.mixture import Mixture
 from twotower_jax.data.opening import Data, Packing, Windows
 from twotower_jax.data.windows import Concatenation
+from twotower_jax.memory import Room
 from twotower_jax.parameters import Params, parameter_table, unflatten
 from twotower_jax.sharding import MeshShape, check_fits, stored_sharding
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Objective, make_objective
 from twotower_jax.train.placement import choose_mesh
+from twotower_jax.train.step import abstract_state, make_optimizer, tables
 
 
 class Start(NamedTuple):
@@ -58,6 +61,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
                 f"init_from={config.init_from}: its weights are quantized ({method.name}), from which training cannot "
                 "start; give the checkpoint that it was made from"
             )
+        check_memory(config, make_objective(config, contents(config.init_from).config), mesh)
         variant = None if config.objective == "autoregressive" else config.variant
         loaded = load(config.init_from, variant, config.execution, mesh=mesh)
         tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
@@ -69,6 +73,8 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
     else:
         tokenizer = data.tokenizer(config.vocab_size)
         model = config.model_config(tokenizer.get_vocab_size())
+    objective = make_objective(config, model)
+    check_memory(config, objective, mesh)
     if mesh is not None:
         rows = config.batch_size // config.accumulate
         for block_size in config.block_sizes:
@@ -81,9 +87,28 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
         align=max(config.block_sizes) if config.reset_at_documents else None,
     )
     training, validation = data.windows(tokenizer, packing)
-    objective = make_objective(config, model)
     params = _first_parameters(config, objective, checkpoint, mesh) if workdir.step is None else None
     return Start(tokenizer, model, objective, params, training, validation, mesh)
+
+
+def check_memory(config: TrainConfig, objective: Objective, mesh: Mesh | None, available: Room | None = None) -> None:
+    """Refuses a run whose state and gradients, which are whole before any of them is used, the devices cannot hold.
+
+    Activations come on top of them; compiling says how many (launch/compile.py).
+
+    Args:
+      available: what the devices have free; None asks them.
+
+    Raises:
+      ValueError: in one line, with the numbers.
+    """
+    optimizer = make_optimizer(config, tables(objective)[0])
+    state, frozen = abstract_state(objective, optimizer, mesh)
+    parts = {"trained weights": state.params, "optimizer": state.optimizer, "frozen": frozen, "gradients": state.params}
+    needed = {kind: sum(map(memory.sharded_bytes, jax.tree.leaves(tree))) for kind, tree in parts.items()}
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    fewer = 'moments_dtype="bfloat16" halves the optimizer' if config.moments_dtype == "float32" else ""
+    memory.check_holds(needed, devices, "mesh.fsdp", fewer, available)
 
 
 def _first_parameters(
