@@ -12,6 +12,7 @@ import pytest
 
 from twotower_jax.checkpoint import listing
 from twotower_jax.parameters import count, parameter_table
+from twotower_jax.planning import least
 from twotower_jax.sharding import check_fits, make_mesh
 from twotower_jax.train.config import base_config, freeze
 from twotower_jax.train.loop import train
@@ -19,12 +20,13 @@ from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import abstract_state, initial_state, make_optimizer, make_step, split, tables
 from twotower_jax.two_tower import Backbone
 
+ROOT = pathlib.Path(__file__).parents[1]
 PARAMETERS = 3_973_556_832
 MESHES = {"h200": 1, "h100": 1, "v5e-8": 8, "v6e-8": 8, "v5p-64": 64, "": 16}
 
 
 def nano4b(hardware: str = ""):
-    path = pathlib.Path(__file__).parents[1] / "configs/nano4b.py"
+    path = ROOT / "configs/nano4b.py"
     spec = importlib.util.spec_from_file_location("nano4b", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -145,3 +147,17 @@ def test_moments_that_bfloat16_cannot_follow_are_refused():
 def test_a_dry_run_of_its_list(data):
     text = listing.dry_run(data / "nano4b/backbone_tensors.json.gz", "identity")
     assert f"{PARAMETERS:,} parameters; nothing missing, nothing left over" in text
+
+
+def test_the_least_that_it_takes():
+    """The tables of docs/nano4b.md; and by hand, of one H100: 4 bytes of weight and of gradient, 4 of two moments, 2 of
+    the frozen tower, but for some vectors."""
+    tables_of_docs = least.markdown(lambda name: freeze(nano4b(name)), rows=8, capacity=4096)
+    assert tables_of_docs in (ROOT / "docs/nano4b.md").read_text(encoding="utf-8")
+    card, devices = least.TRAINING["h100"]
+    plan = least.least_training(freeze(nano4b("h100")), card, devices)
+    assert plan.total == pytest.approx((4 + 4 + 4 + 2) * PARAMETERS, rel=0.02)
+    assert plan.tokens_per_second == pytest.approx(0.5 * 989e12 / (plan.flops / plan.tokens))
+    eighth = least.least_training(freeze(nano4b("v6e-8")), *least.TRAINING["v6e-8"])
+    assert eighth.mesh == {"fsdp": 8}
+    assert eighth.total == pytest.approx((4 + 4 + 8 + 2) * PARAMETERS / 8, rel=0.02)
