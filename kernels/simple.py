@@ -6,8 +6,9 @@ They are exact, and may be named like any implementation; nothing chooses them.
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels import reference, ssd_xla
-from twotower_jax.kernels.quantized import as_array
+from twotower_jax.kernels import reference
+from twotower_jax.kernels.numerics.quantized import as_array
+from twotower_jax.kernels.ssd import xla as ssd_xla
 
 
 def two_tower_ssd(

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import Keys, attention_gpu, attention_tpu, attention_tpu_layout, flash, reference
+from twotower_jax.kernels import Keys, reference
+from twotower_jax.kernels.attention import flash
+from twotower_jax.kernels.attention import mosaic_gpu as attention_gpu
+from twotower_jax.kernels.attention import tpu as attention_tpu
+from twotower_jax.kernels.attention import tpu_layout as attention_tpu_layout
 from twotower_jax.layers import attention as layer
 from twotower_jax.sharding import MeshShape, make_mesh
 

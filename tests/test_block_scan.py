@@ -156,7 +156,7 @@ def test_block_scan_on_a_gpu_equals_the_literal_layer(shape, decay):
 
 def test_programs_of_several_heads(monkeypatch):
     """As at large batches: two heads of a group share its convolutions."""
-    from twotower_jax.kernels import block_scan_gpu
+    from twotower_jax.kernels.block_scan import mosaic_gpu as block_scan_gpu
 
     monkeypatch.setattr(block_scan_gpu, "_PROGRAMS", 1)
     assert block_scan_gpu._heads_a_program(1, 4, 2) == 2

@@ -202,7 +202,7 @@ def test_random_shapes_documents_and_blocks(monkeypatch_module, seed, blocks, im
 @pytest.fixture(scope="module")
 def monkeypatch_module():
     """Steps of 32 positions, so that short sequences take several of them."""
-    from twotower_jax.kernels import causal_conv_tpu
+    from twotower_jax.kernels.causal_conv import tpu as causal_conv_tpu
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(causal_conv_tpu, "_LONGEST", 32)
@@ -212,7 +212,7 @@ def monkeypatch_module():
 @pytest.mark.parametrize(("seed", "blocks"), [(28, False), (16, True), (31, True)])
 def test_the_gpu_kernels(monkeypatch, seed, blocks):
     """Which take multiples of 128 channels, and are interpreted slowly: programs of 8 positions."""
-    from twotower_jax.kernels import causal_conv_gpu
+    from twotower_jax.kernels.causal_conv import mosaic_gpu as causal_conv_gpu
 
     monkeypatch.setattr(causal_conv_gpu, "_POSITIONS", 8)
     check_against_the_reference(seed, blocks, "mosaic_gpu_interpret", longest=20, channels=128)

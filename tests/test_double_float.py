@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import double_float
+from twotower_jax.kernels.numerics import double_float
 from twotower_jax.layers.experts import Router
 from twotower_jax.parameters import Scope, bind
 

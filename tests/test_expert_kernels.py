@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax import kernels
-from twotower_jax.kernels import expert_mlp, experts_gpu, experts_grouped_gpu, experts_tpu
+from twotower_jax.kernels import expert_mlp
 from twotower_jax.kernels.experts import Weights, relu2
-from twotower_jax.kernels.experts_touched import touched_experts
-from twotower_jax.kernels.grouped_gpu import BLOCK, Groups, outer, product
-from twotower_jax.kernels.quantized import Quantized, dequantize, padded, quantize
+from twotower_jax.kernels.experts import mosaic_gpu as experts_gpu
+from twotower_jax.kernels.experts import mosaic_gpu_grouped as experts_grouped_gpu
+from twotower_jax.kernels.experts import tpu as experts_tpu
+from twotower_jax.kernels.experts.mosaic_gpu_products import BLOCK, Groups, outer, product
+from twotower_jax.kernels.experts.touched import touched_experts
+from twotower_jax.kernels.numerics.quantized import Quantized, dequantize, padded, quantize
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from twotower_jax import kernels
-from twotower_jax.kernels import ssd_triton
+from twotower_jax.kernels.ssd import by_triton as ssd_triton
 
 
 def shapes(batch=1, length=512, heads=64, head_dim=64, groups=8, state=128, dtype=jnp.bfloat16):

@@ -25,8 +25,8 @@ from twotower_jax.checkpoint.quantizing import quantize_params
 from twotower_jax.config import Variant
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Settings, generate
-from twotower_jax.kernels import quantized as kernel
-from twotower_jax.kernels.quantized import Quantized, dequantize
+from twotower_jax.kernels.numerics import quantized as kernel
+from twotower_jax.kernels.numerics.quantized import Quantized, dequantize
 from twotower_jax.parameters import GROUPS, ROWS, bind, cast, flatten, parameter_table, unflatten
 from twotower_jax.planning import serving
 from twotower_jax.planning.hardware import Hardware

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels.quantized import Quantized, dequantize, group_size, quantize
+from twotower_jax.kernels.numerics.quantized import Quantized, dequantize, group_size, quantize
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -17,15 +17,11 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from twotower_jax.kernels import (
-    reference,
-    ssd,
-    ssd_triton,
-    triton_call,
-    two_tower_ssd,
-    two_tower_ssd_gpu,
-    two_tower_ssd_tpu,
-)
+from twotower_jax.kernels import reference, ssd, two_tower_ssd
+from twotower_jax.kernels.hardware import triton_call
+from twotower_jax.kernels.ssd import by_triton as ssd_triton
+from twotower_jax.kernels.ssd import two_tower_gpu as two_tower_ssd_gpu
+from twotower_jax.kernels.ssd import two_tower_tpu as two_tower_ssd_tpu
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -19,7 +19,7 @@ from twotower_jax import parameters
 from twotower_jax.checkpoint.files import CheckpointError, read_json
 from twotower_jax.diffusion import SamplingConfig, masked_cross_entropy
 from twotower_jax.generation import Settings, generate
-from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.layers.attention import AttentionCache
 from twotower_jax.parameters import Params, bind, parameter_table
 from twotower_jax.tokens import check_ids

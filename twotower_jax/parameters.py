@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from twotower_jax import sharding
-from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.kernels.numerics.quantized import Quantized
 
 Path = tuple[str, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]

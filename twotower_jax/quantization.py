@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from twotower_jax.kernels.quantized import Quantized, group_size
+from twotower_jax.kernels.numerics.quantized import Quantized, group_size
 from twotower_jax.parameters import AS_IS, GROUPS, ROWS, Parameter, Params, Path, flatten
 from twotower_jax.sharding import RULES
 
@@ -117,7 +117,7 @@ def as_read(parameter: Parameter, matrix: jax.Array | Quantized, platform: str) 
     if place is not None and place.shard_shape(matrix.values.shape)[-2:] != matrix.values.shape[-2:]:
         return matrix
     # Kernels are imported where they are needed.
-    from twotower_jax.kernels.experts_tpu import stored
+    from twotower_jax.kernels.experts.tpu import stored
 
     stored = functools.partial(stored, width_axis=parameter.axes[-2:].index("expert_mlp") - 2)
     return jax.jit(stored)(matrix) if isinstance(matrix.values, jax.Array) else jax.eval_shape(stored, matrix)

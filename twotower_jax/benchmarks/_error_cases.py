@@ -10,7 +10,7 @@ import numpy as np
 
 from twotower_jax import kernels
 from twotower_jax.kernels.experts import Weights, relu2
-from twotower_jax.kernels.quantized import quantize
+from twotower_jax.kernels.numerics.quantized import quantize
 
 XLA, TPU, GPU = "xla", "pallas_tpu_interpret", "mosaic_gpu_interpret"
 TRITON, GROUPED, RAGGED = "triton_interpret", "mosaic_gpu_grouped_interpret", "ragged_dot"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from twotower_jax import kernels
 from twotower_jax.kernels.experts import Weights, relu2
-from twotower_jax.kernels.experts_tpu import stored
-from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.kernels.experts.tpu import stored
+from twotower_jax.kernels.numerics.quantized import Quantized
 
 _EXPERTS, _MODEL, _WIDTH, _CHOICES = 128, 2688, 1856, 6
 _GROUP = 64

@@ -13,7 +13,7 @@ from twotower_jax.benchmarks._mamba_ssm import MambaSSM
 from twotower_jax.benchmarks._shapes import demo_config, nano_config
 from twotower_jax.config import ModelConfig
 from twotower_jax.kernels.experts import Weights, relu2
-from twotower_jax.kernels.quantized import group_size, quantize
+from twotower_jax.kernels.numerics.quantized import group_size, quantize
 
 
 class Shape(NamedTuple):

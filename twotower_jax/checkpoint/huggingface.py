@@ -19,7 +19,7 @@ from twotower_jax.checkpoint.files import CheckpointError, check_link, read_json
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
 from twotower_jax.config import ModelConfig, Variant
-from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
 from twotower_jax.quantization import Method
 from twotower_jax.sharding import ShardingOf

@@ -22,7 +22,7 @@ from twotower_jax.checkpoint.manifest import Manifest
 from twotower_jax.checkpoint.plan import Place, segment_list, table_places
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
-from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
 from twotower_jax.quantization import SCALES, VALUES, Method, as_read, disk_table
 from twotower_jax.sharding import ShardingOf

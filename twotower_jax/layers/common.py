@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from twotower_jax.kernels.experts import relu2
-from twotower_jax.kernels.gated_norm import rms_norm
-from twotower_jax.kernels.quantized import Quantized, as_array
+from twotower_jax.kernels.numerics.gated_norm import rms_norm
+from twotower_jax.kernels.numerics.quantized import Quantized, as_array
 from twotower_jax.parameters import COLUMNS, LINEAR, Initializer, Scope, constant, use
 
 # By the names of published configurations, where "gelu" is the exact one.

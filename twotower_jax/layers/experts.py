@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
-from twotower_jax.kernels import double_float
 from twotower_jax.kernels.experts import ROUTING, Weights
+from twotower_jax.kernels.numerics import double_float
 from twotower_jax.layers import expert_parallel
 from twotower_jax.layers.common import ACTIVATIONS, Linear
 from twotower_jax.parameters import GROUPS, LINEAR, Scope, at_rest, constant, normal, use

@@ -21,7 +21,7 @@ from flax import nnx
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
 from twotower_jax.kernels.block_scan import LONGEST_BLOCK, BlockWeights, add_skip, split_channels
-from twotower_jax.kernels.gated_norm import gated_norm
+from twotower_jax.kernels.numerics.gated_norm import gated_norm
 from twotower_jax.layers import sequence_parallel
 from twotower_jax.layers.common import Linear
 from twotower_jax.parameters import CONV, Scope, constant, normal, uniform, use

@@ -11,7 +11,7 @@ from flax import nnx
 
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
-from twotower_jax.kernels.quantized import Quantized
+from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.layers.common import matmul
 from twotower_jax.parameters import COLUMNS, LINEAR, Scope, at_rest, normal, use
 

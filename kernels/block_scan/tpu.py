@@ -1,0 +1,107 @@
+"""`kernels.block_scan` as one Pallas TPU kernel.
+
+One grid step takes all heads of one group of one row: its part of z, x, B and C, its state, and its part of the norm,
+so that nothing is exchanged between steps. x, B and C are three blocks of the one array xBC.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from twotower_jax.kernels.block_scan import LONGEST_BLOCK
+from twotower_jax.kernels.hardware.tpu_layout import LANES, SUBLANES, VMEM_BYTES, Layout
+from twotower_jax.kernels.numerics.log_decay import Sum, cumulative
+from twotower_jax.kernels.ssd.tpu import Chunk
+
+
+def _convolved(ref, tail_ref, weight_ref, bias_ref):
+    """SiLU(conv) of one block of channels, (S, ·), in the dtype of its inputs."""
+    x = ref[...]
+    padded = jnp.concatenate([tail_ref[...].astype(jnp.float32), x.astype(jnp.float32)], axis=0)
+    total = bias_ref[...]
+    for k in range(weight_ref.shape[0]):
+        total = total + padded[k : k + x.shape[0]] * weight_ref[k : k + 1]
+    return (total * jax.nn.sigmoid(total)).astype(x.dtype)
+
+
+def _kernel(*refs, cut: Layout, epsilon: float):
+    parts, (z_ref, skip_ref, norm_ref, dt_ref, coarse_ref, fine_ref, state_ref), outputs = (
+        refs[:12],
+        refs[12:19],
+        refs[19:],
+    )
+    x, b, c = (_convolved(*parts[i : i + 4]) for i in (0, 4, 8))
+    chunk = Chunk(cut, dt_ref[...], Sum(coarse_ref[...], fine_ref[...]))
+    state, z = state_ref[...], z_ref[...].astype(jnp.float32)
+    y = chunk.output(x, b, c, state) + skip_ref[...] * x.astype(jnp.float32)
+    gated = y * (z * jax.nn.sigmoid(z))
+    scale = jax.lax.rsqrt(jnp.mean(gated * gated, axis=1, keepdims=True) + epsilon)
+    out_ref, *next_ref = outputs
+    out_ref[...] = (gated * scale * norm_ref[...]).astype(out_ref.dtype)
+    for ref in next_ref:
+        ref[...] = chunk.next_state(x, b, state)
+
+
+def unsupported(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state) -> str | None:
+    """Why the hardware cannot run these shapes, or None."""
+    per_group, state_size = z.shape[2] // groups, state.shape[3]
+    if z.shape[1] > LONGEST_BLOCK:
+        return f"a block of {z.shape[1]} tokens is longer than {LONGEST_BLOCK}"
+    if per_group % LANES or state_size % LANES or z.shape[2] % state_size:
+        return f"a group's {per_group} channels and the state {state_size} must be multiples of {LANES}"
+    return None
+
+
+def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state, interpret=False):
+    """`kernels.block_scan`, same arguments and results."""
+    batch, length, inner = z.shape
+    heads, head_dim, state_size = state.shape[1:]
+    padded = length + -length % SUBLANES
+    cut = Layout(heads // groups, head_dim, state_size, padded, groups, groups, interpret)
+    width = inner // groups
+
+    def pad(v):  # Positions with dt = 0 and log_decay = 0.
+        return jnp.pad(v, [(0, 0), (0, padded - length), (0, 0)])
+
+    z, xbc, dt, log_decay = pad(z), pad(xbc), pad(dt.astype(jnp.float32)), pad(log_decay.astype(jnp.float32))
+    rows = [cut.to_rows(v.reshape(batch, padded, heads)) for v in (dt, *cumulative(log_decay[:, None], padded))]
+    kernel_size, channels = weights.conv_weight.shape
+    tail = tail[:, tail.shape[1] - (kernel_size - 1) :]
+    bias = jnp.zeros(channels) if weights.conv_bias is None else weights.conv_bias
+    conv_weight, bias = weights.conv_weight.astype(jnp.float32), bias.astype(jnp.float32)[None]
+    skip = jnp.repeat(weights.skip.astype(jnp.float32), head_dim)[None]
+
+    def of_xbc(first, lanes):
+        """xBC, its tail and the convolution's parameters: from block `first` of so many lanes on, one a group."""
+        return [
+            (pl.BlockSpec((None, padded, lanes), lambda i, g: (i, 0, first + g)), xbc),
+            (pl.BlockSpec((None, kernel_size - 1, lanes), lambda i, g: (i, 0, first + g)), tail),
+            (pl.BlockSpec((kernel_size, lanes), lambda i, g: (0, first + g)), conv_weight),
+            (pl.BlockSpec((1, lanes), lambda i, g: (0, first + g)), bias),
+        ]
+
+    wide = pl.BlockSpec((None, padded, width), lambda i, g: (i, 0, g))
+    per_channel = pl.BlockSpec((1, width), lambda i, g: (0, g))
+    row = pl.BlockSpec((None, None, heads // groups, padded), lambda i, g: (i, g, 0, 0))
+    one_state = pl.BlockSpec((None, None, width, state_size), lambda i, g: (i, g, 0, 0))
+    first_b = inner // state_size
+    inputs = of_xbc(0, width) + of_xbc(first_b, state_size) + of_xbc(first_b + groups, state_size)
+    inputs += [(wide, z), (per_channel, skip), (per_channel, weights.norm.astype(jnp.float32)[None])]
+    inputs += [(row, v) for v in rows]
+    inputs += [(one_state, state.astype(jnp.float32).reshape(batch, groups, width, state_size))]
+    outputs = [(wide, jax.ShapeDtypeStruct(z.shape, z.dtype))]
+    if next_state:
+        outputs.append((one_state, jax.ShapeDtypeStruct((batch, groups, width, state_size), jnp.float32)))
+    out, *last = pl.pallas_call(
+        functools.partial(_kernel, cut=cut, epsilon=epsilon),
+        grid=(batch, groups),
+        in_specs=[spec for spec, _ in inputs],
+        out_specs=[spec for spec, _ in outputs],
+        out_shape=[shape for _, shape in outputs],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
+        interpret=interpret,
+    )(*(array for _, array in inputs))
+    return out[:, :length], last[0].reshape(state.shape) if next_state else None

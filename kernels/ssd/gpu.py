@@ -1,0 +1,98 @@
+"""The SSD scan of one tower on GPUs, forward and backward, with kernels of Pallas Mosaic GPU or of Triton.
+
+The formulas are those of ssd_tpu.py; how they are divided into kernels stands in scan_gpu.py:
+
+    h'  states                     w = dt exp(a_Q − a)     y, dx   outputs, by i and by j
+    dh  states, backward           e = exp(a)              dC, dB  group_gradients, by i and by j
+
+The gradient of the sums a collects what every exponential multiplies. The states at the edges of chunks, one a chunk,
+are kept for the backward pass, and nothing else.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from twotower_jax.kernels.numerics.log_decay import Sum, cumulative, in_chunks
+from twotower_jax.kernels.ssd.gpu_layout import Cut, cut_scan
+from twotower_jax.kernels.ssd.gpu_layout import unsupported as _unsupported_shapes
+from twotower_jax.kernels.ssd.mosaic_gpu import Decays, Pairs, Source
+
+_CAUSAL = (Pairs(),)
+
+
+class Edges:
+    """What connects positions with the edges of their chunk, from sums of log-decays and dt, each (B, H, L).
+
+    Attributes:
+      to_edge: exp(a_Q − a). weight: dt · to_edge, of what is written. kept: exp(a_Q), (B, H, L/Q).
+    """
+
+    def __init__(self, cut: Cut, sums: Sum, dt: jax.Array):
+        last = sums.map(cut.at_edges)
+        self.to_edge = jnp.exp(last.map(cut.per_position) - sums)
+        self.weight, self.kept = dt * self.to_edge, jnp.exp(last.total)
+
+    def gradients(self, cut: Cut, written, left, grads):
+        """Of dt, and of the sums, through the states.
+
+        Args:
+          written: (B, H, L), x_j · (g B_j). left, grads: h and g of every chunk, (B, H, L/Q, P, N).
+        """
+        moved = self.weight * written
+        at_edge = cut.sum_chunks(moved) + self.kept * jnp.sum(left * grads, axis=(-2, -1))
+        return self.to_edge * written, cut.put_at_edges(at_edge) - moved
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(cut: Cut, x, dt, sums: Sum, b, c, initial):
+    """y and the last state. The gradient of the sums goes to the fine ones; `cumulative` holds the coarse constant."""
+    return _scan_forward(cut, x, dt, sums, b, c, initial)[0]
+
+
+def _scan_forward(cut, x, dt, sums, b, c, initial):
+    edges = Edges(cut, sums, dt)
+    left, last = cut.kernels.states(cut, x, b, edges.weight, edges.kept, initial)
+    source = Source(b, x, Decays(sums, sums, dt))
+    y = cut.kernels.outputs(cut, c, _CAUSAL, (source,), (jnp.exp(sums.total), left))
+    return (y, last), (x, dt, sums, b, c, left)
+
+
+def _scan_backward(cut, residuals, cotangents):
+    (x, dt, sums, b, c, left), (dy, dlast) = residuals, cotangents
+    edges, from_start, decays = Edges(cut, sums, dt), jnp.exp(sums.total), Decays(sums, sums, dt)
+    grads, dinitial = cut.kernels.states(cut, dy, c, from_start, edges.kept, dlast, backward=True)
+    readers, writers = (Source(b, x, decays),), (Source(c, dy, decays),)
+    dx = cut.kernels.outputs(cut, b, _CAUSAL, writers, (edges.weight, grads), readers_in_rows=False)
+    dc, (by_reader,), read = cut.kernels.group_gradients(
+        cut, c, dy, _CAUSAL, readers, (from_start, left), readers_in_rows=True
+    )
+    db, (by_writer,), written = cut.kernels.group_gradients(
+        cut, b, x, _CAUSAL, writers, (edges.weight, grads), readers_in_rows=False
+    )
+    ddt, dsum = edges.gradients(cut, written, left, grads)
+    dsum += by_reader.by_decay + from_start * read - by_writer.by_decay
+    dsums = Sum(jnp.zeros_like(dsum), dsum)
+    return dx.astype(x.dtype), ddt + by_writer.by_step, dsums, db.astype(b.dtype), dc.astype(c.dtype), dinitial
+
+
+_scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
+
+
+def unsupported(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128) -> str | None:
+    """Why the hardware cannot run `ssd` on these shapes, or None."""
+    return _unsupported_shapes(x.shape, b.shape, chunk_size)
+
+
+def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128, interpret=False, module="mosaic_gpu"):
+    """`kernels.ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
+    batch, length, heads, head_dim = x.shape
+    cut = cut_scan(x.shape, b.shape, chunk_size, interpret, module=module)
+    dt, log_decay = (in_chunks(v.astype(jnp.float32), cut.chunk) for v in (dt, log_decay))
+    sums = cumulative(log_decay, cut.chunk).map(cut.per_head)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, head_dim, cut.state), jnp.float32)
+    initial = initial_state.astype(jnp.float32)
+    y, last = _scan(cut, cut.flat(x), cut.per_head(dt), sums, cut.flat(b), cut.flat(c), initial)
+    return y[:, :length].reshape(x.shape), last

@@ -1,0 +1,429 @@
+"""The three Pallas Mosaic GPU kernels that the scans of one and two towers, and their gradients, are composed of.
+
+A GPU has some hundred multiprocessors, and one sequence 64 heads: a kernel that went through the chunks of a head one
+after the other would leave most of the chip idle. So only the state goes in that order, in a kernel that does nothing
+else (`states`); what a chunk's positions make of it runs for all tiles of 64 positions side by side (`outputs`, and
+`group_gradients`, where the heads of a group are summed).
+
+In a chunk, readers i see writers j through exp(q_i − k_j), with q and k sums of log-decays from the chunk's start.
+`Pairs` says which see which. With rows of readers and columns of writers the kernels compute y and dC; the other way
+round, from the same formulas, dx and dB, since the gradient of a scan is a scan that runs backward.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from twotower_jax.kernels.hardware import gpu
+from twotower_jax.kernels.hardware.gpu import NN, NT, TN, call, load, load_along, load_down, store, sum_rows, tiled
+from twotower_jax.kernels.numerics.log_decay import Sum
+from twotower_jax.kernels.ssd.gpu_layout import Cut
+
+
+class Pairs(NamedTuple):
+    """Which readers see which writers of their chunk: those that are not after them, or some of these.
+
+    Attributes:
+      block: S, or None. A chunk begins with a block.
+      own: with S, whether a reader sees the writers of its own block, not after it, or all those of earlier blocks.
+    """
+
+    block: int | None = None
+    own: bool = True
+
+    def tiles(self, cut: Cut, row, readers_in_rows: bool):
+        """From and up to which tile of columns, in a chunk, some pair may be seen by a tile of rows."""
+        start, size = row * cut.tile, cut.tile
+        last = start + size - 1
+        if self.block is None:
+            bounds = (0, row + 1) if readers_in_rows else (row, cut.tiles)
+        elif readers_in_rows and self.own:
+            bounds = lax.div(self._block_start(start), size), row + 1
+        elif readers_in_rows:
+            bounds = 0, lax.div(self._block_start(last) + (size - 1), size)
+        elif self.own:
+            end = lax.div(self._block_start(last) + (self.block + size - 1), size)
+            bounds = row, jnp.minimum(end, cut.tiles)
+        else:
+            bounds = lax.div(self._block_start(start) + self.block, size), cut.tiles
+        return tuple(jnp.asarray(bound, jnp.int32) for bound in bounds)
+
+    def _block_start(self, position):
+        return lax.div(position, jnp.int32(self.block)) * self.block
+
+    def seen(self, readers: jax.Array, writers: jax.Array) -> jax.Array:
+        """At positions in the chunk, int32 of the same shape."""
+        if self.block is None:
+            return writers <= readers
+        start = self._block_start(readers)
+        return (writers >= start) & (writers <= readers) if self.own else writers < start
+
+
+class Decays(NamedTuple):
+    """Of a tower's pairs: sums of log-decays of readers and of writers, and dt of writers, each (B, H, L)."""
+
+    readers: Sum
+    writers: Sum
+    dt: jax.Array
+
+
+class Source(NamedTuple):
+    """What the columns of a triangle hold: keys (B, L, G·N), values (B, L, H·P), and the decays of their pairs."""
+
+    keys: jax.Array
+    values: jax.Array
+    decays: Decays
+
+
+class _Triangle:
+    """The decays of one head between a tile of rows and one of columns."""
+
+    def __init__(self, cut: Cut, pairs: Pairs, decays, batch, head, chunk, readers_in_rows: bool):
+        self.cut, self.pairs, self.decays, self.readers_in_rows = cut, pairs, decays, readers_in_rows
+        self.place, self.chunk, self.shape = (batch, head), chunk, (cut.tile, cut.tile)
+
+    def _load(self, ref, tile, of_readers: bool):
+        """(t, t): the numbers of a tile's positions along the rows or the columns where they stand."""
+        rows = self.cut.of_tile(self.chunk, tile)
+        load_across = load_down if of_readers == self.readers_in_rows else load_along
+        return load_across(ref.at[(*self.place, rows)], self.shape)
+
+    def positions(self, row, column):
+        """Of readers and of writers, in the chunk."""
+        i = row * self.cut.tile + gpu.iota(self.shape, 0)
+        j = column * self.cut.tile + gpu.iota(self.shape, 1)
+        return (i, j) if self.readers_in_rows else (j, i)
+
+    def decay(self, row, column) -> jax.Array:
+        """exp(q_i − k_j), and 0 where the pair is not seen."""
+        reader, writer = (row, column) if self.readers_in_rows else (column, row)
+        readers, writers = self.decays.readers, self.decays.writers
+        difference = [
+            self._load(q, reader, True) - self._load(k, writer, False) for q, k in zip(readers, writers, strict=True)
+        ]
+        seen = self.pairs.seen(*self.positions(row, column))
+        # Masked before the exponential, which would overflow for a writer after its reader.
+        return jnp.exp(jnp.where(seen, difference[0] + difference[1], -jnp.inf))
+
+    def step_size(self, row, column) -> jax.Array:
+        """dt of the writer."""
+        return self._load(self.decays.dt, column if self.readers_in_rows else row, False)
+
+
+def _place(cut: Cut):
+    """The chunk of this block of the grid, and the tile in it."""
+    index = lax.axis_index("tile")
+    return lax.div(index, cut.tiles), lax.rem(index, cut.tiles)
+
+
+# States.
+
+
+def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = False):
+    """The recurrence h' = kept · h + Σ over the chunk of (weight · value) keyᵀ, from chunk to chunk.
+
+    One block of the grid takes a head and 64 columns of its state, which never leaves the registers. Tiles of values
+    and keys are under way while the one before is multiplied.
+
+    Args:
+      values: (B, L, H·P). keys: (B, L, G·N). weights: (B, H, L). kept: (B, H, L/Q). initial: (B, H, P, N).
+      backward: from the last chunk to the first.
+
+    Returns:
+      the state before each chunk (B, H, L/Q, P, N), and the one after all (B, H, P, N).
+    """
+    width = cut.slice_width
+    edges = jax.ShapeDtypeStruct((*kept.shape, cut.head_dim, cut.state), jnp.float32)
+    last = jax.ShapeDtypeStruct(initial.shape, jnp.float32)
+    staged = {
+        "values": plgpu.SMEM((2, cut.tile, cut.head_dim), values.dtype),
+        "keys": plgpu.SMEM((2, cut.tile, width), keys.dtype),
+        "weights": plgpu.SMEM((2, cut.tile), jnp.float32),
+    }
+    spaces = {
+        "staged": staged,
+        "arrived": plgpu.Barrier(num_arrivals=len(staged), num_barriers=2),
+        "weighted": gpu.parts_space(cut.tile, cut.head_dim),
+        "keys": None if gpu.is_bfloat16(keys) else gpu.parts_space(cut.tile, width),
+    }
+
+    def _states(inputs, outputs, spaces):
+        _states_block(cut, width, backward, inputs, outputs, spaces)
+
+    grid = {"batch": cut.batch, "head": cut.heads, "columns": cut.state // width}
+    inputs = {"values": values, "keys": keys, "weights": weights, "kept": kept, "initial": initial}
+    return call(_states, grid, inputs, (edges, last), spaces, cut.interpret)
+
+
+def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces):
+    batch, head, slice_ = (lax.axis_index(name) for name in ("batch", "head", "columns"))
+    columns = pl.ds(slice_ * width, width)
+    first_key = lax.div(head, cut.per_group) * cut.state + slice_ * width
+    edges, last = outputs
+    chunks = cut.length // cut.chunk
+    steps = chunks * cut.tiles
+
+    def chunk_of(k):
+        return chunks - 1 - k if backward else k
+
+    def start(step):
+        """Begins to load the tile of a step into one of two places."""
+        slot = lax.rem(step, 2)
+        rows = cut.of_tile(chunk_of(lax.div(step, cut.tiles)), lax.rem(step, cut.tiles))
+        sources = {
+            "values": inputs["values"].at[batch, rows, cut.of_head(head)],
+            "keys": inputs["keys"].at[batch, rows, pl.ds(first_key, width)],
+            "weights": inputs["weights"].at[batch, head, rows],
+        }
+        for name, source in sources.items():
+            plgpu.copy_gmem_to_smem(source, spaces["staged"][name].at[slot], spaces["arrived"].at[slot])
+
+    def added(step):
+        """What the tile of a step adds to the state."""
+        slot = lax.rem(step, 2)
+        plgpu.barrier_wait(spaces["arrived"].at[slot])
+
+        # The other place was read in the step before, which has awaited its products.
+        @pl.when(step + 1 < steps)
+        def _():
+            start(step + 1)
+
+        staged = {name: space.at[slot] for name, space in spaces["staged"].items()}
+        value = tiled(staged["values"][...]).astype(jnp.float32)
+        gpu.put_parts(spaces["weighted"], value * load_down(staged["weights"], value.shape))
+        if spaces["keys"] is None:
+            keys = spaces["staged"]["keys"].at[pl.ds(slot, 1)]
+        else:
+            gpu.put_parts(spaces["keys"], tiled(staged["keys"][...]))
+            keys = spaces["keys"]
+        return gpu.product(spaces["weighted"], keys, TN)
+
+    def through_chunk(k, state):
+        place = batch, head, chunk_of(k)
+        store(edges.at[(*place, slice(None), columns)], state)
+        state = state * inputs["kept"][place]
+        for tile in range(cut.tiles):
+            state += added(k * cut.tiles + tile)
+        return state
+
+    start(jnp.int32(0))
+    state = load(inputs["initial"].at[batch, head, :, columns])
+    state = lax.fori_loop(0, chunks, through_chunk, state)
+    store(last.at[batch, head, :, columns], state)
+
+
+# Outputs.
+
+
+def outputs(cut: Cut, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows=True):
+    """Σ over sources and columns b of (query_a · key_b) decay dt value_b, and what comes through a chunk's edge.
+
+    One block of the grid takes a tile of rows of a head.
+
+    Args:
+      queries: (B, L, G·N).
+      pairs: of each source.
+      through: None, or (scales (B, H, L), edges (B, H, L/Q, P, N)), which adds scale_a · edge query_a.
+      readers_in_rows: whether rows are readers and columns writers, or the other way round.
+
+    Returns:
+      (B, L, H·P) float32
+    """
+    scratch = {"queries": gpu.operand_space(queries, cut.tile, cut.state), "arrived": plgpu.Barrier(num_barriers=3)}
+
+    def _outputs(inputs, output, spaces):
+        _outputs_block(cut, pairs, readers_in_rows, inputs, output, spaces)
+
+    grid = {"batch": cut.batch, "tile": cut.length // cut.tile, "head": cut.heads}
+    inputs = {"queries": queries, "sources": sources, "through": through}
+    output = jax.ShapeDtypeStruct((cut.batch, cut.length, cut.heads * cut.head_dim), jnp.float32)
+    return call(_outputs, grid, inputs, output, scratch, cut.interpret)
+
+
+def _outputs_block(cut: Cut, pairs, readers_in_rows, inputs, output, spaces):
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    (chunk, row), group, arrived = _place(cut), lax.div(head, cut.per_group), spaces["arrived"]
+    rows = cut.of_tile(chunk, row)
+    shape = cut.tile, cut.head_dim
+    queries = gpu.Operand(inputs["queries"], spaces["queries"], arrived.at[0])
+    queries.start((batch, rows, cut.of_group(group)))
+
+    if inputs["through"] is None:
+        queries.wait()
+        total = gpu.zeros(shape)
+    else:
+        scales, edges = inputs["through"]
+
+        def through(edge_space):
+            gpu.put_parts(edge_space, load(edges.at[batch, head, chunk]))
+            queries.wait()
+            scale = load_down(scales.at[batch, head, rows], shape)
+            return gpu.product(spaces["queries"], edge_space, NT) * scale
+
+        total = pl.run_scoped(through, gpu.parts_space(cut.head_dim, cut.state))
+
+    for which, source in zip(pairs, inputs["sources"], strict=True):
+        triangle = _Triangle(cut, which, source.decays, batch, head, chunk, readers_in_rows)
+
+        def within(key_space, value_space, mixed_space, source=source, triangle=triangle, which=which, total=total):
+            keys = gpu.Operand(source.keys, key_space, arrived.at[1])
+            values = gpu.Operand(source.values, value_space, arrived.at[2])
+
+            def step(column, total):
+                columns = cut.of_tile(chunk, column)
+                keys.start((batch, columns, cut.of_group(group)))
+                values.start((batch, columns, cut.of_head(head)))
+                decay = triangle.decay(row, column) * triangle.step_size(row, column)
+                mixed = gpu.product(spaces["queries"], keys.wait(), NT) * decay
+                gpu.put_parts(mixed_space, mixed)
+                return total + gpu.product(mixed_space, values.wait(), NN)
+
+            return lax.fori_loop(*which.tiles(cut, row, readers_in_rows), step, total)
+
+        total = pl.run_scoped(
+            within,
+            gpu.operand_space(source.keys, cut.tile, cut.state),
+            gpu.operand_space(source.values, cut.tile, cut.head_dim),
+            gpu.parts_space(cut.tile, cut.tile),
+        )
+    store(output.at[batch, rows, cut.of_head(head)], total)
+
+
+# Gradients that sum over the heads of a group.
+
+
+class RowSums(NamedTuple):
+    """Sums over columns, of the rows' positions, (B, H, L), for the gradients of dt and of sums of log-decays.
+
+    Attributes:
+      by_decay: of every term of the loss, except for pairs of a position with itself, which do not decay.
+      by_step: the same without dt, and with these pairs; where rows are writers.
+    """
+
+    by_decay: jax.Array
+    by_step: jax.Array | None
+
+
+def group_gradients(
+    cut: Cut, queries, upstream, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows
+):
+    """The gradient of what a group shares, Σ over heads, sources and columns of (upstream_a · value_b) decay dt key_b.
+
+    One block of the grid takes a tile of rows of a group.
+
+    Args:
+      queries: (B, L, G·N), the rows' part of what is differentiated. upstream: (B, L, H·P), of the rows.
+      pairs, sources: as in `outputs`.
+      through: None, or (scales, edges) as in `outputs`, which adds Σ over heads of scale_a · upstream_a edge.
+
+    Returns:
+      the gradient (B, L, G·N) float32, `RowSums` of each source, and with `through` upstream_a edge query_a (B, H, L)
+    """
+    row = jax.ShapeDtypeStruct((cut.batch, cut.heads, cut.length), jnp.float32)
+    sums = tuple(RowSums(row, None if readers_in_rows else row) for _ in sources)
+    gradient = jax.ShapeDtypeStruct((cut.batch, cut.length, cut.groups * cut.state), jnp.float32)
+    scratch = {
+        "queries": gpu.operand_space(queries, cut.tile, cut.state),
+        "upstream": gpu.operand_space(upstream, cut.tile, cut.head_dim),
+        "sums": jax.tree.map(lambda _: plgpu.SMEM((cut.per_group, cut.tile), jnp.float32), sums[0]),
+        "arrived": plgpu.Barrier(num_barriers=4),
+    }
+
+    def _group_gradients(inputs, outputs, spaces):
+        _group_gradients_block(cut, pairs, readers_in_rows, inputs, outputs, spaces)
+
+    grid = {"batch": cut.batch, "tile": cut.length // cut.tile, "group": cut.groups}
+    inputs = {"queries": queries, "upstream": upstream, "sources": sources, "through": through}
+    types = gradient, sums, None if through is None else row
+    return call(_group_gradients, grid, inputs, types, scratch, cut.interpret)
+
+
+def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, spaces):
+    batch, group, (chunk, row) = lax.axis_index("batch"), lax.axis_index("group"), _place(cut)
+    gradient, row_sums, crossed = outputs
+    arrived, rows = spaces["arrived"], cut.of_tile(chunk, row)
+    upstream = gpu.Operand(inputs["upstream"], spaces["upstream"], arrived.at[0])
+    queries = gpu.Operand(inputs["queries"], spaces["queries"], arrived.at[1])
+    queries.get((batch, rows, cut.of_group(group)))
+    # By slices of columns, since registers do not hold much more than one (64, N) at a time.
+    width = cut.slice_width
+    slices = [pl.ds(first, width) for first in range(0, cut.state, width)]
+    total = [gpu.zeros((cut.tile, width)) for _ in slices]
+
+    if inputs["through"] is not None:
+        scales, edges = inputs["through"]
+
+        def through(edge_space, total=total):
+            def step(r, total):
+                head = group * cut.per_group + r
+                upstream.get((batch, rows, cut.of_head(head)))
+                scale = load_down(scales.at[batch, head, rows], (cut.tile, width))
+                crossing, found = 0.0, []
+                for columns, before in zip(slices, total, strict=True):
+                    gpu.put_parts(edge_space, load(edges.at[batch, head, chunk, :, columns]))
+                    pulled = gpu.product(spaces["upstream"], edge_space, NN)
+                    found.append(before + pulled * scale)
+                    query = load(inputs["queries"].at[batch, rows, pl.ds(group * cut.state + columns.start, width)])
+                    crossing += sum_rows(pulled * query.astype(jnp.float32))
+                store(crossed.at[batch, head, rows], crossing)
+                return found
+
+            return lax.fori_loop(0, cut.per_group, step, total)
+
+        total = pl.run_scoped(through, gpu.parts_space(cut.head_dim, width))
+
+    for which, source, sums in zip(pairs, inputs["sources"], row_sums, strict=True):
+
+        def within(key_space, value_space, mixed_space, which=which, source=source, total=total):
+            keys = gpu.Operand(source.keys, key_space, arrived.at[2])
+            values = gpu.Operand(source.values, value_space, arrived.at[3])
+            for space in jax.tree.leaves(spaces["sums"]):
+                for r in range(cut.per_group):
+                    gpu.clear(space.at[r])
+
+            def of_column(column, total):
+                columns = cut.of_tile(chunk, column)
+                scores = gpu.product(spaces["queries"], keys.get((batch, columns, cut.of_group(group))), NT)
+
+                def of_head(r, dscores, column=column, columns=columns, scores=scores):
+                    head = group * cut.per_group + r
+                    triangle = _Triangle(cut, which, source.decays, batch, head, chunk, readers_in_rows)
+                    upstream.start((batch, rows, cut.of_head(head)))
+                    values.start((batch, columns, cut.of_head(head)))
+                    decay, step_size = triangle.decay(row, column), triangle.step_size(row, column)
+                    mixed = gpu.product(upstream.wait(), values.wait(), NT) * decay
+                    by_step = mixed * scores
+                    if spaces["sums"].by_step is not None:
+                        gpu.add(spaces["sums"].by_step.at[r], sum_rows(by_step))
+                    by_decay = by_step * step_size
+                    if which.block is None or which.own:
+                        # The diagonal does not decay: left out rather than left to cancel.
+                        readers, writers = triangle.positions(row, column)
+                        by_decay = jnp.where(writers < readers, by_decay, 0.0)
+                    gpu.add(spaces["sums"].by_decay.at[r], sum_rows(by_decay))
+                    return dscores + mixed * step_size
+
+                dscores = lax.fori_loop(0, cut.per_group, of_head, gpu.zeros((cut.tile, cut.tile)))
+                gpu.put_parts(mixed_space, dscores)
+                return [
+                    before + gpu.product(mixed_space, key_space.at[:, :, columns], NN)
+                    for columns, before in zip(slices, total, strict=True)
+                ]
+
+            return lax.fori_loop(*which.tiles(cut, row, readers_in_rows), of_column, total)
+
+        total = pl.run_scoped(
+            within,
+            gpu.operand_space(source.keys, cut.tile, cut.state),
+            gpu.operand_space(source.values, cut.tile, cut.head_dim),
+            gpu.parts_space(cut.tile, cut.tile),
+        )
+        for output, space in zip(jax.tree.leaves(sums), jax.tree.leaves(spaces["sums"]), strict=True):
+            for r in range(cut.per_group):
+                gpu.move(output.at[batch, group * cut.per_group + r, rows], space.at[r])
+    for columns, found in zip(slices, total, strict=True):
+        store(gradient.at[batch, rows, pl.ds(group * cut.state + columns.start, width)], found)
