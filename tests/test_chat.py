@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from twotower_jax.data import load_tokenizer
+from twotower_jax.data import load_tokenizer, save_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.generation.conversation import read_conversations, typed_turns
 
@@ -230,3 +230,16 @@ def test_equal_to_transformers(folder, source):
         assert encoded.ids.tolist() == expected["input_ids"]
         if "generation" in source:
             assert encoded.assistant.astype(int).tolist() == expected["assistant_masks"]
+
+
+def test_what_is_trained_from_a_chat_model_is_one(folder, tmp_path):
+    """Saved with the folder that it came from, a tokenizer keeps its template and its roles."""
+    tokenizer = load_tokenizer(with_config(folder, chat_template=TURNS, eos_token="<s>"))
+    save_tokenizer(tokenizer, tmp_path / "run", folder)
+    assert load(tmp_path / "run").render(TALK) == TALK_TEXT.replace("</s>", "<s>")
+    (folder / "chat_template.jinja").write_text("x\n")
+    save_tokenizer(tokenizer, tmp_path / "again", folder)
+    assert load(tmp_path / "again").render(TALK) == "x"
+    save_tokenizer(tokenizer, tmp_path / "plain")
+    with pytest.raises(ValueError, match="no chat template"):
+        load(tmp_path / "plain")

@@ -164,7 +164,7 @@ def test_the_published_model_on_one_small_machine(tmp_path, data, train_text):
 
 
 def test_a_checkpoint_that_is_larger_than_the_machine(tmp_path, small_config):
-    """A file with a hole for its weights: two towers of an MLP of 2 × 2^35 numbers, which bfloat16 makes 256 GiB."""
+    """A file with a hole for its weights: two towers of an MLP of 2 × 2^35 numbers, of which bfloat16 makes 256 GiB."""
     config = small_config("-", hidden_size=1 << 14, intermediate_size=1 << 21)
     header, size = {}, 0
     for parameter in parameter_table(TwoTower(config)).values():
@@ -184,5 +184,5 @@ def test_a_checkpoint_that_is_larger_than_the_machine(tmp_path, small_config):
     for words in (["generate.py", f"--prompts={rows}"], ["score.py", f"--input={rows}"]):
         status, line = command(ROOT / "launch" / words[0], *words[1:], *flags, f"--output={out}")
         assert status == 2
-        assert "weights of 137," in line and "in bfloat16 25" in line and "take --quantize=int8" in line
+        assert "weights of 138,519,707,648 parameters in bfloat16 258.0" in line and "take --quantize=int8" in line
         assert not out.exists()

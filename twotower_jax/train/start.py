@@ -1,5 +1,6 @@
 """What a run starts from: tokenizer, model shape, first parameters, and the data as windows of tokens."""
 
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ class Start(NamedTuple):
     """All that the loop needs.
 
     Attributes:
+      tokenizer_folder: the checkpoint that the tokenizer comes from; None where it comes with the data or a workdir.
       params: the first parameters of all of the model; None where they come from the workdir's checkpoint.
       training, validation: windows of tokens; validation is None where nothing is held out.
       mesh: of the devices that the run uses; None for one.
@@ -39,6 +41,7 @@ class Start(NamedTuple):
     training: Windows | Mixture
     validation: Windows | Concatenation | None
     mesh: Mesh | None
+    tokenizer_folder: pathlib.Path | None = None
 
 
 def make_start(config: TrainConfig, workdir: Workdir) -> Start:
@@ -51,7 +54,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
       ValueError, OSError: for inputs that are missing, broken, or do not fit together.
     """
     data, mesh = Data(config.data), choose_mesh(config.mesh)
-    checkpoint = None
+    checkpoint, folder = None, None
     if workdir.step is not None:
         tokenizer, model = load_tokenizer(workdir.path), workdir.model
     elif config.init_from:
@@ -65,6 +68,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
         variant = None if config.objective == "autoregressive" else config.variant
         loaded = load(config.init_from, variant, config.execution, mesh=mesh)
         tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
+        folder = loaded.tokenizer_folder
         if tokenizer.get_vocab_size() > model.vocab_size:
             raise ValueError(
                 f"{loaded.tokenizer_folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, more than the "
@@ -88,7 +92,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
     )
     training, validation = data.windows(tokenizer, packing)
     params = _first_parameters(config, objective, checkpoint, mesh) if workdir.step is None else None
-    return Start(tokenizer, model, objective, params, training, validation, mesh)
+    return Start(tokenizer, model, objective, params, training, validation, mesh, folder)
 
 
 def check_memory(config: TrainConfig, objective: Objective, mesh: Mesh | None, available: Room | None = None) -> None:
