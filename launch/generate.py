@@ -12,6 +12,9 @@ defaults of the flags of the same names. --mesh=expert=4,tensor=2 divides the mo
 --separate_towers gives each tower its own.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import contextlib
 import pathlib
 import sys
@@ -21,7 +24,7 @@ from absl import flags
 from tokenizers import Tokenizer
 
 from twotower_jax import command_line, model_flags
-from twotower_jax.data import load_tokenizer
+from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
 from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
@@ -33,14 +36,16 @@ from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
+from twotower_jax.outputs import check_apart
+from twotower_jax.texts import check_text
 
 flags.adopt_module_key_flags(model_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
-_PROMPTS = flags.DEFINE_string("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
+_PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
 _CHAT = flags.DEFINE_bool(
     "chat", False, 'Prompts are conversations, {"messages": [...]}; without --prompt and --prompts they are typed.'
 )
-_OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the results; without it the texts are printed.")
+_OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
 _MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; at most what was trained.")
@@ -66,7 +71,7 @@ _MAX_CACHE_GB = flags.DEFINE_float(
     "max_cache_gb", None, "Refuse to start if a device's caches need more; default: what it has free."
 )
 _WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
-_TRACE = flags.DEFINE_string("trace", None, "JSON Lines file for every step of every row.")
+_TRACE = command_line.DEFINE_path("trace", None, "JSON Lines file for every step of every row.")
 
 
 def _sampling_flags() -> dict:
@@ -116,7 +121,11 @@ def _rows() -> list[dict] | None:
     if given != 1:
         raise ValueError("give either --prompt=TEXT or --prompts=FILE.jsonl")
     if _PROMPT.value is not None:
-        return [_user(_PROMPT.value)] if _CHAT.value else [{"text": _PROMPT.value}]
+        return (
+            [_user(check_text(_PROMPT.value, "--prompt"))]
+            if _CHAT.value
+            else [{"text": check_text(_PROMPT.value, "--prompt")}]
+        )
     return read_conversations(_PROMPTS.value) if _CHAT.value else read_prompts(_PROMPTS.value)
 
 
@@ -136,6 +145,9 @@ def _tokenizer(folder, needed: bool):
 
 def main() -> None:
     settings, rows = _settings(), _rows()
+    for text in settings.stop:
+        check_text(text, "--stop")
+    check_apart({"--output": _OUTPUT.value, "--trace": _TRACE.value})
     with contextlib.ExitStack() as stack:
         # Opened first, so that a path that cannot be written is known before a model is loaded.
         write, trace = (
@@ -162,6 +174,9 @@ def _generate(
     text = _CHAT.value or any("text" in row for row in rows)
     tokenizer = _tokenizer(loaded.folder, bool(settings.stop) or text)
     _warn_of_large_blocks(settings, loaded.folder)
+    if settings.mode != "ar":
+        advice = "--mode=ar generates with the backbone itself"
+        model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", advice)
     if rows is None:
         _converse(loaded, template, tokenizer, settings, write)
         return
@@ -184,7 +199,7 @@ def _results(
     write_trace: Callable[[dict], None] | None = None,
 ) -> Iterator[Result]:
     """In the order of the prompts, which are watched and traced as the flags say."""
-    model, decode = loaded.model, tokenizer.decode if tokenizer else None
+    model, decode = loaded.model, Decoder(tokenizer) if tokenizer else None
     observed, observers = _WATCH.value or write_trace is not None, []
     options = {"record_trace": observed, "record_routing": write_trace is not None, "decode": decode}
     engine = start(model, loaded.params, prompts, settings, placement=loaded.placement, **options)

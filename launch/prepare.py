@@ -6,6 +6,10 @@
 Reads .txt, .jsonl (both also .gz) and .parquet files. The same command goes on where an interrupted one stopped.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
+import os
 import pathlib
 
 from absl import flags
@@ -14,13 +18,14 @@ from twotower_jax import command_line
 from twotower_jax.data.prepare import Settings, prepare
 from twotower_jax.data.prepared import TRAIN, VALIDATION, Manifest, verify
 from twotower_jax.data.tokenizer import load_tokenizer
+from twotower_jax.paths import local_path
 
 _DEFAULTS = Settings()
 _INPUT = flags.DEFINE_multi_string(
     "input", [], "A file, a folder or a pattern in quotes; several with commas between them or by repeating the flag."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to make, or to go on with.")
-_TOKENIZER = flags.DEFINE_string(
+_OUTPUT = command_line.DEFINE_path("output", None, "The folder to make, or to go on with.")
+_TOKENIZER = command_line.DEFINE_path(
     "tokenizer", None, "A tokenizer.json, or a folder that holds one: a checkpoint, a workdir, a Hugging Face folder."
 )
 _TEXT_FIELD = flags.DEFINE_string("text_field", _DEFAULTS.text_field, "Field, or column, of a row that holds its text.")
@@ -31,7 +36,9 @@ _SEED = flags.DEFINE_integer("seed", _DEFAULTS.seed, "Of the choice of those doc
 _WORKERS = flags.DEFINE_integer("workers", 1, "Processes.")
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", _DEFAULTS.shard_size, "Tokens in a file of the output, about.")
 _SKIP_BAD = flags.DEFINE_bool("skip_bad", _DEFAULTS.skip_bad, "Leave out rows and files that are broken; count them.")
-_VERIFY = flags.DEFINE_string("verify", None, "A prepared folder to check against its recorded hashes; nothing else.")
+_VERIFY = command_line.DEFINE_path(
+    "verify", None, "A prepared folder to check against its recorded hashes; nothing else."
+)
 
 
 def main() -> None:
@@ -57,7 +64,9 @@ def main() -> None:
 def _inputs(values: list[str]):
     """Divides values at commas, except where a file is named so."""
     for value in values:
-        yield from [value] if pathlib.Path(value).exists() else value.split(",")
+        # Not pathlib, which raises for a list of names that is too long to be one.
+        names = [value] if os.path.exists(local_path(value)) else value.split(",")
+        yield from map(local_path, names)
 
 
 def _summary(manifest: Manifest) -> str:

@@ -232,7 +232,7 @@ def test_where_a_row_is_cut(tokens, options, expected):
         return "".join(map(chr, ids)).replace("X", "xyz")
 
     if "eos" in options:
-        options = options | {"eos": ord(options["eos"])}
+        options = options | {"eos": {ord(options["eos"])}}
     found = cut([ord(t) for t in tokens], decode=decode if "stop" in options else None, **options)
     assert ("".join(map(chr, found.tokens)), found.reason, found.text) == expected
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from twotower_jax.checkpoint.huggingface import load, open_folder
-from twotower_jax.checkpoint.safetensors_file import CheckpointError
 from twotower_jax.config import Variant
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import flatten
 from twotower_jax.tower import Execution
 

@@ -20,10 +20,10 @@ import pytest
 from twotower_jax.checkpoint import inspection, listing, load, manifest, store, workdir
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.quantizing import quantize_params
 from twotower_jax.config import Variant
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.files import CheckpointError
 from twotower_jax.generation import Settings, generate
 from twotower_jax.kernels.numerics import quantized as kernel
 from twotower_jax.kernels.numerics.quantized import Quantized, dequantize

@@ -16,8 +16,8 @@ import safetensors
 from safetensors.numpy import load_file
 
 from twotower_jax import parameters
-from twotower_jax.checkpoint.files import CheckpointError, read_json
 from twotower_jax.diffusion import SamplingConfig, masked_cross_entropy
+from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.generation import Settings, generate
 from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.layers.attention import AttentionCache

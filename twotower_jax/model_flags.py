@@ -3,22 +3,24 @@
 import collections
 import dataclasses
 import pathlib
+import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from twotower_jax import memory, quantization
+from twotower_jax import command_line, memory, quantization
 from twotower_jax.checkpoint.load import Contents, contents, load, stored_method
 from twotower_jax.generation.placement import Placement, parse_mesh, place
+from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, count, parameter_table
 from twotower_jax.quantization import METHODS, Method
 from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
+CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "Folder of the checkpoint.", required=True)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 QUANTIZE = flags.DEFINE_enum(
     "quantize", None, list(METHODS),
@@ -91,6 +93,15 @@ def weight_bytes(
             place = placement.parameter_sharding(dataclasses.replace(parameter, shape=leaf.shape))
             sizes[None if place is None else place.mesh] += memory.sharded_bytes(leaf, place)
     return max(sizes.values())
+
+
+def warn_if_untrained(folder: pathlib.Path, what: str, remedy: str) -> None:
+    """Says on stderr that `what` uses a denoiser that never trained, and what to do."""
+    if untrained_denoiser(folder):
+        print(
+            f"warning: {CHECKPOINT.value} is a backbone: its denoiser never trained, and {what} uses it; {remedy}",
+            file=sys.stderr,
+        )
 
 
 def is_small(folder: pathlib.Path) -> bool:

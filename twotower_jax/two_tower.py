@@ -4,7 +4,7 @@
 dictionary of arrays into one for a functional call, and every method is then a pure function of arrays and caches.
 
     model = TwoTower(config)
-    params = parameters.initialize(parameters.parameter_table(model), jax.random.key(0))
+    params = parameters.initialize(parameters.parameter_table(model), randomness.key(0))
     logits = parameters.bind(model, params).context_logits(ids)
 """
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twotower_jax import randomness
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Engine, Settings, positions
@@ -54,7 +55,7 @@ def random_params(model: TwoTower, dtype: jnp.dtype) -> Params:
     flat = {}
     for path, parameter in parameter_table(model).items():
         to = jnp.float32 if parameter.float32 else dtype
-        key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(path).encode()))
+        key = jax.random.fold_in(randomness.key(0), zlib.crc32("/".join(path).encode()))
         flat[path] = jax.jit(lambda key, p=parameter, to=to: p.init(key, p.shape).astype(to))(key)
     return unflatten(flat)
 

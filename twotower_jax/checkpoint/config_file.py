@@ -2,9 +2,10 @@
 
 import os
 import pathlib
+from typing import Any
 
-from twotower_jax.checkpoint.files import CheckpointError, check_link, open_regular, read_bytes
 from twotower_jax.config import ModelConfig, read_model_config
+from twotower_jax.files import CheckpointError, check_link, open_regular, read_bytes, read_json
 
 CONFIG = "config.json"
 # Everything that is carried from folder to folder with the weights. Code (.py) and pickles never are.
@@ -25,6 +26,18 @@ _MAX_LAYERS = 256
 _MAX_EXPERTS = 1 << 16
 
 
+def is_run(raw: Any) -> bool:
+    """Whether the content of a `config.json` is the settings of a training run, as its workdir has them."""
+    return isinstance(raw, dict) and {"objective", "variant", "model"} <= raw.keys()
+
+
+def _holds_run(path: pathlib.Path) -> bool:
+    try:
+        return is_run(read_json(path))
+    except CheckpointError:
+        return False
+
+
 def read_config(folder: pathlib.Path) -> ModelConfig:
     """The model's configuration.
 
@@ -40,6 +53,11 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     except CheckpointError:
         raise
     except ValueError as error:
+        if _holds_run(path):
+            raise CheckpointError(
+                f"{folder}: is a training workdir and no model's folder; --checkpoint and init_from take it once it "
+                "has a checkpoint, and launch/export.py makes a Hugging Face folder of it"
+            ) from None
         raise CheckpointError(str(error)) from None
     pattern = config.hybrid_override_pattern
     if len(pattern) > _MAX_LAYERS:

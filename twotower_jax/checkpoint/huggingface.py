@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twotower_jax import randomness
+from twotower_jax.checkpoint import manifest
 from twotower_jax.checkpoint.config_file import read_config
-from twotower_jax.checkpoint.files import CheckpointError, check_link, read_json
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.files import CheckpointError, check_link, read_json, some
 from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
 from twotower_jax.quantization import Method
@@ -28,6 +30,7 @@ from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_TOWERS = ("context_tower.", "denoiser_tower.")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -82,14 +85,21 @@ def open_folder(path: pathlib.Path) -> Folder:
             if name in tensors:
                 raise CheckpointError(f"{path / file}: tensor {name!r} stands in {tensors[name].file.name} as well")
             tensors[name] = Tensor(path / file, entry)
-    single = not any(name.startswith(("context_tower.", "denoiser_tower.")) for name in tensors)
+    single = not any(name.startswith(_TOWERS) for name in tensors)
     unheld = tuple(sorted({today_name(name) for name in files} - set(tensors) - {""}))
     return Folder(path, config, tensors, single, unheld)
 
 
 def today_name(name: str) -> str:
-    """A tensor's name as files of today have it."""
-    return name.replace(".embedding.", ".embeddings.")
+    """A tensor's name as the published files of today have it.
+
+    Older ones say `embedding.`; recent versions of transformers call the tower `model.`, where files say `backbone.`.
+    """
+    name = name.replace(".embedding.", ".embeddings.")
+    if name.startswith("model."):
+        tower = name.startswith(tuple(f"model.{tower}" for tower in _TOWERS))
+        name = ("" if tower else "backbone.") + name.removeprefix("model.")
+    return name
 
 
 def _files(path: pathlib.Path) -> dict[str, str]:
@@ -100,6 +110,8 @@ def _files(path: pathlib.Path) -> dict[str, str]:
             return {"": SINGLE_FILE}
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
         note = f" ({pickles[0]} is a pickle, which can run code and is never read)" if pickles else ""
+        if (path / manifest.NAME).exists():
+            note = "; it is a converted checkpoint already"
         raise CheckpointError(f"{path}: holds neither {INDEX} nor {SINGLE_FILE}{note}")
     check_link(index)
     raw = read_json(index)
@@ -116,13 +128,18 @@ def check(folder: Folder, table: Mapping[Path, Parameter]) -> None:
     """Compares names, shapes and dtypes of a folder with a model's parameter table.
 
     Raises:
-      CheckpointError: listing every missing and unexpected tensor, or naming one of a wrong shape or dtype.
+      CheckpointError: counting the missing and unexpected tensors and naming some, or one of a wrong shape or dtype.
     """
     expected = {str(name): parameter for parameter in table.values() for name in parameter.tensors.flat}
     missing = sorted(set(expected) - set(folder.tensors))
     extra = sorted((set(folder.tensors) | set(folder.unheld)) - set(expected))
+    if extra and len(missing) == len(expected):
+        raise CheckpointError(
+            f"{folder.path}: none of its {len(extra)} tensors has a name of this model: {extra[0]!r} is there, and "
+            f"{missing[0]!r} expected; was it saved by another program, or with another prefix?"
+        )
     if missing or extra:
-        parts = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in
+        parts = [f"{len(names)} {kind}: {some(names)}" for kind, names in
                  (("missing", missing), ("not of this model", extra)) if names]  # fmt: skip
         raise CheckpointError(f"{folder.path}: tensors do not match config.json; {'; '.join(parts)}")
     for name, parameter in expected.items():
@@ -207,4 +224,4 @@ def load(
     backbone_table = parameter_table(Backbone(folder.config, execution))
     check(folder, backbone_table)
     backbone = read_parameters(folder, backbone_table, sharding, quantize)
-    return model, from_backbone(model, backbone, jax.random.key(0))
+    return model, from_backbone(model, backbone, randomness.key(0))

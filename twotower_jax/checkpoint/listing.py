@@ -9,11 +9,11 @@ import numpy as np
 
 from twotower_jax import parameters
 from twotower_jax.checkpoint import huggingface
-from twotower_jax.checkpoint.files import CheckpointError, parse_json, read_bytes
 from twotower_jax.checkpoint.huggingface import Folder, Tensor, today_name
 from twotower_jax.checkpoint.plan import make_plan
 from twotower_jax.checkpoint.safetensors_file import Entry
 from twotower_jax.config import ModelConfig
+from twotower_jax.files import CheckpointError, parse_json, read_bytes
 from twotower_jax.parameters import parameter_table
 from twotower_jax.quantization import Method, kind_bytes
 from twotower_jax.two_tower import Backbone

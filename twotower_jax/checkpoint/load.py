@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from twotower_jax.checkpoint import huggingface, manifest, store, workdir
-from twotower_jax.checkpoint.safetensors_file import CheckpointError
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import Params, parameter_table
 from twotower_jax.quantization import METHODS, Method, check_mesh
 from twotower_jax.sharding import ShardingOf, stored_sharding
@@ -97,7 +97,7 @@ def contents(path: str | pathlib.Path) -> Contents:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a Hugging Face folder, a converted one or a workdir")
     if (path / store.MANIFEST).exists():
-        return Contents(store.open_store(path, verify=False).config, Variant(), False, None)
+        return Contents(store.open_store(path).config, Variant(), False, None)
     if (path / workdir.CHECKPOINTS).exists():
         config, variant, single = workdir.described(path)
         return Contents(config, variant, single, np.dtype(np.float32) if single else None)

@@ -26,6 +26,7 @@ from twotower_jax.data.tokenizer import (
     EOS_ID,
     MASK_ID,
     PAD_ID,
+    Decoder,
     encode,
     load_tokenizer,
     save_tokenizer,
@@ -34,6 +35,7 @@ from twotower_jax.data.tokenizer import (
 
 __all__ = [
     "BOS_ID",
+    "Decoder",
     "EOS_ID",
     "MASK_ID",
     "PAD_ID",

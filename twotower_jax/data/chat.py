@@ -18,7 +18,7 @@ import jinja2.sandbox
 import numpy as np
 from tokenizers import Tokenizer
 
-from twotower_jax.checkpoint.files import read_bytes, read_json
+from twotower_jax.files import read_bytes, read_json
 
 Message = Mapping[str, Any]
 

@@ -15,7 +15,6 @@ changed without the content, leads to a refusal and to no wrong data.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from twotower_jax.atomic import locked_folder
 from twotower_jax.data import inputs, prepared, shards
 from twotower_jax.data.documents import DataError
 from twotower_jax.data.inputs import File, Row, Slice
@@ -125,7 +125,7 @@ def prepare(
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; choose a folder")
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    with locked_folder(output, f"{output}: another process is writing it"):
         if prepared.is_prepared(output):
             manifest = read_manifest(output)
             _refuse_differences(output, _identity(manifest.settings, manifest.inputs), _wanted(settings, files, False))
@@ -373,20 +373,6 @@ def _is_held_out(text: str, settings: Settings) -> bool:
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if max(id_range(tokenizer), EOS_ID + 1) <= 1 << 16 else "<u4")
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a second run out of the folder."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing it") from None
-        yield
-    finally:
-        os.close(lock)
 
 
 def _weights(parts: list[list[Slice]]) -> list[int]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from twotower_jax.checkpoint.files import CheckpointError, parse_json, read_bytes
 from twotower_jax.data import shards
 from twotower_jax.data.documents import DataError
 from twotower_jax.data.shards import Shard, ShardReader
+from twotower_jax.files import CheckpointError, parse_json, read_bytes
 
 NAME, VERSION = "dataset.json", 1
 TRAIN, VALIDATION = "train", "validation"

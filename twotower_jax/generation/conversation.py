@@ -4,8 +4,8 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import IO
 
-from twotower_jax.checkpoint.files import CheckpointError, read_json
 from twotower_jax.data.chat import ChatTemplate, check_messages
+from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.jsonl import read_rows
 
 EXIT = "/exit"

@@ -24,7 +24,7 @@ from twotower_jax.generation.modes import Call, Emitted, Recipe, Trace
 from twotower_jax.generation.placement import Placement
 from twotower_jax.generation.settings import Result, Settings, Step
 from twotower_jax.generation.slots import First, Piece, cache_bytes
-from twotower_jax.generation.stops import Decode, cut
+from twotower_jax.generation.stops import Decode, Ending
 from twotower_jax.parameters import Params
 from twotower_jax.tokens import check_ids
 from twotower_jax.two_tower import TwoTower
@@ -65,6 +65,7 @@ class _Row:
     prompt: np.ndarray
     limit: int
     to_read: np.ndarray
+    ending: Ending
     read: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     denoiser_evaluations: int = 0
@@ -172,7 +173,9 @@ class Engine:
         if needed > self._capacity:
             raise ValueError(f"prompt {number} needs {needed} cache positions, and a slot has {self._capacity}")
         to_read = ids[:-1] if self._settings.mode == "mock_ar" else ids
-        self._waiting.append(_Row(number, ids, limit, to_read))
+        eos = () if self._eos is None else (self._eos,)
+        ending = Ending(limit, eos=eos, stop=self._settings.stop, decode=self._decode)
+        self._waiting.append(_Row(number, ids, limit, to_read, ending))
         self._submitted += 1
         return number
 
@@ -290,13 +293,12 @@ class Engine:
         row.blocks += count > 0
         row.denoiser_evaluations += int(emitted.denoiser_evaluations[slot])
         row.context_evaluations += int(emitted.context_evaluations[slot])
-        decode = self._decode if settings.stop or not emitted.active[slot] else None
-        end = cut(row.tokens, row.limit, eos=self._eos, stop=settings.stop, decode=decode)
+        end = row.ending.look(row.tokens)
         accepted = None if emitted.accepted is None else int(emitted.accepted[slot])
         if accepted is not None:
-            row.accepted += min(accepted, max(0, len(end.tokens) - before))
+            row.accepted += min(accepted, max(0, len(row.tokens if end is None else end.tokens) - before))
         result = None
-        if end.reason is not None:
+        if end is not None:
             self._table[slot] = None
             drafts = settings.mode in ("diffusion", "speculative")
             result = Result(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from twotower_jax import sharding
+from twotower_jax import randomness, sharding
 from twotower_jax.diffusion import Prediction, SamplingConfig, sample_tokens
 from twotower_jax.generation.placement import bind_part
 from twotower_jax.layers.attention import AttentionCache, AttentionMemory
@@ -112,7 +112,7 @@ def cache_bytes(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = 
 
 def row_keys(seed: jax.Array, number: jax.Array) -> jax.Array:
     """Keys (B,) of rows with these numbers (B,): of nothing but the seed and the number."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number)
+    return jax.vmap(jax.random.fold_in, (None, 0))(randomness.key(seed), number)
 
 
 def next_keys(seed: jax.Array, number: jax.Array, count: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_dict
 
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.kernels import Backends
+from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
 from twotower_jax.tower import REMAT, Execution
 
@@ -260,6 +261,9 @@ def freeze(config: ConfigDict) -> TrainConfig:
     values = config.to_dict()
     if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)}):
         raise ValueError(f"config: there is no field {unknown[0]!r}")
+    for name in ("init_from", "data"):
+        if isinstance(values.get(name), str):
+            values[name] = local_path(values[name])
     parts = {}
     for name, part in (("variant", Variant), ("kernels", Backends), ("mesh", MeshShape)):
         try:

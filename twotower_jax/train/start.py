@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from twotower_jax import memory
+from twotower_jax import memory, randomness
 from twotower_jax.checkpoint.load import contents, load, stored_method
 from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.config import ModelConfig
@@ -131,10 +131,10 @@ def _first_parameters(
     config: TrainConfig, objective: Objective, checkpoint: Params | None, mesh: Mesh | None
 ) -> Params:
     def draw() -> Params:
-        return objective.start(None, jax.random.key(config.seed))
+        return objective.start(None, randomness.key(config.seed))
 
     if checkpoint is not None:
-        return objective.start(checkpoint, jax.random.key(config.seed))
+        return objective.start(checkpoint, randomness.key(config.seed))
     if mesh is None:
         return draw()
     # Each device draws its part.
