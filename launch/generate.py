@@ -121,11 +121,8 @@ def _rows() -> list[dict] | None:
     if given != 1:
         raise ValueError("give either --prompt=TEXT or --prompts=FILE.jsonl")
     if _PROMPT.value is not None:
-        return (
-            [_user(check_text(_PROMPT.value, "--prompt"))]
-            if _CHAT.value
-            else [{"text": check_text(_PROMPT.value, "--prompt")}]
-        )
+        text = check_text(_PROMPT.value, "--prompt")
+        return [_user(text)] if _CHAT.value else [{"text": text}]
     return read_conversations(_PROMPTS.value) if _CHAT.value else read_prompts(_PROMPTS.value)
 
 
