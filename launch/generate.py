@@ -5,9 +5,11 @@
 
 DIR is a Hugging Face folder, a converted checkpoint, or a training workdir. Rows of a prompts file are {"text": ...} or
 {"ids": [...]}; each gives one output row, in order. --mode=speculative gives what --mode=ar gives, in fewer passes if
-the denoiser drafts well. --watch shows blocks filling in; --trace=FILE writes every step down. What launch/tune.py
-wrote into DIR/generation_config.json takes the place of the defaults of the flags of the same names.
---mesh=expert=4,tensor=2 divides the model and the rows over devices, --separate_towers gives each tower its own.
+the denoiser drafts well. --chat speaks to a chat model through its tokenizer's template: conversations of a file, rows
+{"messages": [...]}, or, without one, typed turn by turn (/exit or Ctrl-D ends). --watch shows blocks filling in;
+--trace=FILE writes every step down. What launch/tune.py wrote into DIR/generation_config.json takes the place of the
+defaults of the flags of the same names. --mesh=expert=4,tensor=2 divides the model and the rows over devices,
+--separate_towers gives each tower its own.
 """
 
 import environment  # noqa: F401, first: it says what is missing
@@ -16,14 +18,17 @@ import environment  # noqa: F401, first: it says what is missing
 import contextlib
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
+from tokenizers import Tokenizer
 
 from twotower_jax import command_line, model_flags
 from twotower_jax.data import Decoder, load_tokenizer
+from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
 from twotower_jax.diffusion.strategies import knobs
+from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
 from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
 from twotower_jax.generation.operating_point import FILE, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
@@ -39,6 +44,9 @@ from twotower_jax.texts import check_text
 flags.adopt_module_key_flags(model_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
 _PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
+_CHAT = flags.DEFINE_bool(
+    "chat", False, 'Prompts are conversations, {"messages": [...]}; without --prompt and --prompts they are typed.'
+)
 _OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
 _MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
@@ -130,12 +138,23 @@ def _settings() -> Settings:
     )
 
 
-def _rows() -> list[dict]:
-    if (_PROMPT.value is None) == (_PROMPTS.value is None):
+def _rows() -> list[dict] | None:
+    """The rows of the prompts; None if they are to be typed."""
+    given = (_PROMPT.value is not None) + (_PROMPTS.value is not None)
+    if _CHAT.value and not given:
+        if _TRACE.value:
+            raise ValueError("--trace needs the conversations at the start: give --prompts=FILE.jsonl")
+        return None
+    if given != 1:
         raise ValueError("give either --prompt=TEXT or --prompts=FILE.jsonl")
     if _PROMPT.value is not None:
-        return [{"text": check_text(_PROMPT.value, "--prompt")}]
-    return read_prompts(_PROMPTS.value)
+        text = check_text(_PROMPT.value, "--prompt")
+        return [_user(text)] if _CHAT.value else [{"text": text}]
+    return read_conversations(_PROMPTS.value) if _CHAT.value else read_prompts(_PROMPTS.value)
+
+
+def _user(text: str) -> dict:
+    return {"messages": [{"role": "user", "content": text}]}
 
 
 def _tokenizer(folder, needed: bool):
@@ -169,29 +188,26 @@ def main() -> None:
 
 def _generate(
     settings: Settings,
-    rows: list[dict],
+    rows: list[dict] | None,
     write: Callable[[dict], None] | None,
     write_trace: Callable[[dict], None] | None,
 ) -> None:
-    model, params, folder, placement = model_flags.load_model(_SEPARATE_TOWERS.value)
-    tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
-    decode = Decoder(tokenizer) if tokenizer else None
-    _warn_of_large_blocks(settings, folder)
+    checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
+    # Read first, because a model takes long to load.
+    template = ChatTemplate.load(checkpoint, load_tokenizer(checkpoint)) if _CHAT.value else None
+    prompts = conversation_ids(rows, template) if rows and template else None
+    loaded = model_flags.load_model(_SEPARATE_TOWERS.value)
+    text = _CHAT.value or any("text" in row for row in rows)
+    tokenizer = _tokenizer(loaded.folder, bool(settings.stop) or text)
+    _warn_of_large_blocks(settings, loaded.folder)
     if settings.mode != "ar":
-        model_flags.warn_if_untrained(folder, f"--mode={settings.mode}", "--mode=ar generates with the backbone itself")
-    prompts = prompt_ids(rows, tokenizer)
-    observed = _WATCH.value or write_trace is not None
-    options = {"record_trace": observed, "record_routing": write_trace is not None, "decode": decode}
-    engine = start(model, params, prompts, settings, placement=placement, **options)
-    config, observers = model.config, []
-    if _WATCH.value:
-        given = int(settings.mode == "speculative")
-        watch = Watch(prompts, decode, config.mask_token_id, sys.stderr, given=given)
-        observers.append(watch.show)
-    if write_trace is not None:
-        trace = TraceWriter(write_trace, config, settings, prompts, decode)
-        observers.append(lambda steps: [trace.add(progress) for progress in steps])
-    results = in_order(_steps(engine, observers))
+        advice = "--mode=ar generates with the backbone itself"
+        model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", advice)
+    if rows is None:
+        _converse(loaded, template, tokenizer, settings, write)
+        return
+    prompts = prompt_ids(rows, tokenizer) if prompts is None else prompts
+    results = _results(loaded, prompts, tokenizer, settings, write_trace)
     for done, (row, result) in enumerate(zip(rows, results, strict=True), 1):
         if write is None:
             _show(row, result, tokenizer)
@@ -199,8 +215,54 @@ def _generate(
         write(_output_row(result))
         if not _WATCH.value:
             print(f"{done}/{len(rows)} prompts", file=sys.stderr)
+
+
+def _results(
+    loaded: model_flags.Loaded,
+    prompts: list[Sequence[int]],
+    tokenizer: Tokenizer | None,
+    settings: Settings,
+    write_trace: Callable[[dict], None] | None = None,
+) -> Iterator[Result]:
+    """In the order of the prompts, which are watched and traced as the flags say."""
+    model, decode = loaded.model, Decoder(tokenizer) if tokenizer else None
+    observed, observers = _WATCH.value or write_trace is not None, []
+    options = {"record_trace": observed, "record_routing": write_trace is not None, "decode": decode}
+    engine = start(model, loaded.params, prompts, settings, placement=loaded.placement, **options)
+    if _WATCH.value:
+        given = int(settings.mode == "speculative")
+        watch = Watch(prompts, decode, model.config.mask_token_id, sys.stderr, given=given)
+        observers.append(watch.show)
+    if write_trace is not None:
+        trace = TraceWriter(write_trace, model.config, settings, prompts, decode)
+        observers.append(lambda steps: [trace.add(progress) for progress in steps])
+    yield from in_order(_steps(engine, observers))
     if write_trace is not None:
         trace.finish()
+
+
+def _converse(
+    loaded: model_flags.Loaded,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    write: Callable[[dict], None] | None,
+) -> None:
+    """Answers what is typed, each turn with all turns before it."""
+    messages = []
+    print(f"type a message a line; {EXIT} or Ctrl-D ends", file=sys.stderr)
+    for text in typed_turns(sys.stdin, lambda: print("> ", end="", file=sys.stderr, flush=True)):
+        turn = {"role": "user", "content": text}
+        try:
+            prompts = conversation_ids([{"messages": [*messages, turn]}], template)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        (result,) = _results(loaded, prompts, tokenizer, settings)
+        messages += [turn, {"role": "assistant", "content": result.text}]
+        print(result.text, flush=True)
+        if write is not None:
+            write(_output_row(result))
 
 
 def _steps(engine: Engine, observers: list[Callable[[list[Progress]], object]]) -> Iterator[Progress]:
@@ -230,7 +292,9 @@ def _warn_of_large_blocks(settings: Settings, folder: pathlib.Path) -> None:
 
 
 def _show(row: dict, result: Result, tokenizer) -> None:
-    if tokenizer:
+    if _CHAT.value:
+        print(result.text)
+    elif tokenizer:
         prompt = row["text"] if "text" in row else tokenizer.decode(result.prompt_ids)
         print(prompt + result.text)
     else:

@@ -264,6 +264,17 @@ def load(
     return laid_out, _relayout(params, parameter_table(model), parameter_table(laid_out))
 
 
+def described(path: pathlib.Path) -> tuple[ModelConfig, Variant, bool]:
+    """The model that was trained, the variant that `load` makes of it, and whether it is a backbone.
+
+    Raises:
+      CheckpointError: see `read_settings`.
+    """
+    settings = read_settings(path)
+    single = settings["objective"] == "autoregressive"
+    return _model_config(path, settings), Variant() if single else Variant(**settings["variant"]), single
+
+
 def read_settings(path: pathlib.Path) -> Settings:
     """The config.json of a workdir.
 

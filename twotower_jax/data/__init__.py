@@ -2,6 +2,7 @@
 
     sources.py     text in memory: Python's own documentation, or the user's text and JSON Lines files
     tokenizer.py   byte-level BPE: train, save, load, encode
+    chat.py        conversations, by the template of a chat model's tokenizer
     packing.py     documents in memory -> windows of equal length, some documents held out for validation
     pipeline.py    windows -> shuffled, resumable training batches, and the validation batches
 

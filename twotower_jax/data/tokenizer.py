@@ -19,6 +19,9 @@ PAD_ID, BOS_ID, EOS_ID, MASK_ID = range(4)
 # The published names: padding shares id 0 with the unknown token, and the mask token is an unnamed spare.
 _SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<SPECIAL_3>"]
 
+# What a checkpoint says about its tokenizer, beside tokenizer.json.
+_ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 _NUM_BYTES = 256
 
 # Texts encoded at a time. The library's result objects take some 100 bytes a token; ours take 4.
@@ -81,10 +84,15 @@ def unread_tokenizer(folder: str | Path) -> str:
     return ""
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, end_token: int = EOS_ID) -> None:
-    """Writes tokenizer.json and the two files that tell Hugging Face's loader the special tokens' roles.
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: str | Path, end_token: int = EOS_ID, source: Path | None = None
+) -> None:
+    """Writes tokenizer.json and the files that tell Hugging Face's loader the special tokens' roles.
 
     `folder` is created if needed. Each file appears whole or not at all.
+
+    Args:
+      source: the folder that the tokenizer was read from, which knows the roles and may have a chat template.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +105,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, end_token: int = EO
     _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=1))
     _write(folder / "special_tokens_map.json", json.dumps(roles, indent=1))
+    for file in (source / name for name in _ABOUT) if source is not None else ():
+        if file.is_file():
+            _write(folder / file.name, file.read_text(encoding="utf-8").removesuffix("\n"))
 
 
 class Decoder:

@@ -43,6 +43,7 @@ def kinds() -> Mapping[str, type["Mixer"]]:
         # The kinds are made of configs, and configs ask here which kinds there are: hence not above.
         from twotower_jax.layers import attention, experts, mamba, mlp
 
-        for letter, cls in (("M", mamba.Mamba), ("*", attention.Attention), ("E", experts.Experts), ("-", mlp.DenseMLP)):
+        shipped = {"M": mamba.Mamba, "*": attention.Attention, "E": experts.Experts, "-": mlp.DenseMLP}
+        for letter, cls in shipped.items():
             _KINDS.register(letter, cls)
     return _KINDS

@@ -52,6 +52,7 @@ ADDED = {
     "diffusion.times": "uniform",
     "diffusion.weight": "flat",
     "diffusion.complementary": False,
+    "moments_dtype": "float32",
 }
 
 
@@ -131,6 +132,8 @@ class TrainConfig:
     seed: int = 0
     # Of activations and of the frozen parameters; trained parameters and their moments are float32.
     dtype: str = "float32"
+    # Of Adam's two moments between steps: "float32", or "bfloat16" where memory is short. Computing is in float32.
+    moments_dtype: str = "float32"
     # What the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each layer;
     # "unit", which keeps what enters each unit of a repeated segment.
     remat: str = "none"
@@ -162,6 +165,7 @@ class TrainConfig:
             _check_type(field, getattr(self, field.name))
         _check(self.objective in OBJECTIVES, f"objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
         _check(self.dtype in DTYPES, f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        _check(self.moments_dtype in DTYPES, f"moments_dtype={self.moments_dtype!r} is not one of {', '.join(DTYPES)}")
         _check(self.remat in REMAT, f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
         for name in ("steps", "batch_size", "log_every", "keep_checkpoints", "vocab_size", "accumulate"):
             _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
@@ -202,6 +206,12 @@ class TrainConfig:
         )
         ok = len(self.adam_betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in self.adam_betas)
         _check(ok, f"adam_betas={self.adam_betas} must be two numbers, each at least 0 and less than 1")
+        # A mean that moves by less than half of the last bit never moves again: at 0.999 it would stay where it began.
+        _check(
+            self.moments_dtype == "float32" or 1 - max(self.adam_betas) > float(jnp.finfo(jnp.bfloat16).eps),
+            f"moments_dtype={self.moments_dtype!r} cannot follow moments that change as slowly as with "
+            f"adam_betas={self.adam_betas}; take betas up to 0.99, or float32",
+        )
 
     def _check_blocks(self):
         _check(self.block_size is None or self.block_size >= 1, f"block_size={self.block_size} must be at least 1")

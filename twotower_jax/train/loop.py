@@ -201,7 +201,10 @@ class _Run:
         folder.create(self.start.model, self.frozen)
         if distributed.is_leader():
             with writing(folder.path):
-                save_tokenizer(self.start.tokenizer, folder.path, self.start.model.eos_token_ids[0])
+                save_tokenizer(
+                    *(self.start.tokenizer, folder.path, self.start.model.eos_token_ids[0]),
+                    source=self.start.tokenizer_folder,
+                )
         self.report(f"starting from {config.init_from or 'random weights'}")
         if config.objective == "denoiser" and not config.init_from and config.variant.context == "frozen":
             self.report("warning: the context tower is random and frozen; give init_from a trained backbone")
