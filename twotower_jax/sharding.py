@@ -44,8 +44,8 @@ class Rule:
 
 RULES: Mapping[str, Rule] = {
     # Axes of parameters. A mesh axis divides an array once: "embed" has what experts leave it, which is nothing where
-    # there are enough of them. Whole experts are then what is gathered, along the first axis of what a device holds, and lie
-    # next to one another as they are used, whatever their matrices' sides.
+    # there are enough of them. Whole experts are then what is gathered, along the first axis of what a device holds,
+    # and lie next to one another as they are used, whatever their matrices' sides.
     "layers": Rule((), ()),
     "experts": Rule(("expert", "fsdp", "sequence"), ("expert",)),
     "embed": Rule(("fsdp", "sequence", "expert"), ()),

@@ -5,10 +5,14 @@ happens while functions are traced, so that compiled programs are the same.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 from beartype import BeartypeConf, beartype
 
 # Not `layers.registry`, which looks at the frame that calls it.
@@ -34,7 +38,23 @@ def install() -> None:
 
 def check(function: Callable) -> Callable:
     """`function` with its arguments and result checked, if its signature says a shape; else as it is."""
-    return _checked(function) if any("jaxtyping." in repr(a) for a in function.__annotations__.values()) else function
+    if not any("jaxtyping." in repr(a) for a in function.__annotations__.values()):
+        return function
+    checked = _checked(function)
+
+    @functools.wraps(function)
+    def with_jax_arrays(*args, **named):
+        return checked(*map(_jax_array, args), **{name: _jax_array(value) for name, value in named.items()})
+
+    return with_jax_arrays
+
+
+def _jax_array(value: Any) -> Any:
+    """A NumPy array as one of JAX's, which takes it for one; made outside of any trace, so that none sees it."""
+    if not isinstance(value, np.ndarray | np.generic):
+        return value
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(value)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class Modulation(NamedTuple):
         return x * (1 + self.scale) + self.shift
 
 
-def sinusoids(t: Float[Array, "*times"], dtype: DTypeLike) -> Float[Array, "*times {NUM_SINUSOIDS}"]:
+def sinusoids(t: Float[Array, "*times"], dtype: DTypeLike) -> Float[Array, "*times 256"]:
     """Times (B,) or (B, L/S) in [0, 1] to (…, 256) [cos | sin] features.
 
     t and 1000·t are rounded to the compute dtype first (in bfloat16 937.5 becomes 936): the release was trained so.
