@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import Keys, attention, reference
+from twotower_jax.kernels import Keys, attention
+from twotower_jax.kernels.attention import reference
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

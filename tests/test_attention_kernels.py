@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import Keys, reference
-from twotower_jax.kernels.attention import flash
+from twotower_jax.kernels import Keys
+from twotower_jax.kernels.attention import flash, reference
 from twotower_jax.kernels.attention import mosaic_gpu as attention_gpu
 from twotower_jax.kernels.attention import tpu as attention_tpu
 from twotower_jax.kernels.attention import tpu_layout as attention_tpu_layout

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from twotower_jax.kernels import reference, ssd, two_tower_ssd
+from twotower_jax.kernels import ssd, two_tower_ssd
 from twotower_jax.kernels.hardware import triton_call
-from twotower_jax.kernels.ssd import by_triton as ssd_triton
-from twotower_jax.kernels.ssd import two_tower_gpu as two_tower_ssd_gpu
-from twotower_jax.kernels.ssd import two_tower_tpu as two_tower_ssd_tpu
+from twotower_jax.kernels.ssd import mosaic_gpu, reference, two_tower_tpu
+from twotower_jax.kernels.ssd import triton as ssd_triton
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -413,7 +412,7 @@ def test_the_tpu_kernels_read_nothing_that_was_not_written():
     arrays = draw_two_towers(9, 1, 24, 2, 4, 1, 8)
 
     def run(*arrays):
-        return (two_tower_ssd_tpu.two_tower_ssd(*arrays, block_size=4, chunk_size=8, interpret=interpret),)
+        return (two_tower_tpu.two_tower_ssd(*arrays, block_size=4, chunk_size=8, interpret=interpret),)
 
     (y,), gradients = with_gradients(run, QUICK)(*to_float32(arrays))
     (y_expected,), gradients_expected = blocks_one_by_one(4)(*arrays)
@@ -429,7 +428,7 @@ def test_the_gpu_kernels_await_what_they_read():
     rounded = [np.asarray(v, np.float64) for v in arrays]
 
     def run(*arrays):
-        return (two_tower_ssd_gpu.two_tower_ssd(*arrays, block_size=4, chunk_size=16, interpret=interpret),)
+        return (mosaic_gpu.two_tower_ssd(*arrays, block_size=4, chunk_size=16, interpret=interpret),)
 
     (y,), gradients = with_gradients(run, QUICK)(*arrays)
     (y_expected,), gradients_expected = blocks_one_by_one(4)(*rounded)

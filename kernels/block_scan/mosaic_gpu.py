@@ -8,7 +8,8 @@ and a block of few tokens its few columns:
     M_ji = exp(a_i − a_j) dt_j (B_j·C_i) for j < i,  dt_i (B_i·C_i) + D for j = i,  0 for j > i
     yᵀ   = (h Cᵀ) ∘ exp(a_i) + xᵀ M           h' = exp(a_S) h + (w ∘ x)ᵀ B
 
-Products are as exact as float32: operands of that type are cut into parts (split.py), the state's in registers.
+Products are as exact as float32: operands of that type are cut into parts (numerics/split.py), the state's in
+registers.
 
 The norm couples all heads of a group. Programs of whole groups would leave most of the processors idle at small
 batches, where this op is bound by latency; programs of a cluster could exchange their sums, but not when interpreted.

@@ -121,7 +121,7 @@ def unsupported(x, indices, gates, weights: Weights, *, activation: Activation) 
     if isinstance(weights.up, Quantized) and weights.up.shape[2] % LANES:
         return (
             f"quantized experts {weights.up.shape[2]} wide, no multiple of {LANES}, would be copied in each call: "
-            "store them as experts_tpu.stored makes them"
+            "store them as experts.tpu.stored makes them"
         )
     if x.shape[1] % LANES:
         return f"rows of {x.shape[1]} numbers are not whole multiples of {LANES}"

@@ -1,16 +1,8 @@
-"""The three Pallas Mosaic GPU kernels that the scans of one and two towers, and their gradients, are composed of.
+"""The SSD scans of one tower and of two in Pallas Mosaic GPU, for NVIDIA Hopper.
 
-A GPU has some hundred multiprocessors, and one sequence 64 heads: a kernel that went through the chunks of a head one
-after the other would leave most of the chip idle. So only the state goes in that order, in a kernel that does nothing
-else (`states`); what a chunk's positions make of it runs for all tiles of 64 positions side by side (`outputs`, and
-`group_gradients`, where the heads of a group are summed).
-
-In a chunk, readers i see writers j through exp(q_i − k_j), with q and k sums of log-decays from the chunk's start.
-`Pairs` says which see which. With rows of readers and columns of writers the kernels compute y and dC; the other way
-round, from the same formulas, dx and dB, since the gradient of a scan is a scan that runs backward.
+What is done is what gpu.py and two_tower_gpu.py do. Here are the three kernels that they are composed of
+(gpu_layout.py says which, and what each computes), which take tiles of 64 positions.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,63 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.hardware import gpu
 from twotower_jax.kernels.hardware.gpu import NN, NT, TN, call, load, load_along, load_down, store, sum_rows, tiled
-from twotower_jax.kernels.numerics.log_decay import Sum
-from twotower_jax.kernels.ssd.gpu_layout import Cut
-
-
-class Pairs(NamedTuple):
-    """Which readers see which writers of their chunk: those that are not after them, or some of these.
-
-    Attributes:
-      block: S, or None. A chunk begins with a block.
-      own: with S, whether a reader sees the writers of its own block, not after it, or all those of earlier blocks.
-    """
-
-    block: int | None = None
-    own: bool = True
-
-    def tiles(self, cut: Cut, row, readers_in_rows: bool):
-        """From and up to which tile of columns, in a chunk, some pair may be seen by a tile of rows."""
-        start, size = row * cut.tile, cut.tile
-        last = start + size - 1
-        if self.block is None:
-            bounds = (0, row + 1) if readers_in_rows else (row, cut.tiles)
-        elif readers_in_rows and self.own:
-            bounds = lax.div(self._block_start(start), size), row + 1
-        elif readers_in_rows:
-            bounds = 0, lax.div(self._block_start(last) + (size - 1), size)
-        elif self.own:
-            end = lax.div(self._block_start(last) + (self.block + size - 1), size)
-            bounds = row, jnp.minimum(end, cut.tiles)
-        else:
-            bounds = lax.div(self._block_start(start) + self.block, size), cut.tiles
-        return tuple(jnp.asarray(bound, jnp.int32) for bound in bounds)
-
-    def _block_start(self, position):
-        return lax.div(position, jnp.int32(self.block)) * self.block
-
-    def seen(self, readers: jax.Array, writers: jax.Array) -> jax.Array:
-        """At positions in the chunk, int32 of the same shape."""
-        if self.block is None:
-            return writers <= readers
-        start = self._block_start(readers)
-        return (writers >= start) & (writers <= readers) if self.own else writers < start
-
-
-class Decays(NamedTuple):
-    """Of a tower's pairs: sums of log-decays of readers and of writers, and dt of writers, each (B, H, L)."""
-
-    readers: Sum
-    writers: Sum
-    dt: jax.Array
-
-
-class Source(NamedTuple):
-    """What the columns of a triangle hold: keys (B, L, G·N), values (B, L, H·P), and the decays of their pairs."""
-
-    keys: jax.Array
-    values: jax.Array
-    decays: Decays
+from twotower_jax.kernels.hardware.hopper import interpreter, not_hopper
+from twotower_jax.kernels.ssd import gpu as one_tower
+from twotower_jax.kernels.ssd import two_tower_gpu as two_towers
+from twotower_jax.kernels.ssd.gpu_layout import Cut, Pairs, Programs, RowSums, Source, too_long
 
 
 class _Triangle:
@@ -124,17 +63,10 @@ def _place(cut: Cut):
 
 
 def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = False):
-    """The recurrence h' = kept · h + Σ over the chunk of (weight · value) keyᵀ, from chunk to chunk.
+    """The recurrence; see `Programs`.
 
     One block of the grid takes a head and 64 columns of its state, which never leaves the registers. Tiles of values
     and keys are under way while the one before is multiplied.
-
-    Args:
-      values: (B, L, H·P). keys: (B, L, G·N). weights: (B, H, L). kept: (B, H, L/Q). initial: (B, H, P, N).
-      backward: from the last chunk to the first.
-
-    Returns:
-      the state before each chunk (B, H, L/Q, P, N), and the one after all (B, H, P, N).
     """
     width = cut.slice_width
     edges = jax.ShapeDtypeStruct((*kept.shape, cut.head_dim, cut.state), jnp.float32)
@@ -220,19 +152,7 @@ def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces)
 
 
 def outputs(cut: Cut, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows=True):
-    """Σ over sources and columns b of (query_a · key_b) decay dt value_b, and what comes through a chunk's edge.
-
-    One block of the grid takes a tile of rows of a head.
-
-    Args:
-      queries: (B, L, G·N).
-      pairs: of each source.
-      through: None, or (scales (B, H, L), edges (B, H, L/Q, P, N)), which adds scale_a · edge query_a.
-      readers_in_rows: whether rows are readers and columns writers, or the other way round.
-
-    Returns:
-      (B, L, H·P) float32
-    """
+    """What rows read; see `Programs`. One block of the grid takes a tile of rows of a head."""
     scratch = {"queries": gpu.operand_space(queries, cut.tile, cut.state), "arrived": plgpu.Barrier(num_barriers=3)}
 
     def _outputs(inputs, output, spaces):
@@ -296,33 +216,10 @@ def _outputs_block(cut: Cut, pairs, readers_in_rows, inputs, output, spaces):
 # Gradients that sum over the heads of a group.
 
 
-class RowSums(NamedTuple):
-    """Sums over columns, of the rows' positions, (B, H, L), for the gradients of dt and of sums of log-decays.
-
-    Attributes:
-      by_decay: of every term of the loss, except for pairs of a position with itself, which do not decay.
-      by_step: the same without dt, and with these pairs; where rows are writers.
-    """
-
-    by_decay: jax.Array
-    by_step: jax.Array | None
-
-
 def group_gradients(
     cut: Cut, queries, upstream, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows
 ):
-    """The gradient of what a group shares, Σ over heads, sources and columns of (upstream_a · value_b) decay dt key_b.
-
-    One block of the grid takes a tile of rows of a group.
-
-    Args:
-      queries: (B, L, G·N), the rows' part of what is differentiated. upstream: (B, L, H·P), of the rows.
-      pairs, sources: as in `outputs`.
-      through: None, or (scales, edges) as in `outputs`, which adds Σ over heads of scale_a · upstream_a edge.
-
-    Returns:
-      the gradient (B, L, G·N) float32, `RowSums` of each source, and with `through` upstream_a edge query_a (B, H, L)
-    """
+    """The gradient of what a group shares; see `Programs`. One block of the grid takes a tile of rows of a group."""
     row = jax.ShapeDtypeStruct((cut.batch, cut.heads, cut.length), jnp.float32)
     sums = tuple(RowSums(row, None if readers_in_rows else row) for _ in sources)
     gradient = jax.ShapeDtypeStruct((cut.batch, cut.length, cut.groups * cut.state), jnp.float32)
@@ -427,3 +324,30 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
                 gpu.move(output.at[batch, group * cut.per_group + r, rows], space.at[r])
     for columns, found in zip(slices, total, strict=True):
         store(gradient.at[batch, rows, pl.ds(group * cut.state + columns.start, width)], found)
+
+
+# The scans.
+
+_PROGRAMS = Programs(states, outputs, group_gradients, gpu.TILE)
+# P and N whose tiles fit into shared memory in every kernel, as float32 too.
+_HEAD_DIMS, _STATES = (64,), (64, 128)
+
+
+def unsupported(x, dt, log_decay, b, c, *context, initial_state=None, block_size=1, chunk_size=128) -> str | None:
+    """Why the hardware cannot run `ssd`, or with a context `two_tower_ssd`, on these shapes, or None."""
+    if problem := not_hopper():
+        return problem
+    head_dim, state = x.shape[3], b.shape[3]
+    if head_dim not in _HEAD_DIMS or state not in _STATES:
+        return f"heads of {head_dim} with a state of {state} (made for heads of {_HEAD_DIMS}, states of {_STATES})"
+    return too_long(x.shape[1], chunk_size, block_size)
+
+
+def ssd(*arrays, interpret=False, **options):
+    """`kernels.ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
+    return one_tower.ssd(*arrays, programs=_PROGRAMS, interpret=interpreter(interpret), **options)
+
+
+def two_tower_ssd(*arrays, interpret=False, **options):
+    """`kernels.two_tower_ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
+    return two_towers.two_tower_ssd(*arrays, programs=_PROGRAMS, interpret=interpreter(interpret), **options)

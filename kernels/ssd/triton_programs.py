@@ -1,4 +1,4 @@
-"""The Triton programs behind scan_triton.py, which says what each computes; names of arrays and sizes are those there.
+"""The Triton programs that triton.py runs. `Programs` of gpu_layout.py says what each computes, in the same names.
 
 A program takes a tile of TILE positions (rows a), or a slice of a state's columns, of one head or group. Every size is
 a constant of the compilation, as shapes are to XLA; arrays lie as the model has them, (B, L, H·P) and (B, L, G·N).

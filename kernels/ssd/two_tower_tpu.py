@@ -1,6 +1,6 @@
 """The SSD scans of two towers in their dual form (ssd.py) as Pallas TPU kernels, forward and backward.
 
-As in ssd_tpu.py a grid step takes a chunk of R heads, and the state that goes from chunk to chunk is the context's: one
+As in tpu.py a grid step takes a chunk of R heads, and the state that goes from chunk to chunk is the context's: one
 a chunk, none a block. Inside a chunk position i reads each j ≤ i once, from the denoiser where j lies in i's own block
 and from the context where it lies in an earlier one. So both towers share one triangle of scores and decays: where the
 block of j is i's, B, x, dt and the sums q of the denoiser stand in it, elsewhere those of the context.
@@ -199,7 +199,7 @@ def _scan(cut: Layout, block_size: int, denoiser, context):
 
     Args:
       denoiser: x, b, c, dt, the coarse sums q, and the fine ones as two arrays: of the block, and before it.
-      context: x, b, dt, coarse, fine. The gradients of sums go to the fine parts, as in ssd_tpu.py.
+      context: x, b, dt, coarse, fine. The gradients of sums go to the fine parts, as in tpu.py.
     """
     (y,) = _run_forward(cut, block_size, _arrays(denoiser, context), keep_states=False)
     return y
