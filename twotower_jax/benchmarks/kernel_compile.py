@@ -7,7 +7,8 @@
 What is compiled is what runs there: Pallas kernels for TPUs (package `libtpu`) and, for h200:1, for NVIDIA Hopper
 (packages `jax-cuda13-plugin` and `jax-cuda13-pjrt`), where the scans of other GPUs are compiled as well (package
 `jax-triton`). A row per kernel: seconds to compile, and its temporary memory, which for gradients holds what the
-forward pass keeps. Experts are those of the 30B model, the only one that has any. Exit status 1 if anything does not compile.
+forward pass keeps. Experts are those of the 30B model, the only one that has any. Exit status 1 if anything does not
+compile.
 """
 
 import sys
