@@ -59,6 +59,18 @@ def _place(cut: Cut):
     return lax.div(index, cut.tiles), lax.rem(index, cut.tiles)
 
 
+def _pieces(head_dim: int):
+    """The P rows of a state, 64 at a time, which a product has; the last ones may begin among those before them."""
+    size = min(head_dim, gpu.TILE)
+    return [pl.ds(first, size) for first in [*range(0, head_dim - size, size), head_dim - size]]
+
+
+def _put_edge(space, ref):
+    """Stores a state, (P, n) in global memory, as an operand of `product`."""
+    for rows in _pieces(ref.shape[0]):
+        gpu.put_parts(space.at[:, rows], load(ref.at[rows]))
+
+
 # States.
 
 
@@ -79,7 +91,7 @@ def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = F
     spaces = {
         "staged": staged,
         "arrived": plgpu.Barrier(num_arrivals=len(staged), num_barriers=2),
-        "weighted": gpu.parts_space(cut.tile, cut.head_dim),
+        "weighted": [gpu.parts_space(cut.tile, rows.size) for rows in _pieces(cut.head_dim)],
         "keys": None if gpu.is_bfloat16(keys) else gpu.parts_space(cut.tile, width),
     }
 
@@ -96,7 +108,7 @@ def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces)
     columns = pl.ds(slice_ * width, width)
     first_key = lax.div(head, cut.per_group) * cut.state + slice_ * width
     edges, last = outputs
-    chunks = cut.length // cut.chunk
+    chunks, pieces = cut.length // cut.chunk, _pieces(cut.head_dim)
     steps = chunks * cut.tiles
 
     def chunk_of(k):
@@ -115,7 +127,7 @@ def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces)
             plgpu.copy_gmem_to_smem(source, spaces["staged"][name].at[slot], spaces["arrived"].at[slot])
 
     def added(step):
-        """What the tile of a step adds to the state."""
+        """What the tile of a step adds to each piece of the state."""
         slot = lax.rem(step, 2)
         plgpu.barrier_wait(spaces["arrived"].at[slot])
 
@@ -125,27 +137,30 @@ def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces)
             start(step + 1)
 
         staged = {name: space.at[slot] for name, space in spaces["staged"].items()}
-        value = tiled(staged["values"][...]).astype(jnp.float32)
-        gpu.put_parts(spaces["weighted"], value * load_down(staged["weights"], value.shape))
+        for space, rows in zip(spaces["weighted"], pieces, strict=True):
+            value = tiled(staged["values"][:, rows]).astype(jnp.float32)
+            gpu.put_parts(space, value * load_down(staged["weights"], value.shape))
         if spaces["keys"] is None:
             keys = spaces["staged"]["keys"].at[pl.ds(slot, 1)]
         else:
             gpu.put_parts(spaces["keys"], tiled(staged["keys"][...]))
             keys = spaces["keys"]
-        return gpu.product(spaces["weighted"], keys, TN)
+        return [gpu.product(space, keys, TN) for space in spaces["weighted"]]
 
     def through_chunk(k, state):
         place = batch, head, chunk_of(k)
-        store(edges.at[(*place, slice(None), columns)], state)
-        state = state * inputs["kept"][place]
+        for rows, piece in zip(pieces, state, strict=True):
+            store(edges.at[(*place, rows, columns)], piece)
+        state = [piece * inputs["kept"][place] for piece in state]
         for tile in range(cut.tiles):
-            state += added(k * cut.tiles + tile)
+            state = [piece + more for piece, more in zip(state, added(k * cut.tiles + tile), strict=True)]
         return state
 
     start(jnp.int32(0))
-    state = load(inputs["initial"].at[batch, head, :, columns])
+    state = [load(inputs["initial"].at[batch, head, rows, columns]) for rows in pieces]
     state = lax.fori_loop(0, chunks, through_chunk, state)
-    store(last.at[batch, head, :, columns], state)
+    for rows, piece in zip(pieces, state, strict=True):
+        store(last.at[batch, head, rows, columns], piece)
 
 
 # Outputs.
@@ -179,7 +194,7 @@ def _outputs_block(cut: Cut, pairs, readers_in_rows, inputs, output, spaces):
         scales, edges = inputs["through"]
 
         def through(edge_space):
-            gpu.put_parts(edge_space, load(edges.at[batch, head, chunk]))
+            _put_edge(edge_space, edges.at[batch, head, chunk])
             queries.wait()
             scale = load_down(scales.at[batch, head, rows], shape)
             return gpu.product(spaces["queries"], edge_space, NT) * scale
@@ -261,7 +276,7 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
                 scale = load_down(scales.at[batch, head, rows], (cut.tile, width))
                 crossing, found = 0.0, []
                 for columns, before in zip(slices, total, strict=True):
-                    gpu.put_parts(edge_space, load(edges.at[batch, head, chunk, :, columns]))
+                    _put_edge(edge_space, edges.at[batch, head, chunk, :, columns])
                     pulled = gpu.product(spaces["upstream"], edge_space, NN)
                     found.append(before + pulled * scale)
                     query = load(inputs["queries"].at[batch, rows, pl.ds(group * cut.state + columns.start, width)])
@@ -330,7 +345,7 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
 
 _PROGRAMS = Programs(states, outputs, group_gradients, gpu.TILE)
 # P and N whose tiles fit into shared memory in every kernel, as float32 too.
-_HEAD_DIMS, _STATES = (64,), (64, 128)
+_HEAD_DIMS, _STATES = (64, 80), (64, 128)
 
 
 def unsupported(x, dt, log_decay, b, c, *context, initial_state=None, block_size=1, chunk_size=128) -> str | None:
