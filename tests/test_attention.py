@@ -1,4 +1,4 @@
-"""kernels/attention.py against softmax attention under an explicit mask, in float64: the four uses of a tower."""
+"""kernels/attention/ against softmax attention under an explicit mask, in float64: the four uses of a tower."""
 
 import hypothesis
 import jax

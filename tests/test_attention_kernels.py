@@ -1,4 +1,4 @@
-"""The attention kernels of kernels/attention_tpu.py and attention_gpu.py, interpreted, against the mask in float64.
+"""The attention kernels of kernels/attention/tpu.py and mosaic_gpu.py, interpreted, against the mask in float64.
 
 Tiles are small here, so that few positions have whole ones, masked ones, ones that are cut, and ones that are left out.
 """

@@ -1,4 +1,4 @@
-"""Every implementation of kernels/block_scan.py against the literal layer in float64."""
+"""Every implementation of kernels/block_scan/ against the literal layer in float64."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The hardware kernels of kernels/experts.py, interpreted, and quantized experts, against experts one by one, float64.
+"""The hardware kernels of kernels/experts/, interpreted, and quantized experts, against experts one by one, float64.
 
 bfloat16 results are compared with float64 arithmetic that rounds where every form rounds: the hidden layer before and
 after the activation, each expert's output, and the sum. What is left is a rounding that falls the other way.

@@ -1,4 +1,4 @@
-"""kernels/experts.py against every row through every expert, in float64."""
+"""kernels/experts/ against every row through every expert, in float64."""
 
 import functools
 

@@ -24,10 +24,16 @@ def _constants(cut: Cut) -> dict[str, int]:
         "HEADS": cut.heads,
         "GROUPS": cut.groups,
         "HEAD_DIM": cut.head_dim,
+        "PADDED_DIM": _power_of_two(cut.head_dim),
         "STATE": cut.state,
         "CHUNK": cut.chunk,
         "TILE": cut.tile,
     }
+
+
+def _power_of_two(count: int) -> int:
+    """The least that is not smaller."""
+    return 1 << (count - 1).bit_length()
 
 
 def _of_pairs(pairs: Pairs, readers_in_rows: bool) -> dict[str, int | bool]:
@@ -88,7 +94,7 @@ def group_gradients(
         passed = gradient is None and through is not None
         scales, edges = through if passed else (none, none)
         flags = {
-            "PADDED_HEADS": 1 << (cut.per_group - 1).bit_length(),
+            "PADDED_HEADS": _power_of_two(cut.per_group),
             "THROUGH": passed,
             "ADDED": gradient is not None,
             "EXACT_AS_IS": _exact_as_is(cut, queries, keys),
@@ -111,7 +117,7 @@ def group_gradients(
 
 _PROGRAMS = Programs(states, outputs, group_gradients, tile=32)  # Of 64, they would keep more than the registers hold.
 # P and N whose tiles fit into shared memory and registers; sizes of tensors are powers of two.
-_HEAD_DIMS, _STATES = (16, 32, 64), (16, 32, 64, 128)
+_HEAD_DIMS, _STATES = (16, 32, 64, 80), (16, 32, 64, 128)
 # Compute capability of Ampere, the first with TF32.
 _OLDEST = 8.0
 
