@@ -8,6 +8,15 @@ and a block of few tokens its few columns:
     M_ji = exp(a_i − a_j) dt_j (B_j·C_i) for j < i,  dt_i (B_i·C_i) + D for j = i,  0 for j > i
     yᵀ   = (h Cᵀ) ∘ exp(a_i) + xᵀ M           h' = exp(a_S) h + (w ∘ x)ᵀ B
 
+    C, Cᵀ      c_smem, c_columns     (S, N) of the group, after the convolution
+    B          b_smem, b_rows        (S, N)
+    B·C        scores                (64, S), B_j·C_i with j along the rows
+    a          coarse + fine         (64, S), of i along the columns; by rows in sums_smem
+    M          mixing_smem           (64, S), of one head
+    x, w ∘ x   x_smem, weighted_smem (S, 64), of 64 places of the head
+    h          state                 (64, N), of these places
+    h Cᵀ, xᵀ M across, within        (64, S)
+
 Where P is no multiple of 64, the last product of a head begins earlier, and computes some rows once more.
 
 Products are as exact as float32: operands of that type are cut into parts (numerics/split.py), the state's in

@@ -1,7 +1,19 @@
 """The SSD scans of one tower and of two in Pallas Mosaic GPU, for NVIDIA Hopper.
 
 What is done is what gpu.py and two_tower_gpu.py do. Here are the three kernels that they are composed of
-(gpu_layout.py says which, and what each computes), which take tiles of 64 positions.
+(gpu_layout.py says which, and what each computes), which take tiles of t = 64 positions. In their maths a is a
+position of the tile of rows, b of a tile of columns of the same chunk, and r a head of the group:
+
+    query_a, key_b (N)               queries, keys        B or C of the group
+    upstream_a, value_b (P)          upstream, values     dy or x of head r
+    exp(q_i − k_j)                   decay                (t, t), 0 where the pair is not seen; a and b are i and j
+    dt_j                             step_size            (t, t), of the writer
+    query_a · key_b                  scores               (t, t), of all heads
+    (upstream_a · value_b) decay     mixed                (t, t), of head r; in `outputs` (query_a · key_b) decay dt
+    Σ_r mixed dt                     dscores              (t, t), the gradient of scores
+    Σ_b mixed scores                 by_step              (t,), of head r; times dt, `by_decay`
+    h or g at the chunk's edge       edges                (P, N), which `through` scales by exp(a) or w
+    (upstream_a edge)                pulled               (t, N); · query_a, `crossing`
 """
 
 import jax
@@ -269,8 +281,10 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
     if inputs["through"] is not None:
         scales, edges = inputs["through"]
 
-        def through(edge_space, total=total):
-            def step(r, total):
+        def pull_through_edge(edge_space, total=total):
+            """Adds what the state at the chunk's edge contributes, head by head."""
+
+            def of_head(r, total):
                 head = group * cut.per_group + r
                 upstream.get((batch, rows, cut.of_head(head)))
                 scale = load_down(scales.at[batch, head, rows], (cut.tile, width))
@@ -284,18 +298,27 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
                 store(crossed.at[batch, head, rows], crossing)
                 return found
 
-            return lax.fori_loop(0, cut.per_group, step, total)
+            return lax.fori_loop(0, cut.per_group, of_head, total)
 
-        total = pl.run_scoped(through, gpu.parts_space(cut.head_dim, width))
+        total = pl.run_scoped(pull_through_edge, gpu.parts_space(cut.head_dim, width))
+
+    def clear_sums():
+        for space in jax.tree.leaves(spaces["sums"]):
+            for r in range(cut.per_group):
+                gpu.clear(space.at[r])
+
+    def move_sums(sums):
+        for output, space in zip(jax.tree.leaves(sums), jax.tree.leaves(spaces["sums"]), strict=True):
+            for r in range(cut.per_group):
+                gpu.move(output.at[batch, group * cut.per_group + r, rows], space.at[r])
 
     for which, source, sums in zip(pairs, inputs["sources"], row_sums, strict=True):
 
-        def within(key_space, value_space, mixed_space, which=which, source=source, total=total):
+        def add_columns(key_space, value_space, mixed_space, which=which, source=source, total=total):
+            """Adds what a source's tiles of columns contribute, and sums over them what each row's decays move."""
             keys = gpu.Operand(source.keys, key_space, arrived.at[2])
             values = gpu.Operand(source.values, value_space, arrived.at[3])
-            for space in jax.tree.leaves(spaces["sums"]):
-                for r in range(cut.per_group):
-                    gpu.clear(space.at[r])
+            clear_sums()
 
             def of_column(column, total):
                 columns = cut.of_tile(chunk, column)
@@ -329,14 +352,12 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
             return lax.fori_loop(*which.tiles(cut, row, readers_in_rows), of_column, total)
 
         total = pl.run_scoped(
-            within,
+            add_columns,
             gpu.operand_space(source.keys, cut.tile, cut.state),
             gpu.operand_space(source.values, cut.tile, cut.head_dim),
             gpu.parts_space(cut.tile, cut.tile),
         )
-        for output, space in zip(jax.tree.leaves(sums), jax.tree.leaves(spaces["sums"]), strict=True):
-            for r in range(cut.per_group):
-                gpu.move(output.at[batch, group * cut.per_group + r, rows], space.at[r])
+        move_sums(sums)
     for columns, found in zip(slices, total, strict=True):
         store(gradient.at[batch, rows, pl.ds(group * cut.state + columns.start, width)], found)
 

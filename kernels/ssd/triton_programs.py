@@ -3,6 +3,19 @@
 A program takes a tile of TILE positions (rows a), or a slice of a state's columns, of one head or group. Every size is
 a constant of the compilation, as shapes are to XLA; arrays lie as the model has them, (B, L, H·P) and (B, L, G·N).
 Sizes of tensors are powers of two: of PADDED_DIM places p of a head the first HEAD_DIM are real, the others zeros.
+Positions of the tile of rows are a, of a tile of columns of the same chunk b, and r is a head of the group:
+
+    query_a, key_b (N)               query, key           B or C of the group
+    upstream_a, value_b (P)          up, value            dy or x of head r
+    exp(q_i − k_j)                   decay                (TILE, TILE), 0 where the pair is not seen
+    dt_j                             step_size            (TILE, 1) or (1, TILE), of the writer
+    query_a · key_b                  scores               of all heads
+    (upstream_a · value_b) decay     mixed                of head r; in `outputs` (query_a · key_b) decay dt
+    Σ_r mixed dt                     dscores              the gradient of scores
+    Σ_b mixed scores                 step_sums            (heads, TILE); times dt, decay_sums
+    h or g at the chunk's edge       edge                 (P, N), of which a row sees so much: scale
+    upstream_a edge                  pulled               (TILE, N); · query_a, crossed
+
 Products of float32 are sums of three of TF32, which keep 21 bits or more. Where EXACT_AS_IS, queries and keys are both
 bfloat16, whose products are exact.
 """
@@ -261,6 +274,7 @@ def group_gradients(
     place = row * (GROUPS * STATE) + group * STATE + n[None, :]
     query = tl.load(queries + place)
     total = tl.load(before + place) if ADDED else tl.full((TILE, STATE), 0.0, tl.float32)
+    # Through the state at the chunk's edge, head by head.
     if THROUGH:
         for r in range(HEADS // GROUPS):
             head = group * (HEADS // GROUPS) + r
@@ -274,7 +288,7 @@ def group_gradients(
     if not EXACT_AS_IS:
         query = query.to(tl.float32)
 
-    # A row of each for every head, in registers; heads are padded to a power of two.
+    # From the tiles of columns. Sums have a row for every head, in registers; heads are padded to a power of two.
     heads = tl.arange(0, PADDED_HEADS)
     decay_sums = tl.full((PADDED_HEADS, TILE), 0.0, tl.float32)
     step_sums = tl.full((PADDED_HEADS, TILE), 0.0, tl.float32)
