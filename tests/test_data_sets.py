@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from twotower_jax.data import PackedSequences, TrainingData, pack_documents, save_tokenizer, train_tokenizer
 from twotower_jax.data.documents import DataError, held_out
 from twotower_jax.data.megatron import MegatronDocuments, is_megatron
 from twotower_jax.data.mixture import Mixture
 from twotower_jax.data.opening import Data, Packing
+from twotower_jax.data.prepare import prepare
 from twotower_jax.data.prepared import Manifest, PreparedDocuments, is_prepared, read_manifest, verify
 from twotower_jax.data.shards import RECORD_TOKENS, ShardReader, ShardWriter
 
@@ -408,3 +410,12 @@ def test_resuming_on_other_shards_is_refused(tmp_path, tokenizer):
     )
     with pytest.raises(ValueError, match=r"\(saved -> now\): sha256 \w+ -> \w+$"):
         second.set_state(first.get_state())
+
+
+def test_tokens_of_a_vocabulary_with_holes_do_not_wrap(tmp_path):
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<SPECIAL_3>": 3, "a": 4, "b": 71_023}
+    sparse = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    (tmp_path / "a.txt").write_text("abba")
+    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", sparse, quiet=True)
+    assert (manifest.dtype, manifest.vocab_size) == ("uint32", 71_024)
+    assert PreparedDocuments(tmp_path / "out", "train").read(0, 5).tolist() == [4, 71_023, 71_023, 4, 2]

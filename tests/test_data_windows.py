@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from twotower_jax.data import EOS_ID, PAD_ID, PackedSequences, TrainingData, validation_batches
@@ -75,6 +75,23 @@ def test_windows_equal_literal_packing(lengths, align, blocks, leave_out, seed):
         assert {name: value.tolist() for name, value in found.items()} == wanted
     with pytest.raises(IndexError, match=f"no window {len(expected)} among {len(expected)}"):
         windows[len(expected)]
+
+
+@settings(max_examples=150)
+@given(lengths, st.sampled_from([1, 2, 8]), st.integers(1, 4), st.floats(0.05, 0.7), st.integers(0, 2**32 - 1))
+@example([5, 7, 1, 8], 8, 1, 0.0, 0)  # the second document is left out
+def test_counted_tokens_belong_to_kept_documents(lengths, align, blocks, fraction, seed):
+    left_out = held_out(0, len(lengths), fraction=fraction, seed=seed) if fraction else np.array([0, 1, 0, 0], bool)
+    # Every token tells its document.
+    arrays = [np.full(n, 4 + number, np.int32) for number, n in enumerate(lengths)]
+    for kept in (left_out, ~left_out):
+        line = literal_windows([a for a, k in zip(arrays, kept, strict=True) if k], align * blocks, align)
+        if line:
+            windows = open_windows(arrays, align * blocks, align=align, keep=lambda a, b, kept=kept: kept[a:b])
+            found = [windows[i] for i in range(len(windows))]
+            assert [{name: value.tolist() for name, value in window.items()} for window in found] == line
+            counted = np.concatenate([window["ids"][window["counted"]] for window in found])
+            assert kept[counted - 4].all()
 
 
 @given(lengths, st.integers(1, 12), st.booleans())

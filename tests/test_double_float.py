@@ -5,6 +5,7 @@ here are what was measured, rounded up: dot 2⁻³⁶ of max|x|·Σ|w| at widths
 for arguments within ±60. Beyond, the low part of e⁻ˣ is too small for float32, and what is left is 1e-26 of a score.
 """
 
+import functools
 from fractions import Fraction
 
 import hypothesis
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 from twotower_jax.kernels.numerics import double_float
+from twotower_jax.kernels.numerics.choice import choose_experts
 from twotower_jax.layers.experts import Router
 from twotower_jax.parameters import Scope, bind
 
@@ -196,15 +198,15 @@ def near_ties(seed, config, tokens):
     return x, weight, np.concatenate([bias, bias])
 
 
+@pytest.mark.parametrize("arithmetic", ["float64", "pairs"])
 @pytest.mark.parametrize("width, groups, kept", [(64, 1, 1), (1000, 1, 1), (64, 8, 4), (64, 4, 1), (64, 16, 15)])
-def test_the_router_never_flips_a_choice(small_config, width, groups, kept):
+def test_the_router_never_flips_a_choice(small_config, width, groups, kept, arithmetic):
     config = small_config(
         "E", hidden_size=width, n_routed_experts=64, num_experts_per_tok=6, n_group=groups, topk_group=kept
     )
-    module = Router(config, Scope(("",)))
     x, weight, bias = near_ties(groups, config, 20_000)
-    run = jax.jit(lambda w, b, x: bind(module, {"weight": w, "bias": b}).choose(x))
-    found = np.asarray(run(weight, bias, x))
+    options = {"count": 6, "groups": groups, "kept_groups": kept, "arithmetic": arithmetic}
+    found = np.asarray(jax.jit(functools.partial(choose_experts, **options))(x, weight, bias))
     expected, gap = choose_in_float64(config, x, weight, bias)
     clear = gap > 1e-9
     assert np.mean(clear) > 0.5
@@ -231,6 +233,16 @@ def test_router_weights_are_unbiased_and_scaled(small_config):
         if normalized:
             chosen = chosen / chosen.sum(-1, keepdims=True)
         np.testing.assert_allclose(gates, chosen * scale, rtol=2e-6)
+
+
+def test_the_router_computes_in_what_its_platform_has(small_config):
+    """Float64 where programs are compiled for CPUs, pairs where they are compiled for TPUs; one of the two."""
+    module = Router(small_config("E"), Scope(("",)))
+    weights = {"weight": np.ones((16, 8), np.float32), "bias": np.zeros(8, np.float32)}
+    traced = jax.jit(lambda x: bind(module, weights).choose(x)).trace(np.ones((4, 16), np.float32))
+    texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")}
+    assert "f64" in texts["cpu"] and "optimization_barrier" not in texts["cpu"]
+    assert "f64" not in texts["tpu"] and "optimization_barrier" in texts["tpu"]
 
 
 def test_groups_left_out_count_as_zero_not_as_never(small_config):

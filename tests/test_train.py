@@ -172,7 +172,6 @@ def test_a_workdir_belongs_to_one_run(backbone_run, train_text, tmp_path, quiet)
         ({"learning_rate": 0.5}, "learning_rate 0.02 -> 0.5"),
         ({"batch_size": 4}, "batch_size 5 -> 4"),
         ({"objective": "denoiser"}, "objective 'autoregressive' -> 'denoiser'"),
-        ({"variant": Variant(context="tied")}, "variant.context 'frozen' -> 'tied'"),
         ({"model": dict(config.model) | {"chunk_size": 8}}, "model.chunk_size 16 -> 8"),
     ]:
         with pytest.raises(ValueError, match="holds another run") as error:

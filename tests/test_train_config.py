@@ -12,11 +12,14 @@ import ml_collections
 import numpy as np
 import pytest
 from absl import flags
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_collections import config_flags
 
 from twotower_jax import parameters
 from twotower_jax.config import Variant
 from twotower_jax.parameters import flatten, parameter_table, unflatten
+from twotower_jax.shares import ceil_share
 from twotower_jax.train.config import TrainConfig, base_config, freeze
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.schedule import BlockStage, WarmupStableDecay, block_stages, learning_rate
@@ -61,6 +64,14 @@ def config_file(name: str):
         ({"seed": -1}, "seed=-1"),
         ({"sequence_length": 100, "block_size": 16}, "sequence_length=100 is not a multiple of the block size 16"),
         ({"block_size": 0}, "block_size=0"),
+        (
+            {"block_size": 16, "block_curriculum": ((0.0, 8),)},
+            "block_size=16 and block_curriculum=((0.0, 8),) contradict",
+        ),
+        ({"accumulate": 3, "batch_size": 4}, "accumulate=3 does not divide batch_size=4"),
+        ({"variant": {"context": "tied"}}, "changes nothing with objective='autoregressive'"),
+        ({"sample_prompts": ("a",)}, "change nothing with sample_every=0"),
+        ({"model": {"conv_kernel": 1}}, "conv_kernel=1 must be at least 2"),
         ({"objective": "denoiser", "sequence_length": 80}, "sequence_length=80 is not a multiple of the block size 32"),
         ({"block_curriculum": ((0.5, 16),)}, "must start at fraction 0"),
         ({"block_curriculum": ((0.0, 16), (0.7, 8), (0.6, 4))}, "increasing"),
@@ -73,7 +84,7 @@ def config_file(name: str):
         ({"model": {"n_groups": 3}}, "n_groups=3 does not divide mamba_num_heads=4"),
         ({"model": {"no_such_field": 3}}, "model has no field 'no_such_field'"),
         ({"no_such_field": 3}, "there is no field 'no_such_field'"),
-        ({"variant": {"context_loss": True}}, "context_loss=True with context='frozen'"),
+        ({"objective": "denoiser", "variant": {"context_loss": True}}, "context_loss=True with context='frozen'"),
         ({"variant": {"no_such_field": 3}}, "no_such_field"),
     ],
 )
@@ -96,10 +107,23 @@ def test_base_config_holds_every_field_with_its_default():
     assert freeze(base_config(MODEL)) == TrainConfig(model=base_config(MODEL).model.to_dict())
 
 
-def test_a_given_block_size_wins_over_the_curriculum(train_config):
+def test_a_block_size_or_a_curriculum_gives_the_stages(train_config):
     config = train_config(objective="denoiser", block_size=None, block_curriculum=((0.0, 32), (2 / 3, 16)))
     assert block_stages(config) == (BlockStage(0, 8, 32), BlockStage(8, 12, 16))
-    assert block_stages(dataclasses.replace(config, block_size=4)) == (BlockStage(0, 12, 4),)
+    assert block_stages(train_config(objective="denoiser", block_size=4)) == (BlockStage(0, 12, 4),)
+
+
+@given(st.integers(1, 99), st.integers(1, 10_000))
+def test_borders_are_what_a_person_computes(hundredths, steps):
+    fraction = hundredths / 100
+    exact = hundredths * steps // 100
+    settings = {"objective": "denoiser", "block_curriculum": ((0.0, 32), (fraction, 16)), "warmup_fraction": fraction}
+    config = base_config(MODEL)
+    config.update(settings | {"steps": steps, "decay_fraction": 0.0})
+    frozen = freeze(config)
+    assert [stage.start for stage in block_stages(frozen)] == [0, exact]
+    assert learning_rate(frozen).warmup_steps == exact
+    assert ceil_share(fraction, steps) == -(-hundredths * steps // 100)
 
 
 def test_warmup_stable_decay():
@@ -145,6 +169,7 @@ def test_every_config_is_mutable_until_frozen():
         config = config_file(path.stem)
         assert isinstance(config, ml_collections.ConfigDict)
         config.steps, config.block_size, config.variant.context = 50, 16, "tied"
+        config.objective = "denoiser"
         frozen = freeze(config)
         assert (frozen.steps, frozen.block_size, frozen.variant.context) == (50, 16, "tied")
         assert unflatten(flatten(frozen.model)) == frozen.model

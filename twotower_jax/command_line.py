@@ -44,7 +44,10 @@ def fail(message: str, status: int) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        nones = [word for word in argv if word.startswith("--config.") and word.endswith("=None")]
+        rest = flags.FLAGS([word for word in argv if word not in nones])
+        for word in nones:
+            _set_none(word)
     except SystemExit:  # absl's --help, after which it exits with 1
         sys.exit(0)
     except Exception as error:  # noqa: BLE001: a config file is the user's own code and may raise anything
@@ -54,6 +57,15 @@ def _parse(argv: Sequence[str]) -> list[str]:
         # JAX reports every accelerator that it did not find at absl's default level.
         logging.set_verbosity(logging.WARNING)
     return rest
+
+
+def _set_none(word: str) -> None:
+    """--config.FIELD=None, which the parsers of typed fields refuse or take for text; `freeze` says who may be None."""
+    *parents, field = word.removeprefix("--config.").removesuffix("=None").split(".")
+    config = flags.FLAGS.config
+    for parent in parents:
+        config = config[parent]
+    config[field] = None
 
 
 def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:

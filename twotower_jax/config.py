@@ -89,6 +89,7 @@ class ModelConfig:
         for name in positive:
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive with layers {pattern!r}")
         if "M" in pattern:
+            check(self.conv_kernel >= 2, f"conv_kernel={self.conv_kernel} must be at least 2: it reaches back in time")
             self._check_divides("n_groups", "mamba_num_heads")
         if "*" in pattern:
             self._check_divides("num_key_value_heads", "num_attention_heads")

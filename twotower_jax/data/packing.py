@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from twotower_jax.data.documents import ArrayDocuments
 from twotower_jax.data.tokenizer import EOS_ID, encode
 from twotower_jax.data.windows import DocumentWindows
+from twotower_jax.shares import ceil_share
 from twotower_jax.tokens import check_ids
 
 
@@ -77,7 +78,9 @@ def pack_documents(
     """Tokenizes, shuffles, splits and packs documents; returns training and validation windows.
 
     The held-out documents are the first of the shuffled order that together hold `validation_fraction` of all tokens
-    and at least one window; no window mixes them with training documents. With a fraction of 0 nothing is held out
+    and at least one window; no window mixes them with training documents. Where they would leave less than a window to
+    train on (a single long document, for one), the last of them is divided: its tail is held out and its head trains.
+    With a fraction of 0 nothing is held out
     and the validation windows are None. `seed` decides the order and the split. With `align`, every document begins at
     a multiple of it and the windows tell where; see `DocumentWindows`.
 
@@ -105,15 +108,19 @@ def pack_documents(
     if validation_fraction == 0:
         return pack(0, len(arrays)), None
 
-    wanted = max(validation_fraction * total, sequence_length)
+    wanted = max(ceil_share(validation_fraction, total), sequence_length)
     held_out = np.searchsorted(ends, wanted) + 1  # the fewest documents that together hold that many tokens
     first = min(held_out, len(arrays))
     split = ends[first - 1]
-    if total - split < sequence_length:
+    if total - split < sequence_length <= total - wanted:
+        # The last of them is divided: its tail is held out, its head trains.
+        tail = wanted - (split - len(arrays[first - 1]))
+        arrays[first - 1 : first] = [arrays[first - 1][-tail:], arrays[first - 1][:-tail]]
+    elif total - split < sequence_length:
         raise ValueError(
             f"{len(arrays)} documents with {total} tokens do not give one window of sequence_length "
-            f"{sequence_length} each to training and to validation (validation_fraction {validation_fraction}, whole "
-            "documents are held out): give more documents, a smaller sequence_length, or validation_fraction 0"
+            f"{sequence_length} each to training and to validation (validation_fraction "
+            f"{validation_fraction}): give more text, a smaller sequence_length, or validation_fraction 0"
         )
     return pack(first, len(arrays)), pack(0, first)
 

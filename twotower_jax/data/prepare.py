@@ -39,7 +39,7 @@ from twotower_jax.data.documents import DataError
 from twotower_jax.data.inputs import File, Row, Slice
 from twotower_jax.data.prepared import TRAIN, VALIDATION, Manifest, read_json, read_manifest, write_json
 from twotower_jax.data.shards import Shard, ShardWriter
-from twotower_jax.data.tokenizer import EOS_ID, encode, load_tokenizer, save_tokenizer
+from twotower_jax.data.tokenizer import EOS_ID, encode, id_range, load_tokenizer, save_tokenizer
 
 _PROGRESS, _PLAN = "progress", "plan.json"
 
@@ -210,7 +210,7 @@ def _complete(
     listed = [shard for part in parts for shard in part.shards]
     manifest = Manifest(
         tokenizer_sha256=shards.size_and_sha256(output / "tokenizer.json")[1],
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=id_range(tokenizer),
         dtype=_dtype(tokenizer).name,
         settings=dataclasses.asdict(settings),
         inputs=[{"path": file.path, "size": file.size} for file in files],
@@ -372,7 +372,7 @@ def _is_held_out(text: str, settings: Settings) -> bool:
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
+    return np.dtype("<u2" if max(id_range(tokenizer), EOS_ID + 1) <= 1 << 16 else "<u4")
 
 
 @contextlib.contextmanager

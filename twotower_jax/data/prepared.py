@@ -40,7 +40,7 @@ class Manifest:
 
     Attributes:
       tokenizer_sha256: of tokenizer.json.
-      vocab_size: number of the tokenizer's tokens.
+      vocab_size: the tokenizer's largest id plus one.
       dtype: of the tokens in the shards, "uint16" or "uint32", little-endian.
       settings: with which the data were made.
       inputs: path as it was given, and size in bytes, of each file read, in order.

@@ -53,6 +53,8 @@ class ShardWriter:
             raise ValueError(f"a document of {len(ids)} tokens is too long; {_LONGEST_DOCUMENT} is the limit")
         self._lengths.append(len(ids))
         self.tokens += len(ids)
+        if len(ids) and not 0 <= ids.min() <= ids.max() <= np.iinfo(self._dtype).max:
+            raise ValueError(f"{self._path}: token ids {ids.min()} to {ids.max()} do not fit {self._dtype.name}")
         waiting = np.concatenate([self._waiting, ids.astype(self._dtype)])
         whole = len(waiting) // RECORD_TOKENS * RECORD_TOKENS
         self._write(waiting[:whole])

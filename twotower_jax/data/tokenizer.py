@@ -94,6 +94,11 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     return arrays
 
 
+def id_range(tokenizer: Tokenizer) -> int:
+    """The least number that is larger than every id of the tokenizer: with holes, more than it has tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
     """Makes the tokenizer treat special tokens in text as text, and drops length limits that a file may carry."""
     tokenizer.encode_special_tokens = True

@@ -159,7 +159,8 @@ class DocumentWindows(Unloaded):
         spans = self._spans(number, lengths)
         line = self._sums[1, first] + _before(spans)
         raw = self._sums[0, first] + _before(lengths)
-        hit = (line < stop) & (line + spans > start)
+        # A document that is left out takes no place, wherever the line stands when its turn comes.
+        hit = (line < stop) & (line + spans > start) & (spans > 0)
         return line[hit], raw[hit], lengths[hit], spans[hit]
 
     def _read_runs(self, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
 from twotower_jax.kernels.experts import ROUTING, Weights
-from twotower_jax.kernels.numerics import double_float
+from twotower_jax.kernels.numerics.choice import choose_experts
 from twotower_jax.layers import expert_parallel
 from twotower_jax.layers.common import ACTIVATIONS, Linear
 from twotower_jax.parameters import GROUPS, LINEAR, Scope, at_rest, constant, normal, use
@@ -48,9 +48,8 @@ class MLP(nnx.Module):
 class Router(nnx.Module):
     """Chooses the experts of each token.
 
-    The choice is made in about 40 bits, as the published code makes it in float64: on scores + bias, with the scores
-    of a pair of experts often closer than float32 resolves. The weights of the chosen are ordinary float32, unbiased,
-    and carry the gradient.
+    The choice is made on scores + bias in more bits than float32 has (`choose_experts`). The weights of the chosen are
+    ordinary float32, unbiased, and carry the gradient.
     """
 
     def __init__(self, config: ModelConfig, scope: Scope):
@@ -92,24 +91,10 @@ class Router(nnx.Module):
         return self(x)[0]
 
     def _choose(self, x, weight, bias):
-        scores = double_float.sigmoid(double_float.dot(x, weight))
-        bias = jnp.broadcast_to(bias, scores[0].shape)
-        scores = double_float.add(scores, (bias, jnp.zeros_like(bias)))
-        if self.config.n_group > 1:
-            scores = self._keep_best_groups(scores)
-        return double_float.top_k(scores, self.config.num_experts_per_tok)
-
-    def _keep_best_groups(self, scores: double_float.Pair) -> double_float.Pair:
-        """Sets to 0 the scores outside the `topk_group` groups whose best two sum highest."""
-        groups = self.config.n_group
-        grouped = tuple(v.reshape(v.shape[0], groups, -1) for v in scores)
-        best = double_float.top_k(grouped, 2)
-        first, second = (
-            tuple(jnp.take_along_axis(v, best[..., i : i + 1], axis=-1)[..., 0] for v in grouped) for i in range(2)
+        c = self.config
+        return choose_experts(
+            *(x, weight, bias), count=c.num_experts_per_tok, groups=c.n_group, kept_groups=c.topk_group
         )
-        kept = double_float.top_k(double_float.add(first, second), self.config.topk_group)
-        keep = jnp.any(kept[..., None] == jnp.arange(groups), axis=-2)
-        return tuple(jnp.where(keep[..., None], v, 0.0).reshape(scores[0].shape) for v in grouped)
 
 
 class Routing(NamedTuple):

@@ -63,7 +63,7 @@ class TrainConfig:
     # or a .json file that mixes several by weight. "" is the documentation shipped with Python. See docs/data.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
-    # counts for nothing.
+    # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
     reset_at_documents: bool = False
     # Of the tokenizer trained on that text, at most. Unused with init_from.
     vocab_size: int = 2048
@@ -74,7 +74,8 @@ class TrainConfig:
     sequence_length: int = 256
     batch_size: int = 8
     steps: int = 1000
-    # Tokens in a block of the denoiser. None follows block_curriculum: from each fraction of the steps on, a size.
+    # Tokens in a block of the denoiser; a curriculum of one's own beside it is refused. None follows
+    # block_curriculum: from each fraction of the steps on, a size.
     block_size: int | None = None
     block_curriculum: tuple = ((0.0, 32), (2 / 3, 16))
     # AdamW under warmup-stable-decay: fractions of the steps in which the rate rises linearly from 0 and, at the end,
@@ -133,6 +134,14 @@ class TrainConfig:
             0 <= self.validation_fraction < 1,
             f"validation_fraction={self.validation_fraction} must be at least 0 and less than 1",
         )
+        _check(
+            self.batch_size % self.accumulate == 0,
+            f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}",
+        )
+        _check(
+            self.objective == "denoiser" or self.variant == Variant(),
+            f"variant={self.variant} changes nothing with objective={self.objective!r}: it needs objective='denoiser'",
+        )
         self._check_optimizer()
         self._check_blocks()
         self._check_samples()
@@ -173,11 +182,27 @@ class TrainConfig:
                 self.sequence_length % size == 0,
                 f"sequence_length={self.sequence_length} is not a multiple of the block size {size}",
             )
+        align = math.lcm(*self.block_sizes)
+        _check(
+            not self.reset_at_documents or self.sequence_length % align == 0,
+            f"reset_at_documents=True begins documents at multiples of {align}, the least common multiple of the block "
+            f"sizes, of which sequence_length={self.sequence_length} is none",
+        )
+        default = type(self).block_curriculum
+        _check(
+            self.block_size is None or self.block_curriculum == default,
+            f"block_size={self.block_size} and block_curriculum={self.block_curriculum} contradict each other: leave "
+            "one out, or set block_size=None",
+        )
 
     def _check_samples(self):
         ok = all(isinstance(prompt, str) and prompt for prompt in self.sample_prompts)
         _check(ok, f"sample_prompts={self.sample_prompts!r} must be texts that are not empty")
         _check(self.sample_tokens >= 1, f"sample_tokens={self.sample_tokens} must be at least 1")
+        _check(
+            self.sample_every or not self.sample_prompts,
+            f"sample_prompts={self.sample_prompts!r} change nothing with sample_every=0",
+        )
         if self.sample_every:
             _check(self.sample_prompts, f"sample_every={self.sample_every} needs sample_prompts")
             _check(self.objective == "denoiser", f"sample_every={self.sample_every} needs objective='denoiser'")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twotower_jax.shares import floor_share
 from twotower_jax.train.config import TrainConfig
 
 
@@ -50,8 +51,8 @@ def learning_rate(config: TrainConfig) -> WarmupStableDecay:
         peak=config.learning_rate,
         final=config.final_learning_rate,
         steps=config.steps,
-        warmup_steps=int(config.warmup_fraction * config.steps),
-        decay_steps=int(config.decay_fraction * config.steps),
+        warmup_steps=floor_share(config.warmup_fraction, config.steps),
+        decay_steps=floor_share(config.decay_fraction, config.steps),
     )
 
 
@@ -72,6 +73,6 @@ def block_stages(config: TrainConfig) -> tuple[BlockStage, ...]:
         return (BlockStage(0, config.steps, config.sequence_length),)
     if config.block_size is not None:
         return (BlockStage(0, config.steps, config.block_size),)
-    starts = [int(fraction * config.steps) for fraction, _ in config.block_curriculum]
+    starts = [floor_share(fraction, config.steps) for fraction, _ in config.block_curriculum]
     sizes = [size for _, size in config.block_curriculum]
     return tuple(map(BlockStage, starts, [*starts[1:], config.steps], sizes))

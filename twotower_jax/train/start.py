@@ -1,5 +1,6 @@
 """What a run starts from: tokenizer, model shape, first parameters, and the data as windows of tokens."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from twotower_jax.config import ModelConfig
 from twotower_jax.data import load_tokenizer
 from twotower_jax.data.mixture import Mixture
 from twotower_jax.data.opening import Data, Packing, Windows
+from twotower_jax.data.tokenizer import id_range
 from twotower_jax.data.windows import Concatenation
 from twotower_jax.parameters import Params, parameter_table, unflatten
 from twotower_jax.sharding import MeshShape, check_fits, stored_sharding
@@ -61,14 +63,23 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
         variant = None if config.objective == "autoregressive" else config.variant
         loaded = load(config.init_from, variant, config.execution, mesh=mesh)
         tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
-        if tokenizer.get_vocab_size() > model.vocab_size:
+        if (used := id_range(tokenizer)) > model.vocab_size:
             raise ValueError(
-                f"{loaded.tokenizer_folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, more than the "
+                f"{loaded.tokenizer_folder}: the tokenizer gives ids up to {used - 1}, which lie outside the "
                 f"model's vocab_size {model.vocab_size}"
             )
     else:
         tokenizer = data.tokenizer(config.vocab_size)
-        model = config.model_config(tokenizer.get_vocab_size())
+        model = config.model_config(id_range(tokenizer))
+    if (
+        config.objective == "denoiser"
+        and config.variant.bidirectional_mamba
+        and "M" not in model.hybrid_override_pattern
+    ):
+        raise ValueError(
+            "variant.bidirectional_mamba=True changes nothing: "
+            f"hybrid_override_pattern={model.hybrid_override_pattern!r} has no Mamba-2 layer"
+        )
     if mesh is not None:
         rows = config.batch_size // config.accumulate
         for block_size in config.block_sizes:
@@ -78,7 +89,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
         vocab_size=model.vocab_size,
         validation_fraction=config.validation_fraction,
         seed=config.seed,
-        align=max(config.block_sizes) if config.reset_at_documents else None,
+        align=math.lcm(*config.block_sizes) if config.reset_at_documents else None,
     )
     training, validation = data.windows(tokenizer, packing)
     objective = make_objective(config, model)
