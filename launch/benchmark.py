@@ -14,6 +14,9 @@ python launch/benchmark.py data
 python launch/benchmark.py kills --kills=30 --terms=20
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import importlib
 import pkgutil
 import sys

@@ -13,6 +13,9 @@ Topologies are TPUs, such as v5p:8x8x4, v6e:16x16 or tpu7x:4x4x8 (package libtpu
 does not fit or holds a buffer that the design rules out. A step of the 30B model takes 10 GB of memory to compile.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import json
 import os
 import pathlib
@@ -39,8 +42,10 @@ SERVE = flags.DEFINE_bool("serve", False, "Compile generation on one device inst
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "With --serve: rows together.", lower_bound=1)
 CAPACITY = flags.DEFINE_integer("capacity", 4096, "With --serve: positions of a row.", lower_bound=1)
 QUANTIZE = flags.DEFINE_enum("quantize", None, list(METHODS), "With --serve: weights in fewer bits.")
-JSON = flags.DEFINE_string("json", None, "Also write the figures to this file, a JSON list.")
-TABLE = flags.DEFINE_string("table", None, "A JSON file with the rows of docs/scale.md, to be completed and printed.")
+JSON = command_line.DEFINE_path("json", None, "Also write the figures to this file, a JSON list.")
+TABLE = command_line.DEFINE_path(
+    "table", None, "A JSON file with the rows of docs/scale.md, to be completed and printed."
+)
 PRICES = flags.DEFINE_list("prices", [], "With --table: dollars an hour of a chip, GENERATION=DOLLARS.")
 flags.mark_flag_as_required("config")
 

@@ -10,6 +10,9 @@ wrote into DIR/generation_config.json takes the place of the defaults of the fla
 --mesh=expert=4,tensor=2 divides the model and the rows over devices, --separate_towers gives each tower its own.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import contextlib
 import pathlib
 import sys
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterator
 from absl import flags
 
 from twotower_jax import command_line, model_flags
-from twotower_jax.data import load_tokenizer
+from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
 from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
 from twotower_jax.generation.operating_point import FILE, read_operating_point
@@ -28,11 +31,13 @@ from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
+from twotower_jax.outputs import check_apart
+from twotower_jax.texts import check_text
 
 flags.adopt_module_key_flags(model_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
-_PROMPTS = flags.DEFINE_string("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
-_OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the results; without it the texts are printed.")
+_PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
+_OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
 _MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; at most what was trained.")
@@ -45,7 +50,7 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable toke
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the most probable tokens that hold this much; 1: all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind an end-of-text token.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-text token.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 0.0, "Mode speculative: keep a draft at least 1 - this as probable as AR's best; 0: AR's tokens only."
@@ -58,7 +63,7 @@ _MAX_CACHE_GB = flags.DEFINE_float(
     "max_cache_gb", None, "Refuse to start if a device's caches need more; default: what it has free."
 )
 _WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
-_TRACE = flags.DEFINE_string("trace", None, "JSON Lines file for every step of every row.")
+_TRACE = command_line.DEFINE_path("trace", None, "JSON Lines file for every step of every row.")
 
 
 def _sampling_flags() -> dict:
@@ -91,6 +96,7 @@ def _settings() -> Settings:
         seed=_SEED.value,
         batch_size=_BATCH_SIZE.value,
         ignore_eos=_IGNORE_EOS.value,
+        eos=model_flags.end_tokens(),
         stop=tuple(_STOP.value),
         prefill_chunk=_PREFILL_CHUNK.value,
         tolerance=_TOLERANCE.value,
@@ -102,7 +108,7 @@ def _rows() -> list[dict]:
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         raise ValueError("give either --prompt=TEXT or --prompts=FILE.jsonl")
     if _PROMPT.value is not None:
-        return [{"text": _PROMPT.value}]
+        return [{"text": check_text(_PROMPT.value, "--prompt")}]
     return read_prompts(_PROMPTS.value)
 
 
@@ -118,6 +124,9 @@ def _tokenizer(folder, needed: bool):
 
 def main() -> None:
     settings, rows = _settings(), _rows()
+    for text in settings.stop:
+        check_text(text, "--stop")
+    check_apart({"--output": _OUTPUT.value, "--trace": _TRACE.value})
     with contextlib.ExitStack() as stack:
         # Opened first, so that a path that cannot be written is known before a model is loaded.
         write, trace = (
@@ -138,8 +147,10 @@ def _generate(
 ) -> None:
     model, params, folder, placement = model_flags.load_model(_SEPARATE_TOWERS.value)
     tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
-    decode = tokenizer.decode if tokenizer else None
+    decode = Decoder(tokenizer) if tokenizer else None
     _warn_of_large_blocks(settings, folder)
+    if settings.mode != "ar":
+        model_flags.warn_if_untrained(folder, f"--mode={settings.mode}", "--mode=ar generates with the backbone itself")
     prompts = prompt_ids(rows, tokenizer)
     observed = _WATCH.value or write_trace is not None
     options = {"record_trace": observed, "record_routing": write_trace is not None, "decode": decode}

@@ -20,10 +20,10 @@ from twotower_jax.benchmarks import campaign
 from twotower_jax.checkpoint import arrays, huggingface, inspection, load, manifest, store, workdir
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export, model_tensors, write_folder
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.config import Variant
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import bind, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -264,7 +264,7 @@ import sys, jax
 number, port, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, number)
 from twotower_jax.checkpoint import store
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 mesh = jax.make_mesh((2,), ("fsdp",))
 def sharding(parameter):
     return jax.NamedSharding(mesh, jax.P(*("fsdp" if axis == "embed" else None for axis in parameter.axes)))

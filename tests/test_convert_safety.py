@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
+from twotower_jax.atomic import new_folder
 from twotower_jax.benchmarks import campaign
 from twotower_jax.checkpoint import arrays, hub, listing, manifest
-from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.convert import convert
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 
 ROOT = pathlib.Path(__file__).parent.parent
 RELEASE = {"two_tower": (12_544, 63_185_902_848), "backbone": (6_243, 31_577_940_288)}

@@ -20,10 +20,11 @@ import pytest
 from twotower_jax.checkpoint import inspection, listing, load, manifest, store, workdir
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.quantizing import quantize_params
 from twotower_jax.config import Variant
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError
 from twotower_jax.generation import Settings, generate
 from twotower_jax.kernels.numerics import quantized as kernel
 from twotower_jax.kernels.numerics.quantized import Quantized, dequantize
@@ -32,7 +33,6 @@ from twotower_jax.planning import serving
 from twotower_jax.planning.hardware import Hardware
 from twotower_jax.quantization import METHODS, abstract, as_read, check_mesh, disk_table, kind_bytes, quantize
 from twotower_jax.sharding import MeshShape, make_mesh
-from twotower_jax.tower import Execution
 from twotower_jax.train import start
 from twotower_jax.two_tower import TwoTower
 

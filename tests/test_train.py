@@ -12,12 +12,12 @@ import pytest
 
 from twotower_jax.checkpoint import load as checkpoint
 from twotower_jax.checkpoint import orbax_steps, workdir
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.config import Variant
 from twotower_jax.data import load_tokenizer, pack_documents, read_documents
 from twotower_jax.diffusion import next_token_cross_entropy
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import bind, flatten, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.train.config import CHANGEABLE
 from twotower_jax.train.loop import train
 from twotower_jax.train.metrics import METRICS

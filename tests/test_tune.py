@@ -12,8 +12,8 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.files import CheckpointError
 from twotower_jax.generation import Settings, generate
 from twotower_jax.generation.blocks import block
 from twotower_jax.generation.operating_point import FILE, merged, read_operating_point

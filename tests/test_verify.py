@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from twotower_jax import certify
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -1,20 +1,24 @@
 """The flags of every command that computes with a checkpoint: where it is and how it is computed."""
 
 import pathlib
+import sys
 from typing import NamedTuple
 
 import jax
 from absl import flags
 
+from twotower_jax import command_line
 from twotower_jax.checkpoint.load import load
+from twotower_jax.execution import Execution
 from twotower_jax.generation.placement import Placement, parse_mesh, place
+from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, parameter_table
 from twotower_jax.quantization import METHODS
-from twotower_jax.tower import Execution
+from twotower_jax.tokens import parse_ids
 from twotower_jax.two_tower import TwoTower
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
+CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "Folder of the checkpoint.", required=True)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 QUANTIZE = flags.DEFINE_enum(
     "quantize", None, list(METHODS),
@@ -23,6 +27,9 @@ QUANTIZE = flags.DEFINE_enum(
 KERNELS = flags.DEFINE_list("kernels", [], "OP=IMPLEMENTATION, several with commas; ops left out choose by platform.")
 MESH = flags.DEFINE_list(
     "mesh", [], "AXIS=DEVICES, several with commas: data, fsdp, expert, tensor; -1 for all that are left."
+)
+EOS = flags.DEFINE_list(
+    "eos", [], "Token ids that end a text, several with commas, in place of those that the checkpoint names."
 )
 _SMALL = 256 * 2**20  # Bytes.
 
@@ -34,6 +41,15 @@ class Loaded(NamedTuple):
     params: Params
     folder: pathlib.Path
     placement: Placement
+
+
+def end_tokens() -> tuple[int, ...] | None:
+    """The tokens of --eos; None without it.
+
+    Raises:
+      ValueError: if they are no token ids.
+    """
+    return parse_ids(EOS.value, "--eos") if EOS.value else None
 
 
 def load_model(apart: bool = False) -> Loaded:
@@ -49,6 +65,15 @@ def load_model(apart: bool = False) -> Loaded:
     model, params, folder = load(CHECKPOINT.value, execution=execution, sharding=places, quantize=QUANTIZE.value)
     placement.check(model.config)
     return Loaded(model, cast(parameter_table(model), params, DTYPE.value), folder, placement)
+
+
+def warn_if_untrained(folder: pathlib.Path, what: str, remedy: str) -> None:
+    """Says on stderr that `what` uses a denoiser that never trained, and what to do."""
+    if untrained_denoiser(folder):
+        print(
+            f"warning: {CHECKPOINT.value} is a backbone: its denoiser never trained, and {what} uses it; {remedy}",
+            file=sys.stderr,
+        )
 
 
 def is_small(folder: pathlib.Path) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from twotower_jax.checkpoint import orbax_steps, workdir
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import Path, flatten
 from twotower_jax.train.metrics import METRICS
 from twotower_jax.train.stopping import STOPPED

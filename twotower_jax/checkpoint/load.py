@@ -6,12 +6,12 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from twotower_jax.checkpoint import huggingface, manifest, store, workdir
-from twotower_jax.checkpoint.safetensors_file import CheckpointError
 from twotower_jax.config import Variant
-from twotower_jax.parameters import Params, parameter_table
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError
+from twotower_jax.parameters import Params, ShardingOf, parameter_table
 from twotower_jax.quantization import METHODS, Method, check_mesh
-from twotower_jax.sharding import ShardingOf, stored_sharding
-from twotower_jax.tower import Execution
+from twotower_jax.sharding import stored_sharding
 from twotower_jax.two_tower import TwoTower
 
 

@@ -25,6 +25,7 @@ from twotower_jax.data.tokenizer import (
     EOS_ID,
     MASK_ID,
     PAD_ID,
+    Decoder,
     encode,
     load_tokenizer,
     save_tokenizer,
@@ -33,6 +34,7 @@ from twotower_jax.data.tokenizer import (
 
 __all__ = [
     "BOS_ID",
+    "Decoder",
     "EOS_ID",
     "MASK_ID",
     "PAD_ID",

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from twotower_jax.texts import check_text
+
 PAD_ID, BOS_ID, EOS_ID, MASK_ID = range(4)
 
 # The published names: padding shares id 0 with the unknown token, and the mask token is an unnamed spare.
@@ -59,7 +61,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; give a folder that holds the model's tokenizer")
+        remedy = unread_tokenizer(folder) or "give a folder that holds the model's tokenizer"
+        raise FileNotFoundError(f"{file}: no such file; {remedy}")
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for every fault it finds
@@ -67,7 +70,18 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return _plain(tokenizer)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+def unread_tokenizer(folder: str | Path) -> str:
+    """What to do about a tokenizer that is in the folder in another form than tokenizer.json; "" if none is."""
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
+        return (
+            'tokenizer.model (SentencePiece) is not read; make a tokenizer.json of it: python -c "from transformers '
+            "import AutoTokenizer as A; A.from_pretrained('DIR').save_pretrained('DIR')\""
+        )
+    return ""
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, end_token: int = EOS_ID) -> None:
     """Writes tokenizer.json and the two files that tell Hugging Face's loader the special tokens' roles.
 
     `folder` is created if needed. Each file appears whole or not at all.
@@ -76,7 +90,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     roles = {
         "bos_token": tokenizer.id_to_token(BOS_ID),
-        "eos_token": tokenizer.id_to_token(EOS_ID),
+        "eos_token": tokenizer.id_to_token(end_token),
         "unk_token": tokenizer.id_to_token(PAD_ID),
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles, "clean_up_tokenization_spaces": False}
@@ -85,11 +99,41 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     _write(folder / "special_tokens_map.json", json.dumps(roles, indent=1))
 
 
+class Decoder:
+    """Token ids to text, special tokens left out.
+
+    Attributes:
+      special: the text of each special token, by id.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = {number: token.content for number, token in added.items() if token.special}
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def spelled(self, ids: Sequence[int]) -> str:
+        """The text with the special tokens in it."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns the token ids of each text, int32 (length,), with no special tokens added or recognized."""
+    """Returns the token ids of each text, int32 (length,), with no special tokens added or recognized.
+
+    Raises:
+      ValueError: for a string that is no text, see `check_text`.
+    """
     arrays = []
     for start in range(0, len(texts), _ENCODE_CHUNK):
-        chunk = tokenizer.encode_batch_fast(list(texts[start : start + _ENCODE_CHUNK]), add_special_tokens=False)
+        chunk = list(texts[start : start + _ENCODE_CHUNK])
+        try:
+            chunk = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+        except TypeError:  # the library's word for a string that is no text
+            for number, text in enumerate(chunk, start):
+                check_text(text, f"text {number}")
+            raise
         arrays += [np.array(encoding.ids, np.int32) for encoding in chunk]
     return arrays
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twotower_jax import randomness
 from twotower_jax.diffusion.schedules import NoiseSchedule
 
 
@@ -59,7 +60,7 @@ def corrupt(
         # jax.random.key would drop the upper bits without a word: 2³² is seed 0 again.
         raise ValueError(f"seed={seed} must be at least 0 and less than {2**32}")
 
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    step_key = jax.random.fold_in(randomness.key(seed), step)
 
     def corrupt_row(row: jax.Array, index: jax.Array) -> Corruption:
         time_key, mask_key = jax.random.split(jax.random.fold_in(step_key, index))

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import count
 from twotower_jax.planning import gates
 from twotower_jax.planning.gates import Gate
 from twotower_jax.planning.hardware import Hardware
-from twotower_jax.sharding import batch_sharding, check_fits, make_mesh
+from twotower_jax.sharding import batch_sharding, make_mesh
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.flops import step_flops
 from twotower_jax.train.objectives import make_objective

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
+from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
-from twotower_jax.tower import REMAT, Execution
 
 OBJECTIVES = ("autoregressive", "denoiser")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -251,6 +252,9 @@ def freeze(config: ConfigDict) -> TrainConfig:
     values = config.to_dict()
     if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)}):
         raise ValueError(f"config: there is no field {unknown[0]!r}")
+    for name in ("init_from", "data"):
+        if isinstance(values.get(name), str):
+            values[name] = local_path(values[name])
     parts = {}
     for name, part in (("variant", Variant), ("kernels", Backends), ("mesh", MeshShape)):
         try:

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from twotower_jax import randomness
 from twotower_jax.checkpoint.load import load, stored_method
 from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.config import ModelConfig
@@ -15,8 +16,9 @@ from twotower_jax.data.mixture import Mixture
 from twotower_jax.data.opening import Data, Packing, Windows
 from twotower_jax.data.tokenizer import id_range
 from twotower_jax.data.windows import Concatenation
+from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import Params, parameter_table, unflatten
-from twotower_jax.sharding import MeshShape, check_fits, stored_sharding
+from twotower_jax.sharding import MeshShape, stored_sharding
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Objective, make_objective
 from twotower_jax.train.placement import choose_mesh
@@ -90,6 +92,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
         validation_fraction=config.validation_fraction,
         seed=config.seed,
         align=math.lcm(*config.block_sizes) if config.reset_at_documents else None,
+        end_tokens=model.eos_token_ids,
     )
     training, validation = data.windows(tokenizer, packing)
     objective = make_objective(config, model)
@@ -101,10 +104,10 @@ def _first_parameters(
     config: TrainConfig, objective: Objective, checkpoint: Params | None, mesh: Mesh | None
 ) -> Params:
     def draw() -> Params:
-        return objective.start(None, jax.random.key(config.seed))
+        return objective.start(None, randomness.key(config.seed))
 
     if checkpoint is not None:
-        return objective.start(checkpoint, jax.random.key(config.seed))
+        return objective.start(checkpoint, randomness.key(config.seed))
     if mesh is None:
         return draw()
     # Each device draws its part.
