@@ -114,4 +114,4 @@ def _row(row: table.Row) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, cache=False)

@@ -23,6 +23,7 @@ from absl import flags
 from twotower_jax import command_line, model_flags
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
+from twotower_jax.diffusion.strategies import knobs
 from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
 from twotower_jax.generation.operating_point import FILE, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
@@ -32,6 +33,7 @@ from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
 from twotower_jax.outputs import check_apart
+from twotower_jax.registry import run_file
 from twotower_jax.texts import check_text
 
 flags.adopt_module_key_flags(model_flags)
@@ -42,8 +44,18 @@ _MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; at most what was trained.")
 _STEPS = flags.DEFINE_integer("steps_per_block", None, "Most denoiser evaluations a block; default: the block size.")
-_THRESHOLD = flags.DEFINE_float("confidence_threshold", None, "Commit tokens surer than this (strategy confidence).")
-_STRATEGY = flags.DEFINE_string("strategy", "confidence", f"One of {', '.join(STRATEGIES)}.")
+_THRESHOLD = flags.DEFINE_float(
+    "confidence_threshold", None, "Commit tokens surer than this (strategies that have it)."
+)
+_STRATEGY = flags.DEFINE_string("strategy", "confidence", f"{', '.join(STRATEGIES)}, or one of --register.")
+_STRATEGY_OPTIONS = flags.DEFINE_list(
+    "strategy_options",
+    [],
+    "KNOB=VALUE, several with commas: knobs of the strategy, see twotower_jax/diffusion/strategies.",
+)
+_REGISTER = flags.DEFINE_multi_string(
+    "register", [], "A Python file that registers a strategy or schedule of your own; may be repeated."
+)
 _SCHEDULE = flags.DEFINE_string("schedule", None, f"Of the other strategies: one of {', '.join(SCHEDULES)}.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable tokens; 0: all.")
@@ -70,14 +82,28 @@ def _sampling_flags() -> dict:
     """Block size, steps, strategy and threshold: the flags given, then what the checkpoint says, then defaults."""
     chosen = read_operating_point(model_flags.CHECKPOINT.value)
     given = {flag.name: flag.value for flag in (_BLOCK_SIZE, _STEPS, _STRATEGY, _THRESHOLD) if flag.present}
-    if given.get("strategy", chosen.get("strategy")) not in (None, "confidence"):
-        chosen.pop("confidence_threshold", None)  # The other strategies have none.
+    options = _strategy_options()
+    strategy = given.get("strategy", chosen.get("strategy", _STRATEGY.value))
+    if options.keys() & chosen.keys() or "confidence_threshold" not in knobs(strategy):
+        chosen.pop("confidence_threshold", None)  # Given as an option, or the strategy has none.
     followed = {name: value for name, value in chosen.items() if name not in given}
     if followed and _MODE.value in ("diffusion", "speculative"):
         settings = ", ".join(f"{name}={value}" for name, value in followed.items())
         print(f"{FILE} of the checkpoint: {settings}", file=sys.stderr)
+    if options:
+        given["strategy_options"] = options
     values = {"block_size": _BLOCK_SIZE.value, "strategy": _STRATEGY.value} | chosen | given
     return {"steps_per_block": values["block_size"]} | values
+
+
+def _strategy_options() -> dict[str, str]:
+    options = {}
+    for text in _STRATEGY_OPTIONS.value:
+        knob, given, value = text.partition("=")
+        if not given or not knob or knob in options:
+            raise ValueError(f"--strategy_options={text}: expected KNOB=VALUE, each knob once")
+        options[knob] = value
+    return options
 
 
 def _settings() -> Settings:
@@ -123,6 +149,8 @@ def _tokenizer(folder, needed: bool):
 
 
 def main() -> None:
+    for path in _REGISTER.value:
+        run_file(path)
     settings, rows = _settings(), _rows()
     for text in settings.stop:
         check_text(text, "--stop")

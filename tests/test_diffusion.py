@@ -18,14 +18,12 @@ from twotower_jax.diffusion import (
     SCHEDULES,
     STRATEGIES,
     LossSum,
-    NoiseSchedule,
+    MaskedDiffusion,
     SamplingConfig,
-    corrupt,
     loss_by_block_position,
     loss_by_noise_level,
-    masked_cross_entropy,
     masked_loss_sum,
-    next_token_cross_entropy,
+    next_tokens,
     noise_level,
     predict,
     prediction,
@@ -33,6 +31,7 @@ from twotower_jax.diffusion import (
     sample_tokens,
     token_log_probabilities,
 )
+from twotower_jax.diffusion.times import Uniform
 
 MASK = 3
 VOCAB = 13
@@ -67,7 +66,7 @@ LITERAL_MASK_PROBABILITY = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_is_its_formula_and_rises_from_exactly_zero_to_exactly_one(name):
     t = np.linspace(0, 1, 4097, dtype=np.float32)
-    probability = np.asarray(NoiseSchedule(name).mask_probability(jnp.asarray(t)))
+    probability = np.asarray(SCHEDULES[name].mask_probability(jnp.asarray(t)))
     assert probability.dtype == np.float32
     assert probability[0] == 0.0 and probability[-1] == 1.0
     assert np.all(np.diff(probability) > 0)
@@ -76,16 +75,16 @@ def test_schedule_is_its_formula_and_rises_from_exactly_zero_to_exactly_one(name
 
 def test_unknown_schedule_names_the_known_ones():
     with pytest.raises(ValueError, match="'sigmoid'.*linear, cosine, exponential"):
-        NoiseSchedule("sigmoid")
+        SCHEDULES["sigmoid"]
 
 
 # Corruption.
 
 
 @functools.partial(jax.jit, static_argnames=("seed", "schedule", "t_min"))
-def corrupt_examples(ids, index, *, seed=7, step=11, schedule="linear", **options):
-    schedule = NoiseSchedule(schedule)
-    return corrupt(ids, seed=seed, step=step, example_index=index, mask_token_id=MASK, schedule=schedule, **options)
+def corrupt_examples(ids, index, *, seed=7, step=11, schedule="linear", t_min=1e-3):
+    process = MaskedDiffusion(SCHEDULES[schedule], Uniform(t_min))
+    return process.corrupt(ids, seed=seed, step=step, example_index=index, mask_token_id=MASK)
 
 
 def clean_ids(batch, length, seed=0):
@@ -96,7 +95,7 @@ def clean_ids(batch, length, seed=0):
 def test_corruption_masks_at_the_rate_it_states(schedule):
     batch, length = 400, 1000
     ids = clean_ids(batch, length)
-    noisy, masked, t = corrupt_examples(ids, np.arange(batch, dtype=np.int32), schedule=schedule)
+    noisy, masked, t, _ = corrupt_examples(ids, np.arange(batch, dtype=np.int32), schedule=schedule)
     assert (noisy.dtype, masked.dtype, t.dtype) == (jnp.int32, jnp.bool_, jnp.float32)
     np.testing.assert_array_equal(noisy, np.where(masked, MASK, ids))
     # Each row's count is Binomial(L, t): 5 standard deviations a row, 4 for the mean over all rows of the deviations.
@@ -138,7 +137,7 @@ def test_corruption_differs_by_seed_step_and_example_and_is_the_same_without_jit
         corrupt_examples(ids, index, step=12),
     ]:
         assert other.t[0] != reference.t[0] and np.any(other.masked != reference.masked)
-    eager = corrupt(ids, seed=7, step=11, example_index=index, mask_token_id=MASK, schedule=NoiseSchedule("linear"))
+    eager = MaskedDiffusion().corrupt(ids, seed=7, step=11, example_index=index, mask_token_id=MASK)
     jax.tree.map(np.testing.assert_array_equal, reference, eager)
 
 
@@ -147,11 +146,11 @@ def test_corruption_does_not_depend_on_the_mesh():
     program = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from twotower_jax.diffusion import NoiseSchedule, corrupt
+from twotower_jax.diffusion import MaskedDiffusion
 ids = jnp.arange(64, dtype=jnp.int32).reshape(8, 8) + 4
 index = jnp.arange(100, 108, dtype=jnp.int32)
 def noise(ids, index, step):
-    return corrupt(ids, seed=1, step=step, example_index=index, mask_token_id=3, schedule=NoiseSchedule())
+    return MaskedDiffusion().corrupt(ids, seed=1, step=step, example_index=index, mask_token_id=3)
 expected = noise(ids, index, 2)
 for shape in (4, 1), (2, 2), (1, 4):
     mesh = jax.make_mesh(shape, ("data", "length"))
@@ -201,6 +200,11 @@ def literal_token_losses(logits, targets):
     return -np.take_along_axis(literal_log_softmax(logits), np.asarray(targets)[..., None], axis=-1)[..., 0]
 
 
+def masked_cross_entropy(logits, targets, masked):
+    sums = masked_loss_sum(token_log_probabilities(logits, targets), masked)
+    return sums.mean, sums
+
+
 loss_and_gradient = jax.jit(jax.value_and_grad(masked_cross_entropy, has_aux=True))
 
 
@@ -241,11 +245,11 @@ def test_sums_of_parts_make_the_mean_of_the_whole():
 def test_next_token_cross_entropy():
     logits, ids, _ = loss_inputs()
     counted = jnp.asarray([True, True, False, True])
-    loss, sums = next_token_cross_entropy(logits, ids, counted)
+    loss, sums = masked_cross_entropy(logits, *next_tokens(ids, counted))
     expected = literal_token_losses(logits[:, :-1], ids[:, 1:])[np.asarray(counted)]
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-6)
     assert sums.count == expected.size
-    changed, _ = next_token_cross_entropy(logits.at[:, -1].multiply(5.0), ids.at[:, 0].set(0), counted)
+    changed, _ = masked_cross_entropy(logits.at[:, -1].multiply(5.0), *next_tokens(ids.at[:, 0].set(0), counted))
     assert changed == loss
 
 
@@ -265,7 +269,7 @@ def test_loss_by_noise_level_and_by_block_position():
     by_position = loss_by_block_position(log_probabilities, masked, 8)
     np.testing.assert_allclose(by_position.total, [losses[:, i::8].sum() for i in range(8)], rtol=1e-6)
     np.testing.assert_array_equal(by_position.count, [masked[:, i::8].sum() for i in range(8)])
-    assert by_position.count.dtype == by_level.count.dtype == jnp.int32
+    assert by_position.count.dtype == by_level.count.dtype == jnp.float32
     with pytest.raises(ValueError, match="length=24.*block_size=7"):
         loss_by_block_position(log_probabilities, masked, 7)
     with pytest.raises(ValueError, match="logits"):

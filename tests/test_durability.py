@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from twotower_jax.benchmarks import kills
+from campaigns import kills
 from twotower_jax.checkpoint import orbax_steps, workdir
 from twotower_jax.files import CheckpointError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from twotower_jax.config import ModelConfig
-from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.diffusion import SamplingConfig, per_row
 from twotower_jax.generation import (
     DenoiserRow,
     Engine,
@@ -177,6 +177,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(tiny):
 STRATEGIES = [
     {"strategy": "posterior", "schedule": "cosine", "confidence_threshold": 0.8},
     {"strategy": "predict_and_noise", "schedule": "exponential", "confidence_threshold": 0.8},
+    {"strategy": "remasking", "strategy_options": {"doubt_threshold": 0.9}},
 ]
 
 
@@ -190,6 +191,16 @@ def test_every_strategy_is_reproducible_by_row(tiny, strategy):
         assert r.blocks == 2
         assert 2 <= r.denoiser_evaluations <= 2 * 4
     assert run(tiny, [*PROMPTS[:3], PROMPTS[0]], settings)[:3] == results[:3]
+
+
+def test_other_knobs_compile_nothing(tiny):
+    """Every number of a strategy is an argument of the compiled block."""
+    for name, options in [("remasking", {"doubt_threshold": 0.5}), ("factor", {"factor": 1.5})]:
+        first = dataclasses.replace(DIFFUSION, sampling=SamplingConfig(8, 4, name), max_new_tokens=8)
+        run(tiny, PROMPTS, first)
+        compiled = block._cache_size()
+        run(tiny, PROMPTS, dataclasses.replace(first, sampling=SamplingConfig(8, 4, name, strategy_options=options)))
+        assert block._cache_size() == compiled
 
 
 def _letters(tokens):
@@ -269,7 +280,8 @@ def test_the_cache_exists_once(small_config, random_params, mode):
     temporary is nearly as large. (Half a cache is for keys and values in the order that the products want.)"""
     model = TwoTower(small_config("****", vocab_size=8, num_attention_heads=2))
     slots = allocate(model=model, batch=2, capacity=8192)
-    call = Call(jnp.ones(2, bool), jnp.uint32(0), end_token_array((2,)), jnp.float32(0.8), jnp.float32(0))
+    rule = None if mode in ("ar", "mock_ar") else per_row(SAMPLING.rule, 2)
+    call = Call(jnp.ones(2, bool), jnp.uint32(0), end_token_array((2,)), rule, jnp.float32(0))
     recipe = Recipe(mode, SamplingConfig(block_size=2, steps_per_block=2))
     compiled = block.lower(random_params(model), slots, call, model=model, recipe=recipe).compile()
     memory = compiled.memory_analysis()

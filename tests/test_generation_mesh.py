@@ -79,7 +79,7 @@ def test_the_table_is_divided_and_written_in_place(model):
     whole, part = (cache_bytes(model[0], 8, 1024, m) for m in (None, mesh))
     with in_force(mesh):
         slots = allocate(model=model[0], batch=8, capacity=1024)
-        call = Call(jnp.ones(8, bool), jnp.uint32(0), end_token_array((2,)), jnp.float32(0.8), jnp.float32(0))
+        call = Call(jnp.ones(8, bool), jnp.uint32(0), end_token_array((2,)), None, jnp.float32(0))
         recipe = Recipe("ar", SamplingConfig())
         params = Placement(mesh).context_params(*model)
         compiled = block.lower(params, slots, call, model=model[0], recipe=recipe).compile()

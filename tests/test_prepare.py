@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import ROOT, run_command
 from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.data import EOS_ID, TrainingData, encode, load_tokenizer, save_tokenizer, train_tokenizer
 from twotower_jax.data.documents import DataError
@@ -29,7 +30,7 @@ from twotower_jax.data.prepared import PreparedDocuments, read_manifest
 from twotower_jax.train.config import base_config, freeze
 from twotower_jax.train.start import make_start
 
-COMMAND = [sys.executable, str(pathlib.Path(__file__).parents[1] / "launch" / "prepare.py")]
+COMMAND = [sys.executable, str(ROOT / "launch" / "prepare.py")]
 
 
 def make_texts(count, seed=0):
@@ -86,7 +87,7 @@ def documents_of(folder, split):
 
 
 def run(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return run_command("prepare", *arguments)
 
 
 def flags(corpus, output, *more):

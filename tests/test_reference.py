@@ -7,7 +7,6 @@ meets: logits 2e-4 absolute, loss 1e-5, gradients 1e-3 relative a tensor, every 
 import dataclasses
 import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from helpers import DATA
 from twotower_jax import certify, parameters
 from twotower_jax.checkpoint import huggingface
 from twotower_jax.config import ModelConfig
-from twotower_jax.diffusion import SamplingConfig, masked_cross_entropy
+from twotower_jax.diffusion import SamplingConfig, masked_loss_sum, token_log_probabilities
 from twotower_jax.execution import Execution
 from twotower_jax.generation import DenoiserRow, Settings, generate, score_ar, score_denoiser
 from twotower_jax.layers.common import rms_norm
@@ -26,7 +26,6 @@ from twotower_jax.layers.experts import Router
 from twotower_jax.parameters import bind, parameter_table
 from twotower_jax.two_tower import TwoTower
 
-DATA = pathlib.Path(__file__).parent / "data"
 LOGITS, LOSS, GRADIENT = 2e-4, 1e-5, 1e-3
 
 
@@ -82,7 +81,7 @@ def _denoise(params, block, t, cache, *, model):
 def _train(params, ids, masked, t, *, model, block_size):
     noisy = jnp.where(masked, model.config.mask_token_id, ids)
     logits, _ = bind(model, params).training_logits(ids, noisy, t, block_size)
-    return masked_cross_entropy(logits, ids, masked)[0], logits
+    return masked_loss_sum(token_log_probabilities(logits, ids), masked).mean, logits
 
 
 def assert_close(actual, expected, tolerance):

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from twotower_jax import parameters
 from twotower_jax.cache import Cache
-from twotower_jax.diffusion import SamplingConfig, masked_cross_entropy
+from twotower_jax.diffusion import SamplingConfig, masked_loss_sum, token_log_probabilities
 from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.generation import Settings, generate
 from twotower_jax.kernels.numerics.quantized import Quantized
@@ -171,7 +171,7 @@ def _training_arrays(model: TwoTower, params: Params, expected: Mapping[str, np.
         params, clean, noisy, jnp.asarray(expected["train.t"])
     )
     yield "train.logits", logits
-    yield "train.loss", masked_cross_entropy(logits, clean, masked)[0]
+    yield "train.loss", masked_loss_sum(token_log_probabilities(logits, clean), masked).mean
 
 
 def gradients(model: TwoTower, params: Params, expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -183,7 +183,7 @@ def gradients(model: TwoTower, params: Params, expected: Mapping[str, np.ndarray
     def gradient(params):
         def loss(params):
             logits, _ = bind(model, params).training_logits(clean, noisy, t, int(expected["train.block_size"]))
-            return masked_cross_entropy(logits, clean, masked)[0]
+            return masked_loss_sum(token_log_probabilities(logits, clean), masked).mean
 
         return jax.grad(loss)(params)
 

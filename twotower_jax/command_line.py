@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from twotower_jax import compilation_cache
 from twotower_jax.files import CheckpointError
 from twotower_jax.paths import local_path
 
@@ -36,8 +37,10 @@ def DEFINE_path(name: str, default: str | None, help: str, **options) -> flags.F
     return flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), **options)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, cache: bool = True) -> None:
     """Parses the flags, runs `main`, and exits.
+
+    Compiled programs are kept for the next start; without `cache`, for what measures compiling, only if a flag says so.
 
     ValueError and OSError are taken to be about what the user gave, and become one line; anything else is a bug and
     keeps its traceback.
@@ -51,6 +54,7 @@ def run(main: Callable[[], None]) -> None:
                 from twotower_jax.jax_settings import check_settings
 
                 check_settings()
+                compilation_cache.enable(flags.FLAGS[compilation_cache.FLAG].value, by_default=cache)
             main()
             _flush()
         except CheckpointError as error:
@@ -67,6 +71,8 @@ def run(main: Callable[[], None]) -> None:
                 fail(reason, USAGE)
             raise
 
+    # Shown by --help, as if the command had defined it.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[compilation_cache.FLAG])
     _print_anything()
     if getattr(signal.getsignal(signal.SIGINT), "while_importing", False):
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -182,7 +182,7 @@ class TwoTower(nnx.Module):
 
         Args:
           clean, noisy: (B, L) int32, L a multiple of S.
-          t: (B,) float32, each sequence's noise level.
+          t: (B,) or (B, L/S) float32, each sequence's or each block's noise level.
           block_size: S.
           document_start: (B, L) int32, where several documents lie side by side: the first position of each one's own.
             Every document starts with a block.
@@ -203,7 +203,7 @@ class TwoTower(nnx.Module):
             return (h_context, h), None if routing is None else routing.load
 
         carry = context.embed(clean), denoiser.embed(noisy)
-        (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None)
+        (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None, block_size)
         return TrainingStates(denoiser.finish(h), context.finish(h_context), loads.stack())
 
     def training_logits(
@@ -213,7 +213,7 @@ class TwoTower(nnx.Module):
         states = self.training_states(clean, noisy, t, block_size)
         return self.denoiser_head(states.denoiser), states.context
 
-    def _walk_denoiser(self, towers, carry, step, t, cache):
+    def _walk_denoiser(self, towers, carry, step, t, cache, block_size=None):
         """A `walk` whose step also gets the layer's cache and modulation: (layers, carry, cache, modulation)."""
         stretches = towers[-1].stretches
         nothing = PerLayer.nothing(stretches)
@@ -224,7 +224,7 @@ class TwoTower(nnx.Module):
 
         def with_modulation(layers, carry, inputs):
             layer_cache, table = inputs
-            return step(layers, carry, layer_cache, modulation(table, block) if timed else None)
+            return step(layers, carry, layer_cache, modulation(table, block, block_size) if timed else None)
 
         return walk(towers, carry, with_modulation, caches.zip(tables))
 

@@ -107,7 +107,7 @@ def infer_config(shapes: Mapping[str, list[int]]) -> ModelConfig:
     while f"layers.{len(pattern)}.norm.weight" in shapes:
         prefix = f"layers.{len(pattern)}.mixer."
         mixer = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-        for letter, kind in reversed(registry.kinds().items()):
+        for letter, kind in reversed(list(registry.kinds().items())):
             if (found := kind.infer(mixer)) is not None:
                 pattern, values = pattern + letter, values | found
                 break

@@ -62,13 +62,20 @@ class Workdir:
       model: the model's shape as config.json has it, or None in a new workdir.
     """
 
-    def __init__(self, path: str | pathlib.Path, settings: Settings, changeable: tuple[str, ...]):
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        settings: Settings,
+        changeable: tuple[str, ...],
+        added: Mapping[str, Any] | None = None,
+    ):
         """Looks at what is there.
 
         Args:
           path: need not exist.
           settings: of the run, JSON-able; `model` holds the model's fields as the user gave them.
           changeable: settings in which a resumed run may differ from the saved one.
+          added: see `identity`.
 
         Raises:
           ValueError: if `path` holds something else, or a run with other settings (the message lists what differs), or
@@ -77,7 +84,7 @@ class Workdir:
         self.path = pathlib.Path(path)
         orbax_steps.check_path(self.path)
         self._settings = settings
-        self._identity = identity(settings, changeable)
+        self._identity = identity(settings, changeable, added)
         for parent in (self.path, *self.path.parents):
             if parent.exists() and not parent.is_dir():
                 raise ValueError(f"workdir {self.path}: {parent} is a file, not a folder")
@@ -87,7 +94,7 @@ class Workdir:
         if not (self.path / CONFIG).exists():
             raise ValueError(f"workdir {self.path} holds files but no {CONFIG}; choose a new or empty folder")
         saved = read_settings(self.path)
-        _refuse_differences(self.path, identity(saved, changeable), self._identity, changeable)
+        _refuse_differences(self.path, identity(saved, changeable, added), self._identity, changeable)
         self.model = _model_config(self.path, saved)
         self.step = orbax_steps.latest_step(self.path / CHECKPOINTS)
 
@@ -269,8 +276,11 @@ def read_settings(path: pathlib.Path) -> Settings:
     return settings
 
 
-def identity(settings: Settings, changeable: tuple[str, ...]) -> Settings:
+def identity(settings: Settings, changeable: tuple[str, ...], added: Mapping[str, Any] | None = None) -> Settings:
     """The settings that make a run what it is, as one flat dictionary of JSON values.
+
+    `added` are settings that came later, each with the value that stands for what was done before: with it they are
+    left out, so that a workdir without them is the same run.
 
     Where a run starts from a checkpoint, that decides the model's shape and vocabulary, and not these settings. A field
     of the model that a run of an earlier version does not have is at its default.
@@ -280,7 +290,12 @@ def identity(settings: Settings, changeable: tuple[str, ...]) -> Settings:
     if isinstance(kept.get("model"), dict):
         kept["model"] = _MODEL_DEFAULTS | kept["model"]
     flat = {".".join(path): value for path, value in flatten(kept).items()}
-    return {name: json.loads(json.dumps(value)) for name, value in flat.items() if name != "model.vocab_size"}
+    before = dict(added or {})
+    return {
+        name: json.loads(json.dumps(value))
+        for name, value in flat.items()
+        if name != "model.vocab_size" and not (name in before and before[name] == value)
+    }
 
 
 def _model_config(path: pathlib.Path, settings: Settings) -> ModelConfig:

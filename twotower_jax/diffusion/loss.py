@@ -1,8 +1,8 @@
 """Losses: cross-entropy over masked positions (denoiser) and over next tokens (autoregressive).
 
 The denoiser's objective is that of MDLM (Sahoo et al. 2024, arXiv 2406.07524) and LLaDA (Nie et al. 2025, arXiv
-2502.09992) with the linear schedule and without their weight 1/t, which the published recipe leaves out on purpose:
-every masked token of the batch counts the same, whatever the noise level of its sequence. Of MDLM's SUBS
+2502.09992), by default with the linear schedule and without their weight 1/t, which the published recipe leaves out on
+purpose: every masked token of the batch counts the same, whatever the noise level of its sequence. Of MDLM's SUBS
 parameterization training uses neither half: the logit of the mask token is not set to −∞ (it is no target, so the
 model learns that by itself), and tokens that are not masked are simply left out of the loss.
 
@@ -19,7 +19,8 @@ NOISE_LEVEL_BINS = 10
 
 
 class LossSum(NamedTuple):
-    """Summed loss, float32, and the number of tokens in the sum, int32, of the same shape: scalars or one per bin."""
+    """Summed loss and what its mean is over, the number of tokens or the sum of their weights: float32 of the same
+    shape, scalars or one per bin. Numbers of tokens are exact below 2²⁴."""
 
     total: jax.Array
     count: jax.Array
@@ -27,7 +28,8 @@ class LossSum(NamedTuple):
     @property
     def mean(self) -> jax.Array:
         """total / count, and 0 where the count is 0: an empty batch or bin must not make a NaN."""
-        return self.total / jnp.maximum(self.count, 1).astype(jnp.float32)
+        count = jnp.asarray(self.count, jnp.float32)
+        return self.total / jnp.where(count > 0, count, 1.0)
 
 
 def token_log_probabilities(logits: jax.Array, ids: jax.Array) -> jax.Array:
@@ -54,24 +56,29 @@ def _token_losses(log_probabilities: jax.Array, masked: jax.Array) -> jax.Array:
     return jnp.where(masked, -log_probabilities, 0.0)
 
 
-def masked_loss_sum(log_probabilities: jax.Array, masked: jax.Array) -> LossSum:
-    """Sum of −log p over masked positions, as scalars. Both arguments (B, L): float32 and bool."""
-    return LossSum(jnp.sum(_token_losses(log_probabilities, masked)), jnp.sum(masked, dtype=jnp.int32))
-
-
-def masked_cross_entropy(logits: jax.Array, targets: jax.Array, masked: jax.Array) -> tuple[jax.Array, LossSum]:
-    """Mean cross-entropy over the masked positions of the whole batch, and the sums it is built on.
+def masked_loss_sum(
+    log_probabilities: jax.Array,
+    masked: jax.Array,
+    weight: jax.Array | None = None,
+    counted: jax.Array | None = None,
+) -> LossSum:
+    """Sum of −log p over masked positions, as scalars.
 
     Args:
-        logits: (B, L, V), position i predicting token i.
-        targets: (B, L) int32 clean tokens.
+        log_probabilities: (B, L) float32.
         masked: (B, L) bool.
-
-    Returns:
-        The mean, a float32 scalar, 0 where nothing is masked; and its `LossSum`.
+        weight: (B, L) float32, of each position; None for 1.
+        counted: (B, L) bool, the positions that the mean is over; None for the masked ones.
     """
-    loss_sum = masked_loss_sum(token_log_probabilities(logits, targets), masked)
-    return loss_sum.mean, loss_sum
+    losses = _token_losses(log_probabilities, masked)
+    if weight is not None:
+        losses = jnp.where(masked, weight * losses, 0.0)
+    return LossSum(jnp.sum(losses), count(masked if counted is None else counted))
+
+
+def count(mask: jax.Array) -> jax.Array:
+    """How many are true, () float32."""
+    return jnp.sum(mask, dtype=jnp.float32)
 
 
 def next_tokens(ids: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -85,32 +92,25 @@ def next_tokens(ids: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Arra
     return jnp.roll(ids, -1, axis=1), counted[:, None] & ~is_last
 
 
-def next_token_cross_entropy(logits: jax.Array, ids: jax.Array, counted: jax.Array) -> tuple[jax.Array, LossSum]:
-    """Mean cross-entropy of logits (B, L, V) at i against ids (B, L) at i + 1, and the sums it is built on.
-
-    `counted` as in `next_tokens`.
-    """
-    return masked_cross_entropy(logits, *next_tokens(ids, counted))
-
-
 def loss_by_noise_level(log_probabilities: jax.Array, masked: jax.Array, t: jax.Array) -> LossSum:
     """The masked loss in equal bins of the noise level: bin k holds k / 10 ≤ t < (k + 1) / 10, the last one 1 as well.
 
     Args:
         log_probabilities: (B, L) float32, of the clean tokens.
         masked: (B, L) bool.
-        t: (B,) float32 noise levels in [0, 1].
+        t: (B,) or (B, L/S) float32 noise levels in [0, 1], one per sequence or per block.
 
     Returns:
         Sums and counts (10,).
     """
-    level = jnp.minimum((t * NOISE_LEVEL_BINS).astype(jnp.int32), NOISE_LEVEL_BINS - 1)
+    level = jnp.minimum((t.reshape(-1) * NOISE_LEVEL_BINS).astype(jnp.int32), NOISE_LEVEL_BINS - 1)
     in_bin = level[:, None] == jnp.arange(NOISE_LEVEL_BINS)[None, :]
-    row_total = jnp.sum(_token_losses(log_probabilities, masked), axis=1)
-    row_count = jnp.sum(masked, axis=1, dtype=jnp.int32)
+    parts = level.shape[0]
+    row_total = jnp.sum(_token_losses(log_probabilities, masked).reshape(parts, -1), axis=1)
+    row_count = jnp.sum(masked.reshape(parts, -1), axis=1, dtype=jnp.float32)
     return LossSum(
         jnp.sum(jnp.where(in_bin, row_total[:, None], 0.0), axis=0),
-        jnp.sum(jnp.where(in_bin, row_count[:, None], 0), axis=0),
+        jnp.sum(jnp.where(in_bin, row_count[:, None], 0.0), axis=0),
     )
 
 
@@ -123,4 +123,4 @@ def loss_by_block_position(log_probabilities: jax.Array, masked: jax.Array, bloc
     if length % block_size:
         raise ValueError(f"length={length} is not a multiple of block_size={block_size}")
     losses = _token_losses(log_probabilities, masked).reshape(-1, block_size)
-    return LossSum(jnp.sum(losses, axis=0), jnp.sum(masked.reshape(-1, block_size), axis=0, dtype=jnp.int32))
+    return LossSum(jnp.sum(losses, axis=0), jnp.sum(masked.reshape(-1, block_size), axis=0, dtype=jnp.float32))

@@ -78,6 +78,13 @@ def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1.0 - 2.0**-24)))
 
 
+def without_token(logits: jax.Array, token: int) -> jax.Array:
+    """Logits (..., V) as float32, that of one token −∞."""
+    logits = logits.astype(jnp.float32)
+    is_token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == token
+    return jnp.where(is_token, -jnp.inf, logits)
+
+
 def _argmax(values: jax.Array) -> jax.Array:
     """The first place of the largest value along the last axis, int32; where a value is NaN, some place.
 
@@ -122,8 +129,7 @@ def predict(
     if mask_token_id is not None:
         if not 0 <= mask_token_id < logits.shape[-1]:
             raise ValueError(f"mask_token_id={mask_token_id} is not in a vocabulary of {logits.shape[-1]}")
-        is_mask_token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == mask_token_id
-        logits = jnp.where(is_mask_token, -jnp.inf, logits)
+        logits = without_token(logits, mask_token_id)
     if temperature == 0.0:
         tokens = _argmax(logits)
     else:

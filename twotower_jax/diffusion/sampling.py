@@ -1,28 +1,26 @@
-"""The reverse process: one denoising step of a block, by one of three strategies.
+"""The reverse process: one denoising step of a block, by any of the strategies.
 
 A block starts all masked. At each of up to T steps the denoiser gives logits for the block, every position gets a
-prediction (SUBS: never the mask token), and the strategy chooses which masked positions to commit. Committed tokens
-never change within a block. (Of MDLM's SUBS parameterization, Sahoo et al. 2024, arXiv 2406.07524, this is the half
-that carries unmasked tokens over.) The block-by-block frame is BD3-LM's (Arriola et al. 2025, arXiv 2503.09573).
+prediction (SUBS: never the mask token), and the strategy (strategies/) returns the new block. The block-by-block
+frame is BD3-LM's (Arriola et al. 2025, arXiv 2503.09573).
 
-    confidence          all positions surer than γ, and enough of the surest to be done by step T: the published default
-    posterior           each position by a coin, as q(x_s | x_t, x_θ) has it on a noise schedule
-    predict_and_noise   predict all, mask the least sure again until the schedule's next level is reached (LLaDA's
-                        low-confidence remasking, Nie et al. 2025, arXiv 2502.09992)
-
-Each strategy is a function of one row; `sample_step` maps it over the batch. So a row cannot depend on its neighbors:
-it has its own noise level, commits and stop, and gets what it would get alone.
+A strategy is a function of one row; `sample_step` maps it over the batch. So a row cannot depend on its neighbors: it
+has its own noise level, commits, knobs and stop, and gets what it would get alone.
 """
 
 import functools
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.diffusion.prediction import check_prediction_settings, predict
-from twotower_jax.diffusion.schedules import NoiseSchedule
+from twotower_jax.diffusion.prediction import check_prediction_settings, predict, without_token
+from twotower_jax.diffusion.strategies import Draft, Strategy, make_strategy, per_row
+
+# Knobs that are settings of their own beside `strategy_options`.
+_NAMED_KNOBS = ("confidence_threshold", "schedule")
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,11 @@ class SamplingConfig:
     block_size            S, tokens in a block; larger than the one trained with, samples collapse
     steps_per_block       T, the most denoiser evaluations a block may take
     strategy              one of `STRATEGIES`
-    confidence_threshold  γ of the strategy confidence; at 1 no position is ever surer, and the count rule decides alone
-    schedule              one of `SCHEDULES`, for the strategies posterior and predict_and_noise
+    confidence_threshold  γ, of strategies that have that knob
+    schedule              one of `SCHEDULES`, of strategies that have that knob
     temperature           0 is greedy
     top_k, top_p          filters of the tempered distribution; 0 and 1 turn them off
+    strategy_options      any knobs of the strategy, a mapping; kept as sorted pairs without the two above
     """
 
     block_size: int = 16
@@ -46,21 +45,40 @@ class SamplingConfig:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    strategy_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
         if self.block_size < 1 or self.steps_per_block < 1:
             raise ValueError(
                 f"block_size={self.block_size} and steps_per_block={self.steps_per_block} must both be at least 1"
             )
-        if self.strategy not in _STRATEGIES:
-            raise ValueError(f"strategy={self.strategy!r} is unknown: choose one of {', '.join(STRATEGIES)}")
-        if not 0.0 <= self.confidence_threshold <= 1.0:
-            raise ValueError(f"confidence_threshold={self.confidence_threshold} must be between 0 and 1")
-        NoiseSchedule(self.schedule)
+        made = make_strategy(self.strategy, self._options())
+        for name in _NAMED_KNOBS:
+            object.__setattr__(self, name, getattr(made, name, getattr(SamplingConfig, name)))
+        options = {name: getattr(made, name) for name in dict(self.strategy_options) if name not in _NAMED_KNOBS}
+        object.__setattr__(self, "strategy_options", tuple(sorted(options.items())))
         check_prediction_settings(self.temperature, self.top_k, self.top_p)
-        ignored = "schedule" if self.strategy == "confidence" else "confidence_threshold"
-        if getattr(self, ignored) != getattr(SamplingConfig, ignored):  # on the class: the default
-            raise ValueError(f"{ignored}={getattr(self, ignored)!r} changes nothing with strategy={self.strategy!r}")
+
+    def _options(self) -> dict[str, Any]:
+        """All knobs that were given, and that must be the strategy's."""
+        options = dict(self.strategy_options)
+        for name in _NAMED_KNOBS:
+            value = getattr(self, name)
+            if value != getattr(SamplingConfig, name):  # on the class: the default
+                if name in options:
+                    raise ValueError(f"{name} is given twice: {value!r}, and in strategy_options {options[name]!r}")
+                options[name] = value
+        return options
+
+    @property
+    def rule(self) -> Strategy:
+        """The strategy with its knobs."""
+        return make_strategy(self.strategy, self._options())
+
+    def without_strategy(self) -> "SamplingConfig":
+        """What is left to compile for where the strategy is an argument."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return replace(self, **{name: defaults[name] for name in ("strategy", "strategy_options", *_NAMED_KNOBS)})
 
 
 class StepResult(NamedTuple):
@@ -88,94 +106,6 @@ def noise_level(xt: jax.Array, mask_token_id: int) -> jax.Array:
     return jnp.mean(xt == mask_token_id, axis=1, dtype=jnp.float32)
 
 
-def _surest(count: jax.Array, masked: jax.Array, confidence: jax.Array) -> jax.Array:
-    """The `count` masked positions of highest confidence, the leftmost of equals first. (S,) bool."""
-    # Where a NaN ranks does not matter: `sample_step` commits none and reports the row.
-    confidence = jnp.where(masked, confidence, -1.0)
-    mine, other = confidence[:, None], confidence[None, :]
-    place = jnp.arange(confidence.size)
-    # Counted, not sorted: blocks are short, and a sort goes through them one by one.
-    rank = jnp.sum((other > mine) | ((other == mine) & (place[None, :] < place[:, None])), axis=1)
-    return masked & (rank < count)
-
-
-# The strategies. Each says which positions of one row to commit, (S,) bool, given a key for its own draws, the index of
-# the step, () int32, the masked positions, (S,) bool, the confidence of every position's prediction, (S,) float32, and
-# the threshold γ of the strategy confidence.
-
-
-def _commit_confidence(
-    config: SamplingConfig,
-    key: jax.Array,
-    step: jax.Array,
-    masked: jax.Array,
-    confidence: jax.Array,
-    threshold: jax.Array,
-) -> jax.Array:
-    """All positions surer than γ, and at least ceil(masked / steps left) of the surest: one or more, at the end all."""
-    num_masked = jnp.sum(masked, dtype=jnp.int32)
-    steps_left = config.steps_per_block - step
-    required = (num_masked + steps_left - 1) // steps_left
-    num_above = jnp.sum(masked & (confidence > threshold), dtype=jnp.int32)
-    return _surest(jnp.maximum(num_above, required), masked, confidence)
-
-
-def _levels(config: SamplingConfig, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Masking probabilities before and after a step, on a grid of T even steps from time 1 to time 0."""
-    steps_left = (config.steps_per_block - step).astype(jnp.float32)
-    mask_probability = NoiseSchedule(config.schedule).mask_probability
-    return (
-        mask_probability(steps_left / config.steps_per_block),
-        mask_probability((steps_left - 1.0) / config.steps_per_block),
-    )
-
-
-def _commit_posterior(
-    config: SamplingConfig,
-    key: jax.Array,
-    step: jax.Array,
-    masked: jax.Array,
-    confidence: jax.Array,
-    threshold: jax.Array,
-) -> jax.Array:
-    """Each masked position with probability (α_s − α_t) / (1 − α_t), independently: MDLM's ancestral sampling.
-
-    q(x_s | x_t, x_θ) of a masked token keeps the mask with probability (1 − α_s) / (1 − α_t) and is x_θ otherwise, so
-    the coin and the token can be drawn apart; only the token is tempered or filtered. In the last step 1 − α_s is 0.
-    """
-    level_t, level_s = _levels(config, step)
-    return masked & (jax.random.uniform(key, masked.shape, jnp.float32) >= level_s / level_t)
-
-
-def _commit_predict_and_noise(
-    config: SamplingConfig,
-    key: jax.Array,
-    step: jax.Array,
-    masked: jax.Array,
-    confidence: jax.Array,
-    threshold: jax.Array,
-) -> jax.Array:
-    """The surest: so many that floor(S · (1 − α_s)) positions stay masked, never fewer than one, in the last step all.
-
-    Only positions that were masked before the step can be masked again. LLaDA and the published code hold committed
-    tokens at infinite confidence for the same effect: their probability under the denoiser, which reads them as
-    given, is not a measure of how sure it was of them.
-    """
-    num_masked = jnp.sum(masked, dtype=jnp.int32)
-    _, level_s = _levels(config, step)
-    # The margin keeps a product like 29 · (15 / 29) from rounding to just below its integer.
-    num_kept = jnp.floor(config.block_size * level_s + 1e-4).astype(jnp.int32)
-    return _surest(num_masked - jnp.minimum(num_kept, num_masked - 1), masked, confidence)
-
-
-_STRATEGIES = {
-    "confidence": _commit_confidence,
-    "posterior": _commit_posterior,
-    "predict_and_noise": _commit_predict_and_noise,
-}
-STRATEGIES = tuple(_STRATEGIES)
-
-
 def sample_step(
     config: SamplingConfig,
     keys: jax.Array,
@@ -186,7 +116,8 @@ def sample_step(
     step: int | jax.Array,
     mask_token_id: int,
     token_keys: jax.Array | None = None,
-    threshold: jax.Array | None = None,
+    strategy: Strategy | None = None,
+    fixed: jax.Array | None = None,
 ) -> StepResult:
     """Takes one denoising step.
 
@@ -204,7 +135,8 @@ def sample_step(
         mask_token_id: the token that marks undecided positions; never predicted.
         token_keys: (B, S) keys from which the tokens are drawn instead, each position's the same at every step: for
             drafts that are to agree with a sample that somebody else draws from the same keys.
-        threshold: () float32, γ in place of the config's, so that a sweep of it compiles once.
+        strategy: with knobs () or (B,), in place of the config's, so that other knobs compile nothing.
+        fixed: (B, S) bool, positions that were given and that no strategy may change; None for none.
 
     Raises:
         ValueError: for shapes that do not fit each other or the config.
@@ -218,7 +150,8 @@ def sample_step(
             f"got {xt.shape}, {logits.shape} and {keys.shape}"
         )
 
-    threshold = jnp.float32(config.confidence_threshold) if threshold is None else threshold
+    strategy = per_row(config.rule if strategy is None else strategy, batch)
+    fixed = jnp.zeros(xt.shape, bool) if fixed is None else fixed
     choose = functools.partial(
         predict,
         mask_token_id=mask_token_id,
@@ -234,20 +167,36 @@ def sample_step(
         block: jax.Array,
         step: jax.Array,
         token_keys: jax.Array | None,
+        strategy: Strategy,
+        fixed: jax.Array,
     ) -> StepResult:
         step_key = jax.random.fold_in(jax.random.fold_in(key, block), step)
         token_key, commit_key = jax.random.split(step_key)
         prediction = choose(token_key, logits) if token_keys is None else jax.vmap(choose)(token_keys, logits)
         masked = xt == mask_token_id
-        chosen = _STRATEGIES[config.strategy](config, commit_key, step, masked, prediction.confidence, threshold)
-        committed = chosen & prediction.finite
+        draft = Draft(
+            xt=xt,
+            masked=masked,
+            logits=without_token(logits, mask_token_id),
+            tokens=prediction.tokens,
+            confidence=prediction.confidence,
+            key=commit_key,
+            step=step,
+            steps=config.steps_per_block,
+            mask_token_id=mask_token_id,
+        )
+        new = strategy.new_block(draft)
+        # What holds whatever the strategy says: the last step decides all; a block without masks and what was given
+        # stay; and a prediction that means nothing is not used.
+        new = jnp.where((step >= config.steps_per_block - 1) & (new == mask_token_id), draft.commit(masked), new)
+        new = jnp.where(fixed | (masked & ~prediction.finite) | ~jnp.any(masked), xt, new)
         return StepResult(
-            xt=jnp.where(committed, prediction.tokens.astype(xt.dtype), xt),
-            committed=committed,
+            xt=new,
+            committed=masked & (new != mask_token_id),
             confidence=prediction.confidence,
             finite=jnp.all(prediction.finite | ~masked),
         )
 
     block = jnp.broadcast_to(jnp.asarray(block, jnp.int32), (batch,))
     step = jnp.broadcast_to(jnp.asarray(step, jnp.int32), (batch,))
-    return jax.vmap(step_row)(keys, xt, logits, block, step, token_keys)
+    return jax.vmap(step_row)(keys, xt, logits, block, step, token_keys, strategy, fixed)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from twotower_jax import sharding
-from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.diffusion import SamplingConfig, per_row
 from twotower_jax.generation.blocks import Table
 from twotower_jax.generation.modes import Call, Emitted, Recipe, Trace
 from twotower_jax.generation.placement import Placement
@@ -142,15 +142,16 @@ class Engine:
         self._submitted = 0
         self.cache_bytes = cache_bytes(model, batch, self._capacity, placement.context)
         _check_memory(self.cache_bytes, batch, self._capacity, settings.max_cache_gb, placement)
-        # AR's choice knows nothing of blocks, and γ is an argument of a block: what does not count is left out, so
-        # that less is compiled.
+        # AR's choice knows nothing of blocks, and the strategy is an argument of a block: what does not count is left
+        # out, so that less is compiled.
         sampling = settings.sampling
         choice = SamplingConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
         self._first = choice if settings.mode in ("ar", "speculative") else None
-        of_block = dataclasses.replace(sampling, confidence_threshold=SamplingConfig.confidence_threshold)
+        blocks = settings.mode in ("diffusion", "speculative")
+        self._strategy = per_row(sampling.rule, batch) if blocks else None
         self._recipe = Recipe(
             settings.mode,
-            of_block if settings.mode in ("diffusion", "speculative") else choice,
+            sampling.without_strategy() if blocks else choice,
             record_trace,
             record_routing,
         )
@@ -276,9 +277,8 @@ class Engine:
         return np.uint32(self._settings.seed), end_token_array(self._eos)
 
     def _block(self, alive: np.ndarray) -> Emitted:
-        settings = self._settings
-        numbers = np.float32(settings.sampling.confidence_threshold), np.float32(settings.tolerance)
-        return self._rows.block(Call(alive, *self._seed_and_eos(), *numbers))
+        tolerance = np.float32(self._settings.tolerance)
+        return self._rows.block(Call(alive, *self._seed_and_eos(), self._strategy, tolerance))
 
     def _harvest(self, slot: int, emitted: Emitted) -> Progress:
         row, settings = self._table[slot], self._settings
@@ -286,7 +286,8 @@ class Engine:
             raise _not_finite(row)
         block, before, count = row.blocks, len(row.tokens), int(emitted.count[slot])
         new = emitted.tokens[slot, :count].tolist()
-        steps = None if emitted.trace is None else _steps(emitted.trace, slot, block)
+        mask = self._model.config.mask_token_id
+        steps = None if emitted.trace is None else _steps(emitted.trace, slot, block, mask)
         row.tokens += new
         row.trace += steps or ()
         row.blocks += count > 0
@@ -417,7 +418,7 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _steps(trace: Trace, slot: int, block: int) -> list[Step]:
+def _steps(trace: Trace, slot: int, block: int, mask_token_id: int) -> list[Step]:
     return [
         Step(
             block,
@@ -427,6 +428,7 @@ def _steps(trace: Trace, slot: int, block: int) -> list[Step]:
             trace.tokens[step, slot].tolist(),
             trace.confidence[step, slot].tolist(),
             None if trace.routing is None else trace.routing[step, :, slot].tolist(),
+            mask_token_id,
         )
         for step in np.flatnonzero(trace.active[:, slot]).tolist()
     ]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.cache import Cache
-from twotower_jax.diffusion import Prediction, SamplingConfig, noise_level, sample_step
+from twotower_jax.diffusion import Prediction, SamplingConfig, Strategy, noise_level, sample_step
 from twotower_jax.generation.slots import Slots, choose, ends, row_keys
 from twotower_jax.two_tower import TwoTower
 
@@ -26,14 +26,15 @@ class Call(NamedTuple):
     Attributes:
       alive: (B,) bool, in which the host takes back rows that it has ended.
       seed: () uint32. eos: (K,) int32, the tokens that end a row, see `slots.end_token_array`.
-      threshold: () float32, in place of the sampling's, so that one compiled function serves all.
+      strategy: with knobs (B,), in place of the sampling's, so that one compiled function serves all; None in modes
+        that generate one token at a time.
       tolerance: () float32, of speculative mode.
     """
 
     alive: jax.Array
     seed: jax.Array
     eos: jax.Array
-    threshold: jax.Array
+    strategy: Strategy | None
     tolerance: jax.Array
 
 
@@ -43,7 +44,7 @@ class Recipe:
 
     Attributes:
       mode: one of `settings.MODES`.
-      sampling: its threshold does not count.
+      sampling: without its strategy, which is an argument.
       record, routing: keep the denoiser's steps, and with them the experts that it used.
     """
 
@@ -139,7 +140,8 @@ def denoise(
             step=step,
             mask_token_id=mask_id,
             token_keys=token_keys,
-            threshold=call.threshold,
+            strategy=call.strategy,
+            fixed=start != mask_id,
         )
         new = jnp.where(moving[:, None], result.xt, xt)
         routing = routing.astype(jnp.int16) if recipe.routing and routing is not None else None

@@ -90,6 +90,7 @@ class Step(NamedTuple):
       xt: the block's S tokens before the step, the mask token where undecided.
       tokens: the same after the step.
       confidence: the probability of the token chosen at each position; says nothing where xt was decided.
+      mask_token_id: what marks undecided positions; a strategy may mask a token again.
       experts: if asked for, those that each layer with experts used: (layers, S, k) numbers, of a position best first.
     """
 
@@ -100,11 +101,13 @@ class Step(NamedTuple):
     tokens: list[int]
     confidence: list[float]
     experts: list[list[list[int]]] | None = None
+    mask_token_id: int | None = None
 
     @property
     def committed(self) -> list[int]:
-        """The positions that the step decided."""
-        return [i for i, (before, after) in enumerate(zip(self.xt, self.tokens, strict=True)) if before != after]
+        """The positions that the step decided; not those that it masked again."""
+        pairs = enumerate(zip(self.xt, self.tokens, strict=True))
+        return [i for i, (before, after) in pairs if before != after != self.mask_token_id]
 
 
 class Result(NamedTuple):

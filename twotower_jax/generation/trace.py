@@ -7,7 +7,8 @@ number of prompts, and n_routed_experts, the E experts of a layer. Every other l
     step    row, block, step, start, t, xt, tokens, confidence, committed, experts: one evaluation of the denoiser. `xt`
             and `tokens` are the block before and after it, the mask token where undecided; `confidence` is the
             probability of each position's prediction, which says nothing where xt was decided; `committed` the
-            positions decided in this step; `start` the place among the row's new tokens of the block's first position.
+            positions decided in this step, some of which a later step may mask again; `start` the place among the
+            row's new tokens of the block's first position.
             `experts` has a list for each of the denoiser's layers with experts: S · k numbers in 0 … E − 1, the k
             experts that the first position was routed to, best first, then those of the second, and so on; null where
             there are none
@@ -51,6 +52,7 @@ class TraceWriter:
         write(
             {"format": FORMAT, "version": VERSION, "prompts": len(prompts)}
             | values.pop("sampling")
+            | {"strategy_options": dict(settings.sampling.strategy_options)}
             | values
             | {"mask_token_id": config.mask_token_id, "eos_token_id": config.eos_token_id}
             | {"n_routed_experts": config.n_routed_experts}

@@ -18,7 +18,7 @@ _SCALE = 1000.0
 
 
 class Modulation(NamedTuple):
-    """What one layer gets of the time: each (B, 1, D)."""
+    """What one layer gets of the time: each (B, 1, D), or (B, L, D) where every block has a time of its own."""
 
     shift: jax.Array
     scale: jax.Array
@@ -29,7 +29,7 @@ class Modulation(NamedTuple):
 
 
 def sinusoids(t: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """(B,) times in [0, 1] to (B, 256) [cos | sin] features.
+    """Times (B,) or (B, N) in [0, 1] to (…, 256) [cos | sin] features.
 
     t and 1000·t are rounded to the compute dtype first (in bfloat16 937.5 becomes 936): the release was trained so.
     """
@@ -41,7 +41,7 @@ def sinusoids(t: jax.Array, dtype: jnp.dtype) -> jax.Array:
     def rounded(v):
         return jax.lax.reduce_precision(v, info.nexp, info.nmant)
 
-    angles = rounded(rounded(t.astype(jnp.float32)) * _SCALE)[:, None] * frequencies
+    angles = rounded(rounded(t.astype(jnp.float32)) * _SCALE)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(dtype)
 
 
@@ -72,16 +72,19 @@ class TimeConditioning(nnx.Module):
         self.tables = layers.declare("", (3, width), (None, "embed"), table_init or _identity_table, decay=False)
 
     def embed(self, t: jax.Array) -> jax.Array:
-        """(B,) → (B, D), the output of `t_embedder`."""
+        """(B,) → (B, D), or (B, N) → (B, N, D), the output of `t_embedder`."""
         return self.mlp_2(jax.nn.silu(self.mlp_0(sinusoids(t, self.dtype))))
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        """(B,) → (B, 3·D), the output of `t_block`, shared by all layers."""
+        """(B,) → (B, 3·D), or (B, N) → (B, N, 3·D), the output of `t_block`, shared by all layers."""
         return self.block(jax.nn.silu(self.embed(t)))
 
 
-def modulation(table: jax.Array, block: jax.Array) -> Modulation:
-    """A layer's modulation from its table (3, D) and the shared (B, 3·D)."""
+def modulation(table: jax.Array, block: jax.Array, block_size: int | None = None) -> Modulation:
+    """A layer's modulation from its table (3, D) and the shared (B, 3·D), or (B, N, 3·D) for N blocks of a size."""
+    if block.ndim == 3:
+        parts = table.astype(block.dtype) + block.reshape(*block.shape[:2], 3, -1)
+        return Modulation(*(jnp.repeat(parts[:, :, i], block_size, axis=1) for i in range(3)))
     parts = table.astype(block.dtype) + block.reshape(block.shape[0], 3, -1)
     return Modulation(*(parts[:, i, None] for i in range(3)))
 

@@ -7,6 +7,8 @@ what is mutable, so the order is: override first, freeze after.)
 
 import dataclasses
 import math
+import pathlib
+import runpy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.diffusion import SCHEDULES, TIMES, WEIGHTS, MaskedDiffusion
 from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
 from twotower_jax.paths import local_path
@@ -43,6 +46,39 @@ CHANGEABLE = (
 )
 
 
+# Fields that came later, with what runs did before they were there: a workdir without them goes on.
+ADDED = {
+    "diffusion.schedule": "linear",
+    "diffusion.times": "uniform",
+    "diffusion.weight": "flat",
+    "diffusion.complementary": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The parts of a `MaskedDiffusion` by name; a config file may register its own (docs/training.md).
+
+    Raises:
+      ValueError: at construction, for a name that is not registered, or a `complementary` that is not a bool.
+    """
+
+    schedule: str = "linear"
+    times: str = "uniform"
+    weight: str = "flat"
+    complementary: bool = False
+
+    def __post_init__(self):
+        try:
+            _ = self.process
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config: diffusion: {error}") from None
+
+    @property
+    def process(self) -> MaskedDiffusion:
+        return MaskedDiffusion(SCHEDULES[self.schedule], TIMES[self.times], WEIGHTS[self.weight], self.complementary)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The settings of one run.
@@ -57,6 +93,8 @@ class TrainConfig:
     objective: str = "autoregressive"
     # Of the denoiser objective: which towers train, and how. See `Variant`.
     variant: Variant = Variant()
+    # Of the denoiser objective: how tokens are masked, and how much they count. See `MaskedDiffusion`.
+    diffusion: DiffusionConfig = DiffusionConfig()
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
@@ -234,13 +272,28 @@ def base_config(model: Mapping[str, Any]) -> ConfigDict:
     config.model = ConfigDict({name: model.get(name, default) for name, default in _model_fields().items()})
     config.model.update(model)
     for field in dataclasses.fields(TrainConfig):
-        if field.name not in ("model", "variant", "kernels", "mesh", "block_size"):
+        if field.name not in ("model", "variant", "diffusion", "kernels", "mesh", "block_size"):
             config[field.name] = field.default
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
+    config.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
     config.kernels = ConfigDict({field.name: config_dict.placeholder(str) for field in dataclasses.fields(Backends)})
     config.mesh = ConfigDict(dataclasses.asdict(MeshShape()))
     config.block_size = config_dict.placeholder(int)
     return config
+
+
+def shipped(name: str) -> ConfigDict:
+    """The config of `configs/NAME.py`, to build on, wherever the own file lies and the command is run.
+
+    Raises:
+      ValueError: if there is none of that name.
+    """
+    folders = [pathlib.Path(__file__).resolve().parents[n] / "configs" for n in (2, 1)]  # A checkout, an installation.
+    path = next((file for folder in folders if (file := folder / f"{name}.py").is_file()), None)
+    if path is None:
+        names = sorted(file.stem for folder in folders for file in folder.glob("*.py"))
+        raise ValueError(f"there is no config {name!r}; there are {', '.join(names)}")
+    return runpy.run_path(str(path))["get_config"]()
 
 
 def freeze(config: ConfigDict) -> TrainConfig:
@@ -256,7 +309,12 @@ def freeze(config: ConfigDict) -> TrainConfig:
         if isinstance(values.get(name), str):
             values[name] = local_path(values[name])
     parts = {}
-    for name, part in (("variant", Variant), ("kernels", Backends), ("mesh", MeshShape)):
+    for name, part in (
+        ("variant", Variant),
+        ("diffusion", DiffusionConfig),
+        ("kernels", Backends),
+        ("mesh", MeshShape),
+    ):
         try:
             parts[name] = part(**values.pop(name))
         except TypeError as error:

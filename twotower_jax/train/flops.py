@@ -66,7 +66,8 @@ def step_flops(config: TrainConfig, model: ModelConfig, block_size: int) -> floa
         per_token = context + trained * (denoiser + (2 if variant.context_loss else 1) * head)
         width = model.hidden_size
         per_sequence = trained * 2 * (NUM_SINUSOIDS * width + 4 * width**2) if variant.time_conditioning else 0
-    return config.batch_size * (length * per_token + per_sequence)
+    passes = 1 if config.objective == "autoregressive" else config.diffusion.process.passes
+    return passes * config.batch_size * (length * per_token + per_sequence)
 
 
 def peak_flops(config: TrainConfig, devices: Sequence[jax.Device]) -> float | None:

@@ -16,8 +16,9 @@ from twotower_jax.checkpoint.workdir import CHECKPOINTS, Saver, Workdir
 from twotower_jax.data import TrainingData, save_tokenizer, validation_batches
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, count
+from twotower_jax.registry import registered
 from twotower_jax.train import distributed, flops, watch
-from twotower_jax.train.config import CHANGEABLE, TrainConfig
+from twotower_jax.train.config import ADDED, CHANGEABLE, TrainConfig
 from twotower_jax.train.metrics import (
     LossWindow,
     MetricsWriter,
@@ -125,7 +126,8 @@ def train(
 
 def _look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
     """What the workdir holds now."""
-    folder = Workdir(workdir, dataclasses.asdict(config), CHANGEABLE)
+    settings, own = dataclasses.asdict(config), registered()
+    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED)
     if folder.step is not None and folder.step > config.steps:
         raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
     return folder

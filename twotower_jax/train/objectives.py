@@ -13,14 +13,14 @@ import jax.numpy as jnp
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import (
-    Corruption,
     LossSum,
-    NoiseSchedule,
-    corrupt,
+    MaskedDiffusion,
+    count,
     loss_by_block_position,
     loss_by_noise_level,
     masked_loss_sum,
     next_tokens,
+    spread,
 )
 from twotower_jax.parameters import Params, Path, bind, initialize, parameter_table
 from twotower_jax.train.config import TrainConfig
@@ -55,8 +55,58 @@ class Documents(NamedTuple):
     counted: jax.Array
 
 
+class Examples(NamedTuple):
+    """A batch ready for a model: all that a step's randomness decides is decided, once. R rows; see `Corruption`.
+
+    Attributes:
+      clean: (R, L) int32.
+      counted: (R, L) bool, the positions whose token may count.
+      start: (R, L) int32, the first position of each position's document, or None.
+      noisy: (R, L) int32; masked: (R, L) bool, those that have a loss; t, weight: (R,) or (R, L/S) float32. None for a
+        backbone.
+    """
+
+    clean: jax.Array
+    counted: jax.Array
+    start: jax.Array | None
+    noisy: jax.Array | None = None
+    masked: jax.Array | None = None
+    t: jax.Array | None = None
+    weight: jax.Array | None = None
+
+
+class Objective:
+    """What is common to objectives: the losses of a batch from its examples."""
+
+    def examples(
+        self,
+        ids: jax.Array,
+        counted: jax.Array,
+        noise: NoiseKey,
+        block_size: int,
+        documents: Documents | None = None,
+    ) -> Examples:
+        """(B, L) tokens, of the rows that `counted` (B,) bool says, ready for the model."""
+        mask = jnp.broadcast_to(counted[:, None], ids.shape)
+        if documents is None:
+            return Examples(ids, mask, None)
+        return Examples(ids, mask & documents.counted, documents.start)
+
+    def losses(
+        self,
+        params: Params,
+        ids: jax.Array,
+        counted: jax.Array,
+        noise: NoiseKey,
+        block_size: int,
+        documents: Documents | None = None,
+    ) -> Losses:
+        """`losses_of` the `examples`."""
+        return self.losses_of(params, self.examples(ids, counted, noise, block_size, documents), block_size)
+
+
 @dataclasses.dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Objective):
     """A backbone on next tokens.
 
     Attributes:
@@ -74,24 +124,16 @@ class Autoregressive:
     def is_trained(self, path: Path) -> bool:
         return True
 
-    def losses(
-        self,
-        params: Params,
-        ids: jax.Array,
-        counted: jax.Array,
-        noise: NoiseKey,
-        block_size: int,
-        documents: Documents | None = None,
-    ) -> Losses:
-        """The loss of (B, L) tokens, of the rows that `counted` (B,) bool says. Noise and block size play no part."""
+    def losses_of(self, params: Params, examples: Examples, block_size: int) -> Losses:
+        """The loss of the examples. The block size plays no part."""
         model = bind(self.model, params)
-        h = model.tower.causal(ids, documents and documents.start)
-        targets, counted = _next_tokens(ids, counted, documents)
+        h = model.tower.causal(examples.clean, examples.start)
+        targets, counted = _next_tokens(examples)
         return {"next_token_loss": masked_loss_sum(model.head.log_probabilities(h, targets), counted)}
 
-    def counts(self, ids: jax.Array, noise: NoiseKey, documents: Documents | None = None) -> dict[str, jax.Array]:
-        """How many tokens each term is the mean of, known before any parameter is."""
-        return {"next_token_loss": _count(_next_tokens(ids, jnp.ones(len(ids), bool), documents)[1])}
+    def counts(self, examples: Examples) -> dict[str, jax.Array]:
+        """What each term is the mean over, known before any parameter is."""
+        return {"next_token_loss": count(_next_tokens(examples)[1])}
 
     def start(self, checkpoint: Params | None, key: jax.Array) -> Params:
         """A two-tower checkpoint's context tower and its head, or random weights."""
@@ -101,17 +143,18 @@ class Autoregressive:
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoiser:
+class Denoiser(Objective):
     """A two-tower model on masked tokens (arXiv 2606.26493), under any `Variant`.
 
-    Mean cross-entropy over masked positions, t ~ U[1e-3, 1] and the linear schedule; with `context_loss` plus the mean
-    next-token cross-entropy of the context head.
+    Cross-entropy of masked positions as `diffusion` draws and weighs them; with `context_loss` plus the mean next-token
+    cross-entropy of the context head.
 
     Attributes:
       terms: names of the losses whose means are added up to what is minimized.
     """
 
     model: TwoTower
+    diffusion: MaskedDiffusion = MaskedDiffusion()
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -125,58 +168,65 @@ class Denoiser:
     def is_trained(self, path: Path) -> bool:
         return is_trainable(self.model.variant, path)
 
-    def losses(
+    def examples(
         self,
-        params: Params,
         ids: jax.Array,
         counted: jax.Array,
         noise: NoiseKey,
         block_size: int,
         documents: Documents | None = None,
-    ) -> Losses:
-        """The losses of (B, L) tokens in blocks of `block_size`, and the masked one by noise level and block position.
-
-        Beside them `expert_load`: of each layer with experts, the busiest one's tokens as a multiple of the even share.
-        `counted` (B,) bool says which rows count.
-        """
-        model = bind(self.model, params)
-        noisy, masked, t = self._corrupt(ids, noise)
-        states = model.training_states(ids, noisy, t, block_size, documents and documents.start)
-        log_p = model.denoiser_head.log_probabilities(states.denoiser, ids)
-        masked &= counted[:, None]
-        if documents is not None:
-            masked &= documents.counted
-        losses = {
-            "masked_loss": masked_loss_sum(log_p, masked),
-            "by_noise_level": loss_by_noise_level(log_p, masked, t),
-            "by_block_position": loss_by_block_position(log_p, masked, block_size),
-        }
-        if model.variant.context_loss:
-            targets, counted = _next_tokens(ids, counted, documents)
-            log_p = model.context_head.log_probabilities(states.context, targets)
-            losses["context_loss"] = masked_loss_sum(log_p, counted)
-        if states.expert_load is not None:
-            busiest = jax.lax.stop_gradient(jnp.max(states.expert_load, axis=1))
-            losses["expert_load"] = LossSum(busiest, jnp.ones(busiest.shape, jnp.int32))
-        return losses
-
-    def counts(self, ids: jax.Array, noise: NoiseKey, documents: Documents | None = None) -> dict[str, jax.Array]:
-        """How many tokens each term is the mean of, known before any parameter is."""
-        masked = self._corrupt(ids, noise).masked
-        counts = {"masked_loss": _count(masked if documents is None else masked & documents.counted)}
-        if self.model.variant.context_loss:
-            counts["context_loss"] = _count(_next_tokens(ids, jnp.ones(len(ids), bool), documents)[1])
-        return counts
-
-    def _corrupt(self, ids: jax.Array, noise: NoiseKey) -> Corruption:
-        return corrupt(
+    ) -> Examples:
+        """With the noise of the step."""
+        corruption = self.diffusion.corrupt(
             ids,
             seed=noise.seed,
             step=noise.step,
             example_index=noise.index,
             mask_token_id=self.model.config.mask_token_id,
-            schedule=NoiseSchedule("linear"),
+            block_size=block_size,
         )
+        plain = super().examples(ids, counted, noise, block_size, documents)
+        clean = jax.tree.map(self.diffusion.repeated, plain)
+        return clean._replace(
+            noisy=corruption.noisy_ids,
+            masked=corruption.masked & clean.counted,
+            t=corruption.t,
+            weight=corruption.weight,
+        )
+
+    def losses_of(self, params: Params, examples: Examples, block_size: int) -> Losses:
+        """The losses of the examples in blocks of `block_size`; beside the terms, the plain cross-entropy of masked
+        tokens by noise level and by block position.
+
+        And `expert_load`: of each layer with experts, the busiest one's tokens as a multiple of the even share.
+        """
+        model, masked, t = bind(self.model, params), examples.masked, examples.t
+        states = model.training_states(examples.clean, examples.noisy, t, block_size, examples.start)
+        log_p = model.denoiser_head.log_probabilities(states.denoiser, examples.clean)
+        weight = spread(examples.weight.reshape(len(masked), -1), masked.shape[1])
+        losses = {
+            "masked_loss": masked_loss_sum(log_p, masked, weight, self._counted(examples)),
+            "by_noise_level": loss_by_noise_level(log_p, masked, t),
+            "by_block_position": loss_by_block_position(log_p, masked, block_size),
+        }
+        if model.variant.context_loss:
+            targets, counted = _next_tokens(examples)
+            log_p = model.context_head.log_probabilities(states.context, targets)
+            losses["context_loss"] = masked_loss_sum(log_p, counted)
+        if states.expert_load is not None:
+            busiest = jax.lax.stop_gradient(jnp.max(states.expert_load, axis=1))
+            losses["expert_load"] = LossSum(busiest, jnp.ones(busiest.shape, jnp.float32))
+        return losses
+
+    def counts(self, examples: Examples) -> dict[str, jax.Array]:
+        """What each term is the mean over, known before any parameter is."""
+        counts = {"masked_loss": count(self._counted(examples))}
+        if self.model.variant.context_loss:
+            counts["context_loss"] = count(_next_tokens(examples)[1])
+        return counts
+
+    def _counted(self, examples: Examples) -> jax.Array:
+        return self.diffusion.counted(examples.masked, examples.counted)
 
     def start(self, checkpoint: Params | None, key: jax.Array) -> Params:
         """The checkpoint's parameters, or both towers from one random backbone."""
@@ -187,24 +237,17 @@ class Denoiser:
         return from_backbone(self.model, initialize(parameter_table(backbone), key), time_key)
 
 
-def _count(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, dtype=jnp.int32)
-
-
-def _next_tokens(ids: jax.Array, counted: jax.Array, documents: Documents | None) -> tuple[jax.Array, jax.Array]:
+def _next_tokens(examples: Examples) -> tuple[jax.Array, jax.Array]:
     """`next_tokens`, no token being predicted from another document, and no padding."""
-    targets, mask = next_tokens(ids, counted)
-    if documents is not None:
-        same = jnp.roll(documents.start, -1, axis=1) == documents.start
-        mask &= same & jnp.roll(documents.counted, -1, axis=1)
+    targets, mask = next_tokens(examples.clean, jnp.ones(len(examples.clean), bool))
+    mask &= jnp.roll(examples.counted, -1, axis=1)
+    if examples.start is not None:
+        mask &= jnp.roll(examples.start, -1, axis=1) == examples.start
     return targets, mask
-
-
-Objective = Autoregressive | Denoiser
 
 
 def make_objective(config: TrainConfig, model: ModelConfig) -> Objective:
     """The objective that the settings name."""
     if config.objective == "autoregressive":
         return Autoregressive(Backbone(model, config.execution))
-    return Denoiser(TwoTower(model, config.variant, config.execution))
+    return Denoiser(TwoTower(model, config.variant, config.execution), config.diffusion.process)

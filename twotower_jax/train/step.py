@@ -164,13 +164,11 @@ def make_step(
     schedule = learning_rate(config)
     stored = tables(objective)[0]
 
-    def gradients_of(params, frozen, rows, noise, counts):
+    def gradients_of(params, frozen, examples, counts):
         """Gradients and losses of some rows, as their share of means over `counts`."""
 
         def loss_fn(trained: Params) -> tuple[jax.Array, Losses]:
-            ids, documents = rows
-            counted = jnp.ones(ids.shape[0], bool)
-            losses = objective.losses(merge(trained, frozen), ids, counted, noise, block_size, documents)
+            losses = objective.losses_of(merge(trained, frozen), examples, block_size)
             return sum(LossSum(losses[term].total, counts[term]).mean for term in objective.terms), losses
 
         gradients, losses = jax.grad(loss_fn, has_aux=True)(params)
@@ -184,20 +182,21 @@ def make_step(
         documents: Documents | None = None,
     ) -> tuple[TrainState, StepMetrics]:
         index = jnp.arange(ids.shape[0]) if index is None else index
-        rows, noise = (ids, documents), NoiseKey(config.seed, state.step, index)
-        counts = objective.counts(ids, noise, documents)
+        # The noise is drawn here, once: the denominators and the losses of all parts are of the same examples.
+        noise = NoiseKey(config.seed, state.step, index)
+        examples = objective.examples(ids, jnp.ones(ids.shape[0], bool), noise, block_size, documents)
+        counts = objective.counts(examples)
         if config.accumulate == 1:
-            gradients, losses = gradients_of(state.params, frozen, rows, noise, counts)
+            gradients, losses = gradients_of(state.params, frozen, examples, counts)
         else:
 
             def of_part(part):
-                some_rows, index = part
-                return gradients_of(state.params, frozen, some_rows, noise._replace(index=index), counts)
+                return gradients_of(state.params, frozen, part, counts)
 
             def add_part(total, part):
                 return jax.tree.map(jnp.add, total, of_part(part)), None
 
-            parts = jax.tree.map(lambda v: _in_parts(v, config.accumulate), (rows, noise.index))
+            parts = jax.tree.map(lambda v: _in_parts(v, config.accumulate), examples)
             shapes = jax.eval_shape(of_part, jax.tree.map(lambda v: v[0], parts))
             zeros, no_losses = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
             (gradients, losses), _ = jax.lax.scan(add_part, (_as_stored(stored, zeros), no_losses), parts)

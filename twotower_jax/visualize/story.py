@@ -196,6 +196,9 @@ class _Reader:
             self._start = start
             self._draft = [Cell(None if token == self._mask else token) for token in before]
             self._frame(block, 0, line["t"])
+        for i, token in enumerate(after):
+            if token == self._mask:  # Undecided, or masked again.
+                self._draft[i] = Cell(None)
         for i in committed:
             self._draft[i] = Cell(after[i], step, confidence[i])
         self._steps = step + 1

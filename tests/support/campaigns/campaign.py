@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from absl import flags
 
+from campaigns._mutations import CONVERTED, HUGGING_FACE, Mutation
 from twotower_jax import parameters
-from twotower_jax.benchmarks._mutations import CONVERTED, HUGGING_FACE, Mutation
 from twotower_jax.benchmarks._synthetic import tensors_of
 from twotower_jax.checkpoint import store
 from twotower_jax.checkpoint.convert import convert
