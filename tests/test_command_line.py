@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 
 from twotower_jax import command_line, jax_settings, randomness
-from twotower_jax.diffusion import NoiseSchedule, corrupt
+from twotower_jax.diffusion import MaskedDiffusion
 from twotower_jax.generation.slots import row_keys
 from twotower_jax.train import stopping
 from twotower_jax.train.config import freeze
@@ -53,7 +53,7 @@ def test_random_numbers_do_not_depend_on_the_default_generator(implementation):
     ids, index = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.arange(2, dtype=jnp.int32)
 
     def draw():
-        noise = corrupt(ids, seed=3, step=5, example_index=index, mask_token_id=3, schedule=NoiseSchedule("linear"))
+        noise = MaskedDiffusion().corrupt(ids, seed=3, step=5, example_index=index, mask_token_id=3)
         return jax.random.bits(randomness.key(7), (4,)), jax.random.key_data(row_keys(jnp.uint32(1), index)), noise
 
     expected = draw()
