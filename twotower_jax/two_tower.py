@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.layers.experts import load_of
 from twotower_jax.layers.time_conditioning import TimeConditioning, modulation
 from twotower_jax.layers.vocabulary import Head
 from twotower_jax.parameters import Initializer, Params, Path, Scope, initialize, parameter_table, use
@@ -41,7 +42,7 @@ class TrainingStates(NamedTuple):
       denoiser: (B, L, D), which `denoiser_head` turns into logits, those at i for position i itself.
       context: (B, L, D), which `context_head` turns into next-token logits.
       expert_load: (layers with experts, E) float32, the tokens of each of the denoiser's experts as a multiple of the
-        even share; None without experts.
+        even share, all tokens or those measured; None without experts.
     """
 
     denoiser: jax.Array
@@ -172,6 +173,7 @@ class TwoTower(nnx.Module):
         t: jax.Array,
         block_size: int,
         document_start: jax.Array | None = None,
+        measured: jax.Array | None = None,
     ) -> TrainingStates:
         """One context pass over the clean tokens and one denoiser pass over all blocks of the noisy ones.
 
@@ -184,6 +186,7 @@ class TwoTower(nnx.Module):
           block_size: S.
           document_start: (B, L) int32, where several documents lie side by side: the first position of each one's own.
             Every document starts with a block.
+          measured: (B, L) bool, the tokens that `expert_load` is of; None for all.
 
         Raises:
           ValueError: if S does not divide L.
@@ -200,7 +203,9 @@ class TwoTower(nnx.Module):
             h, routing = denoiser_layer.blockwise(
                 h, memory, block_size, modulation=modulation, document_start=document_start
             )
-            return (h_context, h), None if routing is None else routing.load
+            if routing is None or measured is None:
+                return (h_context, h), None if routing is None else routing.load
+            return (h_context, h), load_of(routing.experts, measured, self.config.n_routed_experts)
 
         carry = context.embed(clean), denoiser.embed(noisy)
         (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None, block_size)

@@ -109,6 +109,20 @@ class Routing(NamedTuple):
     experts: jax.Array
 
 
+def load_of(experts: jax.Array, measured: jax.Array, count: int) -> jax.Array:
+    """A router's load over some of the tokens: (count,) float32, `Routing.load` where they are all.
+
+    Args:
+      experts: (B, L, k) int32, those of each token.
+      measured: (B, L) bool, the tokens; where there is none, the load is 0.
+      count: E.
+    """
+    chosen = (experts[..., None] == jnp.arange(count)) & measured[..., None, None]
+    tokens = jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32)
+    even = jnp.sum(measured, dtype=jnp.float32) * (experts.shape[-1] / count)
+    return tokens / jnp.maximum(even, experts.shape[-1] / count)
+
+
 class Experts(nnx.Module):
     """Σ weight · expert(x) over the chosen experts, plus the shared expert. No capacity, no dropped tokens."""
 
