@@ -121,7 +121,7 @@ def prepare(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     output = pathlib.Path(output)
-    files = inputs.find_files(sources)
+    files = inputs.find_files(sources, settings.text_field, report=lambda line: quiet or print(line, file=sys.stderr))
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; choose a folder")
     output.mkdir(parents=True, exist_ok=True)

@@ -102,8 +102,9 @@ def train(
         raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
     if config.wandb_project:
         import_wandb(config.wandb_project)
-    leader = distributed.is_leader()
-    run = _Run(config, folder, make_start(config, folder), report if leader else lambda line: None, stop, profile)
+    if not distributed.is_leader():
+        report = lambda line: None  # noqa: E731
+    run = _Run(config, folder, make_start(config, folder, report), report, stop, profile)
     run.check()
     with distributed.noticing_loss():
         distributed.barrier("before anything is written")
