@@ -80,6 +80,7 @@ def test_losses_fall(backbone_run, denoiser_run):
         assert [row["step"] for row in table] == [5, 10, 12] and result.step == 12
         assert result.metrics["loss"] == table[-1]["loss"] < table[0]["loss"] - 0.3
         assert 0 < result.metrics["validation_loss"] < table[0]["loss"]
+        assert 0 < result.metrics["validation_loss_stderr"] < 0.2 * result.metrics["validation_loss"]
         assert {"learning_rate", "grad_norm"} <= table[0].keys() and "tokens_per_second" in result.metrics
     last = denoiser_run[2].metrics
     assert len(last["loss_by_noise_level"]) == len(last["validation_loss_by_noise_level"]) == 10

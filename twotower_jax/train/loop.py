@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.checkpoint.workdir import CHECKPOINTS, Saver, Workdir
-from twotower_jax.data import TrainingData, save_tokenizer, validation_batches
+from twotower_jax.data import TrainingData, save_tokenizer
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, count
 from twotower_jax.registry import registered
@@ -42,11 +41,11 @@ from twotower_jax.train.step import (
     abstract_state,
     make_optimizer,
     make_step,
-    make_validation,
     merge,
     start_state,
     tables,
 )
+from twotower_jax.train.validation import Validation
 
 Report = Callable[[str], None]
 
@@ -70,6 +69,10 @@ class TrainResult(NamedTuple):
 
 def _print(line: str) -> None:
     print(line, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    """The report of all processes but the first."""
 
 
 def train(
@@ -100,9 +103,9 @@ def train(
     folder = _look(config, workdir)
     if config.wandb_project:
         import_wandb(config.wandb_project)
-    options = report if distributed.is_leader() else lambda line: None, stop, profile
-    run = _Run(config, folder, make_start(config, folder), *options)
-    run.check_kernels()
+    report = report if distributed.is_leader() else _say_nothing
+    run = _Run(config, folder, make_start(config, folder, report), report, stop, profile)
+    run.check()
     with distributed.noticing_loss():
         distributed.barrier("before anything is written")
     with distributed.noticing_loss(), folder.locked():
@@ -111,7 +114,7 @@ def train(
         if (now.step, now.model) != (folder.step, folder.model):
             # Another run of this workdir was there meanwhile, and has left it.
             del run
-            run, folder = _Run(config, now, make_start(config, now), *options), now
+            run, folder = _Run(config, now, make_start(config, now, report), report, stop, profile), now
         run.describe()
         if folder.step is None:
             run.begin()
@@ -154,7 +157,11 @@ class _Run:
         self.agreement = distributed.Agreement()
         self.profiler = watch.Profiler(profile)
         self.samples = self._make_samples()
+        self.validation = None
+        if start.validation is not None:
+            self.validation = Validation(start.validation, self.objective, self.placement, config.batch_size)
         self.stages = block_stages(config)
+        self.jitted: dict[int, Callable] = {}
         self.window = LossWindow(self.objective.terms)
         self.skips = Skips(config.max_skipped_steps)
         self.stopwatch, self.tokens = Stopwatch(), 0
@@ -186,6 +193,8 @@ class _Run:
             f"{config.sequence_length}) of {start.training.tokens:,}, {held_out:,} more held out; "
             f"vocabulary {start.model.vocab_size:,}"
         )
+        if self.validation is not None and self.validation.warning:
+            self.report(self.validation.warning)
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -249,8 +258,7 @@ class _Run:
         config = self.config
         with self.stopwatch.paused():
             make_one_step = self._compile(stage.block_size)
-        everywhere = self.placement.everywhere
-        validate = jax.jit(make_validation(self.objective, stage.block_size), out_shardings=everywhere)
+        validate = None if self.validation is None else self.validation.compiled(stage.block_size)
         while self.step < stage.stop and not self._is_to_stop(saver, self.agreement.exchange):
             batch = self.placement.batch(next(self.data))
             with self.stopwatch.paused():
@@ -264,7 +272,7 @@ class _Run:
                 if said := self.profiler.after(self.step, metrics):
                     self.report(said)
             last = self.step == config.steps
-            validating = self.start.validation is not None and (last or _due(self.step, config.validation_every))
+            validating = validate is not None and (last or _due(self.step, config.validation_every))
             saving = last or _due(self.step, config.checkpoint_every)
             logging = last or validating or _due(self.step, config.log_every)
             if saving or logging:
@@ -305,32 +313,50 @@ class _Run:
         saver.wait()
         self.agreement.now(_GO_ON)
 
-    def check_kernels(self) -> None:
-        """Traces the step if kernels are named: one that cannot run says so before anything is written."""
-        if self.config.kernels != Backends():
-            weights = abstract_state(self.objective, self.optimizer, self.placement.mesh)
-            self._lower(self.stages[0].block_size, *weights)
+    def check(self) -> None:
+        """Traces the step of every stage, so that settings that cannot be computed are met before anything is written.
 
-    def _lower(self, block_size: int, state: TrainState, frozen: Params) -> jax.stages.Lowered:
+        Tracing for the compilation finds its result. Where kernels are named, one that cannot run says so as well.
+
+        Raises:
+          ValueError: in one line.
+        """
+        weights = abstract_state(self.objective, self.optimizer, self.placement.mesh)
+        for size in dict.fromkeys(stage.block_size for stage in self.stages):
+            try:
+                traced = self._trace(size, *weights)
+                if self.config.kernels != Backends():
+                    with self.placement.in_force():
+                        traced.lower()
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                if isinstance(error, ValueError) and len(lines) == 1:
+                    raise
+                raise ValueError(
+                    f"config: these settings give no step in blocks of {size}: {type(error).__name__}: {lines[0]}"
+                ) from error
+
+    def _trace(self, block_size: int, state: TrainState, frozen: Params) -> jax.stages.Traced:
         config = self.config
-        step = make_step(config, self.objective, self.optimizer, block_size)
-        where = None
-        if self.placement.mesh is not None:
-            where = jax.tree.map(lambda leaf: leaf.sharding, state), self.placement.everywhere
+        if block_size not in self.jitted:
+            step = make_step(config, self.objective, self.optimizer, block_size)
+            where = None
+            if self.placement.mesh is not None:
+                where = jax.tree.map(lambda leaf: leaf.sharding, state), self.placement.everywhere
+            self.jitted[block_size] = jax.jit(step, donate_argnums=0, out_shardings=where)
         shape = (config.batch_size, config.sequence_length)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.ids_sharding())
         documents = None
         if config.reset_at_documents:
             documents = Documents(ids, jax.ShapeDtypeStruct(shape, jnp.bool, sharding=ids.sharding))
         with self.placement.in_force():
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=where)
-            return jitted.lower(state, frozen, ids, self.placement.index, documents)
+            return self.jitted[block_size].trace(state, frozen, ids, self.placement.index, documents)
 
     def _compile(self, block_size: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
         config, started = self.config, Stopwatch()
-        lowered = self._lower(block_size, self.state, self.frozen)
+        traced = self._trace(block_size, self.state, self.frozen)
         with self.placement.in_force():
-            compiled = lowered.compile()
+            compiled = traced.lower().compile()
         blocks = f" for blocks of {block_size}" if config.objective == "denoiser" else ""
         needed = watch.temporaries(compiled)
         self.flops = flops.step_flops(config, self.start.model, block_size)
@@ -381,25 +407,15 @@ class _Run:
             row["model_flops_utilization"] = self.flops / seconds_a_step / peak
         if validate is not None:
             with self.stopwatch.paused():
-                row |= {f"validation_{name}": value for name, value in self._validation(validate).items()}
+                found = self.validation.run(validate, self.state.params, self.frozen)
+                row |= {f"validation_{name}": value for name, value in found.items()}
         if self.writer is not None:
             self.writer.write(row)
-        self.report(progress_line(row, config.steps, (config.steps - self.step) * seconds_a_step))
+        shows_error = self.validation is None or self.validation.warning is None
+        self.report(progress_line(row, config.steps, (config.steps - self.step) * seconds_a_step, shows_error))
         self.window = LossWindow(self.objective.terms)
         self.tokens = 0
         self.stopwatch.restart()
-
-    def _validation(self, validate: Callable[..., Losses]) -> Row:
-        """Losses over all windows held out."""
-        size, placement = self.config.batch_size, self.placement
-        window = LossWindow(self.objective.terms)
-        for i, read in enumerate(validation_batches(self.start.validation, size, **placement.reading)):
-            batch = placement.batch(read)
-            counted, index = map(placement.rows, (read["weight"] > 0, placement.numbers + np.int32(i * size)))
-            with placement.in_force():
-                losses = validate(self.state.params, self.frozen, batch.ids, counted, index, batch.documents)
-            window.add(jax.device_get(losses))
-        return window.means()
 
 
 def _due(step: int, every: int) -> bool:
