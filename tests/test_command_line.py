@@ -194,7 +194,8 @@ def test_a_typo_is_said_in_one_line(flags, said):
 
 def interruptible(*arguments: str) -> list[str]:
     """The command `python ARGUMENTS`, which SIGINT reaches even if these tests run in the background of a shell."""
-    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    heard = "signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    code = f"import os, signal, sys; {heard}; os.execv(sys.executable, sys.argv[1:])"
     return [sys.executable, "-c", code, sys.executable, *arguments]
 
 
