@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from twotower_jax.cache import Cache
 from twotower_jax.config import ModelConfig, Variant
@@ -46,7 +46,7 @@ class TrainingStates(NamedTuple):
       denoiser: (B, L, D), which `denoiser_head` turns into logits, those at i for position i itself.
       context: (B, L, D), which `context_head` turns into next-token logits.
       expert_load: (layers with experts, E) float32, the tokens of each of the denoiser's experts as a multiple of the
-        even share; None without experts.
+        even share, all tokens or those measured; None without experts.
     """
 
     denoiser: jax.Array
@@ -179,6 +179,7 @@ class TwoTower(nnx.Module):
         t: Float[Array, " B *blocks"],
         block_size: int,
         document_start: Int[Array, "B L"] | None = None,
+        measured: Bool[Array, "B L"] | None = None,
     ) -> TrainingStates:
         """One context pass over the clean tokens and one denoiser pass over all blocks of the noisy ones.
 
@@ -191,6 +192,7 @@ class TwoTower(nnx.Module):
           block_size: S.
           document_start: (B, L) int32, where several documents lie side by side: the first position of each one's own.
             Every document starts with a block.
+          measured: (B, L) bool, the tokens that `expert_load` is of; None for all.
 
         Raises:
           ValueError: if S does not divide L.
@@ -205,7 +207,9 @@ class TwoTower(nnx.Module):
             if self.variant.context == "frozen":
                 h_context, memory = jax.lax.stop_gradient((h_context, memory))
             h, routing = denoiser_layer.blockwise(h, memory, block_size, run, modulation)
-            return (h_context, h), None if routing is None else routing.load
+            if routing is None:
+                return (h_context, h), None
+            return (h_context, h), routing.load if measured is None else routing.load_over(measured)
 
         carry = context.embed(clean), denoiser.embed(noisy)
         (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None, block_size)

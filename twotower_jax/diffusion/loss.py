@@ -62,8 +62,9 @@ def masked_loss_sum(
     masked: Bool[Array, "B L"],
     weight: Float[Array, "B L"] | None = None,
     counted: Bool[Array, "B L"] | None = None,
+    axis: int | None = None,
 ) -> LossSum:
-    """Sum of −log p over masked positions, as scalars.
+    """Sum of −log p over masked positions, as scalars; over an axis alone, 1 for sums of each row, (B,).
 
     Args:
         log_probabilities: (B, L) float32.
@@ -74,12 +75,12 @@ def masked_loss_sum(
     losses = _token_losses(log_probabilities, masked)
     if weight is not None:
         losses = jnp.where(masked, weight * losses, 0.0)
-    return LossSum(jnp.sum(losses), count(masked if counted is None else counted))
+    return LossSum(jnp.sum(losses, axis=axis), count(masked if counted is None else counted, axis))
 
 
-def count(mask: Bool[Array, "..."]) -> Float[Array, ""]:
-    """How many are true, () float32."""
-    return jnp.sum(mask, dtype=jnp.float32)
+def count(mask: Bool[Array, "..."], axis: int | None = None) -> Float[Array, "..."]:
+    """How many are true, () float32, or along an axis."""
+    return jnp.sum(mask, axis=axis, dtype=jnp.float32)
 
 
 def next_tokens(ids: Int[Array, "B L"], counted: Bool[Array, " B"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:

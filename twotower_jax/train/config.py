@@ -99,8 +99,9 @@ class TrainConfig:
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
-    # A .txt file, a .jsonl file or a folder of them; a folder made by launch/prepare.py; the prefix of a Megatron set;
-    # or a .json file that mixes several by weight. "" is the documentation shipped with Python. See docs/data.md.
+    # A file of text (.txt, .jsonl and more) or a folder of them; a folder made by launch/prepare.py; the prefix of a
+    # Megatron set; or a .json file that mixes several by weight. "" is the documentation shipped with Python. See
+    # docs/data.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.

@@ -28,6 +28,9 @@ from twotower_jax.two_tower import Backbone, TwoTower, from_backbone, is_trainab
 
 Losses = dict[str, LossSum]
 
+# Ends the name of a term's sums row by row.
+BY_ROW = "_by_row"
+
 
 class NoiseKey(NamedTuple):
     """All that the noise of a batch depends on.
@@ -36,11 +39,13 @@ class NoiseKey(NamedTuple):
       seed: of the run.
       step: an int or a scalar, traced or not.
       index: (B,) int32, each sequence's row in the global batch.
+      rows: in all, where the batch holds only some of those that share their noise levels; None for B.
     """
 
     seed: int
     step: jax.Array | int
     index: jax.Array
+    rows: int | None = None
 
 
 class Documents(NamedTuple):
@@ -76,7 +81,17 @@ class Examples(NamedTuple):
 
 
 class Objective:
-    """What is common to objectives: the losses of a batch from its examples."""
+    """What is common to objectives: the losses of a batch from its examples.
+
+    Attributes:
+      is_noisy: whether another draw of the noise gives another loss of the same tokens.
+    """
+
+    is_noisy = False
+
+    def for_validation(self) -> "Objective":
+        """The same objective on rows that are seen once."""
+        return self
 
     def examples(
         self,
@@ -100,9 +115,11 @@ class Objective:
         noise: NoiseKey,
         block_size: int,
         documents: Documents | None = None,
+        validating: bool = False,
     ) -> Losses:
         """`losses_of` the `examples`."""
-        return self.losses_of(params, self.examples(ids, counted, noise, block_size, documents), block_size)
+        examples = self.examples(ids, counted, noise, block_size, documents)
+        return self.losses_of(params, examples, block_size, validating)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +141,19 @@ class Autoregressive(Objective):
     def is_trained(self, path: Path) -> bool:
         return True
 
-    def losses_of(self, params: Params, examples: Examples, block_size: int) -> Losses:
-        """The loss of the examples. The block size plays no part."""
+    def losses_of(self, params: Params, examples: Examples, block_size: int, validating: bool = False) -> Losses:
+        """The loss of the examples. The block size plays no part.
+
+        With `validating` also of each row, (B,), under the name and `BY_ROW`.
+        """
         model = bind(self.model, params)
         h = model.tower.causal(examples.clean, examples.start)
         targets, counted = _next_tokens(examples)
-        return {"next_token_loss": masked_loss_sum(model.head.log_probabilities(h, targets), counted)}
+        log_p = model.head.log_probabilities(h, targets)
+        losses = {"next_token_loss": masked_loss_sum(log_p, counted)}
+        if validating:
+            losses["next_token_loss" + BY_ROW] = masked_loss_sum(log_p, counted, axis=1)
+        return losses
 
     def counts(self, examples: Examples) -> dict[str, jax.Array]:
         """What each term is the mean over, known before any parameter is."""
@@ -155,6 +179,12 @@ class Denoiser(Objective):
 
     model: TwoTower
     diffusion: MaskedDiffusion = MaskedDiffusion()
+    is_noisy = True
+
+    def for_validation(self) -> "Denoiser":
+        """With times that are as even over the rows as can be."""
+        diffusion = dataclasses.replace(self.diffusion, times=self.diffusion.times.for_validation())
+        return dataclasses.replace(self, diffusion=diffusion)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -184,6 +214,7 @@ class Denoiser(Objective):
             example_index=noise.index,
             mask_token_id=self.model.config.mask_token_id,
             block_size=block_size,
+            rows=noise.rows,
         )
         plain = super().examples(ids, counted, noise, block_size, documents)
         clean = jax.tree.map(self.diffusion.repeated, plain)
@@ -194,14 +225,19 @@ class Denoiser(Objective):
             weight=corruption.weight,
         )
 
-    def losses_of(self, params: Params, examples: Examples, block_size: int) -> Losses:
+    def losses_of(self, params: Params, examples: Examples, block_size: int, validating: bool = False) -> Losses:
         """The losses of the examples in blocks of `block_size`; beside the terms, the plain cross-entropy of masked
         tokens by noise level and by block position.
 
         And `expert_load`: of each layer with experts, the busiest one's tokens as a multiple of the even share.
+
+        With `validating` also the terms of each sequence, (B,), under their names and `BY_ROW`; and `expert_load` is
+        that of every expert, (layers, E), over the tokens that may count: it can be added up over batches, and filler
+        has no part in it.
         """
         model, masked, t = bind(self.model, params), examples.masked, examples.t
-        states = model.training_states(examples.clean, examples.noisy, t, block_size, examples.start)
+        measured = examples.counted if validating else None
+        states = model.training_states(examples.clean, examples.noisy, t, block_size, examples.start, measured)
         log_p = model.denoiser_head.log_probabilities(states.denoiser, examples.clean)
         weight = spread(examples.weight.reshape(len(masked), -1), masked.shape[1])
         losses = {
@@ -209,11 +245,20 @@ class Denoiser(Objective):
             "by_noise_level": loss_by_noise_level(log_p, masked, t),
             "by_block_position": loss_by_block_position(log_p, masked, block_size),
         }
+        if validating:
+            losses["masked_loss" + BY_ROW] = self._by_sequence(
+                masked_loss_sum(log_p, masked, weight, self._counted(examples), axis=1)
+            )
         if model.variant.context_loss:
             targets, counted = _next_tokens(examples)
             log_p = model.context_head.log_probabilities(states.context, targets)
             losses["context_loss"] = masked_loss_sum(log_p, counted)
-        if states.expert_load is not None:
+            if validating:
+                losses["context_loss" + BY_ROW] = self._by_sequence(masked_loss_sum(log_p, counted, axis=1))
+        if states.expert_load is not None and validating:
+            tokens = jnp.broadcast_to(count(examples.counted), states.expert_load.shape)
+            losses["expert_load"] = LossSum(states.expert_load * tokens, tokens)
+        elif states.expert_load is not None:
             busiest = jax.lax.stop_gradient(jnp.max(states.expert_load, axis=1))
             losses["expert_load"] = LossSum(busiest, jnp.ones(busiest.shape, jnp.float32))
         return losses
@@ -224,6 +269,9 @@ class Denoiser(Objective):
         if self.model.variant.context_loss:
             counts["context_loss"] = count(_next_tokens(examples)[1])
         return counts
+
+    def _by_sequence(self, of_rows: LossSum) -> LossSum:
+        return jax.tree.map(lambda v: v.reshape(-1, self.diffusion.passes).sum(axis=1), of_rows)
 
     def _counted(self, examples: Examples) -> jax.Array:
         return self.diffusion.counted(examples.masked, examples.counted)
