@@ -77,7 +77,7 @@ class TimeConditioning(nnx.Module):
         """(B,) → (B, D), or (B, L/S) → (B, L/S, D), the output of `t_embedder`."""
         return self.mlp_2(jax.nn.silu(self.mlp_0(sinusoids(t, self.dtype))))
 
-    def __call__(self, t: Float[Array, "*times"]) -> Float[Array, "*times 3*D"]:
+    def __call__(self, t: Float[Array, "*times"]) -> Float[Array, "*times width"]:
         """(B,) → (B, 3·D), or (B, L/S) → (B, L/S, 3·D), the output of `t_block`, shared by all layers."""
         return self.block(jax.nn.silu(self.embed(t)))
 
