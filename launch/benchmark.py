@@ -14,19 +14,40 @@ python launch/benchmark.py data
 python launch/benchmark.py kills --kills=30 --terms=20
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import importlib
+import pathlib
 import pkgutil
 import sys
 
 from twotower_jax import benchmarks, command_line
 
+_SUPPORT = pathlib.Path(__file__).parents[1] / "tests" / "support"
+_CAMPAIGNS = ("campaign", "kills")  # Modules of tests/support/campaigns, of which the tests run a slice.
+
+
+def _module(name: str) -> str:
+    """The full name of a measurement's module, which can be imported from now on."""
+    if name not in _CAMPAIGNS:
+        return f"{benchmarks.__name__}.{name}"
+    if not (_SUPPORT / "campaigns").is_dir():
+        command_line.fail(
+            f"{name} needs the repository's tests, and there is no {_SUPPORT}/campaigns", command_line.USAGE
+        )
+    sys.path.insert(0, str(_SUPPORT))
+    return f"campaigns.{name}"
+
+
 if __name__ == "__main__":
-    names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name[0] != "_")
+    names = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name[0] != "_"]
+    names = sorted([*names, *_CAMPAIGNS])
     if len(sys.argv) < 2 or sys.argv[1] in ("--help", "-h", "-help"):
         print(f"{__doc__}\nMeasurements: {', '.join(names)}. Each answers --help.")
         sys.exit(0 if len(sys.argv) > 1 else command_line.USAGE)
     if sys.argv[1] not in names:
         command_line.fail(f"unknown measurement {sys.argv[1]!r}; there are {', '.join(names)}", command_line.USAGE)
-    module = importlib.import_module(f"twotower_jax.benchmarks.{sys.argv.pop(1)}")
+    module = importlib.import_module(_module(sys.argv.pop(1)))
     module.define_flags()
-    command_line.run(module.main)
+    command_line.run(module.main, cache=False)

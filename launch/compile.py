@@ -4,15 +4,23 @@
     python launch/compile.py --config=configs/nano30b.py --topology=h200:1 --serve --batch_size=64 --capacity=4096
     python launch/compile.py --config=configs/nano30b.py --table=scale.json [--topology=v6e:16x16] [--prices=v5p=3.5]
 
+    python launch/compile.py --config=configs/nano4b.py --least [--batch_size=4 --capacity=2048]
+
 The second compiles what generation runs on one device, both towers in bfloat16 or --quantize, instead of the train
 step. The third makes the table of docs/scale.md: every row that the file lacks, each in a process of its own, and
-prints the table; with --topology it makes these rows again, and no others.
+prints the table; with --topology it makes these rows again, and no others. The fourth compiles nothing: it prints what
+state and weights take at the least on the hardware that configs/nano4b.py names, the tables of docs/nano4b.md.
 
 Topologies are TPUs, such as v5p:8x8x4, v6e:16x16 or tpu7x:4x4x8 (package libtpu), and NVIDIA H200s, such as h200:64
 (packages jax-cuda13-plugin and jax-cuda13-pjrt). Several may be given, separated by commas. Ends with status 1 if one
 does not fit or holds a buffer that the design rules out. A step of the 30B model takes 10 GB of memory to compile.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
+import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -28,7 +36,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from twotower_jax import command_line
-from twotower_jax.planning import hardware, report, serving, table
+from twotower_jax.planning import hardware, least, report, serving, table
 from twotower_jax.planning.plan import plan_step
 from twotower_jax.quantization import METHODS
 from twotower_jax.train.config import TrainConfig, freeze
@@ -39,14 +47,20 @@ SERVE = flags.DEFINE_bool("serve", False, "Compile generation on one device inst
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "With --serve: rows together.", lower_bound=1)
 CAPACITY = flags.DEFINE_integer("capacity", 4096, "With --serve: positions of a row.", lower_bound=1)
 QUANTIZE = flags.DEFINE_enum("quantize", None, list(METHODS), "With --serve: weights in fewer bits.")
-JSON = flags.DEFINE_string("json", None, "Also write the figures to this file, a JSON list.")
-TABLE = flags.DEFINE_string("table", None, "A JSON file with the rows of docs/scale.md, to be completed and printed.")
+JSON = command_line.DEFINE_path("json", None, "Also write the figures to this file, a JSON list.")
+TABLE = command_line.DEFINE_path(
+    "table", None, "A JSON file with the rows of docs/scale.md, to be completed and printed."
+)
+LEAST = flags.DEFINE_bool("least", False, "Print what configs/nano4b.py needs at the least; nothing is compiled.")
 PRICES = flags.DEFINE_list("prices", [], "With --table: dollars an hour of a chip, GENERATION=DOLLARS.")
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
     config = freeze(CONFIG.value)
+    if LEAST.value:
+        print(least.markdown(_on, rows=BATCH_SIZE.value, capacity=CAPACITY.value))
+        return
     if TABLE.value:
         fine = _make_table(pathlib.Path(TABLE.value))
     elif TOPOLOGY.value:
@@ -56,9 +70,19 @@ def main() -> None:
             pathlib.Path(JSON.value).write_text(json.dumps(plans, indent=1), encoding="utf-8")
         fine = all(map(_is_fine, plans))
     else:
-        raise ValueError("give --topology, or --table for all of docs/scale.md")
+        raise ValueError("give --topology, --table for all of docs/scale.md, or --least")
     if not fine:
         command_line.fail("not everything fits its hardware without forbidden buffers; see above", status=1)
+
+
+def _on(name: str) -> TrainConfig:
+    """The config for hardware that it knows by this name."""
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("config", path))
+    spec.loader.exec_module(module)
+    if not inspect.signature(module.get_config).parameters:
+        raise ValueError(f"--config={path}: its get_config takes no name of hardware, which --least needs")
+    return freeze(module.get_config(name))
 
 
 def _is_fine(plan: dict[str, Any]) -> bool:
@@ -109,4 +133,4 @@ def _row(row: table.Row) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, cache=False)

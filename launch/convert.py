@@ -6,7 +6,11 @@ A single tower (NemotronHForCausalLM) becomes both towers. The source may also b
 quantized can be used, and neither exported nor trained.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import pathlib
+import sys
 
 import jax
 from absl import flags
@@ -15,20 +19,23 @@ from twotower_jax import command_line
 from twotower_jax.checkpoint import hub, listing
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.plan import TIME_INITS
+from twotower_jax.data.tokenizer import unread_tokenizer
 from twotower_jax.quantization import METHODS
 
-_SOURCE = flags.DEFINE_string(
+_SOURCE = command_line.DEFINE_path(
     "source", None, "Hugging Face folder or Hub id; with --dry_run also a JSON (.gz) list of names and shapes.",
     required=True,
 )  # fmt: skip
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to make; must not exist. Needed without --dry_run.")
+_OUTPUT = command_line.DEFINE_path("output", None, "The folder to make; must not exist. Needed without --dry_run.")
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of a Hub id; recorded as the commit.")
 _TIME_INIT = flags.DEFINE_enum(
     "time_init", "identity", TIME_INITS,
     "For a single tower: identity makes the denoiser compute exactly what the tower computes; reference draws the "
     "tables from N(0, 1/D) as the published code does.",
 )  # fmt: skip
-_SHA256 = flags.DEFINE_string("sha256", None, "File of lines 'SHA256  NAME', as sha256sum prints, that must be met.")
+_SHA256 = command_line.DEFINE_path(
+    "sha256", None, "File of lines 'SHA256  NAME', as sha256sum prints, that must be met."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the mapping and the totals; read no data, write nothing.")
 _QUANTIZE = flags.DEFINE_enum(
     "quantize", None, list(METHODS), "Write weights in fewer bits: the routed experts in 8 or 4, other matrices in 8."
@@ -60,6 +67,8 @@ def main() -> None:
         verify=_VERIFY.value,
         quantize=METHODS.get(_QUANTIZE.value),
     )
+    if problem := unread_tokenizer(source.path):
+        print(f"warning: {source.path}: {problem}; the result has no tokenizer", file=sys.stderr)
     print(f"{_OUTPUT.value}: {result.parameters:,} parameters in {result.tensors:,} tensors")
 
 

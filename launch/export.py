@@ -3,6 +3,9 @@
 python launch/export.py --checkpoint=DIR --output=HF_DIR [--tower=both|context|denoiser]
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import pathlib
 import re
 
@@ -12,10 +15,10 @@ from absl import flags
 from twotower_jax import command_line
 from twotower_jax.checkpoint.export import TOWERS, export
 
-_CHECKPOINT = flags.DEFINE_string(
+_CHECKPOINT = command_line.DEFINE_path(
     "checkpoint", None, "Converted checkpoint, training workdir or Hugging Face folder.", required=True
 )
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to make; must not exist.", required=True)
+_OUTPUT = command_line.DEFINE_path("output", None, "The folder to make; must not exist.", required=True)
 _TOWER = flags.DEFINE_enum("tower", "both", TOWERS, "One tower makes a single-tower folder (NemotronHForCausalLM).")
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "Of one file, in bytes or with KB, MB or GB.")
 _CHECK = flags.DEFINE_bool("check", True, "Compare the checkpoint's files with their recorded hashes.")

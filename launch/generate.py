@@ -5,22 +5,30 @@
 
 DIR is a Hugging Face folder, a converted checkpoint, or a training workdir. Rows of a prompts file are {"text": ...} or
 {"ids": [...]}; each gives one output row, in order. --mode=speculative gives what --mode=ar gives, in fewer passes if
-the denoiser drafts well. --watch shows blocks filling in; --trace=FILE writes every step down. What launch/tune.py
-wrote into DIR/generation_config.json takes the place of the defaults of the flags of the same names.
---mesh=expert=4,tensor=2 divides the model and the rows over devices, --separate_towers gives each tower its own.
+the denoiser drafts well. --chat speaks to a chat model through its tokenizer's template: conversations of a file, rows
+{"messages": [...]}, or, without one, typed turn by turn (/exit or Ctrl-D ends). --watch shows blocks filling in;
+--trace=FILE writes every step down. What launch/tune.py wrote into DIR/generation_config.json takes the place of the
+defaults of the flags of the same names. --mesh=expert=4,tensor=2 divides the model and the rows over devices,
+--separate_towers gives each tower its own.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import contextlib
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
+from tokenizers import Tokenizer
 
 from twotower_jax import command_line, model_flags
-from twotower_jax.data import load_tokenizer
+from twotower_jax.data import Decoder, load_tokenizer
+from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
 from twotower_jax.diffusion.strategies import knobs
+from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
 from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
 from twotower_jax.generation.operating_point import FILE, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
@@ -29,12 +37,17 @@ from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
+from twotower_jax.outputs import check_apart
 from twotower_jax.registry import run_file
+from twotower_jax.texts import check_text
 
 flags.adopt_module_key_flags(model_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
-_PROMPTS = flags.DEFINE_string("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
-_OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the results; without it the texts are printed.")
+_PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
+_CHAT = flags.DEFINE_bool(
+    "chat", False, 'Prompts are conversations, {"messages": [...]}; without --prompt and --prompts they are typed.'
+)
+_OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
 _MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; at most what was trained.")
@@ -57,7 +70,7 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable toke
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the most probable tokens that hold this much; 1: all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind an end-of-text token.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-text token.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 0.0, "Mode speculative: keep a draft at least 1 - this as probable as AR's best; 0: AR's tokens only."
@@ -70,7 +83,7 @@ _MAX_CACHE_GB = flags.DEFINE_float(
     "max_cache_gb", None, "Refuse to start if a device's caches need more; default: what it has free."
 )
 _WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
-_TRACE = flags.DEFINE_string("trace", None, "JSON Lines file for every step of every row.")
+_TRACE = command_line.DEFINE_path("trace", None, "JSON Lines file for every step of every row.")
 
 
 def _sampling_flags() -> dict:
@@ -117,6 +130,7 @@ def _settings() -> Settings:
         seed=_SEED.value,
         batch_size=_BATCH_SIZE.value,
         ignore_eos=_IGNORE_EOS.value,
+        eos=model_flags.end_tokens(),
         stop=tuple(_STOP.value),
         prefill_chunk=_PREFILL_CHUNK.value,
         tolerance=_TOLERANCE.value,
@@ -124,12 +138,23 @@ def _settings() -> Settings:
     )
 
 
-def _rows() -> list[dict]:
-    if (_PROMPT.value is None) == (_PROMPTS.value is None):
+def _rows() -> list[dict] | None:
+    """The rows of the prompts; None if they are to be typed."""
+    given = (_PROMPT.value is not None) + (_PROMPTS.value is not None)
+    if _CHAT.value and not given:
+        if _TRACE.value:
+            raise ValueError("--trace needs the conversations at the start: give --prompts=FILE.jsonl")
+        return None
+    if given != 1:
         raise ValueError("give either --prompt=TEXT or --prompts=FILE.jsonl")
     if _PROMPT.value is not None:
-        return [{"text": _PROMPT.value}]
-    return read_prompts(_PROMPTS.value)
+        text = check_text(_PROMPT.value, "--prompt")
+        return [_user(text)] if _CHAT.value else [{"text": text}]
+    return read_conversations(_PROMPTS.value) if _CHAT.value else read_prompts(_PROMPTS.value)
+
+
+def _user(text: str) -> dict:
+    return {"messages": [{"role": "user", "content": text}]}
 
 
 def _tokenizer(folder, needed: bool):
@@ -146,6 +171,9 @@ def main() -> None:
     for path in _REGISTER.value:
         run_file(path)
     settings, rows = _settings(), _rows()
+    for text in settings.stop:
+        check_text(text, "--stop")
+    check_apart({"--output": _OUTPUT.value, "--trace": _TRACE.value})
     with contextlib.ExitStack() as stack:
         # Opened first, so that a path that cannot be written is known before a model is loaded.
         write, trace = (
@@ -160,27 +188,26 @@ def main() -> None:
 
 def _generate(
     settings: Settings,
-    rows: list[dict],
+    rows: list[dict] | None,
     write: Callable[[dict], None] | None,
     write_trace: Callable[[dict], None] | None,
 ) -> None:
-    model, params, folder, placement = model_flags.load_model(_SEPARATE_TOWERS.value)
-    tokenizer = _tokenizer(folder, bool(settings.stop) or any("text" in row for row in rows))
-    decode = tokenizer.decode if tokenizer else None
-    _warn_of_large_blocks(settings, folder)
-    prompts = prompt_ids(rows, tokenizer)
-    observed = _WATCH.value or write_trace is not None
-    options = {"record_trace": observed, "record_routing": write_trace is not None, "decode": decode}
-    engine = start(model, params, prompts, settings, placement=placement, **options)
-    config, observers = model.config, []
-    if _WATCH.value:
-        given = int(settings.mode == "speculative")
-        watch = Watch(prompts, decode, config.mask_token_id, sys.stderr, given=given)
-        observers.append(watch.show)
-    if write_trace is not None:
-        trace = TraceWriter(write_trace, config, settings, prompts, decode)
-        observers.append(lambda steps: [trace.add(progress) for progress in steps])
-    results = in_order(_steps(engine, observers))
+    checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
+    # Read first, because a model takes long to load.
+    template = ChatTemplate.load(checkpoint, load_tokenizer(checkpoint)) if _CHAT.value else None
+    prompts = conversation_ids(rows, template) if rows and template else None
+    loaded = model_flags.load_model(_SEPARATE_TOWERS.value)
+    text = _CHAT.value or any("text" in row for row in rows)
+    tokenizer = _tokenizer(loaded.folder, bool(settings.stop) or text)
+    _warn_of_large_blocks(settings, loaded.folder)
+    if settings.mode != "ar":
+        advice = "--mode=ar generates with the backbone itself"
+        model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", advice)
+    if rows is None:
+        _converse(loaded, template, tokenizer, settings, write)
+        return
+    prompts = prompt_ids(rows, tokenizer) if prompts is None else prompts
+    results = _results(loaded, prompts, tokenizer, settings, write_trace)
     for done, (row, result) in enumerate(zip(rows, results, strict=True), 1):
         if write is None:
             _show(row, result, tokenizer)
@@ -188,8 +215,54 @@ def _generate(
         write(_output_row(result))
         if not _WATCH.value:
             print(f"{done}/{len(rows)} prompts", file=sys.stderr)
+
+
+def _results(
+    loaded: model_flags.Loaded,
+    prompts: list[Sequence[int]],
+    tokenizer: Tokenizer | None,
+    settings: Settings,
+    write_trace: Callable[[dict], None] | None = None,
+) -> Iterator[Result]:
+    """In the order of the prompts, which are watched and traced as the flags say."""
+    model, decode = loaded.model, Decoder(tokenizer) if tokenizer else None
+    observed, observers = _WATCH.value or write_trace is not None, []
+    options = {"record_trace": observed, "record_routing": write_trace is not None, "decode": decode}
+    engine = start(model, loaded.params, prompts, settings, placement=loaded.placement, **options)
+    if _WATCH.value:
+        given = int(settings.mode == "speculative")
+        watch = Watch(prompts, decode, model.config.mask_token_id, sys.stderr, given=given)
+        observers.append(watch.show)
+    if write_trace is not None:
+        trace = TraceWriter(write_trace, model.config, settings, prompts, decode)
+        observers.append(lambda steps: [trace.add(progress) for progress in steps])
+    yield from in_order(_steps(engine, observers))
     if write_trace is not None:
         trace.finish()
+
+
+def _converse(
+    loaded: model_flags.Loaded,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    write: Callable[[dict], None] | None,
+) -> None:
+    """Answers what is typed, each turn with all turns before it."""
+    messages = []
+    print(f"type a message a line; {EXIT} or Ctrl-D ends", file=sys.stderr)
+    for text in typed_turns(sys.stdin, lambda: print("> ", end="", file=sys.stderr, flush=True)):
+        turn = {"role": "user", "content": text}
+        try:
+            prompts = conversation_ids([{"messages": [*messages, turn]}], template)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        (result,) = _results(loaded, prompts, tokenizer, settings)
+        messages += [turn, {"role": "assistant", "content": result.text}]
+        print(result.text, flush=True)
+        if write is not None:
+            write(_output_row(result))
 
 
 def _steps(engine: Engine, observers: list[Callable[[list[Progress]], object]]) -> Iterator[Progress]:
@@ -219,7 +292,9 @@ def _warn_of_large_blocks(settings: Settings, folder: pathlib.Path) -> None:
 
 
 def _show(row: dict, result: Result, tokenizer) -> None:
-    if tokenizer:
+    if _CHAT.value:
+        print(result.text)
+    elif tokenizer:
         prompt = row["text"] if "text" in row else tokenizer.decode(result.prompt_ids)
         print(prompt + result.text)
     else:

@@ -3,6 +3,9 @@
 python launch/inspect_checkpoint.py --checkpoint=DIR [--arrays] [--json]
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import json
 import pathlib
 
@@ -12,7 +15,7 @@ from absl import flags
 from twotower_jax import command_line
 from twotower_jax.checkpoint import inspection
 
-_CHECKPOINT = flags.DEFINE_string(
+_CHECKPOINT = command_line.DEFINE_path(
     "checkpoint", None, "Converted checkpoint, training workdir or Hugging Face folder.", required=True
 )
 _ARRAYS = flags.DEFINE_bool("arrays", False, "List every array.")

@@ -7,6 +7,9 @@ backbone frozen, continues a few prompts in three modes, and compares. It runs t
 configs/tiny.py; what it leaves in --workdir works with all of them. A second call goes on where the first one stopped.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import importlib.util
 import pathlib
 import time
@@ -21,7 +24,7 @@ from twotower_jax.generation import Result, Settings, generate
 from twotower_jax.train.config import TrainConfig, freeze
 from twotower_jax.train.loop import train
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where both training runs go.")
+_WORKDIR = command_line.DEFINE_path("workdir", "runs/quickstart", "Where both training runs go.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: those of configs/tiny.py.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens a prompt.", lower_bound=1)
 

@@ -2,36 +2,44 @@
 
     python launch/score.py --checkpoint=DIR --objective=ar --input=rows.jsonl --output=scores.jsonl
 
+Rows give tokens as "ids": [...], or as "text": "...", which the checkpoint's tokenizer encodes.
 Rows for --objective=ar: {"ids": [...]}; log-probability i is of ids[i + 1] given ids[..i], under the context tower.
 Rows for --objective=denoiser: {"ids": [...], "masked": [true, ...], "t": 0.5, "block_size": 16}; log-probability i is
 of ids[i] itself in the training-time forward pass, and "loss" the mean of their negatives over masked positions.
 Rows for --objective=nll_bound: {"ids": [...]}; an upper bound of the negative log-likelihood a token under block
 diffusion, by Monte Carlo, with its standard error.
 Rows for --objective=generations: as launch/generate.py writes them; how likely the new tokens are under the context
-tower, and how much they repeat themselves.
+tower, and how much they repeat themselves. With --eos=ID,ID only as far as the first of these tokens.
 Every objective but denoiser also prints a line about all rows together.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import sys
 from collections.abc import Callable
 
 from absl import flags
 
 from twotower_jax import command_line, model_flags
+from twotower_jax.data import load_tokenizer
 from twotower_jax.generation import quality
 from twotower_jax.generation.placement import in_force
+from twotower_jax.generation.prompts import check_prompts, prompt_ids
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
+from twotower_jax.generation.stops import cut
 from twotower_jax.jsonl import read_rows, row_writer
 from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
 flags.adopt_module_key_flags(model_flags)
-_INPUT = flags.DEFINE_string("input", None, "JSON Lines file of rows to score.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON Lines file for the scores.", required=True)
+_INPUT = command_line.DEFINE_path("input", None, "JSON Lines file of rows to score.", required=True)
+_OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the scores.", required=True)
+# What rows need beside their tokens.
 _FIELDS = {
-    "ar": {"ids"},
-    "denoiser": {"ids", "masked", "t", "block_size"},
-    "nll_bound": {"ids"},
+    "ar": set(),
+    "denoiser": {"masked", "t", "block_size"},
+    "nll_bound": set(),
     "generations": {"prompt_ids", "tokens"},
 }
 _OBJECTIVE = flags.DEFINE_enum("objective", "ar", list(_FIELDS), "What is scored, and by which tower.")
@@ -42,18 +50,46 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together.", l
 
 
 def _read() -> list[dict]:
+    objective = _OBJECTIVE.value
     rows = read_rows(_INPUT.value)
+    if objective != "generations":
+        # Where both stand there, as in what generate.py writes, the ids are what was computed with.
+        rows = [{k: v for k, v in row.items() if k != "text"} if "ids" in row else row for row in rows]
+        check_prompts(rows, _INPUT.value)
     for number, row in enumerate(rows, 1):
-        missing = sorted(_FIELDS[_OBJECTIVE.value] - row.keys())
+        missing = sorted(_FIELDS[objective] - row.keys())
         if missing:
             raise ValueError(f"{_INPUT.value}, row {number}: {', '.join(missing)} missing")
     return rows
 
 
+def _cut(rows: list[dict]) -> list[dict]:
+    """Generated rows as far as the end tokens of --eos let them go."""
+    eos = model_flags.end_tokens()
+    if eos is None:
+        return rows
+    if _OBJECTIVE.value != "generations":
+        raise ValueError(
+            f"--eos changes nothing with --objective={_OBJECTIVE.value}: rows are scored as they are given"
+        )
+
+    def tokens(row: dict):
+        given = row["tokens"]
+        return cut(given, len(given), eos=eos).tokens if isinstance(given, list) else given
+
+    return [row | {"tokens": tokens(row)} for row in rows]
+
+
 def main() -> None:
-    rows = _read()
+    rows = _cut(_read())
     with row_writer(_OUTPUT.value) as write:
-        model, params, _, placement = model_flags.load_model()
+        model, params, folder, placement = model_flags.load_model()
+        if _OBJECTIVE.value in ("denoiser", "nll_bound"):
+            remedy = "--objective=ar scores with the backbone itself"
+            model_flags.warn_if_untrained(folder, f"--objective={_OBJECTIVE.value}", remedy)
+        if any("text" in row for row in rows) and _OBJECTIVE.value != "generations":
+            tokens = prompt_ids(rows, load_tokenizer(folder))
+            rows = [row | {"ids": [int(i) for i in ids]} for row, ids in zip(rows, tokens, strict=True)]
         with in_force(placement.context):
             params = placement.context_params(model, params)
             _SCORERS[_OBJECTIVE.value](model, params, rows, write)

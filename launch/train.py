@@ -13,6 +13,9 @@ or with --distributed alone where JAX finds these out: on TPU pods, under Slurm 
 """
 
 # ruff: noqa: E402
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import pathlib
 import sys
 
@@ -26,8 +29,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.orbax_steps import SaveError
+from twotower_jax.files import CheckpointError
 from twotower_jax.train import distributed
 from twotower_jax.train.config import freeze
 from twotower_jax.train.loop import TrainResult, train
@@ -44,7 +47,7 @@ STATUSES = {
 }
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/ or your own.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
+WORKDIR = command_line.DEFINE_path("workdir", None, "Where checkpoints and metrics go.")
 PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "FIRST:LAST; traces these steps into the workdir's profile/.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for a run of several processes.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
@@ -80,7 +83,7 @@ def _train() -> TrainResult:
 
 
 def _leave(message: str, status: int, *, together: bool) -> None:
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    print(command_line.one_line(message), file=sys.stderr, flush=True)
     distributed.leave(status, together=together)
     sys.exit(status)
 

@@ -8,6 +8,9 @@ plot.svg, and generation_config.json with the fastest setting of at least that a
 the checkpoint's folder too (other fields of one that is there are kept), where launch/generate.py follows it.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import json
 import os
 import pathlib
@@ -18,8 +21,8 @@ from absl import flags
 
 from twotower_jax import command_line, model_flags
 from twotower_jax.checkpoint import store
-from twotower_jax.checkpoint.files import read_json
 from twotower_jax.data import load_tokenizer
+from twotower_jax.files import read_json
 from twotower_jax.generation.operating_point import FILE, merged, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.generation.settings import Settings
@@ -28,8 +31,8 @@ from twotower_jax.generation.tune import Point, Sweep, grid, sweep
 from twotower_jax.visualize.tradeoff import plot
 
 flags.adopt_module_key_flags(model_flags)
-_PROMPTS = flags.DEFINE_string("prompts", None, 'JSON Lines: {"text": ...} or {"ids": [...]}.', required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; made if it does not exist.", required=True)
+_PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines: {"text": ...} or {"ids": [...]}.', required=True)
+_OUTPUT = command_line.DEFINE_path("output", None, "Folder for the results; made if it does not exist.", required=True)
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.6", "0.8", "0.9"], "Confidence thresholds to try.")
 _STEPS = flags.DEFINE_list("steps", ["4", "8", "16"], "Most evaluations a block to try.")
 _BLOCKS = flags.DEFINE_list("blocks", ["8", "16"], "Block sizes to try; none above what was trained.")
@@ -64,7 +67,10 @@ def _check_writable(folder: pathlib.Path) -> None:
 def main() -> None:
     samplings = grid(_numbers(_THRESHOLDS, float), _numbers(_STEPS, int), _numbers(_BLOCKS, int))
     settings = Settings(
-        max_new_tokens=_MAX_NEW_TOKENS.value, batch_size=_BATCH_SIZE.value, ignore_eos=_IGNORE_EOS.value
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        batch_size=_BATCH_SIZE.value,
+        ignore_eos=_IGNORE_EOS.value,
+        eos=model_flags.end_tokens(),
     )
     rows, output = read_prompts(_PROMPTS.value), pathlib.Path(_OUTPUT.value)
     read_operating_point(model_flags.CHECKPOINT.value)  # What is merged at the end must be readable.
@@ -72,6 +78,7 @@ def main() -> None:
     model, params, folder, placement = model_flags.load_model()
     if _WRITE.value:
         _check_writable(folder)
+    model_flags.warn_if_untrained(folder, "tuning", "train a denoiser on it first (config.init_from)")
     trained = trained_block_size(folder)
     usable = [sampling for sampling in samplings if trained is None or sampling.block_size <= trained]
     if not usable:

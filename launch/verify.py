@@ -6,6 +6,9 @@ Prints the drift of every recorded array, layer by layer, and how many tokens an
 agree. Exit status 3 if anything lies beyond the tolerance.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import pathlib
 
 import jax.numpy as jnp
@@ -13,13 +16,13 @@ from absl import flags
 
 from twotower_jax import certify, command_line
 from twotower_jax.checkpoint import load, manifest
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.store import MANIFEST
-from twotower_jax.tower import Execution
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError
 
-_SOURCE = flags.DEFINE_string("source", None, "The Hugging Face folder that was converted.", required=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The checkpoint to certify, of any kind.", required=True)
-_EXPECTED = flags.DEFINE_string(
+_SOURCE = command_line.DEFINE_path("source", None, "The Hugging Face folder that was converted.", required=True)
+_CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "The checkpoint to certify, of any kind.", required=True)
+_EXPECTED = command_line.DEFINE_path(
     "expected", None, f"Folder of {certify.NUMBERS} and {certify.GENERATIONS}; by default the source or its parent."
 )
 _TOLERANCE = flags.DEFINE_float("tolerance", 2e-4, "Largest drift, absolute, or relative to values above 1.")

@@ -8,6 +8,9 @@ heatmap.svg, which step decided each position; steps.svg, how many steps each bl
 the denoiser used, if it has any.
 """
 
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
 import os
 import pathlib
 import sys
@@ -19,8 +22,8 @@ from twotower_jax.visualize.charts import expert_map, heat_map, steps_chart
 from twotower_jax.visualize.page import page
 from twotower_jax.visualize.story import TraceError, read_story
 
-_TRACE = flags.DEFINE_string("trace", None, "Trace file, as launch/generate.py --trace writes it.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the pictures; made if it does not exist.", required=True)
+_TRACE = command_line.DEFINE_path("trace", None, "Trace file, as launch/generate.py --trace writes it.", required=True)
+_OUTPUT = command_line.DEFINE_path("output", None, "Folder for the pictures; made if it does not exist.", required=True)
 _ROW = flags.DEFINE_integer("row", 0, "Which row of the trace, counted from 0.")
 
 

@@ -1,17 +1,29 @@
 """What the tests share: small models with random weights that all matter, the recorded data, and how to compile."""
 
+# ruff: noqa: E402
+import atexit
 import gc
 import json
+import os
 import pathlib
 import random
 import shutil
+import tempfile
+
+# All processes of a session, pytest's workers and the commands that tests start, share what they compile. Set before
+# JAX is imported; a bound, though never reached, makes JAX lock the folder. A folder given from outside is kept.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-by-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
+from helpers import DATA
 from twotower_jax import parameters
 from twotower_jax.config import ModelConfig
 from twotower_jax.train.config import TrainConfig, base_config, freeze
@@ -22,8 +34,6 @@ hypothesis.settings.load_profile("seeded")
 
 # Virtual devices for the tests of meshes; everything else uses the first.
 jax.config.update("jax_num_cpu_devices", 8)
-
-DATA = pathlib.Path(__file__).parent / "data"
 
 SMALL = {
     "hidden_size": 24,
@@ -42,6 +52,27 @@ SMALL = {
     "moe_intermediate_size": 16,
     "moe_shared_expert_intermediate_size": 24,
 }
+
+
+# The files that take longest, which start first, so that no worker is left alone with one of them at the end.
+_LONG = (
+    "reference",
+    "ssd",
+    "generation_mesh",
+    "train",
+    "speculative",
+    "tune",
+    "quantization",
+    "train_step",
+    "sharding",
+    "generation",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files, and leaves the order of tests in a file."""
+    names = [f"test_{name}" for name in _LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -136,21 +167,15 @@ def step_config():
 
 
 @pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
+def compile_once():
     """Runs of the same step, in the tests of a file, share one quick compilation."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
+    settings = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

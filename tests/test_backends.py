@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from twotower_jax import kernels
+from twotower_jax.execution import Execution
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import bind, initialize, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.train.config import base_config, freeze
 from twotower_jax.two_tower import TwoTower
 

@@ -56,6 +56,101 @@ def test_numbers_as_some_writers_have_them(raw):
     assert ModelConfig.from_hf(raw | {"layer_norm_epsilon": "1e-5"}).layer_norm_epsilon == 1e-5
 
 
+WORDS = {"M": ("linear_attention", "mamba"), "E": ("moe",), "*": ("full_attention", "attention"), "-": ("mlp",)}
+
+
+@pytest.mark.parametrize("name", ["layers_block_type", "layer_types"])
+@pytest.mark.parametrize("age", [0, -1], ids=["new", "old"])
+def test_layers_as_a_list_of_words(raw, name, age):
+    expected = ModelConfig.from_hf(raw)
+    words = [WORDS[kind][age] for kind in raw["hybrid_override_pattern"]]
+    without = {key: value for key, value in raw.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
+    assert ModelConfig.from_hf(without | {name: words}) == expected
+    assert ModelConfig.from_hf(without | {name: words, "num_hidden_layers": None}) == expected
+    assert ModelConfig.from_hf(raw | {name: words}) == expected
+    with pytest.raises(ValueError, match=f"hybrid_override_pattern says .*, {name} says 'M'; leave out the wrong one"):
+        ModelConfig.from_hf(raw | {name: words[:1]})
+    with pytest.raises(ValueError, match=f"num_hidden_layers=3 but {name}='ME' has 2 layers"):
+        ModelConfig.from_hf(without | {name: ["mamba", "moe"], "num_hidden_layers": 3})
+    with pytest.raises(ValueError, match=rf"{name} holds \['recurrent'\]; known layers are 'linear_attention'"):
+        ModelConfig.from_hf(without | {name: ["moe", "recurrent"]})
+
+
+INFINITIES = [math.inf, "inf", "Infinity", "+inf", {"__float__": "Infinity"}, {"__float__": "inf"}]
+
+
+@pytest.mark.parametrize("infinity", INFINITIES, ids=str)
+def test_infinity_in_all_spellings(raw, infinity):
+    limited = json.loads(json.dumps(raw | {"time_step_limit": [0.0, infinity]}))
+    assert ModelConfig.from_hf(limited).time_step_limit == (0.0, math.inf)
+    renamed = json.loads(json.dumps(raw | {"mamba_dt_limit": ["0", infinity], "time_step_limit": None}))
+    assert ModelConfig.from_hf(renamed).time_step_limit == (0.0, math.inf)
+
+
+@pytest.mark.parametrize("infinity", ["-Infinity", {"__float__": "-Infinity"}, -math.inf], ids=str)
+def test_a_limit_below_everything_is_none(raw, infinity):
+    with pytest.raises(ValueError, match="must be 0 <= low <= high"):
+        ModelConfig.from_hf(raw | {"time_step_limit": [infinity, 0.1]})
+
+
+# Another name, the name here, another value.
+NAMES = [
+    ("rms_norm_eps", "layer_norm_epsilon", 1e-6),
+    ("norm_eps", "layer_norm_epsilon", "1e-6"),
+    ("mamba_n_groups", "n_groups", 4),
+    ("mamba_d_conv", "conv_kernel", 3),
+    ("mamba_dt_min", "time_step_min", 0.002),
+    ("mamba_dt_max", "time_step_max", 0.2),
+    ("mamba_dt_limit", "time_step_limit", [0.0, 1.0]),
+    ("mamba_dt_init_floor", "time_step_floor", 1e-5),
+    ("mamba_conv_bias", "use_conv_bias", False),
+    ("mamba_proj_bias", "use_bias", True),
+    ("mamba_chunk_size", "chunk_size", 64),
+    ("mamba_d_state", "ssm_state_size", 8),
+    ("num_local_experts", "n_routed_experts", 32),
+]
+
+
+@pytest.mark.parametrize("other, name, value", NAMES, ids=lambda v: v if isinstance(v, str) else "")
+def test_other_names(raw, other, name, value):
+    expected = ModelConfig.from_hf(raw | {name: value})
+    assert expected != ModelConfig.from_hf(raw)
+    without = {key: kept for key, kept in raw.items() if key != name}
+    assert ModelConfig.from_hf(without | {other: value}) == expected
+    assert ModelConfig.from_hf(raw | {name: value, other: value}) == expected
+    assert ModelConfig.from_hf(raw | {other: None}) == ModelConfig.from_hf(raw)
+    # A wrong spelling of either is named with the right one.
+    with pytest.raises(ValueError, match=f"{name}=.* contradicts {other}=.*, which is the same under another name"):
+        ModelConfig.from_hf(raw | {name: [5.0, 5.0] if isinstance(value, list) else 5, other: value})
+
+
+def test_widths_that_the_family_does_not_follow(raw):
+    """Heads times their width count: of the published members, only some have expand times the hidden size."""
+    assert ModelConfig.from_hf(raw | {"expand": 7}) == ModelConfig.from_hf(raw)
+    assert ModelConfig.from_hf(raw | {"mamba_expand": 7}) == ModelConfig.from_hf(raw)
+    with pytest.raises(ValueError, match="expand=2 contradicts mamba_expand=7"):
+        ModelConfig.from_hf(raw | {"expand": 2, "mamba_expand": 7})
+
+
+@pytest.mark.parametrize(
+    "value, ids", [(2, (2,)), ([2], (2,)), ([2, 11], (2, 11)), ([11, 2, 11], (11, 2)), (None, (2,))]
+)
+def test_end_tokens(raw, value, ids):
+    config = ModelConfig.from_hf(raw | {"eos_token_id": value})
+    assert config.eos_token_ids == ids
+    assert config.eos_token_id == (ids if len(ids) > 1 else ids[0])
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_latent_experts_are_an_option(raw):
+    plain = ModelConfig.from_hf(raw)
+    assert ModelConfig.from_hf(raw | {"moe_latent_size": None}) == plain
+    assert "moe_latent_size" not in plain.to_hf()
+    latent = ModelConfig.from_hf(raw | {"moe_latent_size": 24})
+    assert (plain.expert_input_size, latent.expert_input_size) == (64, 24)
+    assert ModelConfig.from_hf(latent.to_hf()) == latent
+
+
 # A change of the published config, and the message it gets.
 REFUSED = [
     ({"hidden_size": None}, "field 'hidden_size' is missing"),
@@ -87,6 +182,15 @@ REFUSED = [
     ({"time_step_limit": [0.0, "high"]}, "time_step_limit must be two numbers, found [0.0, 'high']"),
     ({"mask_token_id": 512}, "mask_token_id=512 lies outside vocab_size=512"),
     ({"eos_token_id": -1}, "eos_token_id=-1 lies outside vocab_size=512"),
+    ({"eos_token_id": [2, 512]}, "eos_token_id=512 lies outside vocab_size=512"),
+    ({"eos_token_id": []}, "eos_token_id must be int or a list of them, found []"),
+    ({"eos_token_id": [2, "11"]}, "eos_token_id must be int or a list of them, found [2, '11']"),
+    ({"eos_token_id": True}, "eos_token_id must be int or a list of them, found True"),
+    ({"moe_latent_size": -1}, "moe_latent_size=-1 must not be negative"),
+    ({"sliding_window": 4096}, "sliding_window=4096; the model has no such thing"),
+    ({"quantization_config": {"bits": 8}}, "quantization_config={'bits': 8}; the model has no such thing"),
+    ({"time_step_limit": {"__float__": "Infinity"}}, "time_step_limit must be two numbers, found inf"),
+    ({"layers_block_type": "M"}, "layers_block_type must be a list of words, one per layer, found 'M'"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings=true, but Nemotron-TwoTower has separate heads"),
     ({"mamba_hidden_act": "gelu"}, "mamba_hidden_act='gelu'; only 'silu' exists"),
 ]

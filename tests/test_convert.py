@@ -15,18 +15,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from campaigns import campaign
+from helpers import run_command
 from twotower_jax import parameters
-from twotower_jax.benchmarks import campaign
 from twotower_jax.checkpoint import arrays, huggingface, inspection, load, manifest, store, workdir
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export, model_tensors, write_folder
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.config import Variant
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import bind, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,6 @@ def converted(sources, tmp_path_factory) -> dict[str, pathlib.Path]:
     for name, source in sources.items():
         convert(source, folder / name)
     return {name: folder / name for name in sources}
-
-
-def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def tensors(folder: pathlib.Path) -> dict[str, tuple]:
@@ -264,7 +258,7 @@ import sys, jax
 number, port, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, number)
 from twotower_jax.checkpoint import store
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 mesh = jax.make_mesh((2,), ("fsdp",))
 def sharding(parameter):
     return jax.NamedSharding(mesh, jax.P(*("fsdp" if axis == "embed" else None for axis in parameter.axes)))
@@ -295,9 +289,9 @@ except CheckpointError as error:
     assert "found a broken file" in first and "c.0.0: its content is not what was recorded" in second
 
 
-def test_large_tensors_are_cut_into_parts(tmp_path):
+def test_large_tensors_are_cut_into_parts(data, tmp_path):
     """Rows of a tensor can be read without the rest; Zarr sees the bytes that were written."""
-    config = huggingface.open_folder(pathlib.Path(__file__).parent / "data/tiny/checkpoint").config
+    config = huggingface.open_folder(data / "tiny/checkpoint").config
     table = parameter_table(TwoTower(config))
     path, parameter = next((p, v) for p, v in table.items() if p[-1] == "up" and v.tensors.ndim == 2)
     parameter = parameters.Parameter(**vars(parameter) | {"shape": (2, 16, 1536, 1000)})
@@ -342,7 +336,7 @@ def test_a_flipped_bit_is_found_unless_told_not_to_look(converted, tmp_path):
 @pytest.mark.parametrize("name", ["two_tower", "converted"])
 def test_inspect(name, data, converted):
     folder = data / "tiny/checkpoint" if name == "two_tower" else converted["two_tower"]
-    out = run("inspect_checkpoint", f"--checkpoint={folder}", "--json")
+    out = run_command("inspect_checkpoint", f"--checkpoint={folder}", "--json")
     description = json.loads(out.stdout)
     assert description["parameters"] == 1_709_936
     assert description["dtypes"] == {"float32": description["arrays"]}

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from twotower_jax.benchmarks import campaign
+from campaigns import campaign
+from helpers import ROOT, run_command
+from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint import arrays, hub, listing, manifest
-from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.convert import convert
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 
-ROOT = pathlib.Path(__file__).parent.parent
 RELEASE = {"two_tower": (12_544, 63_185_902_848), "backbone": (6_243, 31_577_940_288)}
 
 
@@ -29,11 +29,6 @@ def converted(source, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("converted") / "out"
     convert(source, folder)
     return folder
-
-
-def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def content(folder: pathlib.Path) -> dict[str, bytes]:
@@ -50,7 +45,7 @@ def test_the_same_bytes_again(source, converted, tmp_path):
 
 def test_existing_output_is_left_alone(source, tmp_path):
     (tmp_path / "out").mkdir()
-    out = run("convert", f"--source={source}", f"--output={tmp_path / 'out'}")
+    out = run_command("convert", f"--source={source}", f"--output={tmp_path / 'out'}")
     assert (out.returncode, out.stderr) == (
         2, f"error: {tmp_path / 'out'}: exists already; choose another output or remove it\n"
     )  # fmt: skip
@@ -60,7 +55,7 @@ def test_existing_output_is_left_alone(source, tmp_path):
 @pytest.mark.parametrize("output, message", [("no/such", "no such folder"), ("file/out", "no such folder")])
 def test_output_in_no_folder(output, message, source, tmp_path):
     (tmp_path / "file").touch()
-    out = run("convert", f"--source={source}", f"--output={tmp_path / output}")
+    out = run_command("convert", f"--source={source}", f"--output={tmp_path / output}")
     assert out.returncode == 2 and message in out.stderr and out.stderr.count("\n") == 1
 
 
@@ -74,7 +69,7 @@ def test_read_only_output(source, tmp_path):
     elif not mounted:
         parent.chmod(0o500)
     try:
-        out = run("convert", f"--source={source}", f"--output={parent / 'out'}")
+        out = run_command("convert", f"--source={source}", f"--output={parent / 'out'}")
         assert out.returncode == 2 and out.stderr.count("\n") == 1 and str(parent) in out.stderr
         assert not (parent / "out").exists()
     finally:
@@ -99,7 +94,7 @@ def test_no_space_left(source, tmp_path):
     if mounted.returncode:
         pytest.skip("cannot mount a small disk here")
     try:
-        out = run("convert", f"--source={source}", f"--output={tmp_path / 'out'}")
+        out = run_command("convert", f"--source={source}", f"--output={tmp_path / 'out'}")
         assert out.returncode == 2 and "No space left on device" in out.stderr
         assert not list(tmp_path.iterdir())
     finally:
@@ -204,7 +199,7 @@ def test_recorded_hashes_of_a_downloaded_folder(tmp_path):
 )
 def test_misuse(flags, message, tmp_path):
     (tmp_path / "README.md").write_text("hello\n")
-    out = run("convert", *flags, cwd=tmp_path)
+    out = run_command("convert", *flags, cwd=tmp_path)
     assert out.returncode == 2 and message in out.stderr and out.stderr.count("\n") == 1
 
 
@@ -220,7 +215,7 @@ def test_dry_run_of_the_release(name, data):
 
 
 def test_dry_run_of_a_folder(backbone_folder):
-    out = run("convert", "--dry_run", f"--source={backbone_folder}")
+    out = run_command("convert", "--dry_run", f"--source={backbone_folder}")
     assert "source: 335 tensors" in out.stdout and "context_tower/embeddings [512, 64] <- 1 × [512, 64]" in out.stdout
     assert out.returncode == 0
 

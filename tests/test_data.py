@@ -200,6 +200,15 @@ def test_tokenizer_errors(tmp_path):
 # Packing
 
 
+def test_text_is_closed_by_the_end_token_of_the_model(tokenizer):
+    windows, _ = pack_documents(
+        ["one two", "three"], tokenizer, sequence_length=2, vocab_size=320, validation_fraction=0.0, seed=0, end_token=9
+    )
+    closed = [[*ids, 9] for ids in encode(tokenizer, ["one two", "three"])]
+    line = windows.windows.reshape(-1).tolist()
+    assert any(line == (a + b)[: len(line)] for a, b in (closed, closed[::-1])) and 9 in line
+
+
 @properties
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=60), st.integers(1, 12))
 def test_windows_are_the_stream_without_its_tail(tokens, length):

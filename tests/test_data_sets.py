@@ -399,6 +399,25 @@ def test_data_that_do_not_fit_the_run_are_refused(tmp_path, folder, tokenizer):
     assert not is_prepared(tmp_path)
 
 
+def test_documents_closed_by_other_tokens_are_refused_or_warned_of(tmp_path, folder, tokenizer, capsys):
+    """Token 2 closes these; any of the model's end tokens will do."""
+    with pytest.raises(
+        ValueError, match=r"closed by token 2, the model's texts end with 7 or 9; prepare .* --eos=7, or"
+    ):
+        Data(str(folder)).windows(tokenizer, packing()._replace(end_tokens=(7, 9)))
+    (both, _), (one, _) = (
+        Data(str(folder)).windows(tokenizer, packing()._replace(end_tokens=ids)) for ids in ((7, 2), (2,))
+    )
+    np.testing.assert_array_equal(all_ids(both), all_ids(one))
+    prefix = write_megatron(tmp_path / "mega", [[np.append(ids, 2)] for ids in make_documents([30] * 9)], "<u2")
+    for ids, warned in (((2,), False), ((7, 2), False), ((7, 9), True)):
+        Data(str(prefix)).windows(tokenizer, packing()._replace(end_tokens=ids))
+        said = capsys.readouterr().err
+        assert (
+            ("mega: its documents end with 2, the model's texts with 7 or 9: it will" in said) == warned == bool(said)
+        )
+
+
 def test_resuming_on_other_shards_is_refused(tmp_path, tokenizer):
     arrays = make_documents([100] * 6)
     one, two = (

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from twotower_jax.benchmarks import kills
+from campaigns import kills
 from twotower_jax.checkpoint import orbax_steps, workdir
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 
 MESHES = pathlib.Path(__file__).parent / "restore_on_meshes.py"
 

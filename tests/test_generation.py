@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig, per_row
 from twotower_jax.generation import (
     DenoiserRow,
@@ -20,7 +21,7 @@ from twotower_jax.generation import (
 from twotower_jax.generation.blocks import block
 from twotower_jax.generation.engine import in_order, iter_steps, start
 from twotower_jax.generation.modes import Call, Recipe
-from twotower_jax.generation.slots import allocate, cache_bytes
+from twotower_jax.generation.slots import allocate, cache_bytes, end_token_array
 from twotower_jax.generation.stops import cut
 from twotower_jax.parameters import bind, flatten, unflatten
 from twotower_jax.two_tower import TwoTower
@@ -230,6 +231,7 @@ def test_stop_texts(tiny, mode, together):
         ("abcd", {"limit": 4}, ("abcd", "length", None)),
         ("abcd", {"limit": 3, "eos": "d"}, ("abc", "length", None)),
         ("abcb", {"limit": 4, "eos": "b"}, ("ab", "eos", None)),
+        ("abcd", {"limit": 9, "eos": "dcx"}, ("abc", "eos", None)),
         ("abcd", {"limit": 9, "stop": ["cd", "bc"]}, ("abc", "stop", "a")),
         ("abcd", {"limit": 2, "stop": ["bc"]}, ("ab", "length", "ab")),
         ("abcd", {"limit": 9, "eos": "c", "stop": ["bc"]}, ("abc", "stop", "a")),
@@ -243,7 +245,7 @@ def test_where_a_row_is_cut(tokens, options, expected):
         return "".join(map(chr, ids)).replace("X", "xyz")
 
     if "eos" in options:
-        options = options | {"eos": ord(options["eos"])}
+        options = options | {"eos": tuple(map(ord, options["eos"]))}
     found = cut([ord(t) for t in tokens], decode=decode if "stop" in options else None, **options)
     assert ("".join(map(chr, found.tokens)), found.reason, found.text) == expected
 
@@ -278,13 +280,8 @@ def test_the_cache_exists_once(small_config, random_params, mode):
     temporary is nearly as large. (Half a cache is for keys and values in the order that the products want.)"""
     model = TwoTower(small_config("****", vocab_size=8, num_attention_heads=2))
     slots = allocate(model=model, batch=2, capacity=8192)
-    call = Call(
-        jnp.ones(2, bool),
-        jnp.uint32(0),
-        jnp.int32(2),
-        None if mode in ("ar", "mock_ar") else per_row(SAMPLING.rule, 2),
-        jnp.float32(0),
-    )
+    rule = None if mode in ("ar", "mock_ar") else per_row(SAMPLING.rule, 2)
+    call = Call(jnp.ones(2, bool), jnp.uint32(0), end_token_array((2,)), rule, jnp.float32(0))
     recipe = Recipe(mode, SamplingConfig(block_size=2, steps_per_block=2))
     compiled = block.lower(random_params(model), slots, call, model=model, recipe=recipe).compile()
     memory = compiled.memory_analysis()
@@ -321,25 +318,42 @@ def test_ar_follows_the_full_forward_pass(tiny):
         assert logits[i, n - 1 : n + 7].argmax(-1).tolist() == r.tokens
 
 
-@pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar", "speculative"])
 def test_rows_end_with_their_first_end_of_text(tiny, mode, together):
-    """Any token may play the end: the tokens before it are those of a run that never ends."""
+    """Any tokens may play the end, the model's or the caller's: those before are of a run that never ends. Another set
+    is no other program."""
     model, params = tiny
     settings = dataclasses.replace(DIFFUSION, mode=mode)
     endless = together if mode == "diffusion" else run(tiny, PROMPTS, settings)
-    eos = endless[3].tokens[9]
+    eos = (endless[3].tokens[9], endless[0].tokens[3], 7)
     ended = TwoTower(dataclasses.replace(model.config, eos_token_id=eos))
     results = run((ended, params), PROMPTS, dataclasses.replace(settings, ignore_eos=False))
+    compiled = block._cache_size()
+    assert run(tiny, PROMPTS, dataclasses.replace(settings, ignore_eos=False, eos=eos)) == results
+    assert block._cache_size() == compiled
     for result, full in zip(results, endless, strict=True):
-        if eos in full.tokens:
-            assert result.tokens == full.tokens[: full.tokens.index(eos) + 1]
+        if end := [i for i, token in enumerate(full.tokens) if token in eos]:
+            assert result.tokens == full.tokens[: end[0] + 1]
             assert result.finish_reason == "eos"
         else:
             assert result.tokens == full.tokens
             assert result.finish_reason == "length"
         assert result.denoiser_evaluations <= full.denoiser_evaluations
         assert result.context_evaluations <= full.context_evaluations
-    assert results[3].finish_reason == "eos"
+    assert {results[0].finish_reason, results[3].finish_reason} == {"eos"}
+
+
+def test_end_tokens_as_an_argument():
+    """One size of array for up to four tokens, then powers of two."""
+    assert end_token_array(()).tolist() == [-1] * 4
+    assert end_token_array((2, 11)).tolist() == [2, 11, -1, -1]
+    assert len(end_token_array(range(5))) == 8
+    with pytest.raises(ValueError, match="eos=512 lies outside vocab_size=512"):
+        Settings(eos=(2, 512)).end_tokens(ModelConfig(512, 8, "-", 0, 0, 0, 0, intermediate_size=8))
+    with pytest.raises(ValueError, match="eos must hold token ids, at least one"):
+        Settings(eos=())
+    with pytest.raises(ValueError, match="changes nothing with ignore_eos"):
+        Settings(eos=(2,), ignore_eos=True)
 
 
 def test_a_model_that_is_not_a_number_is_an_error(tiny):

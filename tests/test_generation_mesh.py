@@ -16,7 +16,7 @@ from twotower_jax.generation import MODES, Engine, Placement, Settings, generate
 from twotower_jax.generation.blocks import block
 from twotower_jax.generation.modes import Call, Recipe
 from twotower_jax.generation.placement import in_force, parse_mesh
-from twotower_jax.generation.slots import allocate, cache_bytes
+from twotower_jax.generation.slots import allocate, cache_bytes, end_token_array
 from twotower_jax.parameters import flatten, parameter_table
 from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.two_tower import TwoTower
@@ -79,11 +79,11 @@ def test_the_table_is_divided_and_written_in_place(model):
     whole, part = (cache_bytes(model[0], 8, 1024, m) for m in (None, mesh))
     with in_force(mesh):
         slots = allocate(model=model[0], batch=8, capacity=1024)
-        call = Call(jnp.ones(8, bool), jnp.uint32(0), jnp.int32(2), None, jnp.float32(0))
+        call = Call(jnp.ones(8, bool), jnp.uint32(0), end_token_array((2,)), None, jnp.float32(0))
         recipe = Recipe("ar", SamplingConfig())
         params = Placement(mesh).context_params(*model)
         compiled = block.lower(params, slots, call, model=model[0], recipe=recipe).compile()
-    mamba, attention, _ = (layer for segment in slots.cache.layers for layer in segment)
+    mamba, attention, _ = slots.cache.layers.by_layer()
     assert mamba.state.sharding.shard_shape(mamba.state.shape) == (2, 4, *mamba.state.shape[2:])
     assert attention.key.sharding.shard_shape(attention.key.shape) == (2, *attention.key.shape[1:])
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(slots))

@@ -2,21 +2,17 @@
 
 import io
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+from helpers import run_command
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Progress, Result, Settings, Step
 from twotower_jax.generation.trace import FORMAT, VERSION, TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 
-ROOT = pathlib.Path(__file__).parent.parent
 MASK = 3
 STEPS = [
     Step(0, 0, 1.0, [3, 3, 3, 3], [8, 3, 9, 3], [0.9, 0.1, 0.8, 0.2]),
@@ -110,18 +106,8 @@ def test_the_command_follows_its_flags(tmp_path, data):
     prompts.write_text('{"text": "The list"}\n{"ids": [7, 8, 9]}\n')
     flags = {"prompts": prompts, "output": out, "trace": trace, "checkpoint": checkpoint, "mode": "speculative"}
     flags |= {"block_size": 4, "steps_per_block": 1, "max_new_tokens": 6, "tolerance": 1.0, "stop": "q"}
-    run = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "launch/generate.py",
-            *(f"--{k}={v}" for k, v in flags.items()),
-            "--watch",
-            "--ignore_eos",
-        ],
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    arguments = [f"--{k}={v}" for k, v in flags.items()]
+    run = run_command("generate", *arguments, "--watch", "--ignore_eos", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     for row in rows:

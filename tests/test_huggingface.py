@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from twotower_jax.checkpoint.huggingface import load, open_folder
-from twotower_jax.checkpoint.safetensors_file import CheckpointError
 from twotower_jax.config import Variant
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import flatten
-from twotower_jax.tower import Execution
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16}

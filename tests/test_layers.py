@@ -7,14 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twotower_jax.execution import Execution
+from twotower_jax.layer import Layer
 from twotower_jax.layers.attention import Attention, AttentionCache, AttentionMemory
 from twotower_jax.layers.common import ACTIVATIONS, rms_norm
-from twotower_jax.layers.experts import MLP, Experts
+from twotower_jax.layers.experts import Experts
 from twotower_jax.layers.mamba import Mamba, MambaCache
+from twotower_jax.layers.mixer import Run
+from twotower_jax.layers.mlp import MLP
 from twotower_jax.layers.time_conditioning import Modulation, TimeConditioning, modulation, sinusoids
 from twotower_jax.parameters import Scope, bind, initialize, normal, parameter_table
 from twotower_jax.sharding import MeshShape, make_mesh
-from twotower_jax.tower import Execution, Layer
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -170,7 +173,7 @@ def test_mamba_after_a_cache(small_config, random_params, quick_jit, changes):
     tail, state = literal.zeros()
     x, tail, state = draw(1, B, 21, D), draw(2, B, *tail.shape), draw(3, B, *state.shape)
     lengths = np.array([9, 21], np.int32)
-    run = quick_jit(lambda p, x, cache, lengths: bind(mixer, p).causal(x, cache, lengths))
+    run = quick_jit(lambda p, x, cache, lengths: bind(mixer, p).causal(x, cache, Run(lengths=lengths)))
     y, memory = run(params, x, MambaCache(conv=tail, state=state), lengths)
     for row, length in enumerate(lengths):
         y_expected, tail_expected, state_expected = literal.causal(x[row, :length], tail[row], state[row])
@@ -205,7 +208,7 @@ def test_mamba_blocks_read_the_context(small_config, random_params, quick_jit, b
     @quick_jit
     def run(context_params, params, clean, noisy):
         _, memory = bind(context, context_params).causal(clean)
-        return bind(denoiser, params).blockwise(noisy, memory, block)
+        return bind(denoiser, params).blockwise(noisy, memory, block)[0]
 
     y = run(context_params, params, clean, noisy)
     literal_context, literal = LiteralMamba(config, context_params), LiteralMamba(config, params)
@@ -225,7 +228,7 @@ def test_mamba_block_behind_a_cache(small_config, random_params, quick_jit, bidi
     literal = LiteralMamba(config, params)
     tail, state = literal.zeros()
     x, tail, state = draw(1, B, 7, D), draw(2, B, *tail.shape), draw(3, B, *state.shape)
-    run = quick_jit(lambda p, x, cache: bind(mixer, p).blockwise(x, cache, x.shape[1]))
+    run = quick_jit(lambda p, x, cache: bind(mixer, p).blockwise(x, cache, x.shape[1])[0])
     y = run(params, x, MambaCache(conv=tail, state=state))
     for row in range(B):
         assert_close(y[row], literal.block(x[row], tail[row], state[row], bidirectional))
@@ -279,7 +282,7 @@ def test_causal_attention_after_a_cache(small_config, random_params, quick_jit, 
     p = to_float64(params)
     x, keys, values = draw(1, B, 5, D), draw(2, B, 7, 2, 4), draw(3, B, 7, 2, 4)
     lengths = np.array([0, 4], np.int32)
-    run = quick_jit(lambda p, x, cache, lengths: bind(mixer, p).causal(x, cache, lengths))
+    run = quick_jit(lambda p, x, cache, lengths: bind(mixer, p).causal(x, cache, Run(cache_lengths=lengths)))
     y, memory = run(params, x, AttentionCache(key=heads_first(keys), value=heads_first(values)), lengths)
     for row, length in enumerate(lengths):
         own_keys, own_values = literal_keys(config, p, x[row])
@@ -297,7 +300,7 @@ def test_attention_blocks_read_the_context(small_config, random_params, quick_ji
     params = random_params(mixer)
     p = to_float64(params)
     x, keys, values = draw(1, B, 6, D), draw(2, B, 6, 2, 4), draw(3, B, 6, 2, 4)
-    run = quick_jit(lambda p, x, memory: bind(mixer, p).blockwise(x, memory, 3))
+    run = quick_jit(lambda p, x, memory: bind(mixer, p).blockwise(x, memory, 3)[0])
     y = run(params, x, AttentionMemory(key=heads_first(keys), value=heads_first(values)))
     for row in range(B):
         for edge in (0, 3):
@@ -316,7 +319,7 @@ def test_attention_reaches_devices_with_heads_side_by_side(small_config, random_
 
     def run(params, x):
         _, memory = bind(mixer, params).causal(x)
-        return bind(mixer, params).blockwise(x, memory, 3)
+        return bind(mixer, params).blockwise(x, memory, 3)[0]
 
     with jax.set_mesh(make_mesh(MeshShape(data=2), jax.devices()[:2])):
         jaxpr = jax.make_jaxpr(run)(random_params(mixer), draw(1, 2, 6, D))
@@ -491,12 +494,11 @@ def test_norm_and_modulation_come_in_the_order_of_the_kind(small_config, random_
     @quick_jit
     def run(params, h, memory, shift, scale, gate):
         bound = bind(layer, params)
-        y, _ = bound.blockwise(h, memory, 5, cache_lengths=lengths, modulation=Modulation(shift, scale, gate))
+        run = Run(cache_lengths=lengths)
+        y, _ = bound.blockwise(h, memory, 5, run, Modulation(shift, scale, gate))
 
         def mixer(x):
-            if kind == "M":
-                return bound.mixer.blockwise(x, memory, 5)
-            return bound.mixer.blockwise(x, memory, 5, lengths) if kind == "*" else bound.mixer(x)
+            return bound.mixer.blockwise(x, memory, 5, run)[0]
 
         def normed(x):
             return rms_norm(x, params["norm"]["weight"], 1e-5)

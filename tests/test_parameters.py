@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from twotower_jax.config import Variant
+from twotower_jax.execution import Execution
 from twotower_jax.parameters import (
     AS_IS,
     CONV,
@@ -25,7 +26,6 @@ from twotower_jax.parameters import (
     parameter_table,
     unflatten,
 )
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower
 
 NANO = {

@@ -19,16 +19,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import ROOT, run_command
 from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.data import EOS_ID, TrainingData, encode, load_tokenizer, save_tokenizer, train_tokenizer
 from twotower_jax.data.documents import DataError
+from twotower_jax.data.end_tokens import end_tokens
 from twotower_jax.data.inputs import File, divide, find_files, read_rows
 from twotower_jax.data.prepare import Settings, prepare
 from twotower_jax.data.prepared import PreparedDocuments, read_manifest
 from twotower_jax.train.config import base_config, freeze
 from twotower_jax.train.start import make_start
 
-COMMAND = [sys.executable, str(pathlib.Path(__file__).parents[1] / "launch" / "prepare.py")]
+COMMAND = [sys.executable, str(ROOT / "launch" / "prepare.py")]
 
 
 def make_texts(count, seed=0):
@@ -85,7 +87,7 @@ def documents_of(folder, split):
 
 
 def run(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return run_command("prepare", *arguments)
 
 
 def flags(corpus, output, *more):
@@ -143,6 +145,37 @@ def test_training_starts_from_a_prepared_folder(reference, tmp_path, small_confi
     settings.reset_at_documents = True
     batch = next(TrainingData(make_start(freeze(settings), Workdir(tmp_path, {}, ())).training, batch_size=4, seed=0))
     assert set(batch) == {"ids", "document_start", "counted"} and (batch["document_start"] % 16 == 0).all()
+
+
+def test_which_token_closes_documents(tmp_path, tokenizer):
+    """The first of the checkpoint's end tokens, or of --eos; a set of another is another set."""
+    (tmp_path / "a.jsonl").write_text(rows(make_texts(5)))
+    save_tokenizer(tokenizer, tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"eos_token_id": [7, 2]}')
+    given = [f"--input={tmp_path / 'a.jsonl'}", f"--tokenizer={tmp_path / 'model'}"]
+    for name, flag, token in (("one", [], 7), ("two", ["--eos=11,2"], 11)):
+        done = run(*given, *flag, f"--output={tmp_path / name}")
+        assert done.returncode == 0 and f"documents closed by token {token}\n" in done.stdout, done.stderr
+        assert {int(ids[-1]) for ids in documents_of(tmp_path / name, "train")} == {token}
+        assert read_manifest(tmp_path / name).end_token == token
+        assert end_tokens(tmp_path / name, tokenizer) == (token,)
+    other = Settings(end_token=11)
+    with pytest.raises(ValueError, match="end_token 7 -> 11"):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "one", tokenizer, other, quiet=True)
+    with pytest.raises(ValueError, match="the tokenizer has no token 5000 to close documents with"):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "three", tokenizer, Settings(end_token=5000), quiet=True)
+    done = run(*given, "--eos=</s>", f"--output={tmp_path / 'four'}")
+    assert done.returncode == 2 and done.stderr == "error: --eos=</s>: not a list of token ids, such as 2,11\n"
+
+
+def test_a_set_made_before_there_was_a_choice(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(rows(make_texts(5)))
+    made = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer, quiet=True)
+    values = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert values["settings"].pop("end_token") == EOS_ID
+    (tmp_path / "out/dataset.json").write_text(json.dumps(values))
+    again = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer, quiet=True)
+    assert again.end_token == EOS_ID and again.shards == made.shards
 
 
 # Interruption

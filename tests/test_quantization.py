@@ -5,8 +5,6 @@ import json
 import math
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,13 +15,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from helpers import run_command
 from twotower_jax.checkpoint import inspection, listing, load, manifest, store, workdir
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.quantizing import quantize_params
 from twotower_jax.config import Variant
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError
 from twotower_jax.generation import Settings, generate
 from twotower_jax.kernels.numerics import quantized as kernel
 from twotower_jax.kernels.numerics.quantized import Quantized, dequantize
@@ -32,11 +32,8 @@ from twotower_jax.planning import serving
 from twotower_jax.planning.hardware import Hardware
 from twotower_jax.quantization import METHODS, abstract, as_read, check_mesh, disk_table, kind_bytes, quantize
 from twotower_jax.sharding import MeshShape, make_mesh
-from twotower_jax.tower import Execution
 from twotower_jax.train import start
 from twotower_jax.two_tower import TwoTower
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -337,12 +334,8 @@ def test_a_width_that_int4_cannot_halve(small_config):
 def test_commands(converted, sources, tmp_path):
     """`--quantize` of convert.py, generate.py and score.py; verify.py says what it is and how far it drifts."""
 
-    def run(script, *arguments):
-        command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
     out = tmp_path / "out"
-    done = run("convert", f"--source={sources['two_tower']}", f"--output={out}", "--quantize=int4")
+    done = run_command("convert", f"--source={sources['two_tower']}", f"--output={out}", "--quantize=int4")
     assert done.returncode == 0, done.stderr
     assert {p: p.read_bytes() for p in sorted(out.rglob("*.json"))}.keys()
     for file in converted["two_tower:int4"].rglob("c.*"):
@@ -353,11 +346,11 @@ def test_commands(converted, sources, tmp_path):
     for number, flags in enumerate(([out], [sources["two_tower"], "--quantize=int4"])):
         path, *more = flags
         score = tmp_path / f"scores{number}.jsonl"
-        done = run("score", f"--checkpoint={path}", f"--input={rows}", f"--output={score}", *more)
+        done = run_command("score", f"--checkpoint={path}", f"--input={rows}", f"--output={score}", *more)
         assert done.returncode == 0, done.stderr
         scores.append(score.read_text())
     assert scores[0] == scores[1]
-    done = run("generate", f"--checkpoint={out}", "--quantize=int8", "--prompt=a")
+    done = run_command("generate", f"--checkpoint={out}", "--quantize=int8", "--prompt=a")
     assert done.returncode == 2 and done.stderr.startswith(f"error: {out}: is stored as int4")
     assert done.stderr.count("\n") == 1
 

@@ -7,7 +7,6 @@ meets: logits 2e-4 absolute, loss 1e-5, gradients 1e-3 relative a tensor, every 
 import dataclasses
 import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +14,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from helpers import DATA
 from twotower_jax import certify, parameters
 from twotower_jax.checkpoint import huggingface
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig, masked_loss_sum, token_log_probabilities
+from twotower_jax.execution import Execution
 from twotower_jax.generation import DenoiserRow, Settings, generate, score_ar, score_denoiser
 from twotower_jax.layers.common import rms_norm
 from twotower_jax.layers.experts import Router
 from twotower_jax.parameters import bind, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
-DATA = pathlib.Path(__file__).parent / "data"
 LOGITS, LOSS, GRADIENT = 2e-4, 1e-5, 1e-3
 
 
@@ -101,7 +100,7 @@ def test_caches(recorded):
     length = int(recorded["cache.prompt_len"])
     np.testing.assert_array_equal(recorded.cache.lengths, [length, length])
     checked = 0
-    for i, layer in enumerate(recorded.model.context_tower.by_layer(recorded.cache.layers)):
+    for i, layer in enumerate(recorded.cache.layers.by_layer()):
         kind = recorded.model.config.hybrid_override_pattern[i]
         if kind == "M":
             assert_close(layer.state, recorded[f"cache.{i:02d}.ssm"], LOGITS)

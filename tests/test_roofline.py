@@ -1,24 +1,19 @@
 """The measurement of generation against its roofline: bytes counted by hand, and routing that is even."""
 
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import run_command
 from twotower_jax.benchmarks._roofline import Pass, even_routing, pass_bytes, random_params
 from twotower_jax.benchmarks._shapes import nano_config
 from twotower_jax.generation.slots import cache_bytes
 from twotower_jax.parameters import bind, count, initialize, parameter_table
 from twotower_jax.two_tower import TwoTower
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_bytes_of_a_pass_of_the_published_model():
@@ -69,12 +64,7 @@ def test_parameters_are_those_of_initialize(small_config):
 
 def test_the_command_says_how_near_the_roofline_is():
     flags = ["--roofline", "--batches=2", "--new_tokens=64", "--repeats=1"]
-    run = subprocess.run(
-        [sys.executable, ROOT / "launch/benchmark.py", "generation", *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-    )
+    run = run_command("benchmark", "generation", *flags, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     assert run.returncode == 0, run.stderr
     rows = re.findall(r"^\| 2 \| (.*?) \| ([\d.,]+) \| ([\d,]+) \| ([\d.]+) \| \d+% \| ([\d.]+) \|$", run.stdout, re.M)
     assert [row[0] for row in rows] == ["ar", "diffusion, 3.33 tokens an evaluation"]

@@ -13,6 +13,7 @@ import pytest
 
 from twotower_jax.checkpoint.load import load
 from twotower_jax.config import Variant
+from twotower_jax.execution import Execution
 from twotower_jax.kernels import expert_mlp
 from twotower_jax.kernels.experts import Weights, relu2
 from twotower_jax.layers import expert_parallel
@@ -28,7 +29,6 @@ from twotower_jax.sharding import (
     spec,
     stored_sharding,
 )
-from twotower_jax.tower import Execution
 from twotower_jax.train.objectives import Denoiser, NoiseKey, make_objective
 from twotower_jax.train.step import abstract_state, make_optimizer, make_step, start_state, tables
 from twotower_jax.two_tower import TwoTower

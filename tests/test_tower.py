@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax import tower
+from twotower_jax import stack
 from twotower_jax.config import Variant
-from twotower_jax.parameters import bind, flatten, initialize, parameter_table, unflatten
-from twotower_jax.tower import Execution, Stretch, segments
+from twotower_jax.execution import Execution
+from twotower_jax.parameters import bind, flatten, fresh, initialize, parameter_table, unflatten
+from twotower_jax.stack import PerLayer, Stretch, segments
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone, is_trainable
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -104,7 +105,7 @@ def test_segments_spell_the_pattern(units):
 
 
 def test_the_example_in_the_docstring():
-    result = doctest.testmod(tower)
+    result = doctest.testmod(stack)
     assert result.attempted and not result.failed
 
 
@@ -130,9 +131,10 @@ def test_what_is_traced_does_not_grow_with_depth(small_config):
 
 
 def test_per_layer_and_by_layer_are_inverse(make):
-    denoiser = make().model.denoiser_tower
     stacked = jnp.arange(7 * 2).reshape(7, 2)
-    np.testing.assert_array_equal(jnp.stack(denoiser.by_layer(denoiser.per_layer(stacked))), stacked)
+    entries = PerLayer.unstack(make().model.denoiser_tower.stretches, stacked)
+    np.testing.assert_array_equal(jnp.stack(entries.by_layer()), stacked)
+    np.testing.assert_array_equal(entries.stack(), stacked)
 
 
 def test_layer_outputs_of_a_scanned_tower(make, quick_jit):
@@ -520,8 +522,11 @@ def test_a_fresh_denoiser_is_the_backbone(make, small_config, random_params, qui
     model = make("M*-")
     params = from_backbone(model.model, params_of_one, jax.random.key(1))
     assert jax.tree.structure(params) == jax.tree.structure(model.params)
-    fresh = {path: p for path, p in parameter_table(model.model).items() if path[0] == "time"}
-    jax.tree.map(np.testing.assert_array_equal, params["time"], initialize(fresh, jax.random.key(1))["time"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        params["time"],
+        initialize(fresh(parameter_table(model.model)), jax.random.key(1))["time"],
+    )
 
     ids = tokens(0, 2, 32)
     expected = quick_jit(lambda p, ids: bind(backbone, p).logits(ids))(params_of_one, ids)

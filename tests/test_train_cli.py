@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from helpers import ROOT
+
 CONFIG = """
 from twotower_jax.train.config import base_config
 

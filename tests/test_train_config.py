@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import pathlib
 import re
 import sys
 
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import config_flags
 
+from helpers import ROOT
 from twotower_jax import parameters
 from twotower_jax.config import Variant
 from twotower_jax.parameters import flatten, parameter_table, unflatten
@@ -30,7 +30,6 @@ from twotower_jax.train.step import (
     tables,
 )
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 MODEL = {
     "hidden_size": 24,

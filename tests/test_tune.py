@@ -3,17 +3,15 @@
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
-import subprocess
-import sys
 import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 
-from twotower_jax.checkpoint.files import CheckpointError
+from helpers import run_command
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.files import CheckpointError
 from twotower_jax.generation import Settings, generate
 from twotower_jax.generation.blocks import block
 from twotower_jax.generation.operating_point import FILE, merged, read_operating_point
@@ -21,8 +19,6 @@ from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.tune import Point, Sweep, agreement, grid, sweep
 from twotower_jax.two_tower import TwoTower
 from twotower_jax.visualize.tradeoff import plot
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_a_grid_has_every_combination_once():
@@ -131,10 +127,8 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 
 def _run(script: str, **flags):
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
-    command = [sys.executable, ROOT / "launch" / script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return run_command(script, *arguments, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
 
 
 def test_the_command_tunes_and_generation_follows(tmp_path, data):
@@ -143,9 +137,7 @@ def test_the_command_tunes_and_generation_follows(tmp_path, data):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "tuning"
     prompts.write_text('{"ids": [7, 8, 9]}\n')
     where = {"checkpoint": checkpoint, "prompts": prompts}
-    run = _run(
-        "tune.py", **where, output=out, thresholds=0.8, steps=1, blocks="4,8", max_new_tokens=8, rounds=1, write=1
-    )
+    run = _run("tune", **where, output=out, thresholds=0.8, steps=1, blocks="4,8", max_new_tokens=8, rounds=1, write=1)
     assert run.returncode == 0, run.stderr
     assert "warning: blocks larger than the trained one of 4 are left out" in run.stderr
     assert "blocks of 4: as fast as AR from " in run.stdout
@@ -157,7 +149,7 @@ def test_the_command_tunes_and_generation_follows(tmp_path, data):
     assert json.loads((checkpoint / FILE).read_text())["temperature"] == 0.5
 
     trace = tmp_path / "trace.jsonl"
-    run = _run("generate.py", **where, max_new_tokens=4, trace=trace, steps_per_block=2)
+    run = _run("generate", **where, max_new_tokens=4, trace=trace, steps_per_block=2)
     assert run.returncode == 0, run.stderr
     assert f"{FILE} of the checkpoint: block_size=4, confidence_threshold=0.8, strategy=confidence" in run.stderr
     header = json.loads(trace.read_text().splitlines()[0])
@@ -167,6 +159,6 @@ def test_the_command_tunes_and_generation_follows(tmp_path, data):
 def test_bad_flags_are_one_line(tmp_path, data):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"ids": [7]}\n')
-    run = _run("tune.py", checkpoint=data / "tiny/checkpoint", prompts=prompts, output=tmp_path / "o", steps="4,x")
+    run = _run("tune", checkpoint=data / "tiny/checkpoint", prompts=prompts, output=tmp_path / "o", steps="4,x")
     assert (run.returncode, run.stderr) == (2, "error: --steps=4,x: not a list of int values\n")
     assert not (tmp_path / "o").exists()

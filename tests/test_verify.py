@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -11,12 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from helpers import run_command
 from twotower_jax import certify
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
-from twotower_jax.checkpoint.files import CheckpointError
-
-ROOT = pathlib.Path(__file__).parent.parent
+from twotower_jax.files import CheckpointError
 
 
 def test_certified(data, tmp_path):
@@ -30,13 +27,7 @@ def test_certified(data, tmp_path):
     source = data / "tiny_bf16/checkpoint"
     convert(source, tmp_path / "converted")
     flags = [f"--source={source}", f"--checkpoint={tmp_path / 'converted'}", f"--expected={tmp_path}"]
-    out = subprocess.run(
-        [sys.executable, ROOT / "launch/verify.py", *flags],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    )
+    out = run_command("verify", *flags, XLA_FLAGS="--xla_backend_optimization_level=0")
     assert out.returncode == 0, out.stderr
     lines = out.stdout.splitlines()
     assert "was converted from these very 8 files" in lines[0]

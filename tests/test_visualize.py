@@ -6,13 +6,12 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree
 
 import pytest
 from PIL import Image
 
+from helpers import run_command
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Progress, Result, Settings, Step
 from twotower_jax.generation.trace import TraceWriter
@@ -21,7 +20,6 @@ from twotower_jax.visualize.charts import expert_map, heat_map, steps_chart
 from twotower_jax.visualize.page import page
 from twotower_jax.visualize.story import Cell, TraceError, read_story
 
-ROOT = pathlib.Path(__file__).parent.parent
 HOSTILE = "</script><script>alert('&amp;')</script><!--"
 
 
@@ -224,26 +222,23 @@ def test_traces_that_cannot_be_drawn_say_why(tmp_path, small_config):
         read_story(_write(path, lines), 2)
 
 
-def _run(*arguments, **environment):
-    command = [sys.executable, ROOT / "launch/visualize.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-
-
 def test_the_command_writes_all_or_nothing(trace, tmp_path):
     out = tmp_path / "pictures"
-    run = _run(f"--trace={trace}", f"--output={out}", "--row=1")
+    run = run_command("visualize", f"--trace={trace}", f"--output={out}", "--row=1")
     assert run.returncode == 0, run.stderr
     assert sorted(os.listdir(out)) == ["animation.gif", "experts.svg", "heatmap.svg", "page.html", "steps.svg"]
 
     broken = tmp_path / "broken.jsonl"
     broken.write_text(trace.read_text()[:-20])
-    run = _run(f"--trace={broken}", f"--output={tmp_path / 'none'}", "--row=1")
+    run = run_command("visualize", f"--trace={broken}", f"--output={tmp_path / 'none'}", "--row=1")
     assert (run.returncode, run.stderr.count("\n")) == (3, 1)
     assert run.stderr.startswith(f"error: {broken}, line 14: ")
     assert not (tmp_path / "none").exists()
 
     (tmp_path / "without" / "PIL").mkdir(parents=True)
     (tmp_path / "without" / "PIL" / "__init__.py").write_text("raise ImportError('gone')")
-    run = _run(f"--trace={trace}", f"--output={tmp_path / 'none'}", PYTHONPATH=str(tmp_path / "without"))
+    run = run_command(
+        "visualize", f"--trace={trace}", f"--output={tmp_path / 'none'}", PYTHONPATH=str(tmp_path / "without")
+    )
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "pip install 'twotower_jax[visual]'" in run.stderr

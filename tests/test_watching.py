@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from twotower_jax.config import Variant
 from twotower_jax.diffusion import LossSum
+from twotower_jax.execution import Execution
 from twotower_jax.parameters import bind, initialize, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.train import flops, metrics, samples, watch
 from twotower_jax.train.config import TrainConfig, base_config, freeze
 from twotower_jax.train.metrics import METRICS, LossWindow, MetricsWriter, duration, last_row, progress_line
@@ -62,7 +62,7 @@ def test_the_products_of_a_layer_are_those_of_its_parameters(kind, small_config)
         "M": 4 * config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size,
         "*": 4 * config.num_attention_heads * config.head_dim * 10,
     }
-    assert flops.layer_flops(config, kind, keys=10) == 2 * used + more.get(kind, 0)
+    assert flops.tower_flops(config, keys=10) == 2 * used + more.get(kind, 0)
 
 
 def products(jaxpr) -> int:

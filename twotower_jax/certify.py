@@ -16,14 +16,13 @@ import safetensors
 from safetensors.numpy import load_file
 
 from twotower_jax import parameters
-from twotower_jax.checkpoint.files import CheckpointError, read_json
+from twotower_jax.cache import Cache
 from twotower_jax.diffusion import SamplingConfig, masked_loss_sum, token_log_probabilities
+from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.generation import Settings, generate
 from twotower_jax.kernels.numerics.quantized import Quantized
-from twotower_jax.layers.attention import AttentionCache
 from twotower_jax.parameters import Params, bind, parameter_table
 from twotower_jax.tokens import check_ids
-from twotower_jax.tower import Cache
 from twotower_jax.two_tower import TwoTower
 
 NUMBERS, GRADIENTS, GENERATIONS = "expected.safetensors", "expected_gradients.safetensors", "generation.json"
@@ -215,14 +214,10 @@ def by_tensor_name(model: TwoTower, params: Params) -> dict[str, np.ndarray]:
 
 
 def _cache_arrays(model: TwoTower, cache: Cache) -> Iterator[tuple[str, Any]]:
-    """The context cache in the published layout: conv (B, C, K), keys and values (B, heads, length, P)."""
-    for number, layer in enumerate(model.context_tower.by_layer(cache.layers)):
-        if isinstance(layer, AttentionCache):
-            yield f"cache.{number:02}.key", layer.key
-            yield f"cache.{number:02}.value", layer.value
-        elif layer is not None:
-            yield f"cache.{number:02}.conv", jnp.swapaxes(layer.conv, 1, 2)
-            yield f"cache.{number:02}.ssm", layer.state
+    """The context cache in the published layout."""
+    for number, arrays in enumerate(model.context_tower.published_cache(cache).by_layer()):
+        for name, array in (arrays or {}).items():
+            yield f"cache.{number:02}.{name}", array
 
 
 def _generations(model: TwoTower, params: Params, path: pathlib.Path, context_only: bool) -> Iterator[Agreement]:

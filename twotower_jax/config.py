@@ -1,7 +1,8 @@
 """The model's shape (`ModelConfig`) and the variant of the two-tower scheme (`Variant`).
 
 Field names of `ModelConfig` are those of the published `config.json` (model_type `nemotron_h`), so that a reader can
-hold the two side by side. Fields that the published code ignores (the rope fields, for one) are ignored here too.
+hold the two side by side; other spellings are understood (config_reading.py). Fields that the published code ignores
+(the rope fields, for one) are ignored here too.
 """
 
 import dataclasses
@@ -10,7 +11,9 @@ import math
 import pathlib
 from typing import Any
 
-LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "experts", "-": "mlp"}
+from twotower_jax import config_reading
+from twotower_jax.layers import registry
+
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu")
 MASK_TOKEN_ID = 3  # The release keeps it out of config.json.
 
@@ -18,6 +21,9 @@ MASK_TOKEN_ID = 3  # The release keeps it out of config.json.
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of one tower; both towers share it.
+
+    `eos_token_id` may be one id or several, each of which ends a text; see `eos_token_ids`. With `moe_latent_size` (0:
+    without) the routed experts work in a space of that width, between two projections that all of a layer share.
 
     Raises:
       ValueError: at construction, for values that contradict each other; the message names both.
@@ -51,6 +57,7 @@ class ModelConfig:
     n_routed_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
+    moe_latent_size: int = 0
     moe_shared_expert_intermediate_size: int = 0
     n_shared_experts: int = 1
     routed_scaling_factor: float = 1.0
@@ -64,7 +71,7 @@ class ModelConfig:
     rescale_prenorm_residual: bool = True
     max_position_embeddings: int = 262144
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | tuple[int, ...] = 2
     pad_token_id: int = 0
     mask_token_id: int = MASK_TOKEN_ID
 
@@ -73,45 +80,17 @@ class ModelConfig:
             if not ok:
                 raise ValueError(f"model config: {message}")
 
-        pattern = self.hybrid_override_pattern
-        check(bool(pattern), "hybrid_override_pattern is empty; it names each layer's kind with one of M * E -")
-        unknown = sorted(set(pattern) - set(LAYER_KINDS))
-        check(not unknown, f"hybrid_override_pattern={pattern!r} holds {unknown}; known layer kinds are M * E -")
-        positive = ["vocab_size", "hidden_size"]
-        if "M" in pattern:
-            positive += ["mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size"]
-        if "*" in pattern:
-            positive += ["num_attention_heads", "num_key_value_heads", "head_dim"]
-        if "E" in pattern:
-            positive += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"]
-        if "-" in pattern:
-            positive += ["intermediate_size"]
-        for name in positive:
+        pattern, letters = self.hybrid_override_pattern, " ".join(registry.kinds())
+        check(bool(pattern), f"hybrid_override_pattern is empty; it names each layer's kind with one of {letters}")
+        unknown = sorted(set(pattern) - set(registry.kinds()))
+        check(not unknown, f"hybrid_override_pattern={pattern!r} holds {unknown}; known layer kinds are {letters}")
+        for name in ("vocab_size", "hidden_size"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive with layers {pattern!r}")
-        if "M" in pattern:
-            check(self.conv_kernel >= 2, f"conv_kernel={self.conv_kernel} must be at least 2: it reaches back in time")
-            self._check_divides("n_groups", "mamba_num_heads")
-        if "*" in pattern:
-            self._check_divides("num_key_value_heads", "num_attention_heads")
-        if "E" in pattern:
-            self._check_divides("n_group", "n_routed_experts")
-            check(self.topk_group <= self.n_group, f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
-            check(
-                self.num_experts_per_tok <= self.n_routed_experts,
-                f"num_experts_per_tok={self.num_experts_per_tok} exceeds n_routed_experts={self.n_routed_experts}",
-            )
-            check(
-                self.n_group == 1 or self.n_routed_experts // self.n_group >= 2,
-                f"n_group={self.n_group} leaves fewer than two of n_routed_experts={self.n_routed_experts} in a group, "
-                "and a group is scored by its best two",
-            )
-            check(self.n_shared_experts in (0, 1), f"n_shared_experts={self.n_shared_experts} must be 0 or 1")
-            if self.n_shared_experts:
-                check(
-                    self.moe_shared_expert_intermediate_size > 0,
-                    f"n_shared_experts={self.n_shared_experts} needs a positive moe_shared_expert_intermediate_size, "
-                    f"not {self.moe_shared_expert_intermediate_size}",
-                )
+        for letter in sorted(set(pattern)):
+            try:
+                registry.kind(letter).check_config(self)
+            except ValueError as error:
+                raise ValueError(f"model config: {error}") from None
         check(
             self.mlp_hidden_act in ACTIVATIONS,
             f"mlp_hidden_act={self.mlp_hidden_act!r} is not one of {', '.join(ACTIVATIONS)}",
@@ -119,19 +98,24 @@ class ModelConfig:
         if self.time_step_limit is not None:
             low, high = self.time_step_limit
             check(0 <= low <= high, f"time_step_limit=({low}, {high}) must be 0 <= low <= high")
+        check(bool(self.eos_token_ids), "eos_token_id is an empty list")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
-            value = getattr(self, name)
-            check(0 <= value < self.vocab_size, f"{name}={value} lies outside vocab_size={self.vocab_size}")
-
-    def _check_divides(self, small: str, large: str):
-        if getattr(self, large) % getattr(self, small):
-            raise ValueError(
-                f"model config: {small}={getattr(self, small)} does not divide {large}={getattr(self, large)}"
-            )
+            for value in self.eos_token_ids if name == "eos_token_id" else (getattr(self, name),):
+                check(0 <= value < self.vocab_size, f"{name}={value} lies outside vocab_size={self.vocab_size}")
 
     @property
     def num_hidden_layers(self) -> int:
         return len(self.hybrid_override_pattern)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text. The first is the one that closes a document of training text."""
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
+    def expert_input_size(self) -> int:
+        """The width of what the routed experts read and give: `hidden_size`, or `moe_latent_size` where it is set."""
+        return self.moe_latent_size or self.hidden_size
 
     @property
     def mamba_inner(self) -> int:
@@ -145,67 +129,56 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
-        """Reads the dictionary of a Hugging Face `config.json`.
+        """Reads the dictionary of a Hugging Face `config.json`, in any spelling of the family (config_reading.py).
 
         Raises:
-          ValueError: for a missing field, a value of the wrong type, or a value that this model cannot have.
+          ValueError: for a missing field, a value of the wrong type, two that contradict each other, or a value that
+            this model cannot have.
         """
-        if not isinstance(raw, dict):
-            raise ValueError(f"model config: expected a JSON object, found {type(raw).__name__}")
+        given = config_reading.canonical(raw)
         values = {}
         for field in dataclasses.fields(cls):
-            if raw.get(field.name) is not None:
-                values[field.name] = _typed(field, raw[field.name])
+            if field.name in given:
+                values[field.name] = _typed(field, given[field.name])
             elif field.default is dataclasses.MISSING:
                 raise ValueError(f"model config: field {field.name!r} is missing")
         config = cls(**values)
-        layers = raw.get("num_hidden_layers", config.num_hidden_layers)
-        if layers != config.num_hidden_layers:
+        if (layers := given.get("num_hidden_layers", config.num_hidden_layers)) != config.num_hidden_layers:
+            said_by = next(name for name in config_reading.LAYERS if raw.get(name) is not None)
             raise ValueError(
-                f"model config: num_hidden_layers={layers} but hybrid_override_pattern="
-                f"{config.hybrid_override_pattern!r} has {config.num_hidden_layers} layers"
+                f"model config: num_hidden_layers={layers} but {said_by}={config.hybrid_override_pattern!r} has "
+                f"{config.num_hidden_layers} layers"
             )
-        if raw.get("tie_word_embeddings"):
-            raise ValueError("model config: tie_word_embeddings=true, but Nemotron-TwoTower has separate heads")
-        if raw.get("mamba_hidden_act", "silu") != "silu":
-            raise ValueError(f"model config: mamba_hidden_act={raw['mamba_hidden_act']!r}; only 'silu' exists")
         return config
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary that `from_hf` reads back to an equal config."""
         values = dataclasses.asdict(self) | {"num_hidden_layers": self.num_hidden_layers, "model_type": "nemotron_h"}
-        if values["time_step_limit"] is None:
-            del values["time_step_limit"]
+        for name, absent in (("time_step_limit", None), ("moe_latent_size", 0)):
+            if values[name] == absent:
+                del values[name]
         return values
 
 
 def _typed(field: dataclasses.Field, value: Any) -> Any:
     """`value` as the type that `field` declares, or a ValueError that names the field."""
     if field.name == "time_step_limit":
-        if not isinstance(value, list | tuple) or len(value) != 2 or not all(_is_number(v) for v in value):
+        limits = [config_reading.as_float(v) for v in value] if isinstance(value, list) else []
+        if len(limits) != 2 or None in limits:
             raise ValueError(f"model config: time_step_limit must be two numbers, found {value!r}")
-        return tuple(float(v) for v in value)
+        return tuple(limits)
+    if field.name == "eos_token_id":
+        ids = config_reading.token_ids(value, "model config: eos_token_id")
+        return ids if len(ids) > 1 else ids[0]
     ok = {
         bool: isinstance(value, bool),
         int: isinstance(value, int) and not isinstance(value, bool),
-        float: _is_number(value) and math.isfinite(float(value)),
+        float: math.isfinite(math.nan if (found := config_reading.as_float(value)) is None else found),
         str: isinstance(value, str),
     }[field.type]
     if not ok:
         raise ValueError(f"model config: {field.name} must be {field.type.__name__}, found {value!r}")
     return field.type(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | str) and not isinstance(value, bool) and _parses_as_float(value)
-
-
-def _parses_as_float(value: Any) -> bool:
-    try:
-        float(value)  # A JSON infinity arrives as the string "inf" from some writers.
-    except (ValueError, OverflowError):
-        return False
-    return True
 
 
 def read_model_config(path: pathlib.Path) -> ModelConfig:

@@ -2,10 +2,11 @@
 
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from twotower_jax.outputs import output_file
 
 
 def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -18,7 +19,7 @@ def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
     path = pathlib.Path(path)
     rows = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -43,17 +44,7 @@ def row_writer(path: str | pathlib.Path) -> Iterator[Callable[[dict[str, Any]], 
     """Gives a function that writes a row; the file appears under its name when all rows are written.
 
     Raises:
-      ValueError: if its folder does not exist or `path` is a folder, before anything is computed.
+      ValueError, OSError: as `output_file`, before anything is computed.
     """
-    path = pathlib.Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with output_file(path) as file:
+        yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,20 +1,27 @@
 """The flags of every command that computes with a checkpoint: where it is and how it is computed."""
 
+import collections
+import dataclasses
 import pathlib
+import sys
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
-from twotower_jax.checkpoint.load import load
+from twotower_jax import command_line, memory, quantization
+from twotower_jax.checkpoint.load import Contents, contents, load, stored_method
+from twotower_jax.execution import Execution
 from twotower_jax.generation.placement import Placement, parse_mesh, place
+from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
-from twotower_jax.parameters import Params, cast, parameter_table
-from twotower_jax.quantization import METHODS
-from twotower_jax.tower import Execution
+from twotower_jax.parameters import Params, cast, count, parameter_table
+from twotower_jax.quantization import METHODS, Method
+from twotower_jax.tokens import parse_ids
 from twotower_jax.two_tower import TwoTower
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the checkpoint.", required=True)
+CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "Folder of the checkpoint.", required=True)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
 QUANTIZE = flags.DEFINE_enum(
     "quantize", None, list(METHODS),
@@ -23,6 +30,9 @@ QUANTIZE = flags.DEFINE_enum(
 KERNELS = flags.DEFINE_list("kernels", [], "OP=IMPLEMENTATION, several with commas; ops left out choose by platform.")
 MESH = flags.DEFINE_list(
     "mesh", [], "AXIS=DEVICES, several with commas: data, fsdp, expert, tensor; -1 for all that are left."
+)
+EOS = flags.DEFINE_list(
+    "eos", [], "Token ids that end a text, several with commas, in place of those that the checkpoint names."
 )
 _SMALL = 256 * 2**20  # Bytes.
 
@@ -36,19 +46,75 @@ class Loaded(NamedTuple):
     placement: Placement
 
 
+def end_tokens() -> tuple[int, ...] | None:
+    """The tokens of --eos; None without it.
+
+    Raises:
+      ValueError: if they are no token ids.
+    """
+    return parse_ids(EOS.value, "--eos") if EOS.value else None
+
+
 def load_model(apart: bool = False) -> Loaded:
     """The model of the flags; with `apart` each tower on a mesh of its own.
 
     Raises:
-      ValueError, OSError, CheckpointError: see `checkpoint.load.load`; ValueError also for --kernels and --mesh.
+      ValueError, OSError, CheckpointError: see `checkpoint.load.load`; ValueError also for --kernels and --mesh, and,
+        before any weight is read, where the devices cannot hold them.
     """
     placement = place(parse_mesh(MESH.value), apart=apart)
+    _check_memory(contents(CHECKPOINT.value), placement)
     scan_layers = jax.default_backend() == "cpu" and is_small(pathlib.Path(CHECKPOINT.value))
     execution = Execution(dtype=DTYPE.value, scan_layers=scan_layers, backends=Backends.parse(KERNELS.value))
     places = None if placement.context is None else placement.parameter_sharding
     model, params, folder = load(CHECKPOINT.value, execution=execution, sharding=places, quantize=QUANTIZE.value)
     placement.check(model.config)
     return Loaded(model, cast(parameter_table(model), params, DTYPE.value), folder, placement)
+
+
+def _check_memory(found: Contents, placement: Placement) -> None:
+    """Refuses weights that the devices cannot hold, before they are read."""
+    method, dtype = METHODS.get(QUANTIZE.value) or stored_method(CHECKPOINT.value), jnp.dtype(DTYPE.value)
+    model = TwoTower(found.config, found.variant)
+    shared = found.shared and (method is not None or found.dtype == dtype)
+    needed = weight_bytes(model, method, dtype, placement, shared=shared)
+    fewer = "" if method is not None else "take --quantize=int8"
+    if dtype == jnp.float32:
+        fewer = f"{fewer or 'take'}{fewer and ' or '}--dtype=bfloat16"
+    memory.check_holds(
+        {f"weights of {count(parameter_table(model)):,} parameters in {method.name if method else dtype}": needed},
+        placement.devices,
+        "--mesh",
+        fewer,
+    )
+
+
+def weight_bytes(
+    model: TwoTower, method: Method | None, dtype: jnp.dtype, placement: Placement, *, shared: bool = False
+) -> int:
+    """What the weights take of the fullest device.
+
+    Args:
+      method: by which they are quantized, if they are; dtype: of the others, but those that have to be float32.
+      shared: whether the denoiser's arrays are the context's, as they are after a backbone was loaded.
+    """
+    sizes = collections.Counter()
+    for path, parameter in parameter_table(model).items():
+        if shared and placement.denoiser is None and path[0] in ("denoiser_tower", "denoiser_head"):
+            continue
+        for leaf in jax.tree.leaves(quantization.abstract(parameter, method, dtype)):
+            place = placement.parameter_sharding(dataclasses.replace(parameter, shape=leaf.shape))
+            sizes[None if place is None else place.mesh] += memory.sharded_bytes(leaf, place)
+    return max(sizes.values())
+
+
+def warn_if_untrained(folder: pathlib.Path, what: str, remedy: str) -> None:
+    """Says on stderr that `what` uses a denoiser that never trained, and what to do."""
+    if untrained_denoiser(folder):
+        print(
+            f"warning: {CHECKPOINT.value} is a backbone: its denoiser never trained, and {what} uses it; {remedy}",
+            file=sys.stderr,
+        )
 
 
 def is_small(folder: pathlib.Path) -> bool:

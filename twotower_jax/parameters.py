@@ -56,6 +56,7 @@ class Parameter:
       float32: whether it stays float32 when the rest of the model is stored in bfloat16.
       trainable: False for a buffer that no gradient reaches.
       scales: how it may be stored in fewer bits: GROUPS, COLUMNS or ROWS; None for what never is.
+      in_backbone: whether a published backbone has it; what it lacks starts from `init`.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Parameter:
     float32: bool
     trainable: bool
     scales: str | None
+    in_backbone: bool
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -84,6 +86,10 @@ class Parameter:
         return _TO_THEIRS[self.layout](array)
 
 
+# Where a declared parameter goes.
+ShardingOf = Callable[[Parameter], jax.sharding.Sharding]
+
+
 @dataclasses.dataclass(frozen=True)
 class Scope:
     """Where in a published checkpoint a module's tensors live.
@@ -91,10 +97,12 @@ class Scope:
     Attributes:
       prefixes: one for each repeat of a stacked segment, or a single one.
       stacked: whether declared arrays get a leading "layers" axis of len(prefixes).
+      in_backbone: whether a published backbone has them.
     """
 
     prefixes: tuple[str, ...]
     stacked: bool = False
+    in_backbone: bool = True
 
     def child(self, name: str) -> "Scope":
         return dataclasses.replace(self, prefixes=tuple(f"{prefix}{name}." for prefix in self.prefixes))
@@ -134,7 +142,8 @@ class Scope:
         else:
             tensors = tensors[0]
         declaration = Parameter(
-            (), shape, axes, init, np.asarray(tensors, dtype=object), layout, decay, float32, trainable, scales
+            *((), shape, axes, init, np.asarray(tensors, dtype=object)),
+            *(layout, decay, float32, trainable, scales, self.in_backbone),
         )
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), declaration=declaration)
 
@@ -145,6 +154,11 @@ def parameter_table(module: nnx.Module) -> dict[Path, Parameter]:
         path: dataclasses.replace(variable.get_metadata()["declaration"], path=path)
         for path, variable in nnx.to_flat_state(nnx.state(module))
     }
+
+
+def fresh(table: Mapping[Path, Parameter]) -> dict[Path, Parameter]:
+    """The parameters of a table that no backbone has."""
+    return {path: parameter for path, parameter in table.items() if not parameter.in_backbone}
 
 
 def bind[M: nnx.Module](module: M, params: Params) -> M:

@@ -3,6 +3,7 @@
     WEIGHTS.register("sqrt", SqrtWeight())        # in a config file or a script: an object
     @STRATEGIES.register("margin")                # or above a class
     class Margin(Strategy): ...
+    layers.registry.register("R", Recurrence)     # a kind of layer, by its letter in the pattern
 
 What is registered outside this package is part of a run's identity (`registered`), since its source decides what the
 name does.
@@ -34,14 +35,16 @@ class Registry(Mapping[str, Any]):
         self._files: dict[str, tuple[pathlib.Path, ...]] = {}
         _ALL.append(self)
 
-    def register(self, name: str, thing: Any = None) -> Any:
+    def register(self, name: str, thing: Any = None, *, file: str | None = None) -> Any:
         """Registers a thing, or what stands below as a decorator. A file that is run again replaces its own.
+
+        `file` is the one that registers it, by default the caller's.
 
         Raises:
           ValueError: for a name that another file, or this package, has registered; TypeError for a thing of another
             kind.
         """
-        caller = pathlib.Path(sys._getframe(1).f_code.co_filename).resolve()
+        caller = pathlib.Path(file or sys._getframe(1).f_code.co_filename).resolve()
 
         def add(thing: Any) -> Any:
             if not (issubclass(thing, self._base) if isinstance(thing, type) else isinstance(thing, self._base)):

@@ -17,16 +17,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from twotower_jax.config import ModelConfig
-
-if TYPE_CHECKING:  # parameters.py imports this module
-    from twotower_jax.parameters import Parameter
 
 MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")
@@ -37,8 +32,6 @@ _OF_ROWS = ("batch", "length", "shard")
 _ROWS_OF_A_TILE = 8
 
 Axes = tuple[str | None, ...]
-# Where a declared parameter goes.
-ShardingOf = Callable[["Parameter"], jax.sharding.Sharding]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,39 +123,14 @@ def with_whole_rows(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices[..., None], (*MESH_AXES, _WHOLE_ROWS), axis_types=(AxisType.Auto,) * (len(MESH_AXES) + 1))
 
 
-def check_fits(shape: MeshShape, model: ModelConfig, batch_size: int, sequence_length: int, block_size: int) -> None:
-    """Refuses a mesh (resolved) that cannot divide a model and its batches evenly.
+def check_divides(axis: str, size: int, whole: int, name: str) -> None:
+    """Refuses `size` devices along an axis of the mesh for what they cannot divide evenly.
 
     Raises:
       ValueError: naming the axis and what it does not divide.
     """
-
-    def divides(axis: str, size: int, whole: int, name: str):
-        if whole % size:
-            raise ValueError(f"mesh: {axis}={size} does not divide {name}={whole}")
-
-    divides(" × ".join(BATCH), shape.batch_shards, batch_size, "the batch, or the part of it taken at once,")
-    divides("sequence", shape.sequence, sequence_length, "sequence_length")
-    if shape.sequence > 1:
-        divides("sequence × block_size", shape.sequence * block_size, sequence_length, "sequence_length")
-        if sequence_length // shape.sequence < model.conv_kernel:
-            raise ValueError(f"mesh: sequence={shape.sequence} leaves a device fewer than {model.conv_kernel} tokens")
-    pattern, tensor = model.hybrid_override_pattern, shape.tensor
-    divides("tensor", tensor, model.vocab_size, "vocab_size")
-    if "M" in pattern:
-        divides("tensor", tensor, model.n_groups, "n_groups")
-    if "*" in pattern:
-        divides("tensor", tensor, model.num_attention_heads, "num_attention_heads")
-        ratio, heads = model.num_attention_heads // model.num_key_value_heads, model.num_attention_heads // tensor
-        if heads % ratio and ratio % heads:
-            raise ValueError(f"mesh: tensor={tensor} gives a device {heads} heads, which do not read whole key heads")
-    if "E" in pattern:
-        divides("expert", shape.expert, model.n_routed_experts, "n_routed_experts")
-        divides("tensor", tensor, model.moe_intermediate_size, "moe_intermediate_size")
-        if model.n_shared_experts:
-            divides("tensor", tensor, model.moe_shared_expert_intermediate_size, "moe_shared_expert_intermediate_size")
-    if "-" in pattern:
-        divides("tensor", tensor, model.intermediate_size, "intermediate_size")
+    if whole % size:
+        raise ValueError(f"mesh: {axis}={size} does not divide {name}={whole}")
 
 
 def shards(axis: str) -> int:
@@ -301,7 +269,7 @@ def local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[.
         return PartitionSpec(*(tuple(dividing(axis) if axis else ()) or None for axis in axes))
 
     def on_mesh(*arrays):
-        in_specs = jax.tree.map(to_spec, inputs, arrays, is_leaf=_is_axes)
+        in_specs = jax.tree.map(to_spec, inputs, arrays, is_leaf=is_axes)
 
         def gather(axes, part, array):
             if not isinstance(axes, AtRest):
@@ -309,9 +277,9 @@ def local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[.
             return jax.tree.map(lambda p, v: _gather_on_device(p, axes.axes, v.shape, sizes), part, array)
 
         def on_device(*parts):
-            return function(*jax.tree.map(gather, inputs, parts, arrays, is_leaf=_is_axes))
+            return function(*jax.tree.map(gather, inputs, parts, arrays, is_leaf=is_axes))
 
-        out_specs = jax.tree.map(to_spec, outputs, is_leaf=_is_axes)
+        out_specs = jax.tree.map(to_spec, outputs, is_leaf=is_axes)
         return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
     return on_mesh
@@ -330,6 +298,6 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
 
 
-def _is_axes(node: Any) -> bool:
-    # A NamedTuple of axes is a tree of them.
+def is_axes(node: Any) -> bool:
+    """Whether this is the logical axes of one array; a NamedTuple of axes is a tree of them."""
     return type(node) is tuple and all(axis is None or isinstance(axis, str) for axis in node)

@@ -25,6 +25,17 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, what: str = "tok
     return array.astype(np.int32)
 
 
+def parse_ids(texts: Sequence[str], what: str) -> tuple[int, ...]:
+    """The token ids that `texts` spell, each once.
+
+    Raises:
+      ValueError: naming `what`, if one of them is no whole number of at least 0.
+    """
+    if not all(text.strip().isascii() and text.strip().isdigit() for text in texts):
+        raise ValueError(f"{what}={','.join(texts)}: not a list of token ids, such as 2,11")
+    return tuple(dict.fromkeys(int(text) for text in texts))
+
+
 def pad_rows(rows: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Rows of different lengths as one int32 array padded on the right, (B, L), and their lengths (B,) int32.
 

@@ -4,7 +4,7 @@
 dictionary of arrays into one for a functional call, and every method is then a pure function of arrays and caches.
 
     model = TwoTower(config)
-    params = parameters.initialize(parameters.parameter_table(model), jax.random.key(0))
+    params = parameters.initialize(parameters.parameter_table(model), randomness.key(0))
     logits = parameters.bind(model, params).context_logits(ids)
 """
 
@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from twotower_jax.cache import Cache
 from twotower_jax.config import ModelConfig, Variant
-from twotower_jax.layers.experts import load_of
+from twotower_jax.execution import Execution
+from twotower_jax.layers.mixer import Run, load_of
 from twotower_jax.layers.time_conditioning import TimeConditioning, modulation
 from twotower_jax.layers.vocabulary import Head
-from twotower_jax.parameters import Initializer, Params, Path, Scope, initialize, parameter_table, use
-from twotower_jax.tower import Cache, Execution, PerLayer, Tower, walk, zip_layers
+from twotower_jax.parameters import Initializer, Params, Path, Scope, fresh, initialize, parameter_table, use
+from twotower_jax.stack import PerLayer, walk
+from twotower_jax.tower import Tower
 
 
 class Backbone(nnx.Module):
@@ -69,7 +72,7 @@ class TwoTower(nnx.Module):
         self.context_head = Head(config, Scope(("context_lm_head.",)))
         self.denoiser_head = Head(config, Scope(("lm_head.",)))
         self.time = (
-            TimeConditioning(config, Scope(("",)), execution.dtype, time_table_init)
+            TimeConditioning(config, Scope(("",), in_backbone=False), execution.dtype, time_table_init)
             if variant.time_conditioning
             else None
         )
@@ -138,14 +141,12 @@ class TwoTower(nnx.Module):
         tower = self.denoiser_tower
 
         def step(layers, h, layer_cache, modulation):
-            lengths = cache.lengths
-            h, routing = layers[0].blockwise(
-                h, layer_cache, block.shape[1], cache_lengths=lengths, modulation=modulation
-            )
+            run = Run(cache_lengths=cache.lengths)
+            h, routing = layers[0].blockwise(h, layer_cache, block.shape[1], run, modulation)
             return h, None if routing is None else routing.experts
 
         h, experts = self._walk_denoiser((tower,), tower.embed(block), step, t, cache)
-        return self.denoiser_head(tower.finish(h)), tower.stacked(experts)
+        return self.denoiser_head(tower.finish(h)), experts.stack()
 
     def mock_ar_logits(self, ids: jax.Array, cache: Cache) -> jax.Array:
         """A check of the denoiser's weights: used causally, without time conditioning, as if it were the context.
@@ -159,7 +160,7 @@ class TwoTower(nnx.Module):
         tower = self.denoiser_tower
 
         def step(layers, h, layer_cache):
-            return layers[0].causal(h, cache=layer_cache, cache_lengths=cache.lengths)[0], None
+            return layers[0].causal(h, layer_cache, Run(cache_lengths=cache.lengths))[0], None
 
         h, _ = walk((tower,), tower.embed(ids), step, cache.layers)
         return self.denoiser_head(tower.finish(h))
@@ -193,23 +194,21 @@ class TwoTower(nnx.Module):
         """
         if clean.shape[1] % block_size:
             raise ValueError(f"the sequence length {clean.shape[1]} is not a multiple of the block size {block_size}")
-        context, denoiser = self.context_tower, self.denoiser_tower
+        context, denoiser, run = self.context_tower, self.denoiser_tower, Run(document_start=document_start)
 
         def step(layers, carry, _, modulation):
             (context_layer, denoiser_layer), (h_context, h) = layers, carry
-            h_context, memory = context_layer.causal(h_context, document_start=document_start)
+            h_context, memory = context_layer.causal(h_context, run=run)
             if self.variant.context == "frozen":
                 h_context, memory = jax.lax.stop_gradient((h_context, memory))
-            h, routing = denoiser_layer.blockwise(
-                h, memory, block_size, modulation=modulation, document_start=document_start
-            )
+            h, routing = denoiser_layer.blockwise(h, memory, block_size, run, modulation)
             if routing is None or measured is None:
                 return (h_context, h), None if routing is None else routing.load
-            return (h_context, h), load_of(routing.experts, measured, self.config.n_routed_experts)
+            return (h_context, h), load_of(routing.experts, measured, routing.load.size)
 
         carry = context.embed(clean), denoiser.embed(noisy)
         (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None, block_size)
-        return TrainingStates(denoiser.finish(h), context.finish(h_context), denoiser.stacked(loads))
+        return TrainingStates(denoiser.finish(h), context.finish(h_context), loads.stack())
 
     def training_logits(
         self, clean: jax.Array, noisy: jax.Array, t: jax.Array, block_size: int
@@ -220,17 +219,18 @@ class TwoTower(nnx.Module):
 
     def _walk_denoiser(self, towers, carry, step, t, cache, block_size=None):
         """A `walk` whose step also gets the layer's cache and modulation: (layers, carry, cache, modulation)."""
-        nothing = [(None,) * len(stretch.unit) for stretch in towers[-1].stretches]
+        stretches = towers[-1].stretches
+        nothing = PerLayer.nothing(stretches)
         caches = nothing if cache is None else cache.layers
         timed = self.time is not None and t is not None
         block = self.time(t) if timed else None
-        tables = towers[-1].per_layer(use(self.time.tables)) if timed else nothing
+        tables = PerLayer.unstack(stretches, use(self.time.tables)) if timed else nothing
 
         def with_modulation(layers, carry, inputs):
             layer_cache, table = inputs
             return step(layers, carry, layer_cache, modulation(table, block, block_size) if timed else None)
 
-        return walk(towers, carry, with_modulation, zip_layers(caches, tables))
+        return walk(towers, carry, with_modulation, caches.zip(tables))
 
 
 def is_trainable(variant: Variant, path: Path) -> bool:
@@ -247,11 +247,10 @@ def from_backbone(model: TwoTower, backbone: Params, key: jax.Array) -> Params:
 
     The towers share arrays; the time conditioning is fresh, drawn from `key`, and by default changes nothing.
     """
-    fresh = {path: parameter for path, parameter in parameter_table(model).items() if path[0] == "time"}
     params = {
         "context_tower": backbone["tower"],
         "context_head": backbone["head"],
         "denoiser_head": backbone["head"],
-        **initialize(fresh, key),
+        **initialize(fresh(parameter_table(model)), key),
     }
     return params if model.variant.context == "tied" else params | {"denoiser_tower": backbone["tower"]}

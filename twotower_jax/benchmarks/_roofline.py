@@ -22,9 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twotower_jax import randomness
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Engine, Settings, positions
+from twotower_jax.layers import registry
 from twotower_jax.layers.experts import Router
 from twotower_jax.parameters import Params, parameter_table, unflatten
 from twotower_jax.two_tower import TwoTower
@@ -54,7 +56,7 @@ def random_params(model: TwoTower, dtype: jnp.dtype) -> Params:
     flat = {}
     for path, parameter in parameter_table(model).items():
         to = jnp.float32 if parameter.float32 else dtype
-        key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(path).encode()))
+        key = jax.random.fold_in(randomness.key(0), zlib.crc32("/".join(path).encode()))
         flat[path] = jax.jit(lambda key, p=parameter, to=to: p.init(key, p.shape).astype(to))(key)
     return unflatten(flat)
 
@@ -103,19 +105,23 @@ def pass_bytes(model: TwoTower, dtype: jnp.dtype, one: Pass) -> float:
             elif "experts" in parameter.axes:
                 size = size * used / config.n_routed_experts
             total += size
-        elif path[0] == heads[one.tower] or (path[0] == "time" and one.tower == "denoiser_tower"):
+        elif path[0] == heads[one.tower] or (not parameter.in_backbone and one.tower == "denoiser_tower"):
             total += size
-    return total + one.rows * (_cache_bytes(config, width, one) + one.logits * config.vocab_size * 4)
+    return total + one.rows * (_cache_bytes(config, dtype, one) + one.logits * config.vocab_size * 4)
 
 
-def _cache_bytes(config: ModelConfig, width: int, one: Pass) -> float:
-    """Of a row."""
-    pattern, times = config.hybrid_override_pattern, 2 if one.extends else 1
-    state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * 4
-    conv = config.conv_kernel * config.conv_channels * width
-    position = 2 * config.num_key_value_heads * config.head_dim * width
+def _cache_bytes(config: ModelConfig, dtype: jnp.dtype, one: Pass) -> float:
+    """Of a row: states are read, and written where the pass extends the cache; keys are read, and new ones written."""
+
+    def size(capacity: int) -> int:
+        shapes = [
+            registry.kind(letter).cache_shapes(config, 1, capacity, dtype) for letter in config.hybrid_override_pattern
+        ]
+        return sum(math.prod(v.shape) * v.dtype.itemsize for v in jax.tree.leaves(shapes))
+
+    states, position = size(0), size(1) - size(0)
     keys = position * (one.length + (one.tokens if one.extends else 0))
-    return pattern.count("M") * (state + conv) * times + pattern.count("*") * keys
+    return states * (2 if one.extends else 1) + keys
 
 
 def run(model: TwoTower, dtype: jnp.dtype, batches: list[int], prompt: int, new: int, repeats: int) -> list[str]:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.benchmarks._shapes import abstract_params, tiny_config
+from twotower_jax.execution import Execution
 from twotower_jax.parameters import bind
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 _LENGTH, _CHUNK = 1024, 128

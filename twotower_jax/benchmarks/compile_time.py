@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from twotower_jax.benchmarks._shapes import NANO_PATTERN, abstract_params, tiny_config
 from twotower_jax.parameters import bind
-from twotower_jax.tower import segments
+from twotower_jax.stack import segments
 from twotower_jax.two_tower import TwoTower
 
 _LAYERS = (8, 16, 52)

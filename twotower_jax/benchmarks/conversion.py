@@ -17,6 +17,7 @@ import time
 import jax
 from absl import flags
 
+from twotower_jax import command_line
 from twotower_jax.benchmarks._synthetic import tensors_of
 from twotower_jax.checkpoint.export import write_folder
 from twotower_jax.config import ModelConfig
@@ -34,7 +35,9 @@ _LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("directory", None, "Where to work; needs three times the checkpoint's size.", required=True)
+    command_line.DEFINE_path(
+        "directory", None, "Where to work; needs three times the checkpoint's size.", required=True
+    )
     flags.DEFINE_string("layers", "ME*", "Layer pattern; ME* makes 8.4 GB.")
     flags.DEFINE_integer("rounds", 2, "How often to measure each.", lower_bound=1)
 

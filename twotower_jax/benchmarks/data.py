@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from twotower_jax import command_line
 from twotower_jax.benchmarks._shapes import train_config
 from twotower_jax.data import TrainingData, python_documentation, save_tokenizer, train_tokenizer
 from twotower_jax.data.opening import Data, Packing
@@ -34,7 +35,7 @@ _HOSTS = {"TPU v5": 4, "TPU v6e": 8, "NVIDIA H200": 8, "TPU7x": 8}
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("directory", None, "Where to work; default is the system's temporary folder.")
+    command_line.DEFINE_path("directory", None, "Where to work; default is the system's temporary folder.")
     flags.DEFINE_integer("megabytes", 48, "Text to prepare and to read.", lower_bound=1)
     flags.DEFINE_float("seconds", 3.0, "How long to read from each kind.", lower_bound=0.1)
     flags.DEFINE_bool("train", True, "Also train some steps of configs/tiny.py, for comparison.")

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from twotower_jax import kernels
+from twotower_jax import kernels, randomness
 from twotower_jax.benchmarks._one_thread import use_one_thread
 from twotower_jax.benchmarks._shapes import tiny_config, train_config
+from twotower_jax.execution import Execution
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import bind, initialize, parameter_table
-from twotower_jax.tower import Execution
 from twotower_jax.train.config import freeze
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import make_optimizer, make_step, start_state, tables
@@ -79,9 +79,9 @@ def _train_step(backends: Backends, objective: str = "denoiser"):
     model = config.model_config(config.vocab_size)
     task = make_objective(config, model)
     optimizer = make_optimizer(config, tables(task)[0])
-    state, frozen = start_state(task, optimizer, task.start(None, jax.random.key(0)))
+    state, frozen = start_state(task, optimizer, task.start(None, randomness.key(0)))
     step = jax.jit(make_step(config, task, optimizer, _BLOCK), donate_argnums=0)
-    ids = jax.random.randint(jax.random.key(1), (config.batch_size, config.sequence_length), 4, model.vocab_size)
+    ids = jax.random.randint(randomness.key(1), (config.batch_size, config.sequence_length), 4, model.vocab_size)
 
     def once():
         nonlocal state
@@ -94,7 +94,7 @@ def _train_step(backends: Backends, objective: str = "denoiser"):
 def _evaluation(backends: Backends, batch: int):
     """A function without arguments: one pass of the denoiser over a block behind 64 tokens."""
     model = TwoTower(tiny_config(), execution=Execution(backends=backends))
-    params = initialize(parameter_table(model), jax.random.key(0))
+    params = initialize(parameter_table(model), randomness.key(0))
     prompt, block = jnp.full((batch, 64), 5, jnp.int32), jnp.full((batch, _BLOCK), 3, jnp.int32)
     lengths = jnp.full(batch, 64, jnp.int32)
     _, cache = jax.jit(lambda p: bind(model, p).prefill(prompt, lengths, 128))(params)

@@ -31,12 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from twotower_jax import randomness
 from twotower_jax.benchmarks import _roofline
 from twotower_jax.benchmarks._shapes import demo_config, nano_config, small_config, tiny_config
 from twotower_jax.diffusion import SamplingConfig, noise_level, sample_step
+from twotower_jax.execution import Execution
 from twotower_jax.generation import Settings, generate
 from twotower_jax.parameters import bind
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 _PROMPT_LENGTH, _CAPACITY = 48, 256
@@ -183,7 +184,7 @@ def _plain(model, params, settings: Settings, jit, read_every: str | None = None
             jit(lambda p, block, n, cache: bind(model, p).extend(block, n, cache)),
         )
     prefill, denoise, sample, extend = _compiled[jit]
-    keys = jax.random.split(jax.random.key(settings.seed), 1)
+    keys = jax.random.split(randomness.key(settings.seed), 1)
     text = _prompts(model, 1)[0]
 
     def read():

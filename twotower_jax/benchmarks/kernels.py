@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from twotower_jax import randomness
 from twotower_jax.benchmarks._kernel_forms import MAKERS, SHAPES, Form, forms
 from twotower_jax.benchmarks._kernel_goals import Measured, goals
 from twotower_jax.benchmarks._mamba_ssm import INSTALL, MambaSSM
@@ -143,7 +144,7 @@ def _ceilings(dtype: jnp.dtype) -> tuple[Form, Form]:
     """A product of large matrices, a pass over a long array."""
     size, length = (1024, 2**24) if jax.default_backend() == "cpu" else (8192, 2**28)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(randomness.key(0), 2)
     square, long = jax.random.normal(keys[0], (size, size), dtype), jax.random.normal(keys[1], (length,))
     product = Form("product", "", lambda a: jnp.matmul(a, a, precision=precision), (square,), 2 * size**3)
     return product, Form("copy", "", lambda a: a + 1, (long,), length)

@@ -23,16 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from twotower_jax import command_line, randomness
 from twotower_jax.checkpoint.load import load
 from twotower_jax.checkpoint.quantizing import quantize_params
 from twotower_jax.config import ModelConfig
 from twotower_jax.data import load_tokenizer
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.execution import Execution
 from twotower_jax.generation import Settings, generate
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.parameters import Params, bind, cast, count, initialize, parameter_table
 from twotower_jax.quantization import METHODS
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 _BLOCK = 16
@@ -47,8 +48,8 @@ class Stored(NamedTuple):
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "A checkpoint of any kind; a random model without it.")
-    flags.DEFINE_string("rows", None, 'JSON Lines of text for the checkpoint: {"text": ...} or {"ids": [...]}.')
+    command_line.DEFINE_path("checkpoint", None, "A checkpoint of any kind; a random model without it.")
+    command_line.DEFINE_path("rows", None, 'JSON Lines of text for the checkpoint: {"text": ...} or {"ids": [...]}.')
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What quantized models compute in.")
     flags.DEFINE_integer("window", 128, "Tokens of a window, a multiple of 16.", lower_bound=32)
     flags.DEFINE_integer("windows", 32, "At most so many windows.", lower_bound=1)
@@ -92,7 +93,7 @@ def _model(way: Stored) -> tuple[TwoTower, Params]:
         model, params, _ = load(flags.FLAGS.checkpoint, execution=execution, quantize=way.method)
     else:
         model = TwoTower(_wide_config(), execution=execution)
-        params = jax.jit(lambda: initialize(parameter_table(model), jax.random.key(0)))()
+        params = jax.jit(lambda: initialize(parameter_table(model), randomness.key(0)))()
         if way.method is not None:
             params = quantize_params(parameter_table(model), params, METHODS[way.method])
     return model, cast(parameter_table(model), params, way.dtype)

@@ -13,12 +13,13 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import ml_dtypes
 import numpy as np
 import tensorstore
 
-from twotower_jax.checkpoint.files import CheckpointError, read_json
+from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.parameters import Parameter, Path
 
 PARAMS = "params"  # The Orbax folder within a checkpoint folder.
@@ -27,6 +28,22 @@ _PART_BYTES = 1 << 20
 _STRIP_BYTES = 16 << 20
 _BLOCK = 256
 _LITTLE_ENDIAN = [{"name": "bytes", "configuration": {"endian": "little"}}]
+
+
+def check_path(folder: pathlib.Path) -> None:
+    """Refuses a folder whose path TensorStore, which reads and writes arrays, takes for another one.
+
+    Raises:
+      ValueError: naming the character.
+    """
+    path = str(folder.absolute())
+    if odd := next((c for c in path if c == "\\" or 0xD800 <= ord(c) <= 0xDFFF), None):
+        refuse_path(folder, odd)
+
+
+def refuse_path(folder: pathlib.Path, odd: str) -> NoReturn:
+    """Raises ValueError: that a path holds characters with which arrays cannot be stored there."""
+    raise ValueError(f"{folder}: arrays cannot be stored under a path with {odd!r}; choose another name")
 
 
 def folder_name(path: Path) -> str:

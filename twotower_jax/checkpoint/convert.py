@@ -11,20 +11,19 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
-import jax
 import numpy as np
 
-from twotower_jax import parameters
+from twotower_jax import parameters, randomness
+from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint import arrays, huggingface, manifest
 from twotower_jax.checkpoint.arrays import PARAMS
-from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.config_file import SMALL_FILES, read_small_file
-from twotower_jax.checkpoint.files import CheckpointError, open_regular, read_file
 from twotower_jax.checkpoint.manifest import Digest, Manifest, write_file
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.checkpoint.plan import Plan, make_plan, segment_list
 from twotower_jax.checkpoint.quantizing import quantize_tensor
 from twotower_jax.checkpoint.safetensors_file import Entry, next_tensor
+from twotower_jax.files import CheckpointError, open_regular, read_file
 from twotower_jax.parameters import Parameter, Path, parameter_table
 from twotower_jax.progress import Progress
 from twotower_jax.quantization import SCALE_DTYPE, SCALES, VALUE_DTYPE, VALUES, Method, disk_table
@@ -55,8 +54,9 @@ def convert(
 
     Raises:
       CheckpointError: if the source is broken or not of this model.
-      ValueError, OSError: if the output cannot be written.
+      ValueError, OSError: if the output cannot be written, or arrays not be stored under such a path.
     """
+    arrays.check_path(output)
     folder = huggingface.open_folder(source)
     plan = make_plan(folder.config, folder.single_tower, time_init)
     on_disk = disk_table(plan.table, quantize)
@@ -154,7 +154,7 @@ def _copy_small_files(source: pathlib.Path, partial: pathlib.Path, expected: Map
 
 def _write_fresh(partial: pathlib.Path, plan: Plan) -> dict[str, Digest]:
     """The time conditioning that a single tower does not bring."""
-    values = parameters.flatten(parameters.initialize(plan.fresh, jax.random.key(0)))
+    values = parameters.flatten(parameters.initialize(plan.fresh, randomness.key(0)))
     digests = {}
     for path, parameter in plan.fresh.items():
         for index, _ in np.ndenumerate(parameter.tensors):
@@ -171,9 +171,9 @@ def _stream(
     expected: Mapping[str, str],
     quantize: Method | None,
 ) -> tuple[dict[str, Digest], dict[str, Digest]]:
-    """All tensors; returns the digests of the source's files and of the files written."""
+    """All tensors; returns the digests of the source's files, of all that is in them, and of the files written."""
     by_file: dict[pathlib.Path, list[tuple[Entry, str]]] = collections.defaultdict(list)
-    for name, tensor in folder.tensors.items():
+    for name, tensor in (folder.tensors | folder.ignored).items():
         by_file[tensor.file].append((tensor.entry, name))
     progress = Progress("converting", sum(file.stat().st_size for file in by_file))
     sources: dict[str, Digest] = {}
@@ -187,7 +187,10 @@ def _stream(
                 for entry, name in tensors:
                     tensor = next_tensor(file, stream, entry)
                     hashed = hasher.submit(digest.update, tensor.reshape(-1).view(np.uint8).data)
-                    yield name, tensor, hashed
+                    if name in folder.ignored:
+                        progress.add(tensor.nbytes)
+                    else:
+                        yield name, tensor, hashed
                 hashed.result()
             sources[file.name] = Digest(tensors[-1][0].stop, digest.hexdigest())
             _check_expected(file, sources[file.name], expected)

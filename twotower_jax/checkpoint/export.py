@@ -7,22 +7,23 @@ import json
 import math
 import pathlib
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from twotower_jax import parameters
+from twotower_jax import parameters, randomness
+from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint import arrays, huggingface, load, manifest, store, workdir
 from twotower_jax.checkpoint.arrays import PARAMS
-from twotower_jax.checkpoint.atomic import new_folder
 from twotower_jax.checkpoint.config_file import CONFIG, SMALL_FILES, read_small_file
-from twotower_jax.checkpoint.files import read_file, read_json
 from twotower_jax.checkpoint.manifest import write_file
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.checkpoint.plan import table_places
 from twotower_jax.checkpoint.safetensors_file import DTYPES
+from twotower_jax.config import MASK_TOKEN_ID
+from twotower_jax.files import read_file, read_json
 from twotower_jax.parameters import Params, parameter_table
 from twotower_jax.progress import Progress
 from twotower_jax.two_tower import TwoTower
@@ -30,6 +31,7 @@ from twotower_jax.two_tower import TwoTower
 TOWERS = ("both", "context", "denoiser")
 _ARCHITECTURES = {"both": "NemotronHTwoTowerForCausalLM"}
 _SINGLE_TOWER = "NemotronHForCausalLM"
+_SOURCE_TOWERS = {"two_tower": "both", "single_tower": "one"}  # By the manifest's kind.
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -60,7 +62,7 @@ def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard
 
     Raises:
       CheckpointError: if the checkpoint is broken.
-      ValueError, OSError: if the output cannot be written.
+      ValueError, OSError: if the published code would compute something else from the output, or it cannot be written.
     """
     if max_shard_size <= 0:
         raise ValueError(f"max_shard_size={max_shard_size} must be positive")
@@ -72,16 +74,22 @@ def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard
                 "bit for bit; export the checkpoint or the folder that it was made from"
             )
         tensors = stored_tensors(opened)
+        came = _SOURCE_TOWERS[opened.manifest.kind]
         config = read_json(checkpoint / CONFIG)
     else:
         loaded = load.load(checkpoint)
+        check_expressible(loaded.model, tower)
+        if (checkpoint / workdir.CHECKPOINTS).exists():
+            for remark in remarks(loaded.model, workdir.read_settings(checkpoint)["objective"], tower):
+                print(f"warning: {checkpoint}: {remark}", file=sys.stderr)
         tensors = model_tensors(loaded.model, loaded.params)
         # A workdir's own config.json is about the run.
-        config = loaded.model.config.to_hf() | {"tie_word_embeddings": False}
+        came, config = None, loaded.model.config.to_hf() | {"tie_word_embeddings": False}
         if not (checkpoint / workdir.CHECKPOINTS).exists():
+            came = "one" if huggingface.open_folder(checkpoint).single_tower else "both"
             config = read_json(checkpoint / CONFIG)
     tensors = _select(tensors, tower)
-    changed = _config(config, tower)
+    changed = config if came == ("both" if tower == "both" else "one") else _config(config, tower)
     small = {
         name: read_small_file(checkpoint / name)
         for name in SMALL_FILES
@@ -90,6 +98,41 @@ def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard
     small[CONFIG] = read_small_file(checkpoint / CONFIG) if changed is config else _json(changed)
     write_folder(output, tensors, small, max_shard_size)
     return len(tensors)
+
+
+def check_expressible(model: TwoTower, tower: str) -> None:
+    """Refuses a model of which the published code, reading the exported folder, would compute something else.
+
+    What it has no settings for, but computes alike, is written out: see `model_tensors`.
+
+    Raises:
+      ValueError: naming the setting and its value.
+    """
+    if model.variant.bidirectional_mamba and tower != "context":
+        raise ValueError(
+            "variant.bidirectional_mamba=True: the published code scans the denoiser's blocks forward only, and would "
+            "compute something else; the context tower alone can be exported (--tower=context)"
+        )
+    config = model.config
+    if "E" in config.hybrid_override_pattern and not config.n_shared_experts:
+        raise ValueError(
+            "n_shared_experts=0: the published code has a shared expert in every layer with experts, and would draw one"
+        )
+
+
+def remarks(model: TwoTower, objective: str, tower: str) -> list[str]:
+    """What whoever uses the exported folder of a training run has to know, a line each."""
+    lines = []
+    if objective == "autoregressive" and tower != "context":
+        lines.append(
+            "the denoiser never trained; what is written for it is the backbone (--tower=context exports that alone)"
+        )
+    if tower == "both" and model.config.mask_token_id != MASK_TOKEN_ID:
+        lines.append(
+            f"mask_token_id={model.config.mask_token_id} stands in config.json, where the published code does not look "
+            f"for it: give it to its generation, whose default is {MASK_TOKEN_ID}"
+        )
+    return lines
 
 
 def write_folder(
@@ -135,9 +178,8 @@ def model_tensors(model: TwoTower, params: Params) -> dict[str, Tensor]:
     has it: a tied tower twice, and without time conditioning one that changes nothing."""
     table, flat = parameter_table(model), parameters.flatten(params)
     if not model.variant.time_conditioning:
-        whole = parameter_table(TwoTower(model.config))
-        fresh = {path: parameter for path, parameter in whole.items() if path[0] == "time"}
-        flat |= parameters.flatten(parameters.initialize(fresh, jax.random.key(0)))
+        fresh = parameters.fresh(parameter_table(TwoTower(model.config)))
+        flat |= parameters.flatten(parameters.initialize(fresh, randomness.key(0)))
         table |= fresh
     tensors = {}
     for name, (parameter, index) in table_places(table).items():

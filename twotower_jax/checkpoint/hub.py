@@ -5,8 +5,8 @@ import re
 from typing import NamedTuple
 
 from twotower_jax.checkpoint.config_file import SMALL_FILES
-from twotower_jax.checkpoint.files import CheckpointError, read_bytes
 from twotower_jax.checkpoint.huggingface import INDEX
+from twotower_jax.files import CheckpointError, read_bytes
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -7,6 +7,7 @@ any data is read.
 
 import collections
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,20 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twotower_jax import randomness
+from twotower_jax.checkpoint import manifest
 from twotower_jax.checkpoint.config_file import read_config
-from twotower_jax.checkpoint.files import CheckpointError, check_link, read_json
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError, check_link, read_json, some
 from twotower_jax.kernels.numerics.quantized import Quantized
-from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
+from twotower_jax.parameters import Parameter, Params, Path, ShardingOf, parameter_table, unflatten
 from twotower_jax.quantization import Method
-from twotower_jax.sharding import ShardingOf
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_TOWERS = ("context_tower.", "denoiser_tower.")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -53,6 +56,7 @@ class Folder(NamedTuple):
       tensors: by name, in the names of today (`embeddings.`, where older files say `embedding.`).
       single_tower: whether it is a backbone.
       unheld: names that the index lists but no file holds.
+      ignored: by name, the tensors of multi-token prediction, which transformers does not read either.
     """
 
     path: pathlib.Path
@@ -60,6 +64,7 @@ class Folder(NamedTuple):
     tensors: dict[str, Tensor]
     single_tower: bool
     unheld: tuple[str, ...]
+    ignored: dict[str, Tensor]
 
 
 def open_folder(path: pathlib.Path) -> Folder:
@@ -73,23 +78,37 @@ def open_folder(path: pathlib.Path) -> Folder:
     config = read_config(path)
     files = _files(path)
     tensors: dict[str, Tensor] = {}
+    ignored: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         check_link(path / file)
         for name, entry in read_header(path / file).items():
             if files.get(name, file) != file:
                 raise CheckpointError(f"{path / file}: holds {name!r}, which the index places in {files[name]}")
             name = today_name(name)
-            if name in tensors:
-                raise CheckpointError(f"{path / file}: tensor {name!r} stands in {tensors[name].file.name} as well")
-            tensors[name] = Tensor(path / file, entry)
-    single = not any(name.startswith(("context_tower.", "denoiser_tower.")) for name in tensors)
-    unheld = tuple(sorted({today_name(name) for name in files} - set(tensors) - {""}))
-    return Folder(path, config, tensors, single, unheld)
+            held = ignored if is_ignored(name) else tensors
+            if name in held:
+                raise CheckpointError(f"{path / file}: tensor {name!r} stands in {held[name].file.name} as well")
+            held[name] = Tensor(path / file, entry)
+    single = not any(name.startswith(_TOWERS) for name in tensors)
+    unheld = tuple(sorted({today_name(name) for name in files} - set(tensors) - set(ignored) - {""}))
+    return Folder(path, config, tensors, single, unheld, ignored)
 
 
 def today_name(name: str) -> str:
-    """A tensor's name as files of today have it."""
-    return name.replace(".embedding.", ".embeddings.")
+    """A tensor's name as the published files of today have it.
+
+    Older ones say `embedding.`; recent versions of transformers call the tower `model.`, where files say `backbone.`.
+    """
+    name = name.replace(".embedding.", ".embeddings.")
+    if name.startswith("model."):
+        tower = name.startswith(tuple(f"model.{tower}" for tower in _TOWERS))
+        name = ("" if tower else "backbone.") + name.removeprefix("model.")
+    return name
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a tensor belongs to the layers of multi-token prediction, which no part of a two-tower model is."""
+    return name.startswith("mtp.")
 
 
 def _files(path: pathlib.Path) -> dict[str, str]:
@@ -100,6 +119,8 @@ def _files(path: pathlib.Path) -> dict[str, str]:
             return {"": SINGLE_FILE}
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
         note = f" ({pickles[0]} is a pickle, which can run code and is never read)" if pickles else ""
+        if (path / manifest.NAME).exists():
+            note = "; it is a converted checkpoint already"
         raise CheckpointError(f"{path}: holds neither {INDEX} nor {SINGLE_FILE}{note}")
     check_link(index)
     raw = read_json(index)
@@ -113,16 +134,21 @@ def _files(path: pathlib.Path) -> dict[str, str]:
 
 
 def check(folder: Folder, table: Mapping[Path, Parameter]) -> None:
-    """Compares names, shapes and dtypes of a folder with a model's parameter table.
+    """Compares names, shapes and dtypes of a folder with a model's parameter table; says on stderr what is ignored.
 
     Raises:
-      CheckpointError: listing every missing and unexpected tensor, or naming one of a wrong shape or dtype.
+      CheckpointError: counting the missing and unexpected tensors and naming some, or one of a wrong shape or dtype.
     """
     expected = {str(name): parameter for parameter in table.values() for name in parameter.tensors.flat}
     missing = sorted(set(expected) - set(folder.tensors))
     extra = sorted((set(folder.tensors) | set(folder.unheld)) - set(expected))
+    if extra and len(missing) == len(expected):
+        raise CheckpointError(
+            f"{folder.path}: none of its {len(extra)} tensors has a name of this model: {extra[0]!r} is there, and "
+            f"{missing[0]!r} expected; was it saved by another program, or with another prefix?"
+        )
     if missing or extra:
-        parts = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in
+        parts = [f"{len(names)} {kind}: {some(names)}" for kind, names in
                  (("missing", missing), ("not of this model", extra)) if names]  # fmt: skip
         raise CheckpointError(f"{folder.path}: tensors do not match config.json; {'; '.join(parts)}")
     for name, parameter in expected.items():
@@ -133,6 +159,12 @@ def check(folder: Folder, table: Mapping[Path, Parameter]) -> None:
                 f"the model's is {list(parameter.tensor_shape)}"
             )
     _check_dtypes(folder)
+    if folder.ignored:
+        print(
+            f"{folder.path}: left out {len(folder.ignored)} tensors of multi-token prediction (mtp.*), which a "
+            "two-tower model does not have",
+            file=sys.stderr,
+        )
 
 
 def _check_dtypes(folder: Folder) -> None:
@@ -207,4 +239,4 @@ def load(
     backbone_table = parameter_table(Backbone(folder.config, execution))
     check(folder, backbone_table)
     backbone = read_parameters(folder, backbone_table, sharding, quantize)
-    return model, from_backbone(model, backbone, jax.random.key(0))
+    return model, from_backbone(model, backbone, randomness.key(0))

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from twotower_jax.checkpoint import arrays, huggingface, manifest, orbax_steps, store, workdir
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import flatten
 
 Description = dict[str, Any]

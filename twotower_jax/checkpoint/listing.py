@@ -9,11 +9,12 @@ import numpy as np
 
 from twotower_jax import parameters
 from twotower_jax.checkpoint import huggingface
-from twotower_jax.checkpoint.files import CheckpointError, parse_json, read_bytes
-from twotower_jax.checkpoint.huggingface import Folder, Tensor, today_name
+from twotower_jax.checkpoint.huggingface import Folder, Tensor, is_ignored, today_name
 from twotower_jax.checkpoint.plan import make_plan
 from twotower_jax.checkpoint.safetensors_file import Entry
 from twotower_jax.config import ModelConfig
+from twotower_jax.files import CheckpointError, parse_json, read_bytes
+from twotower_jax.layers import registry
 from twotower_jax.parameters import parameter_table
 from twotower_jax.quantization import Method, kind_bytes
 from twotower_jax.two_tower import Backbone
@@ -83,14 +84,17 @@ def read_list(path: pathlib.Path) -> Folder:
     if raw.get("parameters", total) != total:
         raise CheckpointError(f"{path}: says {raw['parameters']} parameters, its tensors have {total}")
     float32 = np.dtype(np.float32)  # A list says nothing of dtypes.
-    tensors = {today_name(name): Tensor(path, Entry(float32, tuple(shape), 0, 0)) for name, shape in shapes.items()}
+    shapes = {today_name(name): shape for name, shape in shapes.items()}
+    listed = {name: Tensor(path, Entry(float32, tuple(shape), 0, 0)) for name, shape in shapes.items()}
+    ignored = {name: tensor for name, tensor in listed.items() if is_ignored(name)}
+    tensors = {name: tensor for name, tensor in listed.items() if name not in ignored}
     single = not any(name.startswith(("context_tower.", "denoiser_tower.")) for name in shapes)
     prefix = "backbone." if single else "context_tower."
     try:
         config = infer_config({k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)})
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: its tensors are not those of a tower of this model ({error!r})") from None
-    return Folder(path, config, tensors, single, ())
+    return Folder(path, config, tensors, single, (), ignored)
 
 
 def infer_config(shapes: Mapping[str, list[int]]) -> ModelConfig:
@@ -99,38 +103,16 @@ def infer_config(shapes: Mapping[str, list[int]]) -> ModelConfig:
     How a width is divided into heads and groups cannot be seen from it; any division has the same tensors.
     """
     pattern, values = "", {}
-
-    def shape(name: str) -> list[int]:
-        return shapes[f"layers.{len(pattern)}.mixer.{name}"]
-
     vocab, hidden = shapes["embeddings.weight"]
     while f"layers.{len(pattern)}.norm.weight" in shapes:
-        mixer = f"layers.{len(pattern)}.mixer."
-        if f"{mixer}A_log" in shapes:
-            heads, inner = shape("A_log")[0], shape("out_proj.weight")[1]
-            channels, _, width = shape("conv1d.weight")
-            values |= {"mamba_num_heads": heads, "mamba_head_dim": inner // heads, "conv_kernel": width}
-            values |= {"n_groups": 1, "ssm_state_size": (channels - inner) // 2}
-            values |= {"use_conv_bias": f"{mixer}conv1d.bias" in shapes, "use_bias": f"{mixer}in_proj.bias" in shapes}
-            kind = "M"
-        elif f"{mixer}q_proj.weight" in shapes:
-            q, k = shape("q_proj.weight")[0], shape("k_proj.weight")[0]
-            head = math.gcd(q, k)
-            values |= {"num_attention_heads": q // head, "num_key_value_heads": k // head, "head_dim": head}
-            values |= {"attention_bias": f"{mixer}q_proj.bias" in shapes}
-            kind = "*"
-        elif f"{mixer}gate.weight" in shapes:
-            shared = f"{mixer}shared_experts.up_proj.weight" in shapes
-            values |= {"n_routed_experts": shape("gate.weight")[0], "num_experts_per_tok": 1}
-            values |= {"moe_intermediate_size": shape("experts.0.up_proj.weight")[0], "n_shared_experts": int(shared)}
-            values |= {"mlp_bias": f"{mixer}experts.0.up_proj.bias" in shapes}
-            if shared:
-                values["moe_shared_expert_intermediate_size"] = shape("shared_experts.up_proj.weight")[0]
-            kind = "E"
+        prefix = f"layers.{len(pattern)}.mixer."
+        mixer = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        for letter, kind in reversed(list(registry.kinds().items())):
+            if (found := kind.infer(mixer)) is not None:
+                pattern, values = pattern + letter, values | found
+                break
         else:
-            values |= {"intermediate_size": shape("up_proj.weight")[0], "mlp_bias": f"{mixer}up_proj.bias" in shapes}
-            kind = "-"
-        pattern += kind
+            raise ValueError(f"{prefix}… is of no known layer kind")
     return ModelConfig(
         vocab_size=vocab,
         hidden_size=hidden,

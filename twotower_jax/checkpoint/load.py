@@ -1,17 +1,19 @@
 """What `--checkpoint` takes: a Hugging Face folder, this program's own checkpoint folder, or a training workdir."""
 
+import collections
 import pathlib
 from typing import NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from twotower_jax.checkpoint import huggingface, manifest, store, workdir
-from twotower_jax.checkpoint.safetensors_file import CheckpointError
-from twotower_jax.config import Variant
-from twotower_jax.parameters import Params, parameter_table
+from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError
+from twotower_jax.parameters import Params, ShardingOf, parameter_table
 from twotower_jax.quantization import METHODS, Method, check_mesh
-from twotower_jax.sharding import ShardingOf, stored_sharding
-from twotower_jax.tower import Execution
+from twotower_jax.sharding import stored_sharding
 from twotower_jax.two_tower import TwoTower
 
 
@@ -68,6 +70,42 @@ def load(
     if mesh is not None:
         check_mesh(parameter_table(model), params, mesh)
     return Loaded(model, params, path)
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds, as its headers say.
+
+    Attributes:
+      variant: of the model that `load` makes of it.
+      shared: whether it is one tower, whose arrays both towers share as they are loaded.
+      dtype: of most matrices; None where they may be of several.
+    """
+
+    config: ModelConfig
+    variant: Variant
+    shared: bool
+    dtype: np.dtype | None
+
+
+def contents(path: str | pathlib.Path) -> Contents:
+    """Looks into a checkpoint of any kind without reading parameters.
+
+    Raises:
+      CheckpointError: if what says it is missing or broken.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a Hugging Face folder, a converted one or a workdir")
+    if (path / store.MANIFEST).exists():
+        return Contents(store.open_store(path).config, Variant(), False, None)
+    if (path / workdir.CHECKPOINTS).exists():
+        config, variant, single = workdir.described(path)
+        return Contents(config, variant, single, np.dtype(np.float32) if single else None)
+    folder = huggingface.open_folder(path)
+    dtypes = collections.Counter(
+        tensor.entry.dtype for tensor in folder.tensors.values() if len(tensor.entry.shape) > 1
+    )
+    return Contents(folder.config, Variant(), folder.single_tower, max(dtypes, key=dtypes.get, default=None))
 
 
 def stored_method(path: str | pathlib.Path) -> Method | None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from twotower_jax.checkpoint.files import CheckpointError, open_regular, read_json
+from twotower_jax.files import CheckpointError, open_regular, read_json
 from twotower_jax.quantization import METHODS, Method
 
 NAME = "conversion.json"

@@ -16,10 +16,11 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,19 +28,34 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from twotower_jax.checkpoint import manifest
-from twotower_jax.checkpoint.atomic import sync_path, sync_tree
-from twotower_jax.checkpoint.files import CheckpointError, read_json
+from twotower_jax.atomic import sync_path, sync_tree
+from twotower_jax.checkpoint import arrays, manifest
+from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.parameters import Params, Path, flatten, unflatten
 
 HASHES = "hashes.json"
 _PARTIAL, _REMOVED = ".writing", ".removed"
+# Of each tree: where its arrays lie. Orbax has left it out and reported success.
+_MANIFEST = "manifest.ocdbt"
+# Orbax takes the path of what it merges for a pattern, and one that begins like an address for one.
+_ODD = re.compile(r"[\[*?]|:/")
 # Writing that takes longer has failed.
 _PATIENCE_SECONDS = 3600
 
 
 class SaveError(RuntimeError):
     """What a run has to keep could not be written; the message says what and why."""
+
+
+def check_path(folder: pathlib.Path) -> None:
+    """Refuses a folder under whose path Orbax could write what nobody can read.
+
+    Raises:
+      ValueError: naming the characters.
+    """
+    arrays.check_path(folder)
+    if odd := _ODD.search(str(folder.absolute())):
+        arrays.refuse_path(folder, odd[0])
 
 
 def committed_steps(folder: pathlib.Path) -> list[int]:
@@ -89,7 +105,9 @@ class FolderWriter:
             final.parent.mkdir(parents=True, exist_ok=True)
             items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
             self._checkpointer.save(partial, args=ocp.args.Composite(**items), force=True)
-        self._thread = threading.Thread(target=self._finish, args=(partial, final, dict(values), then), daemon=True)
+        self._thread = threading.Thread(
+            target=self._finish, args=(partial, final, list(trees), dict(values), then), daemon=True
+        )
         self._thread.start()
 
     @property
@@ -114,12 +132,19 @@ class FolderWriter:
         """Lets go of Orbax's threads, after `wait`."""
         self._checkpointer.close()
 
-    def _finish(self, partial: pathlib.Path, final: pathlib.Path, values: Mapping[str, Any], then: Callable[[], None]):
+    def _finish(
+        self,
+        partial: pathlib.Path,
+        final: pathlib.Path,
+        trees: Sequence[str],
+        values: Mapping[str, Any],
+        then: Callable[[], None],
+    ) -> None:
         try:
             with _as_save_error(final):
                 self._checkpointer.wait_until_finished()
                 if jax.process_index() == 0:
-                    _commit(partial, final, values)
+                    _commit(partial, final, trees, values)
                     then()
         except BaseException as error:  # whatever it is, the thread that trains has to hear of it
             self._error = error
@@ -225,7 +250,10 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
         sync_path(path.parent)
 
 
-def _commit(partial: pathlib.Path, final: pathlib.Path, values: Mapping[str, Any]) -> None:
+def _commit(partial: pathlib.Path, final: pathlib.Path, trees: Sequence[str], values: Mapping[str, Any]) -> None:
+    for name in trees:
+        if not (partial / name / _MANIFEST).is_file():
+            raise SaveError(f"{final}: {name}/{_MANIFEST} was not written; without it nothing could be read back")
     for name, value in values.items():
         (partial / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())

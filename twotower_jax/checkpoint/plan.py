@@ -8,7 +8,7 @@ import numpy as np
 from twotower_jax import parameters
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import Parameter, Path, parameter_table
-from twotower_jax.tower import segments
+from twotower_jax.stack import segments
 from twotower_jax.two_tower import Backbone, TwoTower
 
 TIME_INITS = ("identity", "reference")
@@ -66,7 +66,7 @@ def make_plan(config: ModelConfig, single_tower: bool, time_init: str = "identit
     if not single_tower:
         return Plan(table, places, {name: (name,) for name in places}, {})
     targets = {name: _both_towers(name) for name in table_places(parameter_table(Backbone(config)))}
-    return Plan(table, places, targets, {path: value for path, value in table.items() if path[0] == "time"})
+    return Plan(table, places, targets, parameters.fresh(table))
 
 
 def _both_towers(name: str) -> tuple[str, str]:

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.pipeline import in_order
+from twotower_jax.files import CheckpointError
 from twotower_jax.kernels.numerics.quantized import Quantized
-from twotower_jax.parameters import Parameter, Params, Path, flatten, unflatten
+from twotower_jax.parameters import Parameter, Params, Path, ShardingOf, flatten, unflatten
 from twotower_jax.quantization import SCALES, VALUES, Method, abstract, as_read
-from twotower_jax.sharding import ShardingOf
 
 Index = tuple[int, ...]
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from twotower_jax.checkpoint.files import CheckpointError, open_regular, parse_json, read_exactly
+from twotower_jax.files import CheckpointError, open_regular, parse_json, read_exactly
 
 DTYPES = {
     "F32": np.dtype(np.float32),

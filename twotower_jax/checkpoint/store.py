@@ -17,16 +17,15 @@ from twotower_jax import parameters
 from twotower_jax.checkpoint import arrays, manifest
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.config_file import read_config
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.manifest import Manifest
 from twotower_jax.checkpoint.plan import Place, segment_list, table_places
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError, some
 from twotower_jax.kernels.numerics.quantized import Quantized
-from twotower_jax.parameters import Parameter, Params, Path, parameter_table, unflatten
+from twotower_jax.parameters import Parameter, Params, Path, ShardingOf, parameter_table, unflatten
 from twotower_jax.quantization import SCALES, VALUES, Method, as_read, disk_table
-from twotower_jax.sharding import ShardingOf
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 MANIFEST = manifest.NAME
@@ -86,7 +85,7 @@ def open_store(path: pathlib.Path, verify: bool = True) -> Store:
     folders = {f"{PARAMS}/{arrays.folder_name(path)}/zarr.json" for path in on_disk}
     missing = sorted((chunks | folders | {"config.json", f"{PARAMS}/_METADATA"}) - set(listed.files))
     if missing:
-        raise CheckpointError(f"{path / MANIFEST}: does not list {len(missing)} files: {', '.join(missing)}")
+        raise CheckpointError(f"{path / MANIFEST}: does not list {len(missing)} files: {some(missing)}")
     return Store(path, config, listed, table, on_disk, verify)
 
 

@@ -11,10 +11,8 @@ one run: settings that make it another one are refused, with the differences. On
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,18 +21,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twotower_jax import randomness
+from twotower_jax.atomic import locked_folder
 from twotower_jax.checkpoint import orbax_steps
-from twotower_jax.checkpoint.files import CheckpointError, read_json
+from twotower_jax.checkpoint.config_file import is_run, with_end_tokens
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.kernels.numerics.quantized import Quantized
-from twotower_jax.parameters import Parameter, Params, Path, flatten, initialize, parameter_table, unflatten
+from twotower_jax.parameters import (
+    Parameter,
+    Params,
+    Path,
+    ShardingOf,
+    flatten,
+    fresh,
+    initialize,
+    parameter_table,
+    unflatten,
+)
 from twotower_jax.quantization import Method
-from twotower_jax.sharding import ShardingOf
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
 CONFIG, CHECKPOINTS, FROZEN = "config.json", "checkpoints", "frozen"
+_MODEL_DEFAULTS = {
+    field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING
+}
 # The trees of a step's folder and its JSON values; a frozen folder has params alone.
 PARAMS, OPTIMIZER, RUN = "params", "optimizer", "run"
 
@@ -65,9 +78,11 @@ class Workdir:
           added: see `identity`.
 
         Raises:
-          ValueError: if `path` holds something else, or a run with other settings; the message lists what differs.
+          ValueError: if `path` holds something else, or a run with other settings (the message lists what differs), or
+            checkpoints could not be read back from under such a path.
         """
         self.path = pathlib.Path(path)
+        orbax_steps.check_path(self.path)
         self._settings = settings
         self._identity = identity(settings, changeable, added)
         for parent in (self.path, *self.path.parents):
@@ -88,21 +103,14 @@ class Workdir:
         """While this run writes to the workdir; process 0 holds the lock, for as long as it lives.
 
         Raises:
-          ValueError: if another run holds it.
+          ValueError: if another run holds it, or the file system has no locks.
         """
         if jax.process_index() > 0:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"workdir {self.path}: another run is training in it; choose another one") from None
+        with locked_folder(self.path, f"workdir {self.path}: another run is training in it; choose another one"):
             yield
-        finally:
-            os.close(lock)
 
     def create(self, model: ModelConfig, frozen: Params) -> None:
         """Writes what a new workdir holds once: settings and frozen parameters. Every process calls it.
@@ -234,7 +242,7 @@ def load(
     """
     path = pathlib.Path(path)
     settings = read_settings(path)
-    config = _model_config(path, settings)
+    config = with_end_tokens(_model_config(path, settings), path)
     step = orbax_steps.latest_step(path / CHECKPOINTS)
     if step is None:
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
@@ -247,13 +255,24 @@ def load(
     params = _read_parameters(path, folder / PARAMS, table, sharding, quantize)
     model = TwoTower(config, variant)
     if single:
-        params = from_backbone(model, params, jax.random.key(0))
+        params = from_backbone(model, params, randomness.key(0))
     elif variant != trained_as:
         params = _as_variant(path, model, params, trained_as)
     if execution.scan_layers:
         return TwoTower(config, variant, execution), params
     laid_out = TwoTower(config, variant, execution)
     return laid_out, _relayout(params, parameter_table(model), parameter_table(laid_out))
+
+
+def described(path: pathlib.Path) -> tuple[ModelConfig, Variant, bool]:
+    """The model that was trained, the variant that `load` makes of it, and whether it is a backbone.
+
+    Raises:
+      CheckpointError: see `read_settings`.
+    """
+    settings = read_settings(path)
+    single = settings["objective"] == "autoregressive"
+    return _model_config(path, settings), Variant() if single else Variant(**settings["variant"]), single
 
 
 def read_settings(path: pathlib.Path) -> Settings:
@@ -263,7 +282,7 @@ def read_settings(path: pathlib.Path) -> Settings:
       CheckpointError: if it is missing or is not one of ours.
     """
     settings = read_json(path / CONFIG)
-    if not isinstance(settings, dict) or not {"objective", "variant", "model"} <= settings.keys():
+    if not is_run(settings):
         raise CheckpointError(f"{path / CONFIG}: not the settings of a training run; choose another workdir")
     return settings
 
@@ -274,10 +293,13 @@ def identity(settings: Settings, changeable: tuple[str, ...], added: Mapping[str
     `added` are settings that came later, each with the value that stands for what was done before: with it they are
     left out, so that a workdir without them is the same run.
 
-    Where a run starts from a checkpoint, that decides the model's shape and vocabulary, and not these settings.
+    Where a run starts from a checkpoint, that decides the model's shape and vocabulary, and not these settings. A field
+    of the model that a run of an earlier version does not have is at its default.
     """
     unused = ("model", "vocab_size") if settings.get("init_from") else ()
     kept = {name: value for name, value in settings.items() if name not in changeable + unused}
+    if isinstance(kept.get("model"), dict):
+        kept["model"] = _MODEL_DEFAULTS | kept["model"]
     flat = {".".join(path): value for path, value in flatten(kept).items()}
     before = dict(added or {})
     return {
@@ -372,8 +394,7 @@ def _as_variant(path: pathlib.Path, model: TwoTower, params: Params, trained_as:
         )
     params = {"denoiser_tower": params["context_tower"]} | params
     table = parameter_table(model)
-    fresh = initialize({p: parameter for p, parameter in table.items() if p[0] == "time"}, jax.random.key(0))
-    flat = flatten(fresh) | flatten(params)
+    flat = flatten(initialize(fresh(table), randomness.key(0))) | flatten(params)
     return unflatten({p: flat[p] for p in table})
 
 

@@ -3,6 +3,7 @@
     sources.py     Python's own documentation
     inputs.py      the user's files of text: which there are, and what is in them, as formats.py reads it
     tokenizer.py   byte-level BPE: train, save, load, encode
+    chat.py        conversations, by the template of a chat model's tokenizer
     packing.py     documents in memory -> windows of equal length, some documents held out for validation
     pipeline.py    windows -> shuffled, resumable training batches, and the validation batches
 
@@ -27,6 +28,7 @@ from twotower_jax.data.tokenizer import (
     EOS_ID,
     MASK_ID,
     PAD_ID,
+    Decoder,
     encode,
     load_tokenizer,
     save_tokenizer,
@@ -35,6 +37,7 @@ from twotower_jax.data.tokenizer import (
 
 __all__ = [
     "BOS_ID",
+    "Decoder",
     "EOS_ID",
     "MASK_ID",
     "PAD_ID",

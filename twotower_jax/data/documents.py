@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 
 
 class DataError(CheckpointError):

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from twotower_jax.checkpoint.files import open_regular
 from twotower_jax.data.documents import DataError
+from twotower_jax.files import open_regular
 
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _NO_INTEGERS = (6, 7)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from twotower_jax.data.windows import Unloaded
+from twotower_jax.paths import local_path
 
 _EXAMPLE = '{"books": {"path": "books", "weight": 0.7}, "code": {"path": "/data/code", "weight": 0.3}}'
 
@@ -96,7 +97,7 @@ def read_mixture(path: str | Path) -> dict[str, Entry]:
         weight = value["weight"]
         if isinstance(weight, bool) or not isinstance(weight, int | Fraction) or weight <= 0:
             fail(f"{name!r} has weight {weight!r}, which is not a positive number")
-        entries[name] = Entry(str(path.parent / value["path"]), Fraction(weight))
+        entries[name] = Entry(str(path.parent / local_path(value["path"])), Fraction(weight))
     return entries
 
 

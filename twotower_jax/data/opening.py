@@ -13,10 +13,12 @@ Each kind is a small class that can say which tokenizer its tokens need, and giv
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from twotower_jax.data.documents import Documents, held_out
@@ -26,7 +28,7 @@ from twotower_jax.data.mixture import Mixture, read_mixture
 from twotower_jax.data.packing import PackedSequences, pack_documents
 from twotower_jax.data.prepared import TRAIN, VALIDATION, PreparedDocuments, is_prepared
 from twotower_jax.data.sources import python_documentation
-from twotower_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from twotower_jax.data.tokenizer import EOS_ID, load_tokenizer, train_tokenizer
 from twotower_jax.data.windows import Concatenation, DocumentWindows
 
 Windows = PackedSequences | DocumentWindows
@@ -36,14 +38,19 @@ Report = Callable[[str], None]
 _HELD_OUT = ", documents held out (validation_fraction=0 goes without)"
 
 
+_LOOKED_AT = 64  # Documents of a Megatron set whose ends are compared with the model's.
+
+
 class Packing(NamedTuple):
-    """How documents become windows; see `TrainConfig`. `align` is None where documents are not told apart."""
+    """How documents become windows; see `TrainConfig`. `align` is None where documents are not told apart; `end_tokens`
+    are the model's, of which the first closes a document."""
 
     sequence_length: int
     vocab_size: int
     validation_fraction: float
     seed: int
     align: int | None
+    end_tokens: tuple[int, ...] = (EOS_ID,)
 
 
 class Source(Protocol):
@@ -139,7 +146,9 @@ class TextSource:
         return train_tokenizer(self._documents, vocab_size)
 
     def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
-        return pack_documents(self._documents, tokenizer, **packing._asdict())
+        options = packing._asdict()
+        end_token, *_ = options.pop("end_tokens")
+        return pack_documents(self._documents, tokenizer, end_token=end_token, **options)
 
 
 class PreparedSource:
@@ -158,7 +167,15 @@ class PreparedSource:
                 f"{self._path}: was prepared with another tokenizer than the run's; prepare the text again with "
                 "launch/prepare.py --tokenizer=CHECKPOINT"
             )
-        training = _windows(PreparedDocuments(self._path, TRAIN), packing, self._path)
+        documents = PreparedDocuments(self._path, TRAIN)
+        if (end_token := documents.manifest.end_token) not in packing.end_tokens:
+            ends = " or ".join(map(str, packing.end_tokens))
+            raise ValueError(
+                f"{self._path}: its documents are closed by token {end_token}, the model's texts end with {ends}; "
+                f"prepare the text again with launch/prepare.py --eos={packing.end_tokens[0]}, or give a new model "
+                f"that end token (--config.model.eos_token_id={end_token})"
+            )
+        training = _windows(documents, packing, self._path)
         validation = PreparedDocuments(self._path, VALIDATION)
         if not validation.count or not packing.validation_fraction:
             return training, None
@@ -177,6 +194,7 @@ class MegatronSource:
 
     def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
         documents, fraction, seed = MegatronDocuments(self._path), packing.validation_fraction, packing.seed
+        _warn_of_other_ends(documents, packing, self._path)
         if not fraction:
             return _windows(documents, packing, self._path), None
         chosen = functools.partial(held_out, fraction=fraction, seed=seed)
@@ -184,6 +202,19 @@ class MegatronSource:
         training = _windows(documents, packing, self._path, keep=lambda start, stop: ~chosen(start, stop), about=about)
         validation = _windows(documents, packing, self._path + _HELD_OUT, keep=chosen, about=about)
         return training, validation
+
+
+def _warn_of_other_ends(documents: Documents, packing: Packing, name: str) -> None:
+    """Says so on stderr where none of the first documents ends with a token that ends the model's texts."""
+    lengths = documents.lengths(0, min(documents.count, _LOOKED_AT))
+    ends = np.cumsum(lengths)[lengths > 0]
+    last = {int(documents.read(end - 1, end)[0]) for end in ends.tolist()}
+    if last and not last & set(packing.end_tokens):
+        print(
+            f"warning: {name}: its documents end with {', '.join(map(str, sorted(last)[:3]))}, the model's texts with "
+            f"{' or '.join(map(str, packing.end_tokens))}: it will not learn where a text ends",
+            file=sys.stderr,
+        )
 
 
 def _windows(documents: Documents, packing: Packing, name: str, **options) -> DocumentWindows:

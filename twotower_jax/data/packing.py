@@ -74,6 +74,7 @@ def pack_documents(
     validation_fraction: float,
     seed: int,
     align: int | None = None,
+    end_token: int = EOS_ID,
 ) -> tuple[PackedSequences | DocumentWindows, PackedSequences | DocumentWindows | None]:
     """Tokenizes, shuffles, splits and packs documents; returns training and validation windows.
 
@@ -82,7 +83,7 @@ def pack_documents(
     train on (a single long document, for one), the last of them is divided: its tail is held out and its head trains.
     With a fraction of 0 nothing is held out
     and the validation windows are None. `seed` decides the order and the split. With `align`, every document begins at
-    a multiple of it and the windows tell where; see `DocumentWindows`.
+    a multiple of it and the windows tell where; see `DocumentWindows`. `end_token` closes every document.
 
     Raises:
       ValueError: there are no documents, the fraction is outside [0, 1), the documents are too few or too short to
@@ -92,7 +93,7 @@ def pack_documents(
         raise ValueError("there are no documents to pack")
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be at least 0 and less than 1, not {validation_fraction}")
-    arrays = [np.append(ids, np.int32(EOS_ID)) for ids in encode(tokenizer, documents)]
+    arrays = [np.append(ids, np.int32(end_token)) for ids in encode(tokenizer, documents)]
     arrays = [arrays[i] for i in np.random.default_rng(seed).permutation(len(arrays))]
     ends = np.cumsum([len(ids) for ids in arrays])
     total = int(ends[-1])

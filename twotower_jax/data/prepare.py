@@ -15,7 +15,6 @@ changed without the content, leads to a refusal and to no wrong data.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from twotower_jax.atomic import locked_folder
 from twotower_jax.data import inputs, prepared, shards
 from twotower_jax.data.documents import DataError
 from twotower_jax.data.inputs import File, Row, Slice
@@ -62,6 +62,7 @@ class Settings:
       seed: of that choice.
       shard_size: tokens in a shard, about.
       skip_bad: leave out what is broken, and count it, instead of giving up.
+      end_token: the token that closes every document.
 
     Raises:
       ValueError: at construction, for values that cannot be.
@@ -72,6 +73,7 @@ class Settings:
     seed: int = 0
     shard_size: int = 1 << 28
     skip_bad: bool = False
+    end_token: int = EOS_ID
 
     def __post_init__(self):
         if not 0 <= self.validation_fraction < 1:
@@ -101,7 +103,7 @@ def prepare(
 ) -> Manifest:
     """Makes a folder of prepared data, or goes on where an interrupted run stopped.
 
-    Each document's tokens are followed by the end-of-text token, and nothing else is added, as in packing.py. A
+    Each document's tokens are followed by `settings.end_token`, and nothing else is added, as in packing.py. A
     document is held out by the hash of its text and the seed, so copies of one document stay on one side.
 
     Args:
@@ -120,12 +122,16 @@ def prepare(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
+    if tokenizer.id_to_token(settings.end_token) is None:
+        raise ValueError(
+            f"the tokenizer has no token {settings.end_token} to close documents with; give one with --eos"
+        )
     output = pathlib.Path(output)
     files = inputs.find_files(sources, settings.text_field, report=lambda line: quiet or print(line, file=sys.stderr))
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; choose a folder")
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    with locked_folder(output, f"{output}: another process is writing it"):
         if prepared.is_prepared(output):
             manifest = read_manifest(output)
             _refuse_differences(output, _identity(manifest.settings, manifest.inputs), _wanted(settings, files, False))
@@ -156,7 +162,7 @@ def _begin(output: pathlib.Path, tokenizer: Tokenizer, settings: Settings, files
         if file.suffix != ".json":
             file.unlink()
     write_json(folder / _PLAN, wanted)
-    save_tokenizer(tokenizer, output)
+    save_tokenizer(tokenizer, output, settings.end_token)
 
 
 def _wanted(settings: Settings, files: Sequence[File], with_times: bool) -> dict[str, Any]:
@@ -173,6 +179,7 @@ def _identity(settings: dict[str, Any], files: list[dict[str, Any]], with_times:
 
 
 def _refuse_differences(output: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    saved = {"end_token": EOS_ID} | saved  # Sets made before there was a choice do not name it.
     names = [name for name in saved | now if saved.get(name) != now.get(name)]
     lines = [f"{name} {saved.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names]
     if len(lines) > _SHOWN_DIFFERENCES:
@@ -303,7 +310,7 @@ def _make_part(number: int, part: list[Slice]) -> Part:
         tokens = 0
         for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
             split = VALIDATION if _is_held_out(text, settings) else TRAIN
-            writers[split].add(np.append(ids, np.int32(EOS_ID)))
+            writers[split].add(np.append(ids, np.int32(settings.end_token)))
             tokens += len(ids) + 1
         with _worker.weight.get_lock():
             _worker.weight.value += weight
@@ -373,20 +380,6 @@ def _is_held_out(text: str, settings: Settings) -> bool:
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if max(id_range(tokenizer), EOS_ID + 1) <= 1 << 16 else "<u4")
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a second run out of the folder."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing it") from None
-        yield
-    finally:
-        os.close(lock)
 
 
 def _weights(parts: list[list[Slice]]) -> list[int]:

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from twotower_jax.checkpoint.files import CheckpointError, parse_json, read_bytes
 from twotower_jax.data import shards
 from twotower_jax.data.documents import DataError
 from twotower_jax.data.shards import Shard, ShardReader
+from twotower_jax.data.tokenizer import EOS_ID
+from twotower_jax.files import CheckpointError, parse_json, read_bytes
 
 NAME, VERSION = "dataset.json", 1
 TRAIN, VALIDATION = "train", "validation"
@@ -55,6 +56,11 @@ class Manifest:
     inputs: list[dict[str, Any]]
     skipped: int
     shards: list[Shard]
+
+    @property
+    def end_token(self) -> int:
+        """The token that closes every document; sets made before there was a choice have token 2."""
+        return self.settings.get("end_token", EOS_ID)
 
     def total(self, split: str, what: str) -> int:
         """Sum of "tokens" or "documents" of a split."""

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from twotower_jax.checkpoint.files import open_regular
 from twotower_jax.data.documents import DataError
+from twotower_jax.files import open_regular
 
 RECORD_TOKENS = 4096
 _LONGEST_DOCUMENT = 2**32 - 1

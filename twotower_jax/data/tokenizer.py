@@ -12,10 +12,15 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from twotower_jax.texts import check_text
+
 PAD_ID, BOS_ID, EOS_ID, MASK_ID = range(4)
 
 # The published names: padding shares id 0 with the unknown token, and the mask token is an unnamed spare.
 _SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<SPECIAL_3>"]
+
+# What a checkpoint says about its tokenizer, beside tokenizer.json.
+_ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 _NUM_BYTES = 256
 
@@ -59,7 +64,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; give a folder that holds the model's tokenizer")
+        remedy = unread_tokenizer(folder) or "give a folder that holds the model's tokenizer"
+        raise FileNotFoundError(f"{file}: no such file; {remedy}")
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for every fault it finds
@@ -67,29 +73,78 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return _plain(tokenizer)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes tokenizer.json and the two files that tell Hugging Face's loader the special tokens' roles.
+def unread_tokenizer(folder: str | Path) -> str:
+    """What to do about a tokenizer that is in the folder in another form than tokenizer.json; "" if none is."""
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
+        return (
+            'tokenizer.model (SentencePiece) is not read; make a tokenizer.json of it: python -c "from transformers '
+            "import AutoTokenizer as A; A.from_pretrained('DIR').save_pretrained('DIR')\""
+        )
+    return ""
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: str | Path, end_token: int = EOS_ID, source: Path | None = None
+) -> None:
+    """Writes tokenizer.json and the files that tell Hugging Face's loader the special tokens' roles.
 
     `folder` is created if needed. Each file appears whole or not at all.
+
+    Args:
+      source: the folder that the tokenizer was read from, which knows the roles and may have a chat template.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     roles = {
         "bos_token": tokenizer.id_to_token(BOS_ID),
-        "eos_token": tokenizer.id_to_token(EOS_ID),
+        "eos_token": tokenizer.id_to_token(end_token),
         "unk_token": tokenizer.id_to_token(PAD_ID),
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles, "clean_up_tokenization_spaces": False}
     _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=1))
     _write(folder / "special_tokens_map.json", json.dumps(roles, indent=1))
+    for file in (source / name for name in _ABOUT) if source is not None else ():
+        if file.is_file():
+            _write(folder / file.name, file.read_text(encoding="utf-8").removesuffix("\n"))
+
+
+class Decoder:
+    """Token ids to text, special tokens left out.
+
+    Attributes:
+      special: the text of each special token, by id.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = {number: token.content for number, token in added.items() if token.special}
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def spelled(self, ids: Sequence[int]) -> str:
+        """The text with the special tokens in it."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns the token ids of each text, int32 (length,), with no special tokens added or recognized."""
+    """Returns the token ids of each text, int32 (length,), with no special tokens added or recognized.
+
+    Raises:
+      ValueError: for a string that is no text, see `check_text`.
+    """
     arrays = []
     for start in range(0, len(texts), _ENCODE_CHUNK):
-        chunk = tokenizer.encode_batch_fast(list(texts[start : start + _ENCODE_CHUNK]), add_special_tokens=False)
+        chunk = list(texts[start : start + _ENCODE_CHUNK])
+        try:
+            chunk = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+        except TypeError:  # the library's word for a string that is no text
+            for number, text in enumerate(chunk, start):
+                check_text(text, f"text {number}")
+            raise
         arrays += [np.array(encoding.ids, np.int32) for encoding in chunk]
     return arrays
 

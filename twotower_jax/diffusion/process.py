@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twotower_jax import randomness
 from twotower_jax.diffusion.schedules import Linear, NoiseSchedule
 from twotower_jax.diffusion.times import Times, Uniform
 from twotower_jax.diffusion.weights import Flat, Weight
@@ -112,7 +113,7 @@ class MaskedDiffusion:
         if length % size:
             raise ValueError(f"length={length} is not a multiple of block_size={size}")
         mask_token = jnp.asarray(mask_token_id, ids.dtype)
-        step_key = jax.random.fold_in(jax.random.key(seed), step)
+        step_key = jax.random.fold_in(randomness.key(seed), step)
 
         def corrupt_row(row: jax.Array, index: jax.Array) -> Corruption:
             time_key, mask_key = jax.random.split(jax.random.fold_in(step_key, index))

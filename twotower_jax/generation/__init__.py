@@ -12,6 +12,7 @@ watch.py          rows filling in, on a terminal
 trace.py          everything that happened, as JSON Lines
 trained.py        the block size that a checkpoint was trained with
 prompts.py        prompts of a file
+conversation.py   conversations of a file, or typed
 operating_point.py  settings that a checkpoint's generation_config.json holds
 tune.py           a sweep of settings against AR
 score.py          log-probabilities of given tokens

@@ -23,8 +23,8 @@ from twotower_jax.generation.blocks import Table
 from twotower_jax.generation.modes import Call, Emitted, Recipe, Trace
 from twotower_jax.generation.placement import Placement
 from twotower_jax.generation.settings import Result, Settings, Step
-from twotower_jax.generation.slots import First, Piece, cache_bytes
-from twotower_jax.generation.stops import Decode, cut
+from twotower_jax.generation.slots import First, Piece, cache_bytes, end_token_array
+from twotower_jax.generation.stops import Decode, Ending
 from twotower_jax.parameters import Params
 from twotower_jax.tokens import check_ids
 from twotower_jax.two_tower import TwoTower
@@ -65,6 +65,7 @@ class _Row:
     prompt: np.ndarray
     limit: int
     to_read: np.ndarray
+    ending: Ending
     read: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     denoiser_evaluations: int = 0
@@ -133,7 +134,7 @@ class Engine:
         self._model, self._settings = model, settings
         self._decode, self._record = decode, record_trace
         self._capacity = _round_up(capacity, _PIECE)
-        self._eos = None if settings.ignore_eos else model.config.eos_token_id
+        self._eos = settings.end_tokens(model.config)
         self._rows_apart = placement.rows
         batch = _round_up(slots or settings.batch_size, placement.rows)
         self._table: list[_Row | None] = [None] * batch
@@ -173,7 +174,8 @@ class Engine:
         if needed > self._capacity:
             raise ValueError(f"prompt {number} needs {needed} cache positions, and a slot has {self._capacity}")
         to_read = ids[:-1] if self._settings.mode == "mock_ar" else ids
-        self._waiting.append(_Row(number, ids, limit, to_read))
+        ending = Ending(limit, eos=self._eos, stop=self._settings.stop, decode=self._decode)
+        self._waiting.append(_Row(number, ids, limit, to_read, ending))
         self._submitted += 1
         return number
 
@@ -271,8 +273,8 @@ class Engine:
 
     # Blocks.
 
-    def _seed_and_eos(self) -> tuple[np.uint32, np.int32]:
-        return np.uint32(self._settings.seed), np.int32(-1 if self._eos is None else self._eos)
+    def _seed_and_eos(self) -> tuple[np.uint32, np.ndarray]:
+        return np.uint32(self._settings.seed), end_token_array(self._eos)
 
     def _block(self, alive: np.ndarray) -> Emitted:
         tolerance = np.float32(self._settings.tolerance)
@@ -291,13 +293,12 @@ class Engine:
         row.blocks += count > 0
         row.denoiser_evaluations += int(emitted.denoiser_evaluations[slot])
         row.context_evaluations += int(emitted.context_evaluations[slot])
-        decode = self._decode if settings.stop or not emitted.active[slot] else None
-        end = cut(row.tokens, row.limit, eos=self._eos, stop=settings.stop, decode=decode)
+        end = row.ending.look(row.tokens)
         accepted = None if emitted.accepted is None else int(emitted.accepted[slot])
         if accepted is not None:
-            row.accepted += min(accepted, max(0, len(end.tokens) - before))
+            row.accepted += min(accepted, max(0, len(row.tokens if end is None else end.tokens) - before))
         result = None
-        if end.reason is not None:
+        if end is not None:
             self._table[slot] = None
             drafts = settings.mode in ("diffusion", "speculative")
             result = Result(

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twotower_jax.cache import Cache
 from twotower_jax.diffusion import Prediction, SamplingConfig, Strategy, noise_level, sample_step
-from twotower_jax.generation.slots import Slots, choose, row_keys
-from twotower_jax.tower import Cache
+from twotower_jax.generation.slots import Slots, choose, ends, row_keys
 from twotower_jax.two_tower import TwoTower
 
 
@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
     Attributes:
       alive: (B,) bool, in which the host takes back rows that it has ended.
-      seed: () uint32. eos: () int32, the token that ends a row, or −1.
+      seed: () uint32. eos: (K,) int32, the tokens that end a row, see `slots.end_token_array`.
       strategy: with knobs (B,), in place of the sampling's, so that one compiled function serves all; None in modes
         that generate one token at a time.
       tolerance: () float32, of speculative mode.
@@ -183,11 +183,11 @@ def diffusion_commit(
     model: TwoTower, slots: Slots, call: Call, recipe: Recipe, draft: Denoised
 ) -> tuple[Slots, Emitted]:
     """The context tower reads the block to extend its cache, for the rows that go on. A row ends with the block that
-    holds `eos` or reaches its limit."""
+    holds an end token or reaches its limit."""
     size, active = recipe.sampling.block_size, slots.active & call.alive
     added = jnp.where(active, size, 0)
     count = slots.count + added
-    continuing = active & ~jnp.any(draft.block == call.eos, axis=1) & (count < slots.limit)
+    continuing = active & ~jnp.any(ends(draft.block, call.eos), axis=1) & (count < slots.limit)
     cache = jax.lax.cond(
         jnp.any(continuing),
         lambda cache: model.extend(draft.block, jnp.where(continuing, size, 0), cache)[1],
@@ -231,7 +231,7 @@ def token_commit(
         draft = choose(recipe.sampling, call.seed, slots.number, slots.count, logits)
     token = jnp.where(active, draft.tokens, slots.token)
     count = slots.count + active
-    continuing = active & (token != call.eos) & (count < slots.limit)
+    continuing = active & ~ends(token, call.eos) & (count < slots.limit)
     if mock:
         # Behind the denoiser, which reads the keys that are written here: a loop would copy them otherwise.
         unread, _ = jax.lax.optimization_barrier((unread, draft))

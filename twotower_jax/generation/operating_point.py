@@ -10,8 +10,8 @@ import os
 import pathlib
 from typing import Any
 
-from twotower_jax.checkpoint.files import CheckpointError, read_json
 from twotower_jax.diffusion import STRATEGIES, SamplingConfig
+from twotower_jax.files import CheckpointError, read_json
 
 FILE = "generation_config.json"
 _KINDS = {"block_size": int, "steps_per_block": int, "confidence_threshold": float, "strategy": str}

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
+from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import Parameter, Params, bind, flatten, parameter_table, unflatten
 from twotower_jax.quantization import check_mesh
 from twotower_jax.sharding import BATCH, MeshShape, make_mesh
@@ -70,7 +71,7 @@ class Placement:
         """
         if self.context is not None:
             shape = MeshShape(**self.context.shape)
-            sharding.check_fits(shape, config, shape.batch_shards, 1, 1)
+            check_fits(shape, config, shape.batch_shards, 1, 1)
 
     def parameter_sharding(self, parameter: Parameter) -> NamedSharding | None:
         """Where a parameter of a `TwoTower` lies; None for the default device."""

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig
 
 MODES = ("diffusion", "ar", "mock_ar", "speculative")
@@ -19,7 +20,8 @@ class Settings:
       sampling: block size, steps, strategy, temperature and filters; one-token modes use the latter two.
       seed: with a row's number the only source of randomness.
       batch_size: rows computed together; no row's tokens depend on it.
-      ignore_eos: go on behind an end-of-text token.
+      ignore_eos: go on after an end-of-text token.
+      eos: the tokens that end a row in place of the checkpoint's; None takes those.
       stop: texts that end a row; needs a way to turn tokens into text, see `Engine`.
       prefill_chunk: prompts are read in pieces of at most this many tokens.
       tolerance: of mode "speculative", 0 … 1: how much less probable than AR's best token a drafted one may be.
@@ -35,6 +37,7 @@ class Settings:
     seed: int = 0
     batch_size: int = 8
     ignore_eos: bool = False
+    eos: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     prefill_chunk: int = 512
     tolerance: float = 0.0
@@ -56,8 +59,26 @@ class Settings:
             raise ValueError(f"tolerance={self.tolerance} changes nothing in mode {self.mode!r}")
         if self.mode == "speculative" and self.sampling.block_size < 2:
             raise ValueError("mode speculative needs a block_size of at least 2: the first token of a block is given")
+        if self.eos is not None and (not self.eos or min(self.eos) < 0):
+            raise ValueError(f"eos must hold token ids, at least one, not {self.eos!r}")
+        if self.eos is not None and self.ignore_eos:
+            raise ValueError(f"eos={self.eos!r} changes nothing with ignore_eos: give one of the two")
         if self.max_cache_gb is not None and not self.max_cache_gb > 0:
             raise ValueError(f"max_cache_gb must be more than 0, not {self.max_cache_gb}")
+
+    def end_tokens(self, config: ModelConfig) -> tuple[int, ...]:
+        """The tokens that end a row of a model of this configuration.
+
+        Raises:
+          ValueError: if one of `eos` lies outside the vocabulary.
+        """
+        if self.ignore_eos:
+            return ()
+        if self.eos is None:
+            return config.eos_token_ids
+        if max(self.eos) >= config.vocab_size:
+            raise ValueError(f"eos={max(self.eos)} lies outside vocab_size={config.vocab_size}")
+        return self.eos
 
 
 class Step(NamedTuple):

@@ -6,19 +6,20 @@ independent: a slot that is not active takes part in the arithmetic and changes 
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from twotower_jax import sharding
+from twotower_jax import randomness, sharding
+from twotower_jax.cache import Cache
 from twotower_jax.diffusion import Prediction, SamplingConfig, sample_tokens
 from twotower_jax.generation.placement import bind_part
-from twotower_jax.layers.attention import AttentionCache, AttentionMemory
 from twotower_jax.parameters import Params
-from twotower_jax.tower import Cache
 from twotower_jax.two_tower import TwoTower
 
 
@@ -62,6 +63,18 @@ class Piece(NamedTuple):
     number: jax.Array
     limit: jax.Array
     unread: jax.Array
+
+
+def end_token_array(ids: Collection[int]) -> np.ndarray:
+    """End tokens as a traced argument: (K,) int32, padded with −1, which no token is. K is a power of two and at least
+    4, so that programs are compiled for few sizes and not for each set."""
+    size = max(4, 1 << max(0, len(ids) - 1).bit_length())
+    return np.array([*ids] + [-1] * (size - len(ids)), np.int32)
+
+
+def ends(tokens: jax.Array, eos: jax.Array) -> jax.Array:
+    """Which of `tokens` (…) int32 end a row, bool (…): those that are among `eos` (K,)."""
+    return jnp.any(tokens[..., None] == eos, axis=-1)
 
 
 class First(NamedTuple):
@@ -112,7 +125,7 @@ def cache_bytes(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = 
 
 def row_keys(seed: jax.Array, number: jax.Array) -> jax.Array:
     """Keys (B,) of rows with these numbers (B,): of nothing but the seed and the number."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number)
+    return jax.vmap(jax.random.fold_in, (None, 0))(randomness.key(seed), number)
 
 
 def next_keys(seed: jax.Array, number: jax.Array, count: jax.Array) -> jax.Array:
@@ -149,13 +162,12 @@ def prefill(
     """Reads pieces of prompts into their slots; a slot whose prompt ends becomes active.
 
     Args:
-      seed: () uint32. eos: () int32, the token that ends a row, or −1.
+      seed: () uint32. eos: (K,) int32, see `end_token_array`.
       first: how AR chooses the first new token, from the logits after the prompt. None for modes that do not; `First`
         then says nothing, and the slot's token is the piece's `unread`.
     """
     bound = bind_part(model, params)
-    tower = bound.context_tower
-    rows = tower.clear_rows(tower.take_rows(slots.cache, piece.slot), piece.first)
+    rows = slots.cache.take_rows(piece.slot).clear_rows(piece.first)
     logits, rows = bound.extend(piece.ids, piece.lengths, rows)
 
     # Prompts that go on have no slot yet, as far as everything but the cache is concerned.
@@ -165,7 +177,7 @@ def prefill(
         prediction = choose(first, seed, piece.number, count, logits)
         token, finite = prediction.tokens, prediction.finite
         count += 1
-        active = (token != eos) & (count < piece.limit)
+        active = ~ends(token, eos) & (count < piece.limit)
     else:
         token, finite, active = piece.unread, jnp.ones_like(piece.last), jnp.ones_like(piece.last)
 
@@ -173,7 +185,7 @@ def prefill(
         return old.at[ready].set(new, mode="drop")
 
     slots = Slots(
-        cache=tower.put_rows(slots.cache, piece.slot, rows),
+        cache=slots.cache.put_rows(piece.slot, rows),
         number=put(slots.number, piece.number),
         token=put(slots.token, token),
         count=put(slots.count, count),
@@ -190,7 +202,7 @@ def prefill(
 def take_slots(slots: Slots, rows: jax.Array, *, model: TwoTower) -> Slots:
     """The slots `rows` (R,) int32 as a table of their own; of one out of range, something."""
     part = jax.tree.map(lambda v: jnp.take(v, rows, mode="clip"), slots.replace(cache=None))
-    return laid_out(model, part.replace(cache=model.context_tower.take_rows(slots.cache, rows)))
+    return laid_out(model, part.replace(cache=slots.cache.take_rows(rows)))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="view")
@@ -199,45 +211,15 @@ def put_slots(view: Slots, rows: jax.Array, part: Slots, *, model: TwoTower) -> 
     new = jax.tree.map(
         lambda v, new: v.at[rows].set(new, mode="drop"), view.replace(cache=None), part.replace(cache=None)
     )
-    return laid_out(model, new.replace(cache=model.context_tower.put_rows(view.cache, rows, part.cache)))
+    return laid_out(model, new.replace(cache=view.cache.put_rows(rows, part.cache)))
 
 
 def newest(model: TwoTower, slots: Slots, before: jax.Array, width: int) -> Slots:
-    """What changed since the cache's lengths were `before` (B,): all but the keys, and of these `width` positions.
-
-    In place of each `AttentionCache` stands the `AttentionMemory` of these positions.
-    """
-
-    def keys(cache: Any, stacked: bool) -> Any:
-        if not isinstance(cache, AttentionCache):
-            return cache
-
-        def cut(v):  # (B, K, T, P)
-            return jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))(v, before, width, 1)
-
-        cut = jax.vmap(cut) if stacked else cut
-        return AttentionMemory(key=cut(cache.key), value=cut(cache.value))
-
-    layers = [
-        tuple(keys(cache, stretch.repeats > 1) for cache in segment)
-        for stretch, segment in zip(model.context_tower.stretches, slots.cache.layers, strict=True)
-    ]
-    return slots.replace(cache=slots.cache.replace(layers=layers))
+    """What changed since the cache's lengths were `before` (B,), at most `width` tokens ago: for `absorb`."""
+    return slots.replace(cache=model.context_tower.newest(slots.cache, before, width))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="view")
 def absorb(view: Slots, news: Slots, *, model: TwoTower) -> Slots:
     """The table after what `newest` tells of it. It consumes `view`."""
-    before = view.cache.lengths
-
-    def write(old: Any, new: Any, stacked: bool) -> Any:
-        if not isinstance(old, AttentionCache):
-            return new
-        append = jax.vmap(AttentionCache.append, in_axes=(0, 0, None)) if stacked else AttentionCache.append
-        return append(old, new, before)
-
-    layers = [
-        tuple(write(*pair, stretch.repeats > 1) for pair in zip(*segments, strict=True))
-        for stretch, *segments in zip(model.context_tower.stretches, view.cache.layers, news.cache.layers, strict=True)
-    ]
-    return laid_out(model, news.replace(cache=news.cache.replace(layers=layers)))
+    return laid_out(model, news.replace(cache=model.context_tower.absorb(view.cache, news.cache)))

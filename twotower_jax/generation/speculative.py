@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from twotower_jax.diffusion import SamplingConfig, predict
 from twotower_jax.generation.modes import Call, Denoised, Emitted, Recipe, denoise
-from twotower_jax.generation.slots import Slots, next_keys, row_keys
+from twotower_jax.generation.slots import Slots, ends, next_keys, row_keys
 from twotower_jax.two_tower import TwoTower
 
 
@@ -71,7 +71,7 @@ def commit(model: TwoTower, slots: Slots, call: Call, recipe: Recipe, draft: Den
     added = jnp.where(active, accepted + 1, 0)
     given_out = place < added[:, None]
     count = slots.count + added
-    continuing = active & ~jnp.any((tokens == call.eos) & given_out, axis=1) & (count < slots.limit)
+    continuing = active & ~jnp.any(ends(tokens, call.eos) & given_out, axis=1) & (count < slots.limit)
     newest = jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
     emitted = Emitted(
         tokens=tokens,

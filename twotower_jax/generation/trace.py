@@ -47,7 +47,7 @@ class TraceWriter:
     ):
         self._write, self._decode = write, decode
         self._given = int(settings.mode == "speculative")
-        self._seen: set[int] = {config.mask_token_id, config.eos_token_id}
+        self._seen: set[int] = {config.mask_token_id, *config.eos_token_ids, *(settings.eos or ())}
         values = dataclasses.asdict(settings)
         write(
             {"format": FORMAT, "version": VERSION, "prompts": len(prompts)}

@@ -1,8 +1,27 @@
-"""The block size that a checkpoint's denoiser was trained with, where the checkpoint says so."""
+"""Whether a checkpoint's denoiser was trained, and with which block size, where the checkpoint says so."""
 
 import pathlib
 
-from twotower_jax.checkpoint.files import CheckpointError, read_json
+from twotower_jax.files import CheckpointError, read_json
+
+
+def untrained_denoiser(folder: pathlib.Path) -> bool:
+    """Whether the denoiser is a copy of a backbone that nothing has trained: generation in blocks is then noise.
+
+    So it is from the workdir of a backbone, and from a single tower as published or converted.
+    """
+    for name, field, untrained in (
+        ("conversion.json", "kind", "single_tower"),
+        ("config.json", "objective", "autoregressive"),
+        ("config.json", "architectures", ["NemotronHForCausalLM"]),
+    ):
+        try:
+            values = read_json(folder / name)
+        except (OSError, CheckpointError):
+            continue
+        if isinstance(values, dict) and field in values:
+            return values[field] == untrained
+    return False
 
 
 def trained_block_size(folder: pathlib.Path) -> int | None:

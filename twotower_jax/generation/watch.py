@@ -13,6 +13,8 @@ from twotower_jax.generation.settings import Step
 from twotower_jax.generation.stops import Decode
 
 _UNDECIDED = "░"
+# Tokens of a row that are kept: more than a terminal is wide, so that drawing costs the same however long a row is.
+_KEPT = 4096
 
 
 class Watch:
@@ -56,6 +58,7 @@ class Watch:
                 time.sleep(self._delay)
         for p in progress:
             self._tokens[p.number] += p.tokens
+            del self._tokens[p.number][:-_KEPT]
         if terminal:
             # Rows that are done stay where they are; the next block is drawn below them.
             progress.sort(key=lambda p: p.result is None)

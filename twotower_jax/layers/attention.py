@@ -1,15 +1,17 @@
 """Grouped-query attention without position encoding (Ainslie et al. 2023, arXiv 2305.13245), in both towers."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
 from twotower_jax.layers.common import Linear
+from twotower_jax.layers.mixer import Mixer, Run, require_divides, require_positive
 from twotower_jax.parameters import Scope, normal
 
 
@@ -45,12 +47,15 @@ class AttentionMemory:
     value: jax.Array
 
 
-class Attention(nnx.Module):
+class Attention(Mixer):
+    cache_axes = AttentionCache(key=("batch", None, None, None), value=("batch", None, None, None))
+
     def __init__(
         self,
         config: ModelConfig,
         scope: Scope,
         backends: kernels.Backends = kernels.Backends(),  # noqa: B008 (frozen)
+        bidirectional: bool = False,
     ):
         self.config = config
         self.backends = backends
@@ -71,8 +76,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         cache: AttentionCache | None = None,
-        cache_lengths: jax.Array | None = None,
-        document_start: jax.Array | None = None,
+        run: Run = Run(),  # noqa: B008 (frozen)
     ) -> tuple[jax.Array, AttentionMemory]:
         """One run of tokens, each seeing the cache and the tokens up to itself.
 
@@ -80,17 +84,16 @@ class Attention(nnx.Module):
 
         Args:
           x: (B, L, D).
-          cache: of the tokens before, with (B,) `cache_lengths`; None for the start of a text.
-          document_start: (B, L) int32, the first position that each one may see; None for all.
+          cache: of the tokens before, with `run.cache_lengths`; None for the start of a text.
 
         Returns:
           (B, L, D) and the keys and values of these tokens.
         """
         q, key, value = self._project(x)
         stop = jnp.arange(1, x.shape[1] + 1)[None]
-        sources = (kernels.Keys(key, value, stop, document_start),)
+        sources = (kernels.Keys(key, value, stop, run.document_start),)
         if cache is not None:
-            sources = (kernels.Keys(cache.key, cache.value, cache_lengths[:, None]), *sources)
+            sources = (kernels.Keys(cache.key, cache.value, run.cache_lengths[:, None]), *sources)
         key, value = (_heads_first(v, self.config.head_dim) for v in (key, value))
         return self._attend(q, sources), AttentionMemory(key=key, value=value)
 
@@ -99,26 +102,91 @@ class Attention(nnx.Module):
         x: jax.Array,
         memory: AttentionMemory | AttentionCache,
         block_size: int,
-        cache_lengths: jax.Array | None = None,
-        document_start: jax.Array | None = None,
-    ) -> jax.Array:
+        run: Run = Run(),  # noqa: B008 (frozen)
+    ) -> tuple[jax.Array, None]:
         """Blocks of S tokens side by side, each seeing the context before its left edge and all of itself.
 
         Args:
           x: (B, L, D); with a cache for memory, L is S.
-          memory: of the context's layer at the same depth; a cache comes with (B,) `cache_lengths`.
-          document_start: as in `causal`; every document starts with a block.
+          memory: of the context's layer at the same depth; a cache comes with `run.cache_lengths`.
 
         Returns:
           (B, L, D)
         """
         q, key, value = self._project(x)
         if isinstance(memory, AttentionCache):
-            source = kernels.Keys(memory.key, memory.value, cache_lengths[:, None], document_start)
+            source = kernels.Keys(memory.key, memory.value, run.cache_lengths[:, None], run.document_start)
         else:
             stop = (jnp.arange(x.shape[1]) // block_size * block_size)[None]
-            source = kernels.Keys(_side_by_side(memory.key), _side_by_side(memory.value), stop, document_start)
-        return self._attend(q, (source,), (key, value), block_size)
+            source = kernels.Keys(_side_by_side(memory.key), _side_by_side(memory.value), stop, run.document_start)
+        return self._attend(q, (source,), (key, value), block_size), None
+
+    @classmethod
+    def cache_shapes(cls, config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> AttentionCache:
+        shape = jax.ShapeDtypeStruct((batch, config.num_key_value_heads, capacity, config.head_dim), dtype)
+        return AttentionCache(key=shape, value=shape)
+
+    def first_cache(self, memory: AttentionMemory, capacity: int) -> AttentionCache:
+        def grow(v):
+            if v.shape[2] > capacity:
+                raise ValueError(f"a cache of {capacity} positions cannot take {v.shape[2]} tokens")
+            return jnp.pad(v, [(0, 0), (0, 0), (0, capacity - v.shape[2]), (0, 0)])
+
+        return AttentionCache(key=grow(memory.key), value=grow(memory.value))
+
+    def news(self, memory: AttentionMemory) -> AttentionMemory:
+        return memory
+
+    def append(self, cache: AttentionCache, news: AttentionMemory, before: jax.Array) -> AttentionCache:
+        return cache.append(news, before)
+
+    def newest(self, cache: AttentionCache, before: jax.Array, width: int) -> AttentionMemory:
+        def cut(v):  # (B, K, T, P)
+            return jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))(v, before, width, 1)
+
+        return AttentionMemory(key=cut(cache.key), value=cut(cache.value))
+
+    def keep(
+        self, cache: AttentionCache, memory: AttentionMemory, before: jax.Array, lengths: jax.Array
+    ) -> AttentionCache:
+        # Keys after the kept ones do not count, and are written over.
+        return cache.append(memory, before)
+
+    def published_cache(self, cache: AttentionCache) -> dict[str, jax.Array]:
+        """(B, K, length, P)."""
+        return {"key": cache.key, "value": cache.value}
+
+    @classmethod
+    def check_config(cls, config: ModelConfig) -> None:
+        require_positive(config, "num_attention_heads", "num_key_value_heads", "head_dim")
+        require_divides(config, "num_key_value_heads", "num_attention_heads")
+
+    @classmethod
+    def check_mesh(cls, config: ModelConfig, shape: sharding.MeshShape, sequence_length: int) -> None:
+        tensor = shape.tensor
+        sharding.check_divides("tensor", tensor, config.num_attention_heads, "num_attention_heads")
+        ratio, heads = config.num_attention_heads // config.num_key_value_heads, config.num_attention_heads // tensor
+        if heads % ratio and ratio % heads:
+            raise ValueError(f"mesh: tensor={tensor} gives a device {heads} heads, which do not read whole key heads")
+
+    @classmethod
+    def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
+        heads = config.num_attention_heads
+        projections = 2 * config.hidden_size * config.head_dim * 2 * (heads + config.num_key_value_heads)
+        return projections + 4 * heads * config.head_dim * keys
+
+    @classmethod
+    def infer(cls, shapes: Mapping[str, list[int]]) -> dict[str, Any] | None:
+        if "q_proj.weight" not in shapes:
+            return None
+        q, k = shapes["q_proj.weight"][0], shapes["k_proj.weight"][0]
+        head = math.gcd(q, k)
+        return {
+            "num_attention_heads": q // head,
+            "num_key_value_heads": k // head,
+            "head_dim": head,
+            "attention_bias": "q_proj.bias" in shapes,
+        }
 
     def _project(self, x):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)

@@ -1,7 +1,7 @@
-"""Mixture of experts with sigmoid routing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), and the dense MLP."""
+"""Mixture of experts with sigmoid routing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
 
-import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from twotower_jax.kernels.experts import ROUTING, Weights
 from twotower_jax.kernels.numerics.choice import choose_experts
 from twotower_jax.layers import expert_parallel
 from twotower_jax.layers.common import ACTIVATIONS, Linear
+from twotower_jax.layers.mixer import Pointwise, Routing, Run, require_divides, require_positive
+from twotower_jax.layers.mlp import MLP, stds
 from twotower_jax.parameters import GROUPS, LINEAR, Scope, at_rest, constant, normal, use
 
 # Logical axes, for `sharding.local`.
@@ -25,24 +27,6 @@ _WEIGHT_AXES = Weights(
     up_bias=("experts", "expert_mlp"),
     down_bias=("experts", None),
 )
-
-
-class MLP(nnx.Module):
-    """Ungated: up, activation, down."""
-
-    def __init__(self, config: ModelConfig, width: int, scope: Scope):
-        self.activation = config.mlp_hidden_act
-        up_std, down_std = _stds(config)
-        self.up_proj = Linear(
-            scope.child("up_proj"), (config.hidden_size, width), ("embed", "mlp"), normal(up_std), config.mlp_bias
-        )
-        self.down_proj = Linear(
-            scope.child("down_proj"), (width, config.hidden_size), ("mlp", "embed"), normal(down_std), config.mlp_bias
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, L, D) → (B, L, D)"""
-        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
 
 
 class Router(nnx.Module):
@@ -97,49 +81,41 @@ class Router(nnx.Module):
         )
 
 
-class Routing(NamedTuple):
-    """What a router did.
+class Experts(Pointwise):
+    """Σ weight · expert(x) over the chosen experts, plus the shared expert. No capacity, no dropped tokens.
 
-    Attributes:
-      load: (E,) float32, each expert's number of tokens as a multiple of the even share.
-      experts: (B, L, k) int32, those of each token, best first.
+    With `moe_latent_size` the routed experts work in a smaller space, fc2(Σ weight · expert(fc1(x))); router and shared
+    expert read x itself (Nemotron 3 Super).
     """
 
-    load: jax.Array
-    experts: jax.Array
-
-
-def load_of(experts: jax.Array, measured: jax.Array, count: int) -> jax.Array:
-    """A router's load over some of the tokens: (count,) float32, `Routing.load` where they are all.
-
-    Args:
-      experts: (B, L, k) int32, those of each token.
-      measured: (B, L) bool, the tokens; where there is none, the load is 0.
-      count: E.
-    """
-    chosen = (experts[..., None] == jnp.arange(count)) & measured[..., None, None]
-    tokens = jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32)
-    even = jnp.sum(measured, dtype=jnp.float32) * (experts.shape[-1] / count)
-    return tokens / jnp.maximum(even, experts.shape[-1] / count)
-
-
-class Experts(nnx.Module):
-    """Σ weight · expert(x) over the chosen experts, plus the shared expert. No capacity, no dropped tokens."""
+    kept = (ROUTING,)
 
     def __init__(
         self,
         config: ModelConfig,
         scope: Scope,
         backends: kernels.Backends = kernels.Backends(),  # noqa: B008 (frozen)
+        bidirectional: bool = False,
     ):
         self.activation = config.mlp_hidden_act
         self.backends = backends
         width, num_experts = config.moe_intermediate_size, config.n_routed_experts
-        up_std, down_std = _stds(config)
+        up_std, down_std = stds(config)
         self.router = Router(config, scope.child("gate"))
+
+        def latent(name: str, shape: tuple[int, int], axes: tuple[str | None, str | None], std: float):
+            if not config.moe_latent_size:
+                return None
+            return Linear(scope.child(name), shape, axes, normal(std), config.mlp_bias)
+
+        sizes = (config.hidden_size, config.moe_latent_size)
+        self.fc1_latent_proj = latent("fc1_latent_proj", sizes, ("embed", None), up_std)
+        self.fc2_latent_proj = latent("fc2_latent_proj", sizes[::-1], (None, "embed"), down_std)
+        if config.moe_latent_size:
+            down_std = up_std  # fc2 feeds the residual stream in place of the experts.
         self.up = scope.declare(
             "experts.{e}.up_proj.weight",
-            (config.hidden_size, width),
+            (config.expert_input_size, width),
             ("embed", "expert_mlp"),
             normal(up_std),
             layout=LINEAR,
@@ -148,7 +124,7 @@ class Experts(nnx.Module):
         )
         self.down = scope.declare(
             "experts.{e}.down_proj.weight",
-            (width, config.hidden_size),
+            (width, config.expert_input_size),
             ("expert_mlp", "embed"),
             normal(down_std),
             layout=LINEAR,
@@ -163,7 +139,7 @@ class Experts(nnx.Module):
             return scope.declare(name, (width,), (axis,), constant(0.0), experts=num_experts, decay=False)
 
         self.up_bias = bias("up_proj", width, "expert_mlp")
-        self.down_bias = bias("down_proj", config.hidden_size, "embed")
+        self.down_bias = bias("down_proj", config.expert_input_size, "embed")
         self.shared_experts = (
             MLP(config, config.moe_shared_expert_intermediate_size, scope.child("shared_experts"))
             if config.n_shared_experts
@@ -174,31 +150,105 @@ class Experts(nnx.Module):
         """(B, L, D) → (B, L, D)"""
         return self.with_routing(x)[0]
 
+    def blockwise(
+        self,
+        x: jax.Array,
+        memory: None,
+        block_size: int,
+        run: Run = Run(),  # noqa: B008 (frozen)
+    ) -> tuple[jax.Array, Routing]:
+        return self.with_routing(x)
+
     def with_routing(self, x: jax.Array) -> tuple[jax.Array, Routing]:
         """(B, L, D) → (B, L, D), and which experts it went through."""
-        routed = sharding.local(self._routed, (_TOKENS, _ROUTER_AXES, _WEIGHT_AXES), (_TOKENS, (None,), _TOKENS))
+        latent = None if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
+        axes = (_TOKENS, _TOKENS, _ROUTER_AXES, _WEIGHT_AXES)
+        routed = sharding.local(self._routed, axes, (_TOKENS, (None,), _TOKENS))
         router = use(self.router.weight, jnp.float32), use(self.router.bias, jnp.float32)
         biases = (None if b is None else use(b, x.dtype) for b in (self.up_bias, self.down_bias))
-        y, tokens, chosen = routed(x, router, Weights(at_rest(self.up, x.dtype), at_rest(self.down, x.dtype), *biases))
+        weights = Weights(at_rest(self.up, x.dtype), at_rest(self.down, x.dtype), *biases)
+        y, tokens, chosen = routed(x, latent, router, weights)
+        if self.fc2_latent_proj is not None:
+            y = self.fc2_latent_proj(y)
         load = tokens * (tokens.size / (x.shape[0] * x.shape[1] * self.router.config.num_experts_per_tok))
         return (y if self.shared_experts is None else y + self.shared_experts(x)), Routing(load, chosen)
 
-    def _routed(self, x, router, weights):
-        """One device's tokens through the routed experts, which may be on other devices."""
+    def _routed(self, x, latent, router, weights):
+        """One device's tokens through the routed experts, which may be on other devices and read `latent` where it is
+        given."""
         tokens = x.reshape(-1, x.shape[-1])
         indices, gates = self.router.route(tokens, *router)
+        read = x if latent is None else latent
         y = expert_parallel.expert_mlp(
-            *(tokens, indices, gates, weights),
+            *(tokens if latent is None else latent.reshape(-1, latent.shape[-1]), indices, gates, weights),
             activation=ACTIVATIONS[self.activation],
             implementation=self.backends.expert_mlp,
         )
         load = jnp.bincount(indices.reshape(-1), length=router[1].size).astype(jnp.float32)
         if over := sharding.dividing("batch", "length"):
             load = jax.lax.psum(load, over)
-        return y.reshape(x.shape), load, indices.reshape(*x.shape[:2], -1)
+        return y.reshape(read.shape), load, indices.reshape(*x.shape[:2], -1)
 
+    @classmethod
+    def check_config(cls, config: ModelConfig) -> None:
+        require_positive(
+            config, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"
+        )
+        require_divides(config, "n_group", "n_routed_experts")
+        if config.topk_group > config.n_group:
+            raise ValueError(f"topk_group={config.topk_group} exceeds n_group={config.n_group}")
+        if config.num_experts_per_tok > config.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok={config.num_experts_per_tok} exceeds n_routed_experts={config.n_routed_experts}"
+            )
+        if config.n_group > 1 and config.n_routed_experts // config.n_group < 2:
+            raise ValueError(
+                f"n_group={config.n_group} leaves fewer than two of n_routed_experts={config.n_routed_experts} in a "
+                "group, and a group is scored by its best two"
+            )
+        if config.moe_latent_size < 0:
+            raise ValueError(f"moe_latent_size={config.moe_latent_size} must not be negative")
+        if config.n_shared_experts not in (0, 1):
+            raise ValueError(f"n_shared_experts={config.n_shared_experts} must be 0 or 1")
+        if config.n_shared_experts and config.moe_shared_expert_intermediate_size <= 0:
+            raise ValueError(
+                f"n_shared_experts={config.n_shared_experts} needs a positive moe_shared_expert_intermediate_size, "
+                f"not {config.moe_shared_expert_intermediate_size}"
+            )
 
-def _stds(config: ModelConfig) -> tuple[float, float]:
-    """Standard deviations of up and down projections; the latter feeds the residual stream."""
-    std = config.initializer_range
-    return std, std / math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else std
+    @classmethod
+    def check_mesh(cls, config: ModelConfig, shape: sharding.MeshShape, sequence_length: int) -> None:
+        sharding.check_divides("expert", shape.expert, config.n_routed_experts, "n_routed_experts")
+        sharding.check_divides("tensor", shape.tensor, config.moe_intermediate_size, "moe_intermediate_size")
+        if config.n_shared_experts:
+            name = "moe_shared_expert_intermediate_size"
+            sharding.check_divides("tensor", shape.tensor, getattr(config, name), name)
+
+    @classmethod
+    def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
+        shared = config.moe_shared_expert_intermediate_size if config.n_shared_experts else 0
+        routed = 4 * config.expert_input_size * config.num_experts_per_tok * config.moe_intermediate_size
+        whole = 2 * config.n_routed_experts + 4 * (shared + config.moe_latent_size)
+        return config.hidden_size * whole + routed
+
+    @classmethod
+    def num_experts(cls, config: ModelConfig) -> int:
+        return config.n_routed_experts
+
+    @classmethod
+    def infer(cls, shapes: Mapping[str, list[int]]) -> dict[str, Any] | None:
+        if "gate.weight" not in shapes:
+            return None
+        shared = "shared_experts.up_proj.weight" in shapes
+        values = {
+            "n_routed_experts": shapes["gate.weight"][0],
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": shapes["experts.0.up_proj.weight"][0],
+            "n_shared_experts": int(shared),
+            "mlp_bias": "experts.0.up_proj.bias" in shapes,
+        }
+        if "fc1_latent_proj.weight" in shapes:
+            values["moe_latent_size"] = shapes["fc1_latent_proj.weight"][0]
+        if shared:
+            values["moe_shared_expert_intermediate_size"] = shapes["shared_experts.up_proj.weight"][0]
+        return values

@@ -9,14 +9,13 @@ itself (`sharding.local`).
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
@@ -24,6 +23,7 @@ from twotower_jax.kernels.block_scan import LONGEST_BLOCK, BlockWeights, add_ski
 from twotower_jax.kernels.numerics.gated_norm import gated_norm
 from twotower_jax.layers import sequence_parallel
 from twotower_jax.layers.common import Linear
+from twotower_jax.layers.mixer import Mixer, Run, require_divides, require_positive
 from twotower_jax.parameters import CONV, Scope, constant, normal, uniform, use
 
 
@@ -117,7 +117,9 @@ def _memory_axes(end: bool = True) -> MambaMemory:
     )
 
 
-class Mamba(nnx.Module):
+class Mamba(Mixer):
+    cache_axes = _CACHE_AXES
+
     def __init__(
         self,
         config: ModelConfig,
@@ -163,27 +165,17 @@ class Mamba(nnx.Module):
         self,
         x: jax.Array,
         cache: MambaCache | None = None,
-        lengths: jax.Array | None = None,
-        document_start: jax.Array | None = None,
-        end: bool = True,
+        run: Run = Run(),  # noqa: B008 (frozen)
     ) -> tuple[jax.Array, MambaMemory]:
-        """One run of tokens after `cache`.
-
-        Args:
-          x: (B, L, D).
-          cache: of the tokens before; None for the start of a text.
-          lengths: (B,) int32, how many of the L tokens of each row are real (the rest is padding on the right that
-            changes neither the cache nor any real token); None for all.
-          document_start: (B, L) int32, the position of the first token that each one may know of; None for all.
-          end: whether the cache after the real tokens is wanted.
+        """One run of tokens x (B, L, D) after `cache`; None for the start of a text.
 
         Returns:
           (B, L, D) and the memory, its `end` being the cache after the real tokens.
         """
+        lengths, document_start, end = run.lengths, run.document_start, run.end
         optional = zip((_CACHE_AXES, ("batch",), _BEFORE), (cache, lengths, document_start), strict=True)
         axes = (_TOKENS, *(None if given is None else axes for axes, given in optional), _CORE_AXES)
-        run = functools.partial(self._causal, end=end)
-        core = sharding.local(run, axes, (_TOKENS, _memory_axes(end)))
+        core = sharding.local(functools.partial(self._causal, end=end), axes, (_TOKENS, _memory_axes(end)))
         y, memory = core(self._project(x), cache, lengths, _tokens_before(document_start), self._core())
         return self.out_proj(y), memory
 
@@ -222,14 +214,13 @@ class Mamba(nnx.Module):
         x: jax.Array,
         memory: MambaMemory | MambaCache,
         block_size: int,
-        document_start: jax.Array | None = None,
-    ) -> jax.Array:
+        run: Run = Run(),  # noqa: B008 (frozen)
+    ) -> tuple[jax.Array, None]:
         """Blocks of S tokens side by side, each seeded with the context's state at its left edge.
 
         Args:
           x: (B, L, D); with a cache for memory, L is S.
           memory: of the context's layer at the same depth.
-          document_start: as in `causal`; every document starts with a block.
 
         Returns:
           (B, L, D)
@@ -239,9 +230,10 @@ class Mamba(nnx.Module):
         def blocks(projected, memory, before, core):
             return self._blockwise(projected, memory, before, core, block_size)
 
-        axes = (_TOKENS, memory_axes, None if document_start is None else _BEFORE, _CORE_AXES)
+        axes = (_TOKENS, memory_axes, None if run.document_start is None else _BEFORE, _CORE_AXES)
         core = sharding.local(blocks, axes, _TOKENS)
-        return self.out_proj(core(self._project(x), memory, _tokens_before(document_start), self._core()))
+        y = core(self._project(x), memory, _tokens_before(run.document_start), self._core())
+        return self.out_proj(y), None
 
     def _blockwise(self, projected, memory, before, core, block_size):
         z, conv_input, dt, log_decay = self._split_projected(projected, core)
@@ -274,6 +266,60 @@ class Mamba(nnx.Module):
         if self.bidirectional:
             y = (y + self._reversed(conv_input, dt, log_decay, core, block_size)) / 2
         return self._gated_norm(y, z, core)
+
+    @classmethod
+    def cache_shapes(cls, config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> MambaCache:
+        state = (batch, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        return MambaCache(
+            conv=jax.ShapeDtypeStruct((batch, config.conv_kernel, config.conv_channels), dtype),
+            state=jax.ShapeDtypeStruct(state, jnp.float32),
+        )
+
+    def keep(self, cache: MambaCache, memory: MambaMemory, before: jax.Array, lengths: jax.Array) -> MambaCache:
+        """The state is advanced again from what was projected, with step size 0 after the kept tokens."""
+        return cache.advance(memory, lengths, self.config.chunk_size, self.backends)
+
+    def published_cache(self, cache: MambaCache) -> dict[str, jax.Array]:
+        """conv (B, C, W), ssm (B, H, P, N)."""
+        return {"conv": jnp.swapaxes(cache.conv, 1, 2), "ssm": cache.state}
+
+    @classmethod
+    def check_config(cls, config: ModelConfig) -> None:
+        require_positive(
+            *(config, "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size")
+        )
+        if config.conv_kernel < 2:
+            raise ValueError(f"conv_kernel={config.conv_kernel} must be at least 2: it reaches back in time")
+        require_divides(config, "n_groups", "mamba_num_heads")
+
+    @classmethod
+    def check_mesh(cls, config: ModelConfig, shape: sharding.MeshShape, sequence_length: int) -> None:
+        if shape.sequence > 1 and sequence_length // shape.sequence < config.conv_kernel:
+            raise ValueError(f"mesh: sequence={shape.sequence} leaves a device fewer than {config.conv_kernel} tokens")
+        sharding.check_divides("tensor", shape.tensor, config.n_groups, "n_groups")
+
+    @classmethod
+    def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
+        width, inner = config.hidden_size, config.mamba_inner
+        projections = 2 * width * (inner + config.conv_channels + config.mamba_num_heads) + 2 * inner * width
+        scan = 2 * config.conv_kernel * config.conv_channels + 4 * inner * config.ssm_state_size
+        return projections + scans * scan
+
+    @classmethod
+    def infer(cls, shapes: Mapping[str, list[int]]) -> dict[str, Any] | None:
+        if "A_log" not in shapes:
+            return None
+        heads, inner = shapes["A_log"][0], shapes["out_proj.weight"][1]
+        channels, _, width = shapes["conv1d.weight"]
+        return {
+            "mamba_num_heads": heads,
+            "mamba_head_dim": inner // heads,
+            "conv_kernel": width,
+            "n_groups": 1,
+            "ssm_state_size": (channels - inner) // 2,
+            "use_conv_bias": "conv1d.bias" in shapes,
+            "use_bias": "in_proj.bias" in shapes,
+        }
 
     def _project(self, x):
         """in_proj, its columns device by device: each device's share of z, x, B, C and dt side by side."""

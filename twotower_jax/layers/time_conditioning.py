@@ -1,5 +1,6 @@
 """Time conditioning of the denoiser: adaLN-single (Chen et al. 2023, arXiv 2310.00426, section 2.3)."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -66,7 +67,8 @@ class TimeConditioning(nnx.Module):
         self.block = linear(scope.child("t_block").child("1"), (width, 3 * width), ("embed", None), constant(0.0))
         # One (3, D) table a layer, in the order of the layers.
         prefix = f"{scope.prefixes[0]}scale_shift_tables."
-        layers = Scope(tuple(f"{prefix}{i}" for i in range(config.num_hidden_layers)), stacked=True)
+        prefixes = tuple(f"{prefix}{i}" for i in range(config.num_hidden_layers))
+        layers = dataclasses.replace(scope, prefixes=prefixes, stacked=True)
         self.tables = layers.declare("", (3, width), (None, "embed"), table_init or _identity_table, decay=False)
 
     def embed(self, t: jax.Array) -> jax.Array:

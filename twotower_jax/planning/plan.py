@@ -8,11 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import count
 from twotower_jax.planning import gates
 from twotower_jax.planning.gates import Gate
 from twotower_jax.planning.hardware import Hardware
-from twotower_jax.sharding import batch_sharding, check_fits, make_mesh
+from twotower_jax.planning.predict import Prediction, predict
+from twotower_jax.planning.rates import RATES
+from twotower_jax.sharding import batch_sharding, make_mesh
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.flops import step_flops
 from twotower_jax.train.objectives import make_objective
@@ -33,6 +36,7 @@ class Plan(NamedTuple):
       activations: everything else that lives during a step (XLA's temporaries, gathered layers and gradients in it).
       retiled: of the weights, what the step copies into other tiles at its beginning (`gates.retiled_bytes`).
       flops: analytic, of one step over all devices.
+      predicted: how long a step takes by the compiled program; None where the rates of the hardware are not known.
       lower_seconds, compile_seconds: by the clock. processor_seconds: of both, on all cores.
     """
 
@@ -54,6 +58,7 @@ class Plan(NamedTuple):
     compile_seconds: float
     processor_seconds: float
     gates: list[Gate]
+    predicted: Prediction | None = None
 
     @property
     def total(self) -> int:
@@ -67,6 +72,13 @@ class Plan(NamedTuple):
     def tokens_per_second(self) -> float:
         """Projected: at UTILIZATION of the peak rate of all devices."""
         return self.tokens * UTILIZATION * self.peak_flops * self.devices / self.flops
+
+    @property
+    def predicted_utilization(self) -> float | None:
+        """The share of the peak rate that the model's own FLOPs have of the predicted time."""
+        if self.predicted is None:
+            return None
+        return self.flops / (self.peak_flops * self.devices * self.predicted.seconds)
 
 
 def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
@@ -107,6 +119,7 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
     peak = memory.output_size_in_bytes + memory.temp_size_in_bytes + arguments
     sizes, program = config.mesh.resolve(len(hardware.devices)), compiled.as_text()
     table = [*trained.values(), *frozen_table.values()]
+    rates = RATES.get(hardware.name.partition(":")[0])
     return Plan(
         hardware=hardware.name,
         chips=hardware.chips,
@@ -130,6 +143,7 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
             gates.dense_experts(program, config, model, sizes),
             gates.weight_copies(program, table, mesh.shape),
         ],
+        predicted=None if rates is None else predict(program, rates, hardware.peak_flops),
     )
 
 

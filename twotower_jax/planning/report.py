@@ -29,10 +29,29 @@ def describe(plan: Plan) -> str:
         f"device {plan.tokens_per_second:,.0f} tokens/s; 2.1 T tokens in {days:.0f} days, "
         f"{days * 24 * plan.chips:,.0f} chip-hours",
     ]
-    return "\n".join([*lines, *gates.describe(plan.gates)])
+    return "\n".join([*lines, *_predicted(plan), *gates.describe(plan.gates)])
+
+
+def _predicted(plan: Plan) -> list[str]:
+    """The time of a step by the compiled program, and what it consists of."""
+    found = plan.predicted
+    if found is None:
+        return []
+    sent = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in found.link_bytes.items()) or "none"
+    uncounted = "".join(f"; {count} {what} not counted" for what, count in found.uncounted.items())
+    return [
+        f"  predicted {found.seconds:.2f} s a step, {plan.predicted_utilization:.0%} of the peak, limited by "
+        f"{found.limit}: arithmetic {found.arithmetic:.2f} s, memory {found.memory:.2f} s, links {found.exposed:.2f} s "
+        f"and {found.hidden:.2f} s more behind other work{uncounted}",
+        f"  GiB sent by each device, by collective: {sent}",
+    ]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """All figures, JSON values."""
     projected = {"total": plan.total, "fits": plan.fits, "tokens_per_second": plan.tokens_per_second}
+    if plan.predicted is not None:
+        seconds = {"seconds": plan.predicted.seconds, "limit": plan.predicted.limit}
+        utilization = {"utilization": plan.predicted_utilization}
+        projected["predicted"] = plan.predicted._asdict() | seconds | utilization
     return plan._asdict() | projected | {"gates": {gate.name: gate.found for gate in plan.gates}}

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from twotower_jax import quantization
 from twotower_jax.config import ModelConfig
+from twotower_jax.execution import Execution
 from twotower_jax.parameters import bind, parameter_table, unflatten
 from twotower_jax.planning import gates
 from twotower_jax.planning.hardware import GIB, Hardware
 from twotower_jax.planning.plan import HEADROOM
 from twotower_jax.quantization import Method
 from twotower_jax.sharding import MeshShape, make_mesh
-from twotower_jax.tower import Execution
 from twotower_jax.two_tower import TwoTower
 
 EVALUATION = "denoiser evaluation"

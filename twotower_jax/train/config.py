@@ -17,9 +17,10 @@ from ml_collections import ConfigDict, config_dict
 
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.diffusion import SCHEDULES, TIMES, WEIGHTS, MaskedDiffusion
+from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
+from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
-from twotower_jax.tower import REMAT, Execution
 
 OBJECTIVES = ("autoregressive", "denoiser")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -51,6 +52,7 @@ ADDED = {
     "diffusion.times": "uniform",
     "diffusion.weight": "flat",
     "diffusion.complementary": False,
+    "moments_dtype": "float32",
 }
 
 
@@ -131,6 +133,8 @@ class TrainConfig:
     seed: int = 0
     # Of activations and of the frozen parameters; trained parameters and their moments are float32.
     dtype: str = "float32"
+    # Of Adam's two moments between steps: "float32", or "bfloat16" where memory is short. Computing is in float32.
+    moments_dtype: str = "float32"
     # What the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each layer;
     # "unit", which keeps what enters each unit of a repeated segment.
     remat: str = "none"
@@ -162,6 +166,7 @@ class TrainConfig:
             _check_type(field, getattr(self, field.name))
         _check(self.objective in OBJECTIVES, f"objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
         _check(self.dtype in DTYPES, f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        _check(self.moments_dtype in DTYPES, f"moments_dtype={self.moments_dtype!r} is not one of {', '.join(DTYPES)}")
         _check(self.remat in REMAT, f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
         for name in ("steps", "batch_size", "log_every", "keep_checkpoints", "vocab_size", "accumulate"):
             _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
@@ -202,6 +207,12 @@ class TrainConfig:
         )
         ok = len(self.adam_betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in self.adam_betas)
         _check(ok, f"adam_betas={self.adam_betas} must be two numbers, each at least 0 and less than 1")
+        # A mean that moves by less than half of the last bit never moves again: at 0.999 it would stay where it began.
+        _check(
+            self.moments_dtype == "float32" or 1 - max(self.adam_betas) > float(jnp.finfo(jnp.bfloat16).eps),
+            f"moments_dtype={self.moments_dtype!r} cannot follow moments that change as slowly as with "
+            f"adam_betas={self.adam_betas}; take betas up to 0.99, or float32",
+        )
 
     def _check_blocks(self):
         _check(self.block_size is None or self.block_size >= 1, f"block_size={self.block_size} must be at least 1")
@@ -305,6 +316,9 @@ def freeze(config: ConfigDict) -> TrainConfig:
     values = config.to_dict()
     if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)}):
         raise ValueError(f"config: there is no field {unknown[0]!r}")
+    for name in ("init_from", "data"):
+        if isinstance(values.get(name), str):
+            values[name] = local_path(values[name])
     parts = {}
     for name, part in (
         ("variant", Variant),

@@ -10,7 +10,7 @@ expert, k of E experts a token, S block, V vocabulary):
     attention   2 D d (2 H + 2 K) + 4 H d · keys            q, o, k, v with K key heads of d; scores and their sum
                 keys: (L + 1) / 2 on average where causal, (L + S) / 2 for a denoiser that sees the blocks before its
                 own and all of its own
-    experts     2 D E + 4 D F k + 4 D F_shared
+    experts     2 D E + 4 Z F k + 4 D F_shared, where Z is D, or with latent experts their width, and 4 D Z more
     MLP         4 D F
     head        2 D V
     time        2 (256 D + D² + 3 D²) a sequence
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import jax
 
 from twotower_jax.config import ModelConfig
+from twotower_jax.layers import registry
 from twotower_jax.layers.time_conditioning import NUM_SINUSOIDS
 from twotower_jax.train.config import TrainConfig
 
@@ -41,30 +42,14 @@ PEAK_FLOPS = {
 }
 
 
-def layer_flops(model: ModelConfig, kind: str, keys: float, scans: int = 1) -> float:
-    """Forward, of one token in one layer.
+def tower_flops(model: ModelConfig, keys: float, scans: int = 1) -> float:
+    """Forward, of one token in all layers, without embedding and head.
 
     Args:
-      kind: the layer's letter in the pattern.
       keys: that a query sees on average.
-      scans: of a Mamba-2 layer; 2 where it also reads every block backward.
+      scans: 2 where the denoiser also reads every block backward.
     """
-    m, width = model, model.hidden_size
-    if kind == "M":
-        projections = 2 * width * (m.mamba_inner + m.conv_channels + m.mamba_num_heads) + 2 * m.mamba_inner * width
-        return projections + scans * (2 * m.conv_kernel * m.conv_channels + 4 * m.mamba_inner * m.ssm_state_size)
-    if kind == "*":
-        projections = 2 * width * m.head_dim * 2 * (m.num_attention_heads + m.num_key_value_heads)
-        return projections + 4 * m.num_attention_heads * m.head_dim * keys
-    if kind == "E":
-        shared = m.moe_shared_expert_intermediate_size if m.n_shared_experts else 0
-        return 2 * width * m.n_routed_experts + 4 * width * (m.num_experts_per_tok * m.moe_intermediate_size + shared)
-    return 4 * width * m.intermediate_size
-
-
-def tower_flops(model: ModelConfig, keys: float, scans: int = 1) -> float:
-    """Forward, of one token in all layers, without embedding and head."""
-    return sum(layer_flops(model, kind, keys, scans) for kind in model.hybrid_override_pattern)
+    return sum(registry.kind(letter).flops(model, keys, scans) for letter in model.hybrid_override_pattern)
 
 
 def step_flops(config: TrainConfig, model: ModelConfig, block_size: int) -> float:

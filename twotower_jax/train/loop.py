@@ -96,10 +96,7 @@ def train(
       SaveError: if a checkpoint or the metrics cannot be written; the checkpoints before are whole.
       ProcessLost: if another process of the run does not answer any more.
     """
-    settings, own = dataclasses.asdict(config), registered()
-    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED)
-    if folder.step is not None and folder.step > config.steps:
-        raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
+    folder = _look(config, workdir)
     if config.wandb_project:
         import_wandb(config.wandb_project)
     if not distributed.is_leader():
@@ -109,6 +106,12 @@ def train(
     with distributed.noticing_loss():
         distributed.barrier("before anything is written")
     with distributed.noticing_loss(), folder.locked():
+        distributed.barrier("the workdir is this run's")
+        now = _look(config, workdir)
+        if (now.step, now.model) != (folder.step, folder.model):
+            # Another run of this workdir was there meanwhile, and has left it.
+            del run
+            run, folder = _Run(config, now, make_start(config, now, report), report, stop, profile), now
         run.describe()
         if folder.step is None:
             run.begin()
@@ -119,6 +122,15 @@ def train(
         else:
             run.go()
         return TrainResult(run.step, last_row(folder.path) or {}, run.stopped)
+
+
+def _look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
+    """What the workdir holds now."""
+    settings, own = dataclasses.asdict(config), registered()
+    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED)
+    if folder.step is not None and folder.step > config.steps:
+        raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
+    return folder
 
 
 class _Run:
@@ -195,7 +207,10 @@ class _Run:
         folder.create(self.start.model, self.frozen)
         if distributed.is_leader():
             with writing(folder.path):
-                save_tokenizer(self.start.tokenizer, folder.path)
+                save_tokenizer(
+                    *(self.start.tokenizer, folder.path, self.start.model.eos_token_ids[0]),
+                    source=self.start.tokenizer_folder,
+                )
         self.report(f"starting from {config.init_from or 'random weights'}")
         if config.objective == "denoiser" and not config.init_from and config.variant.context == "frozen":
             self.report("warning: the context tower is random and frozen; give init_from a trained backbone")

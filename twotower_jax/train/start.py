@@ -1,6 +1,7 @@
 """What a run starts from: tokenizer, model shape, first parameters, and the data as windows of tokens."""
 
 import math
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +9,8 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from twotower_jax.checkpoint.load import load, stored_method
+from twotower_jax import memory, randomness
+from twotower_jax.checkpoint.load import contents, load, stored_method
 from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.config import ModelConfig
 from twotower_jax.data import load_tokenizer
@@ -16,17 +18,21 @@ from twotower_jax.data.mixture import Mixture
 from twotower_jax.data.opening import Data, Packing, Windows
 from twotower_jax.data.tokenizer import id_range
 from twotower_jax.data.windows import Concatenation
+from twotower_jax.memory import Room
+from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import Params, parameter_table, unflatten
-from twotower_jax.sharding import MeshShape, check_fits, stored_sharding
+from twotower_jax.sharding import MeshShape, stored_sharding
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Objective, make_objective
 from twotower_jax.train.placement import choose_mesh
+from twotower_jax.train.step import abstract_state, make_optimizer, tables
 
 
 class Start(NamedTuple):
     """All that the loop needs.
 
     Attributes:
+      tokenizer_folder: the checkpoint that the tokenizer comes from; None where it comes with the data or a workdir.
       params: the first parameters of all of the model; None where they come from the workdir's checkpoint.
       training, validation: windows of tokens; validation is None where nothing is held out.
       mesh: of the devices that the run uses; None for one.
@@ -39,6 +45,7 @@ class Start(NamedTuple):
     training: Windows | Mixture
     validation: Windows | Concatenation | None
     mesh: Mesh | None
+    tokenizer_folder: pathlib.Path | None = None
 
 
 def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], None] = lambda line: None) -> Start:
@@ -51,7 +58,7 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
       ValueError, OSError: for inputs that are missing, broken, or do not fit together.
     """
     data, mesh = Data(config.data, report), choose_mesh(config.mesh)
-    checkpoint = None
+    checkpoint, folder = None, None
     if workdir.step is not None:
         tokenizer, model = load_tokenizer(workdir.path), workdir.model
     elif config.init_from:
@@ -61,9 +68,11 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
                 f"init_from={config.init_from}: its weights are quantized ({method.name}), from which training cannot "
                 "start; give the checkpoint that it was made from"
             )
+        check_memory(config, make_objective(config, contents(config.init_from).config), mesh)
         variant = None if config.objective == "autoregressive" else config.variant
         loaded = load(config.init_from, variant, config.execution, mesh=mesh)
         tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
+        folder = loaded.tokenizer_folder
         if (used := id_range(tokenizer)) > model.vocab_size:
             raise ValueError(
                 f"{loaded.tokenizer_folder}: the tokenizer gives ids up to {used - 1}, which lie outside the "
@@ -85,27 +94,50 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
         rows = config.batch_size // config.accumulate
         for block_size in config.block_sizes:
             check_fits(MeshShape(**mesh.shape), model, rows, config.sequence_length, block_size)
+    objective = make_objective(config, model)
+    if checkpoint is None:  # Otherwise it was asked before that was loaded.
+        check_memory(config, objective, mesh)
     packing = Packing(
         sequence_length=config.sequence_length,
         vocab_size=model.vocab_size,
         validation_fraction=config.validation_fraction,
         seed=config.seed,
         align=math.lcm(*config.block_sizes) if config.reset_at_documents else None,
+        end_tokens=model.eos_token_ids,
     )
     training, validation = data.windows(tokenizer, packing)
-    objective = make_objective(config, model)
     params = _first_parameters(config, objective, checkpoint, mesh) if workdir.step is None else None
-    return Start(tokenizer, model, objective, params, training, validation, mesh)
+    return Start(tokenizer, model, objective, params, training, validation, mesh, folder)
+
+
+def check_memory(config: TrainConfig, objective: Objective, mesh: Mesh | None, available: Room | None = None) -> None:
+    """Refuses a run whose state and gradients, which are whole before any of them is used, the devices cannot hold.
+
+    Activations come on top of them; compiling says how many (launch/compile.py).
+
+    Args:
+      available: what the devices have free; None asks them.
+
+    Raises:
+      ValueError: in one line, with the numbers.
+    """
+    optimizer = make_optimizer(config, tables(objective)[0])
+    state, frozen = abstract_state(objective, optimizer, mesh)
+    parts = {"trained weights": state.params, "optimizer": state.optimizer, "frozen": frozen, "gradients": state.params}
+    needed = {kind: sum(map(memory.sharded_bytes, jax.tree.leaves(tree))) for kind, tree in parts.items()}
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    fewer = 'moments_dtype="bfloat16" halves the optimizer' if config.moments_dtype == "float32" else ""
+    memory.check_holds(needed, devices, "mesh.fsdp", fewer, available)
 
 
 def _first_parameters(
     config: TrainConfig, objective: Objective, checkpoint: Params | None, mesh: Mesh | None
 ) -> Params:
     def draw() -> Params:
-        return objective.start(None, jax.random.key(config.seed))
+        return objective.start(None, randomness.key(config.seed))
 
     if checkpoint is not None:
-        return objective.start(checkpoint, jax.random.key(config.seed))
+        return objective.start(checkpoint, randomness.key(config.seed))
     if mesh is None:
         return draw()
     # Each device draws its part.

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from twotower_jax.diffusion import LossSum
 from twotower_jax.parameters import Parameter, Params, Path, flatten, parameter_table, unflatten
 from twotower_jax.sharding import constrain, stored_sharding
-from twotower_jax.train.config import TrainConfig
+from twotower_jax.train.config import DTYPES, TrainConfig
 from twotower_jax.train.objectives import Documents, Losses, NoiseKey, Objective
 from twotower_jax.train.placement import place
 from twotower_jax.train.schedule import learning_rate
@@ -84,16 +84,32 @@ def merge(trained: Params, frozen: Params) -> Params:
 def make_optimizer(config: TrainConfig, trained: Mapping[Path, Parameter]) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; weight decay where the table says so."""
     beta1, beta2 = config.adam_betas
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config),
-            b1=beta1,
-            b2=beta2,
-            weight_decay=config.weight_decay,
-            mask=unflatten({path: parameter.decay for path, parameter in trained.items()}),
-        ),
+    adam = optax.adamw(
+        learning_rate(config),
+        b1=beta1,
+        b2=beta2,
+        weight_decay=config.weight_decay,
+        mask=unflatten({path: parameter.decay for path, parameter in trained.items()}),
     )
+    if config.moments_dtype != "float32":
+        adam = _stored_in(DTYPES[config.moments_dtype], adam)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+
+
+def _stored_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer whose float32 state is kept as `dtype` between steps, and computed with in float32."""
+
+    def cast(state, before: jnp.dtype, after: jnp.dtype):
+        return jax.tree.map(lambda leaf: leaf.astype(after) if leaf.dtype == before else leaf, state)
+
+    def init(params):
+        return cast(inner.init(params), jnp.float32, dtype)
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, cast(state, dtype, jnp.float32), params)
+        return updates, cast(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def initial_state(optimizer: optax.GradientTransformation, trained: Params) -> TrainState:

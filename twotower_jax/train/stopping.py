@@ -1,20 +1,33 @@
-"""SIGTERM and SIGINT as a wish to stop: noted when they come, looked at between steps.
+"""Signals as a wish to stop: noted when they come, looked at between steps.
+
+SIGTERM and SIGINT, and those that schedulers send some minutes before the end: SIGUSR1, SIGUSR2, and SIGHUP, which a
+terminal sends too when it is closed.
 
 Imports nothing heavy, so that a command can listen before it imports anything else.
 """
 
 import signal
+from collections.abc import Callable
+from typing import Any
 
 # Of a command that stopped because it was told to, and goes on when it is run again (EX_TEMPFAIL).
 STOPPED = 75
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 _received = ""
 
 
 def listen() -> None:
-    """From now on both signals are only noted; a second SIGINT raises KeyboardInterrupt."""
-    signal.signal(signal.SIGTERM, _note)
-    signal.signal(signal.SIGINT, _note)
+    """From now on the signals are only noted; a second SIGINT raises KeyboardInterrupt."""
+    handle(_note)
+
+
+def handle(handler: Callable[[int, Any], None]) -> None:
+    """Has the signals call `handler`, except a SIGHUP that is ignored already, as under nohup."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def requested() -> str:

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 
+from twotower_jax.train import stopping
+
 # Exit status where another process of the run is lost.
 PROCESS_LOST = 4
 
@@ -33,8 +35,7 @@ def supervise() -> None:
         if child is not None:
             child.send_signal(number)
 
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGINT, forward)
+    stopping.handle(forward)
     # A session of its own: what a terminal sends to all reaches the child once, from here.
     command, environment = [sys.executable, *sys.orig_argv[1:]], os.environ | {_MARK: str(os.getpid())}
     child = subprocess.Popen(command, env=environment, start_new_session=True)

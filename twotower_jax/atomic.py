@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+_ELSEWHERE = "choose a folder on another one, such as a local disk, and copy the result"
+
 
 @contextlib.contextmanager
 def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -27,12 +29,7 @@ def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
         raise ValueError(f"{final.parent}: no such folder to write {final.name} in")
     partial = final.parent / f".{final.name}.partial"
     partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{final}: another process is writing it") from None
+    with locked_folder(partial, f"{final}: another process is writing it"):
         try:
             _clear(partial)
             yield partial
@@ -44,6 +41,34 @@ def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def locked_folder(folder: pathlib.Path, busy: str) -> Iterator[None]:
+    """Keeps every other process that asks for the same folder out, for as long as this one lives.
+
+    Sees first that the file system can do what writing there needs, so that no work is lost for want of it.
+
+    Raises:
+      ValueError: saying `busy` if another process has it; naming the folder if its file system has no locks, or cannot
+        promise that a folder's entries are on the disk.
+      OSError: if the folder is not there.
+    """
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(busy) from None
+        except OSError as error:
+            reason = f"its file system cannot lock a folder (flock: {error.strerror})"
+            raise ValueError(f"{folder}: {reason}; {_ELSEWHERE}") from None
+        try:
+            os.fsync(lock)
+        except OSError as error:
+            reason = f"its file system cannot bring a folder to the disk (fsync: {error.strerror})"
+            raise ValueError(f"{folder}: {reason}; {_ELSEWHERE}") from None
+        yield
     finally:
         os.close(lock)
 

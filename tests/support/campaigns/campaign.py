@@ -20,15 +20,15 @@ import jax
 import numpy as np
 from absl import flags
 
+from campaigns._mutations import CONVERTED, HUGGING_FACE, Mutation
 from twotower_jax import parameters
-from twotower_jax.benchmarks._mutations import CONVERTED, HUGGING_FACE, Mutation
 from twotower_jax.benchmarks._synthetic import tensors_of
 from twotower_jax.checkpoint import store
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import stored_tensors, write_folder
-from twotower_jax.checkpoint.files import CheckpointError
 from twotower_jax.checkpoint.manifest import digest_file
 from twotower_jax.config import ModelConfig
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import parameter_table
 from twotower_jax.two_tower import Backbone, TwoTower
 

@@ -1,9 +1,11 @@
 """Opening files of a folder that may be broken or hostile."""
 
+import itertools
 import json
 import os
 import pathlib
 import stat
+from collections.abc import Collection
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -12,8 +14,18 @@ import numpy as np
 _MAX_JSON_BYTES = 32 << 20
 
 
+# Names that a message shows of a list that may be of any length.
+_SHOWN = 3
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is broken or is not of this model; the message names file and tensor."""
+
+
+def some(names: Collection[str]) -> str:
+    """The first names of a list, and how many more there are, for a message of one line."""
+    first = ", ".join(itertools.islice(names, _SHOWN))
+    return first if len(names) <= _SHOWN else f"{first} and {len(names) - _SHOWN} more"
 
 
 def open_regular(path: pathlib.Path) -> BinaryIO:

@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from twotower_jax.checkpoint import orbax_steps, workdir
-from twotower_jax.checkpoint.files import CheckpointError
+from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import Path, flatten
 from twotower_jax.train.metrics import METRICS
 from twotower_jax.train.stopping import STOPPED
@@ -36,7 +36,7 @@ PHASES = (STEP, SAVE, CLEAN_UP)
 _STEPS_BETWEEN = (1, 6)
 _PATIENCE = 300.0  # seconds
 
-_TRAIN = pathlib.Path(__file__).parents[2] / "launch" / "train.py"
+_TRAIN = pathlib.Path(__file__).parents[3] / "launch" / "train.py"
 _CONFIG = """
 from twotower_jax.train.config import base_config
 

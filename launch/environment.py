@@ -1,0 +1,54 @@
+"""What every command imports first, before anything that may be missing or takes seconds to import.
+
+Says in one line what is not installed, or which setting of the environment JAX cannot read; and until the command
+listens itself (`command_line.run`), Ctrl-C ends it with a line. Any Python can read this file.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+
+_USAGE, _INTERRUPTED = 2, 130
+
+
+def _check_packages():
+    for package in ("absl", "jax", "twotower_jax"):
+        if importlib.util.find_spec(package) is None:
+            root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+            print(
+                f"error: the package {package!r} is not installed for {sys.executable}; activate the environment that "
+                f"has it (source .venv/bin/activate), or install it: pip install -e {root}",
+                file=sys.stderr,
+            )
+            sys.exit(_USAGE)
+
+
+def _leave(*_):
+    os.write(2, b"error: interrupted; nothing had begun\n")
+    os._exit(_INTERRUPTED)
+
+
+_leave.while_importing = True
+_show = sys.excepthook
+
+
+def _say(kind, error, traceback):
+    """One line for a setting that JAX refuses while it is imported."""
+    last = traceback
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = "" if last is None else last.tb_frame.f_code.co_filename.replace(os.sep, "/")
+    if issubclass(kind, ValueError) and where.endswith("jax/_src/config.py"):
+        print(f"error: JAX cannot read a setting of the environment: {error}", file=sys.stderr, flush=True)
+        os._exit(_USAGE)
+    _show(kind, error, traceback)
+
+
+_check_packages()
+sys.excepthook = _say
+if multiprocessing.parent_process() is not None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker; its parent says when to stop
+elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave)

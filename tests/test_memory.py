@@ -1,0 +1,188 @@
+"""memory.py, and the commands that ask it: what does not fit is refused in one line before anything is allocated."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from twotower_jax import memory
+from twotower_jax.checkpoint.load import contents
+from twotower_jax.generation.placement import Placement, place
+from twotower_jax.memory import GIB, Room
+from twotower_jax.model_flags import weight_bytes
+from twotower_jax.parameters import parameter_table
+from twotower_jax.quantization import METHODS
+from twotower_jax.sharding import MeshShape, make_mesh
+from twotower_jax.train.objectives import make_objective
+from twotower_jax.train.start import check_memory
+from twotower_jax.train.step import abstract_state, make_optimizer, tables
+from twotower_jax.two_tower import TwoTower
+
+ROOT = pathlib.Path(__file__).parents[1]
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\n"}
+VERSION_2 = {"proc/self/cgroup": "0::/a/b\n"}
+VERSION_1 = {"proc/self/cgroup": "5:cpu:/\n4:memory,other:/a\n0::/\n"}
+
+
+def host(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        (MEMINFO, 4000 * 1024),
+        (MEMINFO | VERSION_2 | {"sys/fs/cgroup/a/b/memory.max": "max\n"}, 4000 * 1024),
+        # A limit of the group, of its parent, of a container's own root; what was read from files does not count.
+        ({**VERSION_2, "sys/fs/cgroup/a/b/memory.max": "900", "sys/fs/cgroup/a/b/memory.current": "100\n"}, 800),
+        ({**VERSION_2, "sys/fs/cgroup/a/memory.max": "900", "sys/fs/cgroup/a/memory.current": "1000"}, 0),
+        (
+            {
+                **MEMINFO,
+                **VERSION_2,
+                "sys/fs/cgroup/memory.max": "900",
+                "sys/fs/cgroup/memory.current": "700",
+                "sys/fs/cgroup/memory.stat": "anon 100\ninactive_file 500\n",
+            },
+            700,
+        ),
+        (
+            {
+                **VERSION_1,
+                "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "900",
+                "sys/fs/cgroup/memory/a/memory.usage_in_bytes": "300",
+                "sys/fs/cgroup/memory/a/memory.stat": "inactive_file 1\ntotal_inactive_file 100\n",
+            },
+            700,
+        ),
+    ],
+)
+def test_what_the_host_has_free(tmp_path, files, expected):
+    assert memory.host_free(host(tmp_path, files)) == expected
+
+
+def device(free=None, platform="gpu"):
+    stats = {"bytes_limit": 100 + free, "bytes_in_use": 100} if free is not None else None
+    return SimpleNamespace(platform=platform, process_index=0, memory_stats=lambda: stats, device_kind="card")
+
+
+def test_the_fullest_device_counts(tmp_path):
+    assert memory.room([device(50), device(30), device()]) == Room(30, "card has free")
+    assert memory.room([device()]) is None
+    root = host(tmp_path, MEMINFO)
+    assert memory.room([device(platform="cpu")], root) == Room(4000 * 1024, "this machine has free", shared=True)
+
+
+def test_the_border_and_the_message():
+    """Two devices of 3 GiB hold 3 GiB each; a host of 6 GiB holds both parts, and not a byte more."""
+    cards, room = [device(), device()], Room(3 * GIB, "card has free")
+    memory.check_holds({"weights": 3 * GIB}, cards, "fsdp", available=room)
+    with pytest.raises(ValueError, match="at least 4.0 GiB on each device .weights 3.0, more 1.0.*3.0 GiB") as error:
+        memory.check_holds({"weights": 3 * GIB, "more": GIB, "no": 0}, cards, "fsdp", "use less", available=room)
+    assert "at least 3 such devices would, with fsdp to divide it over them; or use less" in str(error.value)
+    assert "\n" not in str(error.value)
+    here = Room(6 * GIB, "this machine has free", shared=True)
+    memory.check_holds({"weights": 3 * GIB}, cards, "fsdp", available=here)
+    with pytest.raises(ValueError, match="on each of 2 devices .*this machine has free 6.0 GiB; a machine with more"):
+        memory.check_holds({"weights": 3 * GIB + 1}, cards, "fsdp", available=here)
+    memory.check_holds({"weights": 9 * GIB}, [device()], "fsdp")  # Nothing is known.
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_a_runs_state_and_gradients_are_counted(step_config, fsdp, moments):
+    """Of one device: weights, gradients and two moments of what trains, and the frozen tower, counts of steps apart."""
+    config = step_config(**{"mesh.fsdp": fsdp, "moments_dtype": moments})
+    mesh = make_mesh(config.mesh, jax.devices()[:fsdp]) if fsdp > 1 else None
+    objective = make_objective(config, config.model_config(40))
+    state, frozen = abstract_state(objective, make_optimizer(config, tables(objective)[0]), mesh)
+    trained, rest = (sum(map(memory.sharded_bytes, jax.tree.leaves(tree))) for tree in (state.params, frozen))
+    needed = 2 * trained + (2 if moments == "float32" else 1) * trained + rest + 2 * 4
+    check_memory(config, objective, mesh, Room(needed, "x"))
+    with pytest.raises(ValueError, match="optimizer"):
+        check_memory(config, objective, mesh, Room(needed - 1, "x"))
+
+
+@pytest.mark.parametrize(("method", "dtype"), [(None, "float32"), (None, "bfloat16"), ("int8", "bfloat16")])
+def test_a_models_weights_are_counted(small_config, method, dtype):
+    """Whole on one device; on a mesh what each of its devices holds, of the two towers' meshes the fuller one."""
+    model = TwoTower(small_config())
+    table, dtype = parameter_table(model), jnp.dtype(dtype)
+    method = METHODS.get(method)
+    whole = weight_bytes(model, method, dtype, Placement())
+    if method is None:
+        assert whole == sum(p.tensors.size * 0 + jnp.dtype("float32" if p.float32 else dtype).itemsize *
+                            jax.numpy.zeros(p.shape, bool).size for p in table.values())  # fmt: skip
+    else:
+        assert whole < weight_bytes(model, None, dtype, Placement())
+    towers = weight_bytes(model, method, dtype, place(MeshShape(data=2), apart=True))
+    assert whole / 2 <= towers < whole
+    assert weight_bytes(model, method, dtype, place(MeshShape(tensor=2))) < whole
+    shared = weight_bytes(model, method, dtype, Placement(), shared=True)
+    assert whole / 2 <= shared < 0.7 * whole
+
+
+def test_a_folder_says_what_it_holds(data, backbone_folder):
+    both, one = contents(data / "tiny" / "checkpoint"), contents(backbone_folder)
+    assert (both.shared, one.shared) == (False, True)
+    assert both.config == one.config
+    assert one.dtype == both.dtype == jnp.float32
+
+
+def command(*words, **settings):
+    """A command on a machine whose address space hides nothing: only what it says counts."""
+    run = subprocess.run([sys.executable, *words], env=os.environ | settings, capture_output=True, text=True)
+    (line,) = [line for line in run.stderr.splitlines() if line]
+    return run.returncode, line
+
+
+def test_the_published_model_on_one_small_machine(tmp_path, data, train_text):
+    """Exits with 2, and writes nothing."""
+    status, line = command(
+        ROOT / "launch/train.py",
+        f"--config={ROOT / 'configs/nano30b.py'}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data={train_text}",
+        *(f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "expert")),
+    )
+    assert status == 2
+    assert line.startswith("error: the model does not fit: it needs at least ") and "GiB" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_is_larger_than_the_machine(tmp_path, small_config):
+    """A file with a hole for its weights: two towers of an MLP of 2 × 2^35 numbers, of which bfloat16 makes 256 GiB."""
+    config = small_config("-", hidden_size=1 << 14, intermediate_size=1 << 21)
+    header, size = {}, 0
+    for parameter in parameter_table(TwoTower(config)).values():
+        for name in parameter.tensors.flat:
+            length = 2 * math.prod(parameter.tensor_shape)
+            place = [size, size + length]
+            header[str(name)] = {"dtype": "BF16", "shape": list(parameter.tensor_shape), "data_offsets": place}
+            size += length
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    flags = [f"--checkpoint={tmp_path}", "--dtype=bfloat16"]
+    (tmp_path / "rows.jsonl").write_text('{"ids": [7, 8]}\n')
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    for words in (["generate.py", f"--prompts={rows}"], ["score.py", f"--input={rows}"]):
+        status, line = command(ROOT / "launch" / words[0], *words[1:], *flags, f"--output={out}")
+        assert status == 2
+        assert "weights of 138,519,707,648 parameters in bfloat16 258.0" in line and "take --quantize=int8" in line
+        assert not out.exists()

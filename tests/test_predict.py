@@ -1,0 +1,127 @@
+"""planning/predict.py against counts by hand: products in a loop, collectives of eight devices, and what is hidden."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from twotower_jax.planning import report
+from twotower_jax.planning.hardware import Hardware
+from twotower_jax.planning.plan import plan_step
+from twotower_jax.planning.predict import predict
+from twotower_jax.planning.rates import RATES, Rates
+from twotower_jax.sharding import MeshShape, make_mesh
+
+PEAK = 1e12
+RING = Rates(memory=1e11, link=1e10)
+
+
+def test_products_in_a_loop_count_once_a_trip():
+    """Five times 2 · 64 · 128 · 32 operations and those of 64 · 32 · 128."""
+
+    def function(x, v, w):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ v) @ w, None), x, None, length=5)[0]
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (128, 32), (32, 128))]
+    found = predict(jax.jit(function).lower(*shapes).compile().as_text(), RING, PEAK)
+    assert found.flops == 5 * 2 * (2 * 64 * 128 * 32)
+    # Both matrices, the activations read by each product, and what each writes; little else.
+    least = 5 * 4 * (2 * 128 * 32 + 2 * 64 * 128 + 2 * 64 * 32)
+    assert least <= found.bytes < 2 * least
+    assert found.link_bytes == {} and found.uncounted == {}
+    assert found.seconds >= max(found.flops / PEAK, found.bytes / RING.memory)
+
+
+@pytest.mark.parametrize(
+    ("specs", "out", "kind", "sent"),
+    [
+        # A sum of (64, 256) float32 over eight devices: twice seven eighths of it.
+        (((None, "fsdp"), ("fsdp", None)), (), "all-reduce", 2 * 7 / 8 * 4 * 64 * 256),
+        # A matrix (128, 256) in eighths, gathered: the seven others.
+        ((("fsdp", None), ("fsdp", None)), ("fsdp", None), "all-gather", 7 / 8 * 4 * 128 * 256),
+    ],
+)
+def test_collectives_over_eight_devices(specs, out, kind, sent):
+    mesh = make_mesh(MeshShape(fsdp=8), jax.devices())
+    places = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in (*specs, out)]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        for shape, place in zip(((64, 128), (128, 256)), places, strict=False)
+    ]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jnp.matmul, out_shardings=places[-1]).lower(*shapes).compile()
+    found = predict(compiled.as_text(), RING, PEAK)
+    assert found.link_bytes == {kind: sent}
+    assert found.flops == 2 * 64 * 128 * 256 / 8
+    assert found.exposed == pytest.approx(sent / RING.link) and found.hidden == 0
+    assert found.limit == "links"
+
+
+ASYNC = """
+%fused (a: bf16[1000,1000], b: bf16[1000,1000]) -> bf16[1000,1000] {
+  %a = bf16[1000,1000]{1,0} parameter(0)
+  %b = bf16[1000,1000]{1,0} parameter(1)
+  ROOT %d = bf16[1000,1000]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%cut (a: bf16[50,1000,1000], i: s32[]) -> bf16[1000,1000] {
+  %a = bf16[50,1000,1000]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %s = bf16[1,1000,1000]{2,1,0} dynamic-slice(%a, %i), dynamic_slice_sizes={1,1000,1000}
+}
+
+ENTRY %main (x: bf16[1000,1000], s: bf16[50,1000,1000], i: s32[]) -> bf16[4000,1000] {
+  %x = bf16[1000,1000]{1,0} parameter(0)
+  %s = bf16[50,1000,1000]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %start = (bf16[1000,1000], bf16[4000,1000]) all-gather-start(%x), replica_groups=[16,4]<=[64], dimensions={0}
+  MIDDLE
+  ROOT %done = bf16[4000,1000]{1,0} all-gather-done(%start)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("middle", "meanwhile"),
+    [
+        ("", 0.0),
+        ("%p = bf16[1000,1000]{1,0} fusion(%x, %x), kind=kOutput, calls=%fused", 2e9 / 1e12),
+        # A slice of a stack is read and written, and not the stack.
+        ("%p = bf16[1,1000,1000]{2,1,0} fusion(%s, %i), kind=kLoop, calls=%cut", (2 * 2e6 + 4) / 1e11),
+        ("%p = bf16[1000,1000]{1,0} copy(%x)", 2 * 2e6 / 1e11),
+    ],
+)
+def test_what_is_hidden_of_a_collective(middle, meanwhile):
+    """Three times 2 MB over a link of 10 GB/s: 0.6 ms, but for what is done between its beginning and its end."""
+    found = predict(ASYNC.replace("MIDDLE", middle), RING, PEAK)
+    assert found.link_bytes == {"all-gather": 6e6}
+    assert found.hidden == pytest.approx(min(meanwhile, 6e-4))
+    assert found.hidden + found.exposed == pytest.approx(6e-4)
+    assert found.seconds == pytest.approx(max(6e-4, meanwhile))
+
+
+def test_what_is_not_known_is_counted():
+    text = ASYNC.replace("MIDDLE", '%k = bf16[1000,1000]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"')
+    assert predict(text, RING, PEAK).uncounted == {"kernels": 1}
+    with pytest.raises(ValueError, match="ENTRY"):
+        predict("", RING, PEAK)
+
+
+def test_far_links_are_slower():
+    assert RATES["h200"].link_rate(8) == 9 * RATES["h200"].link_rate(16)
+    assert RATES["v5p"].link_rate(8) == RATES["v5p"].link_rate(256)
+
+
+def test_a_plan_says_how_long_and_why(step_config):
+    """The train step of a small model, as if eight virtual CPUs were v5e chips."""
+    config = step_config(**{"mesh.fsdp": 8, "vocab_size": 40})
+    plan = plan_step(config, Hardware("v5e:cpu", jax.devices(), 8, 2**30, 197e12))
+    found = plan.predicted
+    assert found.flops >= plan.flops / 8
+    assert found.link_bytes["all-gather"] > 0 and found.seconds > 0
+    assert 0 < plan.predicted_utilization < 1
+    text = report.describe(plan)
+    assert f"limited by {found.limit}" in text and "GiB sent by each device" in text
+    assert json.loads(json.dumps(report.as_json(plan)))["predicted"]["seconds"] == found.seconds

@@ -1,0 +1,27 @@
+"""How a model is computed, apart from what it computes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from twotower_jax.kernels import Backends
+
+REMAT = ("none", "layer", "unit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is computed, which does not change what is computed.
+
+    Attributes:
+      dtype: of activations; routing, norms, states and softmax run in float32 or better regardless.
+      scan_layers: stack and scan repeated segments; False lays parameters out layer by layer.
+      remat: what the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each
+        layer; "unit", which keeps what enters each unit of a repeated segment.
+      backends: the implementation of each kernel.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    scan_layers: bool = True
+    remat: str = "none"
+    backends: Backends = Backends()

@@ -1,0 +1,103 @@
+"""Files that commands write results to: a new file appears whole or not at all; what is no file is written into."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import stat
+from collections.abc import Iterator, Mapping
+from typing import TextIO
+
+# Names of what the process has open, which may be a file that others write to as well.
+_OPEN_FILES = ("/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
+
+
+@contextlib.contextmanager
+def output_file(path: str | pathlib.Path) -> Iterator[TextIO]:
+    """A file to write UTF-8 text to.
+
+    A regular file, new or to be replaced, gets its name when all is written; through a link, the file it leads to. A
+    device or pipe is written into as it is.
+
+    Raises:
+      ValueError: naming the path, before anything is written: it is a folder or a socket, its folder does not exist, or
+        it is being written already, by another process or this one.
+      OSError: if it cannot be written.
+    """
+    path = pathlib.Path(path)
+    if not _is_regular(path):
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    target = pathlib.Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist")
+    partial = target.with_name(f".{target.name}.partial")
+    with _locked(partial, path) as file:
+        try:
+            file.truncate()
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def check_apart(paths: Mapping[str, str | None]) -> None:
+    """Refuses two outputs of a command that are one file.
+
+    Args:
+      paths: by flag; None where it is not given.
+
+    Raises:
+      ValueError: naming both flags. The null device may stand for several.
+    """
+    seen: dict[str, str] = {}
+    for flag, path in paths.items():
+        real = None if path is None else os.path.realpath(path)
+        if real in (None, os.devnull):
+            continue
+        for other, before in seen.items():
+            if real == before or os.path.exists(real) and os.path.exists(before) and os.path.samefile(real, before):
+                raise ValueError(f"{other} and {flag} are both {path}; give each a file of its own")
+        seen[flag] = real
+
+
+def _is_regular(path: pathlib.Path) -> bool:
+    """Whether `path` is to be a regular file; what cannot be written at all is refused."""
+    if os.path.abspath(path).startswith(_OPEN_FILES):
+        return False
+    try:
+        mode = path.stat().st_mode  # of what a link leads to
+    except FileNotFoundError:
+        return True
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: is a folder")
+    if stat.S_ISSOCK(mode):
+        raise ValueError(f"{path}: is a socket, which cannot be opened; a pipe (mkfifo) can")
+    return stat.S_ISREG(mode)
+
+
+@contextlib.contextmanager
+def _locked(partial: pathlib.Path, path: pathlib.Path) -> Iterator[TextIO]:
+    """The temporary file, which nobody else writes meanwhile where the file system has locks."""
+    while True:
+        with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path}: is being written already; give another output") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+            # Whoever had it before may have given it its final name, or removed it.
+            try:
+                ours = os.path.samestat(os.fstat(file.fileno()), partial.stat())
+            except FileNotFoundError:
+                continue
+            if ours:
+                yield file
+                return

@@ -1,0 +1,194 @@
+"""What a model needs at the least of hardware that is not there, from shapes alone: no compiler, in seconds.
+
+Of a train step: weights, moments and gradients; activations come on top, and plan.py compiles to learn how many. Of
+serving: the weights of both towers and the caches of some rows.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from twotower_jax.execution import Execution
+from twotower_jax.memory import sharded_bytes
+from twotower_jax.mesh_check import check_fits
+from twotower_jax.parameters import parameter_table
+from twotower_jax.planning.hardware import GIB
+from twotower_jax.planning.plan import HEADROOM, UTILIZATION
+from twotower_jax.quantization import Method, abstract
+from twotower_jax.sharding import MESH_AXES
+from twotower_jax.train.config import TrainConfig
+from twotower_jax.train.flops import step_flops
+from twotower_jax.train.objectives import make_objective
+from twotower_jax.train.schedule import block_stages
+from twotower_jax.train.step import abstract_state, make_optimizer, tables
+from twotower_jax.two_tower import TwoTower
+
+# Tokens that a run of a small model may have.
+RUNS = {"1 B": 1e9, "10 B": 1e10, "100 B": 1e11}
+
+
+class Card(NamedTuple):
+    """A device by its vendor's data sheet: bytes, and dense bfloat16 FLOP/s."""
+
+    name: str
+    memory: int
+    peak_flops: float
+
+
+# The names that nano4b.py has for hardware: the device, and how many. GPUs' memory is what their drivers report.
+TRAINING = {
+    "h200": (Card("H200", 139 * GIB, 989e12), 1),
+    "h100": (Card("H100", 79 * GIB, 989e12), 1),
+    "v5e-8": (Card("v5e", 16 * GIB, 197e12), 8),
+    "v6e-8": (Card("v6e", 32 * GIB, 918e12), 8),
+    "v5p-64": (Card("v5p", 95 * GIB, 459e12), 64),
+}
+# One device each; the 24 GB card is an L4.
+SERVING = (
+    Card("24 GB GPU", 22 * GIB, 121e12),
+    Card("80 GB GPU", 79 * GIB, 989e12),
+    Card("v6e", 32 * GIB, 918e12),
+    Card("v5e", 16 * GIB, 197e12),
+)
+
+
+class LeastTraining(NamedTuple):
+    """A train step. Bytes of one device.
+
+    Attributes:
+      weights: trained in float32 and frozen ones. optimizer: moments. gradients: whole before any is used, as the norm
+        of all of them decides how far each goes.
+      flops: analytic, of one step over all devices.
+    """
+
+    card: Card
+    devices: int
+    mesh: dict[str, int]
+    weights: int
+    optimizer: int
+    gradients: int
+    tokens: int
+    flops: float
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.gradients
+
+    @property
+    def left(self) -> int:
+        """For activations, with HEADROOM free; negative where not even the state fits."""
+        return int((1 - HEADROOM) * self.card.memory) - self.total
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Projected: at UTILIZATION of the peak rate of all devices."""
+        return self.tokens * UTILIZATION * self.card.peak_flops * self.devices / self.flops
+
+
+class LeastServing(NamedTuple):
+    """Both towers on one device, `rows` of `capacity` positions. Bytes; caches grow with the rows."""
+
+    card: Card
+    rows: int
+    capacity: int
+    weights: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= (1 - HEADROOM) * self.card.memory
+
+
+def least_training(config: TrainConfig, card: Card, devices: int) -> LeastTraining:
+    """Raises ValueError if the config's mesh does not fit the devices, or the model the mesh."""
+    model, block_size = config.model_config(config.vocab_size), block_stages(config)[-1].block_size
+    shape = config.mesh.resolve(devices)
+    check_fits(shape, model, config.batch_size // config.accumulate, config.sequence_length, block_size)
+    sizes = tuple(getattr(shape, axis) for axis in MESH_AXES)
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    objective = make_objective(config, model)
+    state, frozen = abstract_state(objective, make_optimizer(config, tables(objective)[0]), mesh)
+    trained = _bytes(state.params)
+    return LeastTraining(
+        card=card,
+        devices=devices,
+        mesh={axis: size for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1},
+        weights=trained + _bytes(frozen),
+        optimizer=_bytes(state.optimizer),
+        gradients=trained,
+        tokens=config.batch_size * config.sequence_length,
+        flops=step_flops(config, model, block_size),
+    )
+
+
+def least_serving(
+    config: TrainConfig, card: Card, *, rows: int, capacity: int, quantize: Method | None = None
+) -> LeastServing:
+    """Both towers in bfloat16, or quantized, on one device."""
+    model = TwoTower(config.model_config(config.vocab_size), execution=Execution(dtype=jnp.bfloat16))
+    weights = [abstract(parameter, quantize) for parameter in parameter_table(model).values()]
+    cache = jax.eval_shape(lambda: model.context_tower.empty_cache(rows, capacity))
+    return LeastServing(card, rows, capacity, _bytes(weights), _bytes(cache))
+
+
+def markdown(get_config: Callable[[str], TrainConfig], *, rows: int, capacity: int) -> str:
+    """Two tables: a train step on each hardware of TRAINING, and serving on each card of SERVING.
+
+    Args:
+      get_config: of a name of TRAINING.
+    """
+    trained = [least_training(get_config(name), *hardware) for name, hardware in TRAINING.items()]
+    served = [least_serving(get_config(""), card, rows=rows, capacity=capacity) for card in SERVING]
+    return "\n\n".join([_table(_TRAINING, trained), _table(_SERVING, served)])
+
+
+def _bytes(tree: Any) -> int:
+    return sum(map(sharded_bytes, jax.tree.leaves(tree)))
+
+
+def _table(lines, columns: list[Any]) -> str:
+    rows = [[name, *(show(column) for column in columns)] for name, show in lines]
+    rows.insert(1, ["---", *["--:"] * len(columns)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _gib(name: str):
+    return lambda plan: f"{getattr(plan, name) / GIB:.2f}"
+
+
+def _days(tokens: float):
+    return lambda plan: f"{tokens / plan.tokens_per_second / 86400:.1f}"
+
+
+def _in_all(plan) -> str:
+    return f"{plan.total / GIB:.2f} of {plan.card.memory / GIB:.0f}"
+
+
+_TRAINING = [
+    ("one train step", lambda plan: f"{plan.devices} × {plan.card.name}"),
+    ("mesh", lambda plan: " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"),
+    ("weights, GiB a device", _gib("weights")),
+    ("optimizer", _gib("optimizer")),
+    ("gradients", _gib("gradients")),
+    ("in all, without activations", _in_all),
+    (f"left for activations with {HEADROOM:.0%} free", _gib("left")),
+    ("tokens a step", lambda plan: f"{plan.tokens:,}"),
+    ("FLOPs a step, analytic", lambda plan: f"{plan.flops / 1e12:,.0f} T"),
+    (f"tokens/s at {UTILIZATION:.0%} of the peak", lambda plan: f"{plan.tokens_per_second:,.0f}"),
+    *((f"days for {name} tokens", _days(tokens)) for name, tokens in RUNS.items()),
+]
+_SERVING = [
+    ("serving both towers in bfloat16", lambda plan: plan.card.name),
+    ("rows, positions", lambda plan: f"{plan.rows}, {plan.capacity}"),
+    ("weights, GiB", _gib("weights")),
+    ("caches", _gib("cache")),
+    ("in all, without temporaries", _in_all),
+    (f"fits with {HEADROOM:.0%} free", lambda plan: "yes" if plan.fits else "no"),
+]

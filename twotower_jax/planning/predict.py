@@ -1,0 +1,295 @@
+"""How long a compiled program would take: its arithmetic, its memory traffic and its collectives, loop by loop.
+
+A program is HLO as text, one device's part of it, in the order in which it runs. FLOPs are those of its products, also
+within fusions; bytes what every instruction reads and writes, of a slice its own size and not that of what it is cut
+out of; both times the trip counts of the loops around them. What a collective that begins and ends in two instructions
+needs is hidden as far as there is other work between the two. Rates and what else is assumed: rates.py.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from twotower_jax.planning.rates import Rates
+
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f64": 8,
+    "s64": 8,
+}
+_BYTES |= {"u64": 8, "c64": 8, "token": 0, "opaque": 0}
+# What moves nothing: names for what is there, and the borders of what is counted elsewhere.
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id",
+         "domain", "replica-id", "optimization-barrier", "while", "call", "conditional")  # fmt: skip
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+
+
+class Prediction(NamedTuple):
+    """Of one device and one call. Seconds add up but for the hidden ones: total = arithmetic + memory + exposed.
+
+    Attributes:
+      flops: of products. bytes: read and written. link_bytes: sent, by kind of collective.
+      arithmetic, memory: time of the instructions that each of the two limits.
+      exposed, hidden: time of collectives that nothing else, or something else, fills.
+      uncounted: kernels whose arithmetic the program does not show, and loops whose trips it does not.
+    """
+
+    flops: float
+    bytes: float
+    link_bytes: dict[str, float]
+    arithmetic: float
+    memory: float
+    exposed: float
+    hidden: float
+    uncounted: dict[str, int]
+
+    @property
+    def seconds(self) -> float:
+        return self.arithmetic + self.memory + self.exposed
+
+    @property
+    def limit(self) -> str:
+        """What takes most of the time."""
+        times = {"arithmetic": self.arithmetic, "memory": self.memory, "links": self.exposed}
+        return max(times, key=times.get)
+
+
+class _Instruction(NamedTuple):
+    """A line: `rest` is what follows the opening bracket."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+
+def predict(program: str, rates: Rates, peak_flops: float) -> Prediction:
+    """What a program of one device takes.
+
+    Raises:
+      ValueError: if it has no entry.
+    """
+    return _Program(program, rates, peak_flops).total()
+
+
+class _Program:
+    def __init__(self, text: str, rates: Rates, peak_flops: float):
+        self._rates, self._peak = rates, peak_flops
+        self._bodies: dict[str, list[_Instruction]] = {}
+        self._entry, body = None, []
+        for line in text.splitlines():
+            if match := _COMPUTATION.match(line):
+                body = self._bodies.setdefault(match[2], [])
+                self._entry = match[2] if match[1] else self._entry
+            elif match := _INSTRUCTION.match(line):
+                name, shape, opcode, rest = match.groups()
+                given = rest[: _closing(rest)]
+                body.append(_Instruction(name, shape, opcode, tuple(re.findall(r"%([\w.\-]+)", given)), rest))
+        if self._entry is None:
+            raise ValueError("the program has no ENTRY computation")
+        self._flops: dict[str, float] = {}
+
+    def total(self) -> Prediction:
+        return self._sequence(self._entry)
+
+    def _sequence(self, name: str) -> Prediction:
+        """All instructions of a computation that are not fused."""
+        parts, under_way = [], {}
+        shapes = {one.name: one.shape for one in self._bodies[name]}
+        for one in self._bodies[name]:
+            kind, phase = self._collective(one)
+            if kind is None:
+                part = self._one(one, shapes)
+                for waiting in under_way.values():
+                    waiting[1] += part.arithmetic + part.memory
+            elif phase == "done":
+                part = self._finished(under_way.pop(one.operands[0], None))
+            elif phase == "update":
+                if one.operands and one.operands[0] in under_way:
+                    under_way[one.name] = under_way.pop(one.operands[0])
+                continue
+            else:
+                sent, group = self._sent(one, kind, shapes)
+                moved = [sent, 0.0, kind, sent / self._rates.link_rate(group)]
+                if phase == "start":
+                    under_way[one.name] = moved
+                    continue
+                part = self._finished(moved)
+            parts.append(part)
+        return _sum(parts)
+
+    def _finished(self, moved: list | None) -> Prediction:
+        if moved is None:
+            return _sum([])
+        sent, meanwhile, kind, seconds = moved
+        hidden = min(seconds, meanwhile)
+        return _sum([])._replace(link_bytes={kind: sent}, exposed=seconds - hidden, hidden=hidden)
+
+    def _one(self, one: _Instruction, shapes: dict[str, str]) -> Prediction:
+        if one.opcode == "while":
+            trips = _TRIPS.search(one.rest)
+            inside = _sum([self._sequence(called) for called in _CALLED.findall(one.rest)])
+            times = _times(inside, int(trips[1]) if trips else 1)
+            return times if trips else _sum([times, _sum([])._replace(uncounted={"loops": 1})])
+        if one.opcode == "call":
+            return _sum([self._sequence(called) for called in _CALLED.findall(one.rest)])
+        if one.opcode == "conditional":
+            names = [n for many, single in _BRANCHES.findall(one.rest) for n in re.findall(r"[\w.\-]+", many or single)]
+            return max((self._sequence(called) for called in names), key=lambda part: part.seconds, default=_sum([]))
+        if one.opcode in _FREE or one.opcode.endswith("-done"):
+            return _sum([])
+        flops, size = self._instruction_flops(one, shapes), self._traffic(one, shapes)
+        arithmetic, memory = flops / self._peak, size / self._rates.memory
+        hidden_kernel = one.opcode == "custom-call" and not flops
+        return _sum([])._replace(
+            flops=flops,
+            bytes=size,
+            arithmetic=arithmetic if arithmetic >= memory else 0.0,
+            memory=memory if memory > arithmetic else 0.0,
+            uncounted={"kernels": 1} if hidden_kernel else {},
+        )
+
+    def _instruction_flops(self, one: _Instruction, shapes: dict[str, str]) -> float:
+        if one.opcode == "dot":
+            contracted = _CONTRACTED.search(one.rest)
+            _, sizes = next(_arrays(shapes.get(one.operands[0], one.shape)))
+            depth = math.prod(sizes[int(d)] for d in contracted[1].split(",") if d) if contracted else 1
+            return 2.0 * depth * sum(math.prod(dims) for _, dims in _arrays(one.shape))
+        if one.opcode == "convolution":
+            # Each output element reads all of the kernel but its output features.
+            _, kernel = next(_arrays(shapes.get(one.operands[1], one.shape)))
+            _, out = next(_arrays(one.shape))
+            labels = re.search(r"dim_labels=\w+_(\w+)->(\w+)", one.rest)
+            features = kernel[labels[1].index("o")] if labels else 1
+            return 2.0 * math.prod(out) * math.prod(kernel) / max(features, 1)
+        if one.opcode in ("fusion", "async-start"):
+            return sum(self._inside(called) for called in _CALLED.findall(one.rest))
+        return 0.0
+
+    def _inside(self, name: str) -> float:
+        """FLOPs of a fused computation."""
+        if name not in self._flops:
+            shapes = {one.name: one.shape for one in self._bodies.get(name, ())}
+            self._flops[name] = sum(self._instruction_flops(one, shapes) for one in self._bodies.get(name, ()))
+        return self._flops[name]
+
+    def _traffic(self, one: _Instruction, shapes: dict[str, str]) -> float:
+        if one.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * _size(one.shape)
+        if one.opcode == "dynamic-update-slice":
+            return 2 * _size(shapes.get(one.operands[1], ""))
+        read = [_size(shapes.get(operand, "")) for operand in one.operands]
+        written = _size(one.shape)
+        for called in _CALLED.findall(one.rest) if one.opcode == "fusion" else ():
+            read, written = self._fused_traffic(called, read, written)
+        return sum(read) + written
+
+    def _fused_traffic(self, name: str, read: list[float], written: float) -> tuple[list[float], float]:
+        """Operands of which only a slice is read count as that; a root that updates a slice writes no more."""
+        body, read = self._bodies.get(name, []), list(read)
+        shapes = {one.name: one.shape for one in body}
+        for parameter in (one for one in body if one.opcode == "parameter"):
+            users = [one for one in body if parameter.name in one.operands]
+            index = int(parameter.rest.partition(")")[0])
+            if not users or index >= len(read):
+                continue
+            if all(u.opcode in ("dynamic-slice", "slice", "gather") and u.operands[0] == parameter.name for u in users):
+                read[index] = sum(_size(user.shape) for user in users)
+            elif all(u.opcode == "dynamic-update-slice" and u.operands[0] == parameter.name for u in users):
+                read[index] = 0.0  # Updated in place.
+        if body and body[-1].opcode == "dynamic-update-slice":
+            written = _size(shapes.get(body[-1].operands[1], ""))
+        return read, written
+
+    def _collective(self, one: _Instruction) -> tuple[str | None, str]:
+        """The kind, and whether it begins ("start"), goes on, ends ("done") or does all of it ("")."""
+        for phase in ("start", "update", "done", ""):
+            kind = one.opcode.removesuffix(f"-{phase}") if phase else one.opcode
+            if phase and kind == one.opcode:
+                continue
+            if kind in _COLLECTIVES:
+                return kind, phase
+            if kind == "async" and phase:
+                called = next(iter(_CALLED.findall(one.rest)), None)
+                inside = [i.opcode for i in self._bodies.get(called, ()) if i.opcode in _COLLECTIVES]
+                if inside or phase != "start":
+                    return (inside or ["async"])[0], phase
+        return None, ""
+
+    def _sent(self, one: _Instruction, kind: str, shapes: dict[str, str]) -> tuple[float, int]:
+        """Bytes that a device sends along a ring, and how many devices the ring has."""
+        called = next(iter(_CALLED.findall(one.rest)), None)
+        within = [i for i in self._bodies.get(called, ()) if i.opcode == kind]
+        if within:
+            one, shapes = within[0], {i.name: i.shape for i in self._bodies[called]}
+        group = _group_size(one.rest)
+        given = sum(_size(shapes.get(operand, "")) for operand in one.operands)
+        if kind == "all-gather":
+            return given * (group - 1), group
+        if kind == "all-reduce":
+            return 2 * given * (group - 1) / group, group
+        return given if kind == "collective-permute" else given * (group - 1) / group, group
+
+
+def _closing(text: str) -> int:
+    """Where the bracket closes that was opened before."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return place
+    return len(text)
+
+
+def _arrays(shape: str) -> Iterator[tuple[str, list[int]]]:
+    for dtype, dims in _SHAPE.findall(shape):
+        yield dtype, [int(n) for n in dims.split(",") if n]
+
+
+def _size(shape: str) -> float:
+    """Bytes; what is neither listed nor of one byte has four."""
+    return sum(_BYTES.get(d, 1 if d.startswith("f8") else 4) * math.prod(dims) for d, dims in _arrays(shape))
+
+
+def _group_size(rest: str) -> int:
+    """Of a collective's replica groups, in each way that XLA writes them; 2 for pairs."""
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", match[2]))
+    return 2
+
+
+def _sum(parts: list[Prediction]) -> Prediction:
+    merged = []
+    for field in ("link_bytes", "uncounted"):
+        names = sorted({name for part in parts for name in getattr(part, field)})
+        merged.append({name: sum(getattr(part, field).get(name, 0) for part in parts) for name in names})
+    numbers = [
+        sum(getattr(p, n) for p in parts) for n in ("flops", "bytes", "arithmetic", "memory", "exposed", "hidden")
+    ]
+    return Prediction(*numbers[:2], merged[0], *numbers[2:], merged[1])
+
+
+def _times(part: Prediction, trips: int) -> Prediction:
+    return Prediction(*({n: trips * v for n, v in x.items()} if isinstance(x, dict) else trips * x for x in part))

@@ -1,0 +1,39 @@
+"""The rates that predictions assume, all of them: vendors' data sheets, and what is taken for granted beside them.
+
+* A product runs at the peak rate of dense bfloat16, whatever its shape and dtype; everything else at the memory's rate.
+* An instruction takes the longer of its arithmetic and its memory traffic; instructions run one after the other.
+* A collective is a ring that uses all links of a chip in one direction; nothing but its bytes takes time.
+* GPUs reach one another by NVLink within a group of eight, and by one network card each beyond.
+"""
+
+from typing import NamedTuple
+
+_GB = 1e9
+
+
+class Rates(NamedTuple):
+    """Of one device as JAX counts devices.
+
+    Attributes:
+      memory: bytes/s. link: bytes/s in one direction, all links together. far_link: of collectives over more than
+        `near` devices. near: devices that `link` joins; None for all.
+    """
+
+    memory: float
+    link: float
+    far_link: float = 0.0
+    near: int | None = None
+
+    def link_rate(self, group: int) -> float:
+        """Of a collective of so many devices."""
+        return self.link if self.near is None or group <= self.near else self.far_link
+
+
+RATES = {
+    "v4": Rates(1228 * _GB, 300 * _GB),
+    "v5e": Rates(819 * _GB, 200 * _GB),
+    "v5p": Rates(2765 * _GB, 600 * _GB),
+    "v6e": Rates(1640 * _GB, 400 * _GB),
+    "tpu7x": Rates(7370 * _GB / 2, 600 * _GB / 2),  # a chip is two devices
+    "h200": Rates(4800 * _GB, 450 * _GB, 50 * _GB, near=8),
+}
