@@ -230,19 +230,20 @@ def test_a_stage_that_cannot_be_traced_is_met_before_anything_is_written(kernels
     config = dataclasses.replace(config, kernels=kernels, model=dict(config.model) | {"hybrid_override_pattern": "-"})
     make_step = loop.make_step
 
-    def make(config, objective, optimizer, block_size):
-        def fails(*_):
-            raise error
-
-        return fails if block_size == 4 else make_step(config, objective, optimizer, block_size)
-
-    monkeypatch.setattr(loop, "make_step", make)
     no_step = "config: these settings give no step in blocks of 4"
     for error, message in [
         (TypeError("shapes (3,) and (4,)\nand more"), f"{no_step}: TypeError: shapes (3,) and (4,)"),
         (ZeroDivisionError(), f"{no_step}: ZeroDivisionError: ZeroDivisionError"),
         (ValueError("of our own"), "of our own"),
-    ]:  # fmt: skip
+    ]:
+
+        def make(config, objective, optimizer, block_size, error=error):
+            def fails(*_):
+                raise error
+
+            return fails if block_size == 4 else make_step(config, objective, optimizer, block_size)
+
+        monkeypatch.setattr(loop, "make_step", make)
         with pytest.raises(ValueError) as caught:
             train(config, tmp_path / "new", lambda line: None)
         assert str(caught.value) == message

@@ -211,6 +211,7 @@ def test_the_overrides_of_the_docs_give_the_variants(monkeypatch):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")
 def test_every_field_that_may_be_none_can_be_given_as_none(monkeypatch, tmp_path):
     file = tmp_path / "config.py"
     kernels = [field.name for field in dataclasses.fields(Backends)]
