@@ -224,6 +224,7 @@ def test_every_field_that_may_be_none_can_be_given_as_none(monkeypatch, tmp_path
 
     def given(*words):
         monkeypatch.setattr(command_line.flags, "FLAGS", flags.FlagValues())
+        flags.DEFINE_integer("verbosity", 0, "As absl's own.", flag_values=command_line.flags.FLAGS)
         config = config_flags.DEFINE_config_file("config", flag_values=command_line.flags.FLAGS)
         command = ["train.py", f"--config={file}", *words]
         monkeypatch.setattr(sys, "argv", command)
