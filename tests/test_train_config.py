@@ -212,7 +212,7 @@ def test_the_overrides_of_the_docs_give_the_variants(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")
-def test_every_field_that_may_be_none_can_be_given_as_none(monkeypatch, tmp_path):
+def test_every_field_that_may_be_none_can_be_given_as_none(monkeypatch, tmp_path, capsys):
     file = tmp_path / "config.py"
     kernels = [field.name for field in dataclasses.fields(Backends)]
     file.write_text(
@@ -235,6 +235,10 @@ def test_every_field_that_may_be_none_can_be_given_as_none(monkeypatch, tmp_path
     frozen = freeze(given("--config.steps=7", *(f"--config.{name}=None" for name in set_to_none)))
     assert (frozen.block_size, frozen.kernels, frozen.steps) == (None, Backends(), 7)
     assert freeze(given()).kernels != Backends() and freeze(given()).block_size == 8
+    for unknown in ("no_such", "mesh.no_such", "no.such"):
+        with pytest.raises(SystemExit):
+            given(f"--config.{unknown}=None")
+        assert capsys.readouterr().err.startswith(f"error: --config.{unknown}: the configuration has no such field")
     for field in dataclasses.fields(TrainConfig):
         if field.name in ("block_size", "model", "variant", "diffusion", "kernels", "mesh"):
             continue
