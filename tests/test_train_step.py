@@ -10,12 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from twotower_jax.checkpoint.workdir import Workdir
 from twotower_jax.config import Variant
 from twotower_jax.parameters import bind, flatten, parameter_table
-from twotower_jax.train.config import ADDED, CHANGEABLE
 from twotower_jax.train.objectives import NoiseKey, make_objective
 from twotower_jax.train.placement import Placement
+from twotower_jax.train.setup import look
 from twotower_jax.train.skips import blame
 from twotower_jax.train.start import make_start
 from twotower_jax.train.step import (
@@ -215,7 +214,7 @@ def test_documents_of_a_curriculum_do_not_see_one_another(block_size, step_confi
             "model.hybrid_override_pattern": "M*",
         }
     )
-    start = make_start(config, Workdir(tmp_path / "run", dataclasses.asdict(config), CHANGEABLE, ADDED))
+    start = make_start(config, look(config, tmp_path / "run"))
     (window,) = [start.training[i] for i in range(len(start.training))]
     begins = np.unique(window["document_start"])
     second = begins[1]

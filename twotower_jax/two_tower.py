@@ -17,7 +17,7 @@ from flax import nnx
 from twotower_jax.cache import Cache
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
-from twotower_jax.layers.mixer import Run, load_of
+from twotower_jax.layers.mixer import Run
 from twotower_jax.layers.time_conditioning import TimeConditioning, modulation
 from twotower_jax.layers.vocabulary import Head
 from twotower_jax.parameters import Initializer, Params, Path, Scope, fresh, initialize, parameter_table, use
@@ -202,9 +202,9 @@ class TwoTower(nnx.Module):
             if self.variant.context == "frozen":
                 h_context, memory = jax.lax.stop_gradient((h_context, memory))
             h, routing = denoiser_layer.blockwise(h, memory, block_size, run, modulation)
-            if routing is None or measured is None:
-                return (h_context, h), None if routing is None else routing.load
-            return (h_context, h), load_of(routing.experts, measured, routing.load.size)
+            if routing is None:
+                return (h_context, h), None
+            return (h_context, h), routing.load if measured is None else routing.load_over(measured)
 
         carry = context.embed(clean), denoiser.embed(noisy)
         (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None, block_size)

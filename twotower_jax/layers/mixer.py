@@ -55,19 +55,13 @@ class Routing(NamedTuple):
     load: jax.Array
     experts: jax.Array
 
-
-def load_of(experts: jax.Array, measured: jax.Array, count: int) -> jax.Array:
-    """A router's load over some of the tokens: (count,) float32, `Routing.load` where they are all.
-
-    Args:
-      experts: (B, L, k) int32, those of each token.
-      measured: (B, L) bool, the tokens; where there is none, the load is 0.
-      count: E.
-    """
-    chosen = (experts[..., None] == jnp.arange(count)) & measured[..., None, None]
-    tokens = jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32)
-    even = jnp.sum(measured, dtype=jnp.float32) * (experts.shape[-1] / count)
-    return tokens / jnp.maximum(even, experts.shape[-1] / count)
+    def load_over(self, measured: jax.Array) -> jax.Array:
+        """`load` over the tokens of `measured` (B, L) bool alone; 0 where there are none."""
+        count, per_token = self.load.size, self.experts.shape[-1]
+        chosen = (self.experts[..., None] == jnp.arange(count)) & measured[..., None, None]
+        tokens = jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32)
+        even = per_token / count
+        return tokens / jnp.maximum(jnp.sum(measured, dtype=jnp.float32) * even, even)
 
 
 class Mixer(nnx.Module):
