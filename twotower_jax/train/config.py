@@ -58,7 +58,7 @@ ADDED = {
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The parts of a `MaskedDiffusion` by name; a config file may register its own (docs/training.md).
+    """The parts of a `MaskedDiffusion` by name; a config file may register its own (docs/guide/training.md).
 
     Raises:
       ValueError: at construction, for a name that is not registered, or a `complementary` that is not a bool.
@@ -101,7 +101,7 @@ class TrainConfig:
     init_from: str = ""
     # A file of text (.txt, .jsonl and more) or a folder of them; a folder made by launch/prepare.py; the prefix of a
     # Megatron set; or a .json file that mixes several by weight. "" is the documentation shipped with Python. See
-    # docs/data.md.
+    # docs/guide/data.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
