@@ -215,7 +215,7 @@ class _Run:
                     source=self.start.tokenizer_folder,
                 )
         self.report(f"starting from {config.init_from or 'random weights'}")
-        if config.objective == "denoiser" and not config.init_from and config.variant.context == "frozen":
+        if config.two_towers and not config.init_from and config.variant.context == "frozen":
             self.report("warning: the context tower is random and frozen; give init_from a trained backbone")
 
     def resume(self) -> None:
@@ -357,7 +357,7 @@ class _Run:
         traced = self._trace(block_size, self.state, self.frozen)
         with self.placement.in_force():
             compiled = traced.lower().compile()
-        blocks = f" for blocks of {block_size}" if config.objective == "denoiser" else ""
+        blocks = f" for blocks of {block_size}" if config.two_towers else ""
         needed = watch.temporaries(compiled)
         self.flops = flops.step_flops(config, self.start.model, block_size)
         self.report(
