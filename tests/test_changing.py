@@ -75,16 +75,22 @@ def test_its_loss_is_its_formula(small):
     runpy.run_path(str(CONFIGS / "example_objective.py"))
     config = small("distilled")
     objective = make_objective(config, config.model_config(40))
-    params = objective.start(None, jax.random.key(0))
+    plain = make_objective(small("denoiser"), config.model_config(40))
+    params = jax.jit(lambda: objective.start(None, jax.random.key(0)))()
     ids = jnp.asarray(np.random.default_rng(0).integers(4, 40, (3, 32)), jnp.int32)
     noise = NoiseKey(0, 0, jnp.arange(3), 3)
     examples = objective.examples(ids, jnp.ones(3, bool), noise, 8)
-    losses = objective.losses_of(params, examples, 8, validating=True)
-    plain = make_objective(small("denoiser"), config.model_config(40)).losses_of(params, examples, 8)
-    assert losses["masked_loss"].total == plain["masked_loss"].total
-    noisy_logits = bind(objective.model, params).training_logits(ids, examples.noisy, examples.t, 8)[0]
-    teacher = np.asarray(jax.nn.softmax(bind(objective.model, params).context_logits(ids)))
-    student = np.asarray(jax.nn.log_softmax(noisy_logits))
+
+    @jax.jit
+    def computed(params, examples):
+        model = bind(objective.model, params)
+        teacher = jax.nn.softmax(model.context_logits(ids))
+        student = jax.nn.log_softmax(model.training_logits(ids, examples.noisy, examples.t, 8)[0])
+        losses = (each.losses_of(params, examples, 8, validating=True) for each in (objective, plain))
+        return *losses, teacher, student
+
+    losses, others, teacher, student = jax.tree.map(np.asarray, computed(params, examples))
+    np.testing.assert_allclose(losses["masked_loss"].total, others["masked_loss"].total, rtol=1e-6)
     masked, expected, seen = np.asarray(examples.masked), np.zeros(3), 0
     for row, position in np.argwhere(masked):
         if position:
@@ -130,8 +136,7 @@ def test_the_layer_kind_of_the_page(snippet):
     assert model.config.hybrid_override_pattern == "Mg*g"
     table = parameter_table(model)
     assert sum("gate" in path for path in table) == 2
-    params = initialize(table, jax.random.key(0))
-    h = bind(model, params).tower.causal(jnp.arange(8)[None])
+    h = jax.jit(lambda: bind(model, initialize(table, jax.random.key(0))).tower.causal(jnp.arange(8)[None]))()
     assert h.shape == (1, 8, 128) and np.isfinite(h).all()
     tensors = {str(name): list(p.tensor_shape) for p in table.values() for name in p.tensors.flat}
     found = infer_config({name.removeprefix("backbone."): shape for name, shape in tensors.items()})
