@@ -97,6 +97,12 @@ def test_a_long_message_is_cut_to_a_line_that_can_be_read(capsys):
     assert said.count("\n") == 1 and len(said) < 2100
 
 
+# A shell starts what it runs in the background with SIGINT ignored: Ctrl-C is not for that.
+_INTERRUPTED = """import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.kill(os.getpid(), signal.SIGINT)"""
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
@@ -104,7 +110,7 @@ def test_a_long_message_is_cut_to_a_line_that_can_be_read(capsys):
         ("raise OSError(38, 'Function not implemented', 'x')", 2, "error: [Errno 38] Function not implemented: 'x'\n"),
         ("raise KeyboardInterrupt", 130, "error: interrupted; nothing was left half-written\n"),
         ("raise BrokenPipeError(32, 'Broken pipe')", 141, ""),
-        ("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)", 130, "error: interrupted; no"),
+        (f"{_INTERRUPTED}\ntime.sleep(9)", 130, "error: interrupted; nothing was left half-written\n"),
     ],
 )
 def test_how_a_command_ends(body, status, said):
