@@ -192,6 +192,13 @@ def test_a_typo_is_said_in_one_line(flags, said):
 # What may be missing, and interruptions.
 
 
+def interruptible(*arguments: str) -> list[str]:
+    """The command `python ARGUMENTS`, which SIGINT reaches even if these tests run in the background of a shell."""
+    heard = "signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    code = f"import os, signal, sys; {heard}; os.execv(sys.executable, sys.argv[1:])"
+    return [sys.executable, "-c", code, sys.executable, *arguments]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_says_how_to_install_it(name, tmp_path):
     code, out, err = run(ROOT / "launch" / name, "--help", python=["-S", "-E"], PYTHONPATH="")
@@ -205,7 +212,7 @@ def test_a_setting_that_jax_cannot_read_is_named():
 
 
 def test_an_interruption_while_importing_is_a_line():
-    command = [sys.executable, "-X", "importtime", str(ROOT / "launch/generate.py"), "--checkpoint=x", "--prompt=x"]
+    command = interruptible("-X", "importtime", str(ROOT / "launch/generate.py"), "--checkpoint=x", "--prompt=x")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         # JAX is being imported when this module of its own has been.
         next(line for line in process.stderr if "jax._src.config" in line)
@@ -217,7 +224,7 @@ def test_an_interruption_while_importing_is_a_line():
 def test_an_interrupted_generation_leaves_nothing(data, tmp_path):
     (tmp_path / "prompts").write_text('{"ids": [5, 6, 7]}\n')
     flags = [f"--checkpoint={data / 'tiny/checkpoint'}", "--prompts=prompts", "--output=out", "--max_new_tokens=100000"]
-    command = [sys.executable, str(ROOT / "launch/generate.py"), *flags, "--mode=ar", "--ignore_eos"]
+    command = interruptible(str(ROOT / "launch/generate.py"), *flags, "--mode=ar", "--ignore_eos")
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / ".out.partial").exists():
             assert process.poll() is None

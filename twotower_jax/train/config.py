@@ -227,18 +227,13 @@ class TrainConfig:
             self.block_size is not None or (starts[:1] == [0] and increasing and starts[-1] < 1),
             f"block_curriculum={self.block_curriculum} must start at fraction 0 and go on at increasing ones below 1",
         )
-        # Of a backbone too: a denoiser is to be trained on it, on the same sequences.
+        # Of a backbone too: a denoiser is to be trained on it, on the same sequences. What all sizes divide, their
+        # least common multiple divides, to which documents are aligned.
         for size in self.block_sizes:
             _check(
                 self.sequence_length % size == 0,
                 f"sequence_length={self.sequence_length} is not a multiple of the block size {size}",
             )
-        align = math.lcm(*self.block_sizes)
-        _check(
-            not self.reset_at_documents or self.sequence_length % align == 0,
-            f"reset_at_documents=True begins documents at multiples of {align}, the least common multiple of the block "
-            f"sizes, of which sequence_length={self.sequence_length} is none",
-        )
         default = type(self).block_curriculum
         _check(
             self.block_size is None or self.block_curriculum == default,
