@@ -190,9 +190,9 @@ def test_every_config_is_mutable_until_frozen():
 
 @pytest.mark.filterwarnings("ignore:the load_module")
 def test_the_overrides_of_the_docs_give_the_variants(monkeypatch):
-    """Every line of the table in docs/training.md, as flags of a command."""
+    """Every line of the table in docs/guide/training.md, as flags of a command."""
     lines = re.findall(
-        r"\| `(--config\.variant\.[^`]*)` \|", (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+        r"\| `(--config\.variant\.[^`]*)` \|", (ROOT / "docs" / "guide" / "training.md").read_text(encoding="utf-8")
     )
     found = []
     for line in lines:

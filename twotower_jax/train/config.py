@@ -21,8 +21,8 @@ from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
 from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
+from twotower_jax.train.objectives import OBJECTIVES
 
-OBJECTIVES = ("autoregressive", "denoiser")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # A resumed run may change these: none of them alters the steps already made.
@@ -58,7 +58,7 @@ ADDED = {
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The parts of a `MaskedDiffusion` by name; a config file may register its own (docs/training.md).
+    """The parts of a `MaskedDiffusion` by name; a config file may register its own (docs/guide/training.md).
 
     Raises:
       ValueError: at construction, for a name that is not registered, or a `complementary` that is not a bool.
@@ -90,7 +90,8 @@ class TrainConfig:
 
     # The fields of `ModelConfig` but the vocabulary's size, which is the tokenizer's. Unused with init_from.
     model: Mapping[str, Any]
-    # "autoregressive" trains a backbone on next tokens, "denoiser" a two-tower model on masked ones.
+    # "autoregressive" trains a backbone on next tokens, "denoiser" a two-tower model on masked ones; a config file may
+    # register its own, of a two-tower model (docs/guide/changing.md).
     objective: str = "autoregressive"
     # Of the denoiser objective: which towers train, and how. See `Variant`.
     variant: Variant = Variant()
@@ -101,7 +102,7 @@ class TrainConfig:
     init_from: str = ""
     # A file of text (.txt, .jsonl and more) or a folder of them; a folder made by launch/prepare.py; the prefix of a
     # Megatron set; or a .json file that mixes several by weight. "" is the documentation shipped with Python. See
-    # docs/data.md.
+    # docs/guide/data.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
@@ -183,7 +184,7 @@ class TrainConfig:
             f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}",
         )
         _check(
-            self.objective == "denoiser" or self.variant == Variant(),
+            self.two_towers or self.variant == Variant(),
             f"variant={self.variant} changes nothing with objective={self.objective!r}: it needs objective='denoiser'",
         )
         self._check_optimizer()
@@ -250,7 +251,12 @@ class TrainConfig:
         )
         if self.sample_every:
             _check(self.sample_prompts, f"sample_every={self.sample_every} needs sample_prompts")
-            _check(self.objective == "denoiser", f"sample_every={self.sample_every} needs objective='denoiser'")
+            _check(self.two_towers, f"sample_every={self.sample_every} needs objective='denoiser'")
+
+    @property
+    def two_towers(self) -> bool:
+        """Whether the model has both towers: with every objective but that of a backbone."""
+        return self.objective != "autoregressive"
 
     @property
     def block_sizes(self) -> list[int]:
