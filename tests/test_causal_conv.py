@@ -159,7 +159,7 @@ def random_case(seed, blocks, longest, channels):
     length = block * int(rng.integers(1, 1 + min(8, longest // block))) if blocks else int(rng.integers(1, longest))
     width, rows = int(rng.integers(1, 6)), int(rng.integers(1, 3))
     start = np.maximum.accumulate(np.where(rng.random((rows, length)) < 0.1, np.arange(length), 0), axis=1)
-    before = np.arange(length) - start // block * block if rng.random() < 0.5 else None
+    before = jnp.asarray(np.arange(length) - start // block * block, jnp.int32) if rng.random() < 0.5 else None
     arrays = [draw(seed + i, rows, length, channels) for i in range(2 if blocks else 1)]
     arrays += [draw(seed + 2, width, channels), draw(seed + 3, channels)]
     arrays += [draw(seed + 4, rows, width - 1 + int(rng.integers(0, 2)), channels)]
