@@ -18,10 +18,10 @@ from twotower_jax.diffusion import masked_loss_sum, next_tokens, token_log_proba
 from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import bind, flatten, parameter_table
-from twotower_jax.train.config import CHANGEABLE
 from twotower_jax.train.loop import train
 from twotower_jax.train.metrics import METRICS
 from twotower_jax.train.objectives import Denoiser
+from twotower_jax.train.setup import look
 from twotower_jax.train.start import make_start
 from twotower_jax.train.step import (
     abstract_state,
@@ -120,10 +120,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name, request, tmp_pa
     assert rows(copy)[-2:] == rows(copy)[1:3] == rows(folder)[1:]
     assert {k: v for k, v in again.metrics.items() if k != "tokens_per_second"} == rows(folder)[-1]
     assert same_bits(workdir.load(copy)[1], workdir.load(folder)[1])
-    start = make_start(config, workdir.Workdir(folder, dataclasses.asdict(config), CHANGEABLE))
+    start = make_start(config, look(config, folder))
     state, frozen = abstract_state(start.objective, make_optimizer(config, tables(start.objective)[0]))
     states = [
-        workdir.Workdir(f, dataclasses.asdict(config), CHANGEABLE).restore(state.params, state.optimizer, frozen)
+        look(config, f).restore(state.params, state.optimizer, frozen)
         for f in (folder, copy)
     ]
     for a, b in zip(jax.tree.leaves(states[0][:3]), jax.tree.leaves(states[1][:3]), strict=True):
@@ -292,7 +292,7 @@ def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, t
 @pytest.mark.parametrize("objective", ["autoregressive", "denoiser"])
 def test_a_run_starts_from_a_published_checkpoint(objective, train_config, data, tmp_path):
     config = train_config(objective=objective, init_from=str(data / "tiny" / "checkpoint"))
-    start = make_start(config, workdir.Workdir(tmp_path / "new", dataclasses.asdict(config), CHANGEABLE))
+    start = make_start(config, look(config, tmp_path / "new"))
     assert start.model.hybrid_override_pattern == "MEMEM*EMEMEM*EME" and start.model.vocab_size == 512
     assert start.training.windows.max() < start.tokenizer.get_vocab_size() <= 512
     _, published, _ = checkpoint.load(data / "tiny" / "checkpoint")
