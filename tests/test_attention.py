@@ -96,7 +96,7 @@ class AfterCache:
 
 
 class DenoiserTraining:
-    """All blocks side by side, behind the context's keys."""
+    """All blocks side by side, after the context's keys."""
 
     block = 4
 
@@ -121,7 +121,7 @@ class DenoiserTraining:
 
 
 class Denoising:
-    """One block behind caches of different lengths."""
+    """One block after caches of different lengths."""
 
     lengths = np.array([7, 0], np.int32)
     capacity = 8

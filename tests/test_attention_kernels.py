@@ -62,7 +62,7 @@ def ends(*numbers):
 
 
 def denoiser(length, block, start=None):
-    """Shapes, and sources and own block of the arrays behind the queries."""
+    """Shapes, and sources and own block of the arrays after the queries."""
 
     def sources(key, value, *own):
         return (Keys(key, value, ends(np.arange(length) // block * block), start),), own, block
@@ -186,9 +186,9 @@ def test_what_lies_behind_a_caches_length_is_not_read(platform):
     lengths = jnp.array([[5], [40]])
     found = jax.jit(lambda *kv: run(platform)(q, (Keys(*kv, lengths),)))
     expected = found(key, value)
-    behind = jnp.arange(96)[:, None] >= lengths[:, :, None, None]
+    after = jnp.arange(96)[:, None] >= lengths[:, :, None, None]
     for other in (np.nan, 1e30):
-        spoiled = (jnp.where(behind, jnp.asarray(other, v.dtype), v) for v in (key, value))
+        spoiled = (jnp.where(after, jnp.asarray(other, v.dtype), v) for v in (key, value))
         np.testing.assert_array_equal(found(*spoiled), expected)
 
 

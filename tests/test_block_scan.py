@@ -186,7 +186,7 @@ def test_block_scan_in_bfloat16_on_a_gpu():
 
 
 def gpu_arguments(length, dtype=jnp.bfloat16, head_dim=64, batch=1):
-    """Of one layer of the 30B model, without arrays."""
+    """The arguments of one layer of the 30B model, without arrays."""
 
     def shape(*sizes, dtype=dtype):
         return jax.ShapeDtypeStruct(sizes, dtype)

@@ -57,7 +57,7 @@ def literal(x, weight, bias, tail):
 
 
 def gradients(function, *arrays):
-    """Of a sum with a weight for each entry, in every array."""
+    """The gradients of a sum with a weight for each entry, in every array."""
 
     def loss(*arrays):
         y = function(*arrays)
