@@ -159,7 +159,7 @@ def random_case(seed, blocks, longest, channels):
     length = block * int(rng.integers(1, 1 + min(8, longest // block))) if blocks else int(rng.integers(1, longest))
     width, rows = int(rng.integers(1, 6)), int(rng.integers(1, 3))
     start = np.maximum.accumulate(np.where(rng.random((rows, length)) < 0.1, np.arange(length), 0), axis=1)
-    before = jnp.asarray(np.arange(length) - start // block * block, jnp.int32) if rng.random() < 0.5 else None
+    before = np.arange(length) - start // block * block if rng.random() < 0.5 else None
     arrays = [draw(seed + i, rows, length, channels) for i in range(2 if blocks else 1)]
     arrays += [draw(seed + 2, width, channels), draw(seed + 3, channels)]
     arrays += [draw(seed + 4, rows, width - 1 + int(rng.integers(0, 2)), channels)]
@@ -178,7 +178,8 @@ def check_against_the_reference(seed, blocks, implementation, longest=70, channe
 
         def function(*arrays):
             *rest, tail = arrays
-            return convolution(*rest, *([block] if blocks else []), tail, before)
+            limits = None if before is None else jnp.asarray(before)
+            return convolution(*rest, *([block] if blocks else []), tail, limits)
 
         return jax.jit(functools.partial(with_gradients, function), compiler_options=QUICK)(*arrays)
 
@@ -225,6 +226,12 @@ def test_a_frozen_context_costs_no_gradient_of_it():
 
     assert results((0, 2)) == [1, 2]
     assert results((0, 1, 2)) == [1, 4]
+
+
+def test_a_convolution_of_width_one_reads_no_context(block_causal_conv):
+    x, context, weight, bias = draw(0, 2, 6, 3), draw(1, 2, 6, 3), draw(2, 1, 3), draw(3, 3)
+    found = block_causal_conv(*(jnp.float32(v) for v in (x, context, weight, bias)), 2)
+    assert_close(found, silu(weight[0] * x + bias))
 
 
 def test_blocks_divide_the_length():

@@ -89,7 +89,7 @@ def _product(shape: tuple[int, int], a: list, b: list) -> jax.Array:
     return pl.run_scoped(passes, plgpu.ACC(shape))
 
 
-def _tiled(shape: tuple[int, int], swizzle: int) -> plgpu.SMEM:
+def _tiled(shape: tuple[int, int], swizzle: int):
     """Shared memory of a bfloat16 matrix, laid out as the matrix unit reads it."""
     transforms = plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)

@@ -18,7 +18,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 _LARGEST = {8: 127, 4: 7}
 _GROUP = 64
@@ -82,7 +82,9 @@ def group_size(width: int, bits: int) -> int:
     raise ValueError(f"a matrix of {width} rows cannot be cut into groups for {bits} bits: it needs an even number")
 
 
-def quantize(w: Float[Array, "*leading rows columns"], bits: int, group: int, *, scale_dtype=jnp.float32) -> Quantized:
+def quantize(
+    w: Float[ArrayLike, "*leading rows columns"], bits: int, group: int, *, scale_dtype=jnp.float32
+) -> Quantized:
     """The nearest matrix with so many bits: |w − ŵ| ≤ scale / 2 (and the rounding of float32).
 
     Rounds w / scale in float32 to the nearest whole number, halves to the even one, for the scale as it is stored.
