@@ -54,6 +54,7 @@ class Op:
 
     def __init__(self, name: str, folder: str, *implementations: Implementation, setting: str | None = None):
         """`folder`: the package that relative modules lie in."""
+        self._own: dict[str, Callable] = {}
         self.name, self.folder, self.setting = name, folder, setting or name
         self.implementations: dict[str, Implementation] = {}
         for one in implementations:
@@ -62,8 +63,24 @@ class Op:
                 interpreter = dataclasses.replace(one, name=f"{one.name}{_INTERPRETER}", platform=None)
                 self.implementations[interpreter.name] = interpreter
 
+    def register(self, name: str, function: Callable) -> None:
+        """Adds an implementation from outside this package: it runs when named, on any platform.
+
+        Args:
+          function: with the arguments of the op's other implementations.
+
+        Raises:
+          ValueError: for a name that the op has.
+        """
+        if name in self.implementations and name not in self._own:
+            raise ValueError(f"{self.name} has an implementation {name!r} already")
+        self.implementations[name] = Implementation(name, function.__module__)
+        self._own[name] = function
+
     def load(self, implementation: str) -> Callable:
         """The function of an implementation, imported."""
+        if implementation in self._own:
+            return self._own[implementation]
         return getattr(self._module(implementation), self.name)
 
     def choose(self, *args, implementation: str | None = None, **kwargs) -> Choice:

@@ -17,7 +17,9 @@ from twotower_jax.data import load_tokenizer, pack_documents, read_documents
 from twotower_jax.diffusion import masked_loss_sum, next_tokens, token_log_probabilities
 from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError
+from twotower_jax.kernels import Backends
 from twotower_jax.parameters import bind, flatten, parameter_table
+from twotower_jax.train import programs
 from twotower_jax.train.loop import train
 from twotower_jax.train.metrics import METRICS
 from twotower_jax.train.objectives import Denoiser
@@ -122,10 +124,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name, request, tmp_pa
     assert same_bits(workdir.load(copy)[1], workdir.load(folder)[1])
     start = make_start(config, look(config, folder))
     state, frozen = abstract_state(start.objective, make_optimizer(config, tables(start.objective)[0]))
-    states = [
-        look(config, f).restore(state.params, state.optimizer, frozen)
-        for f in (folder, copy)
-    ]
+    states = [look(config, f).restore(state.params, state.optimizer, frozen) for f in (folder, copy)]
     for a, b in zip(jax.tree.leaves(states[0][:3]), jax.tree.leaves(states[1][:3]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert states[0][3] == states[1][3]
@@ -219,6 +218,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train_config
     assert "step 4: loss" in str(error.value) and "3 steps in a row (max_skipped_steps=2)" in str(error.value)
     assert "rows of the batch to blame: 0, 1, 2, 3, 4; row 0 begins" in str(error.value)
     assert orbax_steps.latest_step(tmp_path / "run" / workdir.CHECKPOINTS) == 3
+
+
+@pytest.mark.parametrize("kernels", [Backends(), Backends(ssd="xla")])
+def test_a_stage_that_cannot_be_traced_is_met_before_anything_is_written(kernels, train_config, tmp_path, monkeypatch):
+    curriculum = ((0.0, 16), (0.5, 4))
+    config = train_config(objective="denoiser", block_size=None, block_curriculum=curriculum)
+    config = dataclasses.replace(config, kernels=kernels, model=dict(config.model) | {"hybrid_override_pattern": "-"})
+    make_step = programs.make_step
+
+    no_step = "config: these settings give no step in blocks of 4"
+    for error, message in [
+        (TypeError("shapes (3,) and (4,)\nand more"), f"{no_step}: TypeError: shapes (3,) and (4,)"),
+        (ZeroDivisionError(), f"{no_step}: ZeroDivisionError: ZeroDivisionError"),
+        (ValueError("of our own"), "of our own"),
+    ]:
+
+        def make(config, objective, optimizer, block_size, error=error):
+            def fails(*_):
+                raise error
+
+            return fails if block_size == 4 else make_step(config, objective, optimizer, block_size)
+
+        monkeypatch.setattr(programs, "make_step", make)
+        with pytest.raises(ValueError) as caught:
+            train(config, tmp_path / "new", lambda line: None)
+        assert str(caught.value) == message
+    assert not (tmp_path / "new").exists()
 
 
 # Checkpoints.

@@ -149,7 +149,7 @@ def begin(setup: Setup) -> tuple[Run, Setup]:
             roles = {"end_token": start.model.eos_token_ids[0], "source": start.tokenizer_folder}
             save_tokenizer(start.tokenizer, folder.path, **roles)
     setup.report(f"starting from {config.init_from or 'random weights'}")
-    if config.objective == "denoiser" and not config.init_from and config.variant.context == "frozen":
+    if config.two_towers and not config.init_from and config.variant.context == "frozen":
         setup.report("warning: the context tower is random and frozen; give init_from a trained backbone")
     run = Run(0, state, frozen, setup.data(), LossWindow(setup.objective.terms), Skips(config.max_skipped_steps))
     return run, dataclasses.replace(setup, start=start._replace(params=None))
@@ -283,7 +283,7 @@ def _compile(setup: Setup, run: Run, stage: BlockStage) -> tuple[Step, float]:
     """The step of a stage, and its FLOPs."""
     config, started = setup.config, Stopwatch()
     compiled = setup.programs.compile(stage.block_size, run.state, run.frozen)
-    blocks = f" for blocks of {stage.block_size}" if config.objective == "denoiser" else ""
+    blocks = f" for blocks of {stage.block_size}" if config.two_towers else ""
     needed = watch.temporaries(compiled)
     step_flops = flops.step_flops(config, setup.start.model, stage.block_size)
     setup.report(

@@ -6,7 +6,7 @@ is divided.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,11 @@ from twotower_jax.diffusion import (
     spread,
 )
 from twotower_jax.parameters import Params, Path, bind, initialize, parameter_table
-from twotower_jax.train.config import TrainConfig
-from twotower_jax.two_tower import Backbone, TwoTower, from_backbone, is_trainable
+from twotower_jax.registry import Registry
+from twotower_jax.two_tower import Backbone, TrainingStates, TwoTower, from_backbone, is_trainable
+
+if TYPE_CHECKING:  # A config checks there which objectives there are.
+    from twotower_jax.train.config import TrainConfig
 
 Losses = dict[str, LossSum]
 
@@ -89,6 +92,11 @@ class Objective:
 
     is_noisy = False
 
+    @classmethod
+    def make(cls, config: "TrainConfig", model: ModelConfig) -> "Objective":
+        """The objective of a run with these settings."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is made of a config")
+
     def for_validation(self) -> "Objective":
         """The same objective on rows that are seen once."""
         return self
@@ -122,6 +130,10 @@ class Objective:
         return self.losses_of(params, examples, block_size, validating)
 
 
+OBJECTIVES = Registry("objective", Objective)
+
+
+@OBJECTIVES.register("autoregressive")
 @dataclasses.dataclass(frozen=True)
 class Autoregressive(Objective):
     """A backbone on next tokens.
@@ -132,6 +144,11 @@ class Autoregressive(Objective):
 
     model: Backbone
     terms = ("next_token_loss",)
+
+    @classmethod
+    def make(cls, config: "TrainConfig", model: ModelConfig) -> "Autoregressive":
+        """A backbone."""
+        return cls(Backbone(model, config.execution))
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -166,6 +183,7 @@ class Autoregressive(Objective):
         return {"tower": checkpoint["context_tower"], "head": checkpoint["context_head"]}
 
 
+@OBJECTIVES.register("denoiser")
 @dataclasses.dataclass(frozen=True)
 class Denoiser(Objective):
     """A two-tower model on masked tokens (arXiv 2606.26493), under any `Variant`.
@@ -180,6 +198,11 @@ class Denoiser(Objective):
     model: TwoTower
     diffusion: MaskedDiffusion = MaskedDiffusion()
     is_noisy = True
+
+    @classmethod
+    def make(cls, config: "TrainConfig", model: ModelConfig) -> "Denoiser":
+        """Of the variant and the diffusion that the settings name."""
+        return cls(TwoTower(model, config.variant, config.execution), config.diffusion.process)
 
     def for_validation(self) -> "Denoiser":
         """With times that are as even over the rows as can be."""
@@ -235,9 +258,18 @@ class Denoiser(Objective):
         that of every expert, (layers, E), over the tokens that may count: it can be added up over batches, and filler
         has no part in it.
         """
-        model, masked, t = bind(self.model, params), examples.masked, examples.t
-        measured = examples.counted if validating else None
-        states = model.training_states(examples.clean, examples.noisy, t, block_size, examples.start, measured)
+        model, measured = bind(self.model, params), examples.counted if validating else None
+        states = model.training_states(examples.clean, examples.noisy, examples.t, block_size, examples.start, measured)
+        return self.losses_of_states(model, states, examples, block_size, validating)
+
+    def losses_of_states(
+        self, model: TwoTower, states: TrainingStates, examples: Examples, block_size: int, validating: bool
+    ) -> Losses:
+        """`losses_of`, of what the towers (bound to their parameters) made of the examples.
+
+        An objective that adds a term to these extends this, `terms` and `counts` (configs/example_objective.py).
+        """
+        masked, t = examples.masked, examples.t
         log_p = model.denoiser_head.log_probabilities(states.denoiser, examples.clean)
         weight = spread(examples.weight.reshape(len(masked), -1), masked.shape[1])
         losses = {
@@ -294,8 +326,15 @@ def _next_tokens(examples: Examples) -> tuple[jax.Array, jax.Array]:
     return targets, mask
 
 
-def make_objective(config: TrainConfig, model: ModelConfig) -> Objective:
-    """The objective that the settings name."""
-    if config.objective == "autoregressive":
-        return Autoregressive(Backbone(model, config.execution))
-    return Denoiser(TwoTower(model, config.variant, config.execution), config.diffusion.process)
+def make_objective(config: "TrainConfig", model: ModelConfig) -> Objective:
+    """The objective that the settings name.
+
+    Raises:
+      ValueError: for one of a user's own that trains something else than both towers, which a workdir could not tell.
+    """
+    objective = OBJECTIVES[config.objective].make(config, model)
+    if config.two_towers and not isinstance(objective.model, TwoTower):
+        raise ValueError(
+            f"objective={config.objective!r}: its model is a {type(objective.model).__name__}, and must be a TwoTower"
+        )
+    return objective

@@ -69,7 +69,7 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
                 "start; give the checkpoint that it was made from"
             )
         check_memory(config, make_objective(config, contents(config.init_from).config), mesh)
-        variant = None if config.objective == "autoregressive" else config.variant
+        variant = config.variant if config.two_towers else None
         loaded = load(config.init_from, variant, config.execution, mesh=mesh)
         tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
         folder = loaded.tokenizer_folder
@@ -81,11 +81,7 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
     else:
         tokenizer = data.tokenizer(config.vocab_size)
         model = config.model_config(id_range(tokenizer))
-    if (
-        config.objective == "denoiser"
-        and config.variant.bidirectional_mamba
-        and "M" not in model.hybrid_override_pattern
-    ):
+    if config.two_towers and config.variant.bidirectional_mamba and "M" not in model.hybrid_override_pattern:
         raise ValueError(
             "variant.bidirectional_mamba=True changes nothing: "
             f"hybrid_override_pattern={model.hybrid_override_pattern!r} has no Mamba-2 layer"
