@@ -104,7 +104,7 @@ class Layout(NamedTuple):
         batch: int,
         length: int,
         inputs: list[tuple[pl.BlockSpec, jax.Array]],
-        outputs: list[tuple[pl.BlockSpec, tuple[int, ...], jnp.dtype]],
+        outputs: list[tuple[pl.BlockSpec, tuple[int, ...], jax.typing.DTypeLike]],
     ) -> list[jax.Array]:
         """Runs `kernel(*input_refs, *output_refs, state_ref)` over batch, blocks of heads and chunks.
 
