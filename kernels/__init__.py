@@ -3,7 +3,7 @@
 Notation, here and in every kernel:
 
     B batch   L length   D model   H heads   P head dim   N state   G groups   E experts   F expert width
-    S block   Q chunk
+    S block   Q chunk   K heads of keys and values   C channels and W width of the convolution   HP the product H·P
 
 A folder per op: its `__init__.py` has the public function, with shapes and maths, and the list of implementations;
 reference.py the oracle, as literal as the maths allows; xla.py what runs anywhere; then one file per platform. Public

@@ -96,7 +96,7 @@ class AfterCache:
 
 
 class DenoiserTraining:
-    """All blocks side by side, behind the context's keys."""
+    """All blocks side by side, after the context's keys."""
 
     block = 4
 
@@ -121,7 +121,7 @@ class DenoiserTraining:
 
 
 class Denoising:
-    """One block behind caches of different lengths."""
+    """One block after caches of different lengths."""
 
     lengths = np.array([7, 0], np.int32)
     capacity = 8
@@ -236,7 +236,7 @@ def test_bfloat16_has_a_softmax_in_float32():
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 def test_query_heads_share_their_groups_key(kv_heads):
     q, key, value = draw(0, B, 5, H, P), draw(1, B, kv_heads, 5, P), draw(2, B, kv_heads, 5, P)
-    y = attention(q, (Keys(key, value, jnp.arange(1, 6)),))
+    y = attention(jnp.asarray(q), (Keys(jnp.asarray(key), jnp.asarray(value), jnp.arange(1, 6)),))
     assert_close(y, masked(q, key, value, Causal.visible(5))[0])
 
 

@@ -57,7 +57,7 @@ def literal(x, weight, bias, tail):
 
 
 def gradients(function, *arrays):
-    """Of a sum with a weight for each entry, in every array."""
+    """The gradients of a sum with a weight for each entry, in every array."""
 
     def loss(*arrays):
         y = function(*arrays)
@@ -166,22 +166,28 @@ def random_case(seed, blocks, longest, channels):
     return block, before, arrays
 
 
-def check_against_the_reference(seed, blocks, implementation, longest=70, channels=3):
-    """Outputs and every gradient, the reference's by differentiating it in float64."""
+def check_against_the_reference(seed, blocks, implementation, longest=70, channels=3, **tiles):
+    """Outputs and every gradient, the reference's by differentiating it in float64; `tiles`, sizes of them."""
     block, before, arrays = random_case(seed, blocks, longest, channels)
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-    def run(name, *arrays):
+    def run(name, *arrays, **tiles):
+        op = "block_causal_conv" if blocks else "causal_conv"
+        convolution = functools.partial(getattr(kernels, op), implementation=name)
+        if tiles:  # Arguments of an implementation, not of the op.
+            convolution = functools.partial(kernels.OPS[op].run, name, **tiles)
+
         def function(*arrays):
             *rest, tail = arrays
-            if blocks:
-                return kernels.block_causal_conv(*rest, block, tail, before, implementation=name)
-            return kernels.causal_conv(*rest, tail, before, implementation=name)
+            limits = None if before is None else jnp.asarray(before)
+            return convolution(*rest, *([block] if blocks else []), tail, limits)
 
+        return jax.jit(functools.partial(with_gradients, function), compiler_options=QUICK)(*arrays)
+
+    def with_gradients(function, *arrays):
         y, back = jax.vjp(function, *arrays)
         return y, *back(jnp.asarray(draw(99, *y.shape), y.dtype))
 
-    found = run(implementation, *map(jnp.float32, arrays))
+    found = run(implementation, *map(jnp.float32, arrays), **tiles)
     with jax.enable_x64(True):
         expected = run("reference", *(jnp.asarray(v, jnp.float64) for v in arrays))
     for one, other in zip(found, expected, strict=True):
@@ -192,30 +198,19 @@ def check_against_the_reference(seed, blocks, implementation, longest=70, channe
 @hypothesis.given(
     seed=st.integers(0, 2**16),
     blocks=st.booleans(),
-    implementation=st.sampled_from(["xla", "pallas_tpu_interpret"]),
+    tiles=st.sampled_from([("xla", {}), ("pallas_tpu_interpret", {"positions": 32})]),
 )
 @hypothesis.settings(max_examples=4)
-def test_random_shapes_documents_and_blocks(monkeypatch_module, seed, blocks, implementation):
-    check_against_the_reference(seed, blocks, implementation)
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    """Steps of 32 positions, so that short sequences take several of them."""
-    from twotower_jax.kernels.causal_conv import tpu as causal_conv_tpu
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal_conv_tpu, "_LONGEST", 32)
-        yield
+def test_random_shapes_documents_and_blocks(seed, blocks, tiles):
+    """In the kernel by steps of 32 positions, so that short sequences take several of them."""
+    implementation, sizes = tiles
+    check_against_the_reference(seed, blocks, implementation, **sizes)
 
 
 @pytest.mark.parametrize(("seed", "blocks"), [(28, False), (16, True), (31, True)])
-def test_the_gpu_kernels(monkeypatch, seed, blocks):
+def test_the_gpu_kernels(seed, blocks):
     """Which take multiples of 128 channels, and are interpreted slowly: programs of 8 positions."""
-    from twotower_jax.kernels.causal_conv import mosaic_gpu as causal_conv_gpu
-
-    monkeypatch.setattr(causal_conv_gpu, "_POSITIONS", 8)
-    check_against_the_reference(seed, blocks, "mosaic_gpu_interpret", longest=20, channels=128)
+    check_against_the_reference(seed, blocks, "mosaic_gpu_interpret", longest=20, channels=128, positions=8)
 
 
 def test_a_frozen_context_costs_no_gradient_of_it():
@@ -231,6 +226,12 @@ def test_a_frozen_context_costs_no_gradient_of_it():
 
     assert results((0, 2)) == [1, 2]
     assert results((0, 1, 2)) == [1, 4]
+
+
+def test_a_convolution_of_width_one_reads_no_context(block_causal_conv):
+    x, context, weight, bias = draw(0, 2, 6, 3), draw(1, 2, 6, 3), draw(2, 1, 3), draw(3, 3)
+    found = block_causal_conv(*(jnp.float32(v) for v in (x, context, weight, bias)), 2)
+    assert_close(found, silu(weight[0] * x + bias))
 
 
 def test_blocks_divide_the_length():

@@ -13,7 +13,7 @@ from twotower_jax.kernels.ssd import triton as ssd_triton
 
 
 def shapes(batch=1, length=512, heads=64, head_dim=64, groups=8, state=128, dtype=jnp.bfloat16):
-    """Of x, dt, log_decay, b, c."""
+    """Those of x, dt, log_decay, b, c."""
     group = jax.ShapeDtypeStruct((batch, length, groups, state), dtype)
     row = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
     return jax.ShapeDtypeStruct((batch, length, heads, head_dim), dtype), row, row, group, group

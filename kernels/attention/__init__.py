@@ -10,15 +10,16 @@ the keys of its own block. The four uses of a tower differ only in these sources
 | denoiser training | context keys, stop = left edge of the block | yes |
 | denoising one block | cache, stop = its length | yes |
 
-Limits are data, one a query, not a mask of (L, T) entries: kernels skip whole tiles of keys by them, whatever they come
-from (blocks, documents, caches of different lengths, a device's part of a sequence). The softmax runs in float32. A
-query that sees nothing gives zeros.
+Limits are data, one per query, not a mask of (L, T) entries: kernels skip whole tiles of keys by them, whatever they
+come from (blocks, documents, caches of different lengths, a device's part of a sequence). The softmax runs in float32.
+A query that sees nothing gives zeros.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
 
 from twotower_jax.kernels.dispatch import Implementation, Op
 
@@ -29,14 +30,14 @@ class Keys(NamedTuple):
     Attributes:
       key: (B, K, T, P) with K key-value heads. value: (B, K, T, P).
       stop: int32, broadcastable to (B, L): query i of row b sees the keys j < stop[b, i]. Where one column serves all
-        queries, as of a cache, what lies behind may be anything, NaN too.
+        queries, as of a cache, what lies after may be anything, NaN too.
       start: int32, likewise, and only the keys j ≥ start[b, i]; None for all.
     """
 
-    key: jax.Array
-    value: jax.Array
-    stop: jax.Array
-    start: jax.Array | None = None
+    key: Float[Array, "B K T P"]
+    value: Float[Array, "B K T P"]
+    stop: Integer[Array, "#B #L"]
+    start: Integer[Array, "#B #L"] | None = None
 
 
 ATTENTION = Op(
@@ -50,14 +51,14 @@ ATTENTION = Op(
 
 
 def attention(
-    q: jax.Array,
+    q: Float[Array, "B L H P"],
     sources: tuple[Keys, ...],
     *,
-    own_block: tuple[jax.Array, jax.Array] | None = None,
+    own_block: tuple[Float[Array, "B K L P"], Float[Array, "B K L P"]] | None = None,
     block_size: int | None = None,
     tile_size: int = 512,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B L H P"]:
     """Softmax attention, scale 1/√P, of every query over what it may see.
 
     Differentiable in queries, keys and values.

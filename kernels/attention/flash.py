@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from twotower_jax.kernels.attention import xla
 
-# Sources of fewer keys are left to XLA.
-_FEW = 128
+# Sources of no more keys are left to XLA.
+FEW = 128
 
 
 class Ranges(NamedTuple):
@@ -45,10 +45,12 @@ class Kernels(NamedTuple):
     Attributes:
       forward: (q, k, v, ranges, out_dtype) → o (N, M, P), lse (N, M) float32; 0 and −1e30 for rows that see nothing.
       backward: (q, k, v, ranges, do, lse, delta) → dq float32, dk, dv; do (N, M, P) in q's dtype.
+      few: sources of no more keys are left to XLA.
     """
 
     forward: Callable
     backward: Callable
+    few: int = FEW
 
 
 def combine(outs, lses):
@@ -73,7 +75,7 @@ def combine_stacked(outs: jax.Array, lses: jax.Array):
 
 
 def spans(limits: jax.Array, keys: int, tiles: int) -> jax.Array:
-    """(B, tiles, 2) int32: for each of `tiles` tiles of keys, from which to behind which tile of rows some see it.
+    """(B, tiles, 2) int32: for each of `tiles` tiles of keys, from which tile of rows, and before which, some see it.
 
     Args:
       limits: (B, tiles of rows, 4), the least and greatest start and stop of each.
@@ -125,7 +127,7 @@ class _Part(NamedTuple):
 def _source_part(kernels: Kernels, source, length: int) -> _Part:
     key, value = (xla.reachable(v, source.stop) for v in (source.key, source.value))
     batch, _, count, _ = key.shape
-    if count <= _FEW:
+    if count <= kernels.few:
 
         def seen(rows):
             return jnp.repeat(xla.visible(source), rows.shape[2] // length, axis=1)[:, None]
@@ -159,7 +161,7 @@ def _source_part(kernels: Kernels, source, length: int) -> _Part:
 def _own_part(own, blocks: int) -> _Part:
     key, value = (xla.in_blocks(v, blocks) for v in own)
 
-    def cut(v):  # Rows, or a number a row.
+    def cut(v):  # Rows, or one number per row.
         return v.reshape(*v.shape[:2], blocks, -1, *v.shape[3:])
 
     def forward(q, dtype):
@@ -228,6 +230,6 @@ def unsupported(q, sources, own_block, unit: int) -> str | None:
         return f"queries, keys and values are {', '.join(sorted(map(str, dtypes)))}, not all bfloat16 or all float32"
     if q.shape[3] % unit:
         return f"the head dim {q.shape[3]} is not a multiple of {unit}"
-    if all(s.key.shape[2] <= _FEW for s in sources):
-        return f"no source has more than {_FEW} keys, which XLA does as well"
+    if all(s.key.shape[2] <= FEW for s in sources):
+        return f"no source has more than {FEW} keys, which XLA does as well"
     return None

@@ -1,7 +1,7 @@
 """`kernels.attention` as Pallas Mosaic GPU kernels for Hopper: flash attention whose queries carry their own limits.
 
 The plan of tpu.py in blocks of the GPU. One warpgroup fetches tiles, two others compute, each for its own 64
-rows (or, in the gradient of keys, its own 64 keys) with the tiles that both need. Where there are few rows, as behind a
+rows (or, in the gradient of keys, its own 64 keys) with the tiles that both need. Where there are few rows, as after a
 cache, the keys they see are divided over blocks of the grid, whose results are combined like any parts (flash.py).
 
 bfloat16 alone: the tensor core adds float32, but does not multiply it exactly.
@@ -30,16 +30,17 @@ _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 class Sizes(NamedTuple):
-    """What a warpgroup takes, and how many blocks keep the chip busy; smaller in tests."""
+    """What a warpgroup takes, how many blocks keep the chip busy, how few keys are XLA's; smaller in tests."""
 
     rows: int = _TILE
     keys: int = _KEYS
     keys_backward: int = _KEYS_BACKWARD
     blocks: int = _BLOCKS
+    few: int = flash.FEW
     interpret: plgpu.InterpretGPUParams | None = None
 
 
-class _Cut(NamedTuple):
+class _WarpgroupTiles(NamedTuple):
     """One problem, cut.
 
     Attributes:
@@ -112,7 +113,7 @@ def _product_of_registers(a, b, space):
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def _for_registers(cut: _Cut, rows: int, columns: int, dtype):
+def _for_registers(cut: _WarpgroupTiles, rows: int, columns: int, dtype):
     """Shared memory for the interpreter, which multiplies no registers; None where the hardware does."""
     return None if cut.interpret is None else plgpu.SMEM((cut.groups, rows, columns), dtype)
 
@@ -124,7 +125,7 @@ def _part(first, last, splits: int):
     return begin, jnp.minimum(begin + size, last)
 
 
-def _call(kernel, cut: _Cut, grid, inputs, outputs, scratch):
+def _call(kernel, cut: _WarpgroupTiles, grid, inputs, outputs, scratch):
     body = functools.partial(kernel, cut=cut)
     body.__name__ = f"attention{kernel.__name__.removesuffix('_kernel')}"
     return plgpu.kernel(
@@ -140,7 +141,7 @@ def _call(kernel, cut: _Cut, grid, inputs, outputs, scratch):
     )(*inputs)
 
 
-def _pipeline(body, cut: _Cut, steps, specs, compute):
+def _pipeline(body, cut: _WarpgroupTiles, steps, specs, compute):
     return plgpu.emit_pipeline_warp_specialized(
         body,
         grid=(steps,),
@@ -156,7 +157,7 @@ def _pipeline(body, cut: _Cut, steps, specs, compute):
 class _Rows:
     """The rows of this warpgroup, and which tiles of keys its block of the grid reads."""
 
-    def __init__(self, cut: _Cut, limits_ref, start_ref, stop_ref):
+    def __init__(self, cut: _WarpgroupTiles, limits_ref, start_ref, stop_ref):
         self.cut = cut
         self.head = lax.axis_index("head")
         self.batch = lax.div(self.head, jnp.int32(cut.kv_heads))
@@ -187,12 +188,24 @@ class _Rows:
         return lax.cond(whole, lambda: s, mask)
 
     def specs(self, head_dim):
-        """Of keys and of values. What a last tile has beyond the array arrives as zeros."""
+        """The specs of keys and of values. What a last tile has beyond the array arrives as zeros."""
         return [plgpu.BlockSpec((self.cut.keys, head_dim), lambda i: (self.begin + i, 0))] * 2
 
 
 def _forward_kernel(
-    q_ref, start_ref, stop_ref, limits_ref, k_ref, v_ref, out_ref, lse_ref, q_space, arrived, p_space, *, cut: _Cut
+    q_ref,
+    start_ref,
+    stop_ref,
+    limits_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    lse_ref,
+    q_space,
+    arrived,
+    p_space,
+    *,
+    cut: _WarpgroupTiles,
 ):
     rows = _Rows(cut, limits_ref, start_ref, stop_ref)
     split, wg = lax.axis_index("split"), lax.axis_index("wg")
@@ -243,7 +256,7 @@ def _forward(q, k, v, ranges, dtype, *, sizes: Sizes):
     q, k, v, start, stop, limits = _prepare(q, k, v, ranges, sizes.rows * groups)
     tiles = limits.shape[1]
     splits = max(1, min(sizes.blocks // (heads * tiles), -(-key_count // sizes.keys)))
-    cut = _Cut(sizes.rows, sizes.keys, groups, splits, heads // start.shape[0], tiles, sizes.interpret)
+    cut = _WarpgroupTiles(sizes.rows, sizes.keys, groups, splits, heads // start.shape[0], tiles, sizes.interpret)
     dtype = dtype if splits == 1 else jnp.float32
     out, lse = _call(
         _forward_kernel,
@@ -265,7 +278,7 @@ def _forward(q, k, v, ranges, dtype, *, sizes: Sizes):
 
 def _gradient_of_q_kernel(
     q_ref, do_ref, lse_ref, delta_ref, start_ref, stop_ref, limits_ref, k_ref, v_ref, dq_ref,
-    q_space, do_space, arrived, ds_space, *, cut: _Cut,
+    q_space, do_space, arrived, ds_space, *, cut: _WarpgroupTiles,
 ):  # fmt: skip
     rows = _Rows(cut, limits_ref, start_ref, stop_ref)
     wg = lax.axis_index("wg")
@@ -295,7 +308,7 @@ def _gradient_of_q_kernel(
 
 def _gradient_of_keys_kernel(
     k_ref, v_ref, spans_ref, limits_ref, start_ref, stop_ref, q_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref,
-    k_space, v_space, arrived, p_space, *, cut: _Cut,
+    k_space, v_space, arrived, p_space, *, cut: _WarpgroupTiles,
 ):  # fmt: skip
     head, split, wg, tile = (lax.axis_index(name) for name in ("head", "split", "wg", "tile"))
     batch = lax.div(head, jnp.int32(cut.kv_heads))
@@ -353,7 +366,7 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: Sizes):
     k, v = (_padded(x, groups * keys, 1) for x in (k, v))
     q, k, v, start, stop, limits = _prepare(q, k, v, ranges, rows * groups)
     do, lse, delta = (_padded(x, rows * groups, 1) for x in (do, lse, delta))
-    cut = _Cut(rows, keys, groups, 1, heads // start.shape[0], limits.shape[1], sizes.interpret)
+    cut = _WarpgroupTiles(rows, keys, groups, 1, heads // start.shape[0], limits.shape[1], sizes.interpret)
     (dq,) = _call(
         _gradient_of_q_kernel,
         cut,
@@ -369,7 +382,7 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: Sizes):
     # One warpgroup's rows at a time from here on.
     *_, limits = _prepare(q, k, v, flash.Ranges(start, stop), rows)
     tiles = k.shape[1] // (groups * keys)
-    # Tiles differ in how many rows see them: several blocks a multiprocessor even that out.
+    # Tiles differ in how many rows see them: several blocks per multiprocessor even that out.
     splits = max(1, min(8 * sizes.blocks // (heads * tiles), limits.shape[1] // 2))
     cut = cut._replace(splits=splits, tiles=tiles)
     dk, dv = _call(
@@ -389,7 +402,7 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: Sizes):
 
 @functools.cache
 def _kernels(sizes: Sizes) -> flash.Kernels:
-    return flash.Kernels(functools.partial(_forward, sizes=sizes), functools.partial(_backward, sizes=sizes))
+    return flash.Kernels(functools.partial(_forward, sizes=sizes), functools.partial(_backward, sizes=sizes), sizes.few)
 
 
 def unsupported(q, sources, *, own_block=None, block_size=None, tile_size=None) -> str | None:

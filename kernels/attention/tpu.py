@@ -3,7 +3,7 @@
 A grid step takes a tile of rows (tpu_layout.py) and goes through the tiles of keys that some row of it sees,
 of one source after the other, fetching the next while it works on one; in the gradient of keys, the other way round.
 Only tiles that not all rows see whole are masked. What no row of a tile sees is neither read nor computed: the right
-half of a causal matrix, other documents, a cache behind its length. Keys of the rows' own positions (their block; the
+half of a causal matrix, other documents, a cache after its length. Keys of the rows' own positions (their block; the
 tokens just read) come along with the rows as one more tile.
 
 All sources pass through one softmax. Nothing of the forward pass is kept but its output o and lse, the logarithm of the
@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from twotower_jax.kernels.attention import Keys, flash
 from twotower_jax.kernels.attention import tpu_layout as layout
-from twotower_jax.kernels.attention.tpu_layout import DELTA, LSE, Cut, KeysOfRows, Stream
+from twotower_jax.kernels.attention.tpu_layout import DELTA, LSE, KeysOfRows, RowTiles, Stream
 from twotower_jax.kernels.attention.xla import MASKED, reachable
 from twotower_jax.kernels.hardware import tpu
 from twotower_jax.kernels.hardware.tpu_layout import LANES, SUBLANES, VMEM_BYTES
@@ -31,12 +31,14 @@ from twotower_jax.kernels.hardware.tpu_layout import LANES, SUBLANES, VMEM_BYTES
 _IN_PLACE = pl.BlockSpec(memory_space=pl.ANY)
 # Positions, at most, that a block of own keys may need in one tile.
 _LONGEST = 1024
+_SIZES = layout.TileSizes()
 
 
 class _Static(NamedTuple):
-    """What does not vary: S, or 1 without own blocks, and how kernels run."""
+    """What does not vary: S, or 1 without own blocks, the sizes of tiles, and how kernels run."""
 
     block: int
+    sizes: layout.TileSizes
     interpret: bool
 
 
@@ -174,9 +176,9 @@ def _gradient_of_keys_kernel(
 
 
 class _Specs:
-    """Of arrays for a grid of (B, K, tiles, groups)."""
+    """Specs of arrays for a grid of (B, K, tiles, groups)."""
 
-    def __init__(self, cut: Cut, arrays: layout.Arrays):
+    def __init__(self, cut: RowTiles, arrays: layout.Arrays):
         positions, rows, groups, places = cut.positions, cut.rows, cut.groups, arrays.stats.shape[2]
 
         def of_tile(count):
@@ -219,12 +221,12 @@ def _call(kernel, static: _Static, grid, prefetched, inputs, outputs, scratch):
     )(*prefetched, *(array for _, array in inputs))
 
 
-def _flat(v, cut: Cut):
+def _flat(v, cut: RowTiles):
     """(B, L, H, P) → (B, M, H·P)."""
     return layout.padded(v.reshape(*v.shape[:2], -1), cut.positions, 1)
 
 
-def _numbers(cut: Cut, count: int):
+def _numbers(cut: RowTiles, count: int):
     """`count` of each row, as tiles have them."""
     shape = (cut.batch, cut.kv_heads * cut.groups, cut.tiles, count, cut.rows)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -232,7 +234,7 @@ def _numbers(cut: Cut, count: int):
 
 def _forward(static: _Static, q, sources, own):
     """The output, and lse (B, H, M)."""
-    cut, arrays = layout.prepare(q, sources, own, static.block, layout.ROWS)
+    cut, arrays = layout.prepare(q, sources, own, static.block, static.sizes)
     specs, flat = _Specs(cut, arrays), _flat(q, cut)
     column = pltpu.VMEM((cut.rows, 1), jnp.float32)
     out, lse = _call(
@@ -259,7 +261,7 @@ def _forward_rule(static, q, sources, own):
 
 def _backward_rule(static, residuals, do):
     q, sources, own, out, lse = residuals
-    cut, arrays = layout.prepare(q, sources, own, static.block, layout.ROWS_BACKWARD)
+    cut, arrays = layout.prepare(q, sources, own, static.block, static.sizes, backward=True)
     specs, limits, places = _Specs(cut, arrays), arrays.limits.reshape(-1), arrays.stats.shape[2]
     flat_q, flat_do, flat_out = (_flat(v, cut) for v in (q, do, out))
     sums = [pltpu.VMEM((cut.own, cut.head_dim), jnp.float32) for _ in arrays.own]
@@ -317,13 +319,13 @@ def unsupported(q, sources, *, own_block=None, block_size=None, tile_size=None) 
     return flash.unsupported(q, sources, own_block, LANES)
 
 
-def attention(q, sources, *, own_block=None, block_size=None, tile_size=None, interpret=False):
+def attention(q, sources, *, own_block=None, block_size=None, tile_size=None, sizes=_SIZES, interpret=False):
     """`kernels.attention`, same arguments and results. `interpret` runs it on any backend, with any head dim."""
     length, own = q.shape[1], None
     if own_block is not None:
         edge = (jnp.arange(length) // block_size * block_size)[None]
         own = Keys(*own_block, edge + block_size, edge)
-    elif len(sources) > 1 and sources[-1].key.shape[2] == length <= layout.POSITIONS:
+    elif len(sources) > 1 and sources[-1].key.shape[2] == length <= sizes.positions:
         *sources, last = sources
         own = last._replace(key=reachable(last.key, last.stop), value=reachable(last.value, last.stop))
-    return _attend(_Static(block_size if own_block else 1, interpret), q, tuple(sources), own)
+    return _attend(_Static(block_size if own_block else 1, sizes, interpret), q, tuple(sources), own)

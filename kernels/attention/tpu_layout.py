@@ -19,17 +19,24 @@ from twotower_jax.kernels.attention import Keys
 from twotower_jax.kernels.hardware import tpu
 from twotower_jax.kernels.hardware.tpu_layout import LANES, SUBLANES
 
-# Positions of a tile, its rows forward and backward, and keys of a tile.
-POSITIONS, ROWS, ROWS_BACKWARD, KEYS = 128, 1024, 512, 512
 # Sublanes of a tile of bfloat16.
 PACKED = 16
-# Places, from behind, of a row's lse and delta in `stats`, whose first places have a start and a stop for each source.
+# Places, from the end, of a row's lse and delta in `stats`, whose first places have a start and a stop for each source.
 LSE, DELTA = -2, -1
 # Numbers of each tile of rows in `limits`: the least and greatest of its rows' starts and stops.
 _LIMITS = 4
 
 
-class Source(NamedTuple):
+class TileSizes(NamedTuple):
+    """The most that a tile takes: positions; rows, forward and backward; keys."""
+
+    positions: int = 128
+    rows: int = 1024
+    rows_backward: int = 512
+    keys: int = 512
+
+
+class StreamedKeys(NamedTuple):
     """One array of keys, cut: T, keys of a tile, and whether heads lie side by side, (B, T, K·P), or (B, K, T, P)."""
 
     count: int
@@ -53,13 +60,13 @@ class Source(NamedTuple):
         return at
 
     def spec(self, head_dim: int) -> pl.BlockSpec:
-        """Of tile j at (b, kv, j) of a grid."""
+        """Tile j, at (b, kv, j) of a grid."""
         if not self.side_by_side:
             return pl.BlockSpec((None, None, self.keys, head_dim), lambda b, kv, j, *_: (b, kv, j, 0))
         return pl.BlockSpec((None, self.keys, head_dim), lambda b, kv, j, *_: (b, j, kv))
 
 
-class Cut(NamedTuple):
+class RowTiles(NamedTuple):
     """One problem, cut.
 
     Attributes:
@@ -74,7 +81,7 @@ class Cut(NamedTuple):
     kv_heads: int
     tiles: int
     head_dim: int
-    sources: tuple[Source, ...]
+    sources: tuple[StreamedKeys, ...]
 
     @property
     def rows(self) -> int:
@@ -91,7 +98,7 @@ class Cut(NamedTuple):
 
     def to_rows(self, x):
         """(l, g·P) → (g·l, P)."""
-        # Of packed tiles, only whole ones can be moved.
+        # Only whole packed tiles can be moved.
         movable = x.astype(jnp.float32) if self.positions % PACKED else x
         heads = [tpu.head(movable, r, self.head_dim) for r in range(self.heads)]
         return jnp.concatenate(heads, axis=0).astype(x.dtype)
@@ -102,7 +109,7 @@ class Cut(NamedTuple):
         return jnp.concatenate(heads, axis=1)
 
     def by_tile(self, v):
-        """(B, H, M) → (B, H/g, tiles, 1, g·l): a number a row, in the order of rows in tiles."""
+        """(B, H, M) → (B, H/g, tiles, 1, g·l): one number per row, in the order of rows in tiles."""
         v = v.reshape(v.shape[0], -1, self.heads, self.tiles, self.positions)
         return jnp.swapaxes(v, 2, 3).reshape(*v.shape[:2], self.tiles, 1, -1)
 
@@ -112,7 +119,7 @@ class Cut(NamedTuple):
         return jnp.swapaxes(v, 2, 3).reshape(v.shape[0], -1, self.tiles * self.positions)
 
     def limits(self, limits_ref, source: int, b, tile):
-        """Of one tile of rows."""
+        """The limits of one tile of rows."""
         base = ((source * self.batch + b) * self.tiles + tile) * _LIMITS
         return [limits_ref[base + place] for place in range(_LIMITS)]
 
@@ -133,19 +140,22 @@ class Arrays(NamedTuple):
     limits: jax.Array
 
 
-def prepare(q, sources: tuple[Keys, ...], own: Keys | None, block: int, most_rows: int) -> tuple[Cut, Arrays]:
+def prepare(
+    q, sources: tuple[Keys, ...], own: Keys | None, block: int, sizes: TileSizes, *, backward: bool = False
+) -> tuple[RowTiles, Arrays]:
     """Cuts the problem of q (B, L, H, P) and its sources; own keys come by blocks of positions, which are not cut."""
+    most_rows = sizes.rows_backward if backward else sizes.rows
     (batch, length, heads, head_dim), kv_heads = q.shape, sources[0].key.shape[1]
     unit, ratio = unit_of(block), heads // kv_heads
     # Few rows are not padded to many: decoding is a matter of reading keys.
-    positions = min(unit * max(1, POSITIONS // unit), 1 if length == 1 else length + -length % SUBLANES)
+    positions = min(unit * max(1, sizes.positions // unit), 1 if length == 1 else length + -length % SUBLANES)
     together = max(g for g in range(1, ratio + 1) if ratio % g == 0 and (g == 1 or g * positions <= most_rows))
     cuts, streamed = [], []
     for source in sources:
         # A last tile of keys that is not whole begins earlier; at least one whole tile has to be there.
-        key, value = (padded(v, PACKED if v.shape[2] > KEYS else LANES, 2) for v in source[:2])
+        key, value = (padded(v, PACKED if v.shape[2] > sizes.keys else LANES, 2) for v in source[:2])
         # A cache, unlike the keys of a whole sequence, has one limit for all queries.
-        cut = Source(key.shape[2], min(KEYS, key.shape[2]), side_by_side=source.stop.shape[1] > 1)
+        cut = StreamedKeys(key.shape[2], min(sizes.keys, key.shape[2]), side_by_side=source.stop.shape[1] > 1)
         cuts.append(cut)
         streamed.append((_side_by_side(key), _side_by_side(value)) if cut.side_by_side else (key, value))
     ends = []
@@ -156,9 +166,9 @@ def prepare(q, sources: tuple[Keys, ...], own: Keys | None, block: int, most_row
     ends = jnp.stack(ends, axis=1).reshape(batch, len(ends), -1, positions)
     least, most = (reduce(ends, axis=3)[:, : 2 * len(sources)] for reduce in (jnp.min, jnp.max))
     limits = jnp.stack([least[:, ::2], most[:, ::2], least[:, 1::2], most[:, 1::2]], axis=-1)
-    # Behind the limits is place for lse and delta.
+    # After the limits is place for lse and delta.
     stats = padded(jnp.pad(ends, ((0, 0), (0, 2), (0, 0), (0, 0))), SUBLANES, 1)
-    cut = Cut(positions, together, ratio // together, batch, kv_heads, ends.shape[2], head_dim, tuple(cuts))
+    cut = RowTiles(positions, together, ratio // together, batch, kv_heads, ends.shape[2], head_dim, tuple(cuts))
     return cut, Arrays(
         tuple(streamed),
         () if own is None else tuple(padded(_side_by_side(v), cut.own, 1) for v in own[:2]),
@@ -224,7 +234,7 @@ class Stream:
 class KeysOfRows:
     """The keys that a tile of rows sees, at (b, kv, tile) of a grid; the first of each source are fetched at once."""
 
-    def __init__(self, cut: Cut, limits_ref, stats, source_refs, buffers):
+    def __init__(self, cut: RowTiles, limits_ref, stats, source_refs, buffers):
         self.cut, self.columns = cut, stats.T
         self.tile = pl.program_id(2)
         b, kv = pl.program_id(0), pl.program_id(1)  # Not in a loop, where the interpreter has none.

@@ -8,8 +8,8 @@ states, which a fused kernel reads once and, where the next state is not wanted,
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from twotower_jax.kernels.dispatch import Implementation, Op
 
@@ -21,14 +21,14 @@ class BlockWeights(NamedTuple):
     """The layer's parameters here.
 
     Attributes:
-      conv_weight: (K, C), C = H·P + 2·G·N. conv_bias: (C,) or None.
+      conv_weight: (W, C), C = H·P + 2·G·N. conv_bias: (C,) or None.
       skip: (H,), D of the maths. norm: (H·P,).
     """
 
-    conv_weight: jax.Array
-    conv_bias: jax.Array | None
-    skip: jax.Array
-    norm: jax.Array
+    conv_weight: Float[Array, "W C"]
+    conv_bias: Float[Array, " C"] | None
+    skip: Float[Array, " H"]
+    norm: Float[Array, " HP"]
 
 
 BLOCK_SCAN = Op(
@@ -42,19 +42,19 @@ BLOCK_SCAN = Op(
 
 
 def block_scan(
-    z: jax.Array,
-    xbc: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
+    z: Float[Array, "B S HP"],
+    xbc: Float[Array, "B S C"],
+    dt: Float[Array, "B S H"],
+    log_decay: Float[Array, "B S H"],
     weights: BlockWeights,
-    tail: jax.Array,
-    state: jax.Array,
+    tail: Float[Array, "B past C"],
+    state: Float[Array, "B H P N"],
     *,
     groups: int,
     epsilon: float,
     next_state: bool = False,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Float[Array, "B S HP"], Float[Array, "B H P N"] | None]:
     """One block of each row.
 
     The hardware kernels have no gradient; the XLA form has.
@@ -63,7 +63,7 @@ def block_scan(
       z: (B, S, H·P). xbc: (B, S, C), raw inputs of the convolution.
       dt, log_decay: (B, S, H), as in `ssd`; positions with both 0 leave the state as it is.
       weights: see `BlockWeights`.
-      tail: (B, ≥ K−1, C), the raw inputs before the block, newest last.
+      tail: (B, ≥ W−1, C), the raw inputs before the block, newest last.
       state: (B, H, P, N) float32, before the block.
       groups: G.
       epsilon: of the norm.
@@ -81,13 +81,17 @@ def block_scan(
     return BLOCK_SCAN.run(implementation, *arguments, groups=groups, epsilon=epsilon, next_state=next_state)
 
 
-def split_channels(xbc: jax.Array, inner: int, head_dim: int, state: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_channels(
+    xbc: Float[Array, "B L C"], inner: int, head_dim: int, state: int
+) -> tuple[Float[Array, "B L H P"], Float[Array, "B L G N"], Float[Array, "B L G N"]]:
     """(B, L, H·P + 2·G·N), H·P being `inner`, as x (B, L, H, P), B and C (B, L, G, N)."""
     leading = xbc.shape[:-1]
     x, b, c = jnp.split(xbc, [inner, (inner + xbc.shape[-1]) // 2], axis=-1)
     return x.reshape(*leading, -1, head_dim), b.reshape(*leading, -1, state), c.reshape(*leading, -1, state)
 
 
-def add_skip(y: jax.Array, x: jax.Array, skip: jax.Array) -> jax.Array:
+def add_skip(
+    y: Float[Array, "B L H P"], x: Float[Array, "B L H P"], skip: Float[Array, " H"]
+) -> Float[Array, "B L H P"]:
     """y + D x, float32: y and x (B, L, H, P), skip (H,)."""
     return y + skip.astype(jnp.float32)[:, None] * x.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""`kernels.block_scan` as a Pallas Mosaic GPU kernel (Hopper), and a pass of XLA's behind it.
+"""`kernels.block_scan` as a Pallas Mosaic GPU kernel (Hopper), and a pass of XLA's after it.
 
 One program takes a few heads of one group of one row, each with its state (P, N), which it reads once, straight into
 registers, and multiplies there. With h the state, a the sums of log-decays from the block's left edge, w_j = dt_j
@@ -25,7 +25,7 @@ registers.
 The norm couples all heads of a group. Programs of whole groups would leave most of the processors idle at small
 batches, where this op is bound by latency; programs of a cluster could exchange their sums, but not when interpreted.
 So y leaves the kernel without gate and norm, and XLA fuses these into a second pass over y and z. That moves 8 S bytes
-a channel, mostly inside the L2 cache, against the state's 512 (1024 if the next state is wanted).
+per channel, mostly inside the L2 cache, against the state's 512 (1024 if the next state is wanted).
 """
 
 import functools
@@ -43,20 +43,20 @@ from twotower_jax.kernels.numerics.log_decay import two_parts
 from twotower_jax.kernels.numerics.split import PARTS
 from twotower_jax.kernels.numerics.split import parts as _float32_parts
 
-_ROWS = 64  # Of one product of a warpgroup; positions are padded to as many where they are rows.
+_ROWS = 64  # Rows of one product of a warpgroup; positions are padded to as many where they are rows.
 _UNIT = 16  # Positions are padded to multiples of this where they are summed over.
-_SHARED_BYTES = 220 * 2**10  # Of the 227 KiB that a program may have.
+_SHARED_BYTES = 220 * 2**10  # A program may have 227 KiB.
 _PROGRAMS = 4 * 132  # At least as many, if there are: four for each processor of an H100 or H200.
-_MOST_CHANNELS = 256  # Of a program's heads: as many as a copy takes.
+_MOST_CHANNELS = 256  # Channels of a program's heads: as many as a copy takes.
 
 # What is given for each position, step size and log-decay in two parts; and the sums of the last two.
 _DT, _COARSE, _FINE = range(3)
 
 
-def _heads_a_program(batch: int, heads: int, per_group: int, head_dim: int = _ROWS) -> int:
-    """As many heads of one group as leave enough programs; they share the group's convolutions and products B·C."""
+def _heads_per_program(batch: int, heads: int, per_group: int, head_dim: int, programs: int) -> int:
+    """As many heads of one group as leave so many programs; they share the group's convolutions and products B·C."""
     fitting = [r for r in range(1, _MOST_CHANNELS // head_dim + 1) if per_group % r == 0]
-    return max((r for r in fitting if batch * heads // r >= _PROGRAMS), default=1)
+    return max((r for r in fitting if batch * heads // r >= programs), default=1)
 
 
 def _first_rows(head_dim: int) -> list[int]:
@@ -89,7 +89,7 @@ def _product(shape: tuple[int, int], a: list, b: list) -> jax.Array:
     return pl.run_scoped(passes, plgpu.ACC(shape))
 
 
-def _tiled(shape: tuple[int, int], swizzle: int) -> plgpu.SMEM:
+def _tiled(shape: tuple[int, int], swizzle: int):
     """Shared memory of a bfloat16 matrix, laid out as the matrix unit reads it."""
     transforms = plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
@@ -246,20 +246,23 @@ def unsupported(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon,
             f"heads of {head_dim} with a state of {state_size}: only multiples of {_UNIT} from {_ROWS} to "
             f"{_MOST_CHANNELS} with 64, 128, 192 or 256"
         )
-    in_program = _heads_a_program(z.shape[0], heads, heads // groups, head_dim)
+    in_program = _heads_per_program(z.shape[0], heads, heads // groups, head_dim, _PROGRAMS)
     needed = _shared_bytes(length, state_size, head_dim, in_program, width, xbc.dtype)
     if needed > _SHARED_BYTES:
         return f"{length} tokens of {xbc.dtype} take {needed} bytes of shared memory, more than {_SHARED_BYTES}"
     return not_hopper()
 
 
-def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state, interpret=False):
-    """`kernels.block_scan`, same arguments and results."""
+def block_scan(
+    z, xbc, dt, log_decay, weights, tail, state,
+    *, groups, epsilon, next_state, programs=_PROGRAMS, interpret=False,
+):  # fmt: skip
+    """`kernels.block_scan`, same arguments and results. Programs take several heads where so many programs are left."""
     batch, length, inner = z.shape
     heads, head_dim, state_size = state.shape[1:]
     padded = length + -length % _UNIT
     width, channels = weights.conv_weight.shape
-    in_program = _heads_a_program(batch, heads, heads // groups, head_dim)
+    in_program = _heads_per_program(batch, heads, heads // groups, head_dim, programs)
     swizzle = min(64, plgpu.find_swizzle(padded * 16))
 
     rows = jnp.stack([dt.astype(jnp.float32), *two_parts(log_decay.astype(jnp.float32), _ROWS)])

@@ -12,7 +12,7 @@ def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, 
     heads, head_dim, state_size = state.shape[1:]
     width = weights.conv_weight.shape[0]
     inputs = jnp.concatenate([tail[:, tail.shape[1] - (width - 1) :], xbc], axis=1)
-    windows = jnp.stack([inputs[:, i : i + width] for i in range(length)], axis=1)  # (B, S, K, C)
+    windows = jnp.stack([inputs[:, i : i + width] for i in range(length)], axis=1)  # (B, S, W, C)
     total = jnp.einsum("bskc,kc->bsc", windows, weights.conv_weight, precision="highest")
     xbc = jax.nn.silu(total if weights.conv_bias is None else total + weights.conv_bias)
     x = xbc[..., :inner].reshape(batch, length, heads, head_dim)

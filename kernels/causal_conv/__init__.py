@@ -1,13 +1,13 @@
 """The causal depthwise convolution of Mamba-2, over one sequence or over blocks seeded from a context.
 
-    out_t = SiLU(bias + Σ_k weight_k · in_{t-K+1+k})          k = 0 … K−1, width K = 4 in the release
+    out_t = SiLU(bias + Σ_k weight_k · in_{t-W+1+k})          k = 0 … W−1, width W = 4 in the release
 
 The inputs before the first one come from `tail`. In block-wise form, position i reads its own inputs back to its
 block's left edge e, and the context's, at the same positions, before it: in_{i-d} is x_{i-d} if i − d ≥ e, else
 context_{i-d}.
 """
 
-import jax
+from jaxtyping import Array, Float, Integer
 
 from twotower_jax.kernels.dispatch import Implementation, Op
 
@@ -22,22 +22,22 @@ BLOCK_CAUSAL_CONV = Op("block_causal_conv", __name__, *_IMPLEMENTATIONS, setting
 
 
 def causal_conv(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    tail: jax.Array | None = None,
-    before: jax.Array | None = None,
+    x: Float[Array, "B L C"],
+    weight: Float[Array, "W C"],
+    bias: Float[Array, " C"] | None,
+    tail: Float[Array, "B past C"] | None = None,
+    before: Integer[Array, "B L"] | None = None,
     *,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B L C"]:
     """Convolution and SiLU over whole sequences.
 
     Differentiable in x, weight, bias and tail.
 
     Args:
       x: (B, L, C), raw inputs.
-      weight: (K, C), the newest input's weight last. bias: (C,) or None.
-      tail: (B, ≥ K−1, C), the raw inputs before x, newest last; zeros if None.
+      weight: (W, C), the newest input's weight last. bias: (C,) or None.
+      tail: (B, ≥ W−1, C), the raw inputs before x, newest last; zeros if None.
       before: (B, L) int32, how many inputs before each position it may read, its document having no more; None for all.
       implementation: "xla", "pallas_tpu", "mosaic_gpu" (NVIDIA Hopper), "pallas_tpu_interpret" and
         "mosaic_gpu_interpret" (on any platform, slow), "reference", or None to choose.
@@ -52,16 +52,16 @@ def causal_conv(
 
 
 def block_causal_conv(
-    x: jax.Array,
-    context: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
+    x: Float[Array, "B L C"],
+    context: Float[Array, "B L C"],
+    weight: Float[Array, "W C"],
+    bias: Float[Array, " C"] | None,
     block_size: int,
-    tail: jax.Array | None = None,
-    before: jax.Array | None = None,
+    tail: Float[Array, "B past C"] | None = None,
+    before: Integer[Array, "B L"] | None = None,
     *,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B L C"]:
     """`causal_conv` over blocks side by side; before each block lie the context's raw inputs, not the block's own.
 
     Differentiable in x, context, weight, bias and tail.
@@ -70,7 +70,7 @@ def block_causal_conv(
       x: (B, L, C), raw inputs of the blocks; L is a multiple of block_size.
       context: (B, L, C), raw inputs of the context at the same positions.
       weight, bias: as in `causal_conv`.
-      tail: (B, ≥ K−1, C), the context's raw inputs before the first block, newest last; zeros if None.
+      tail: (B, ≥ W−1, C), the context's raw inputs before the first block, newest last; zeros if None.
       before, implementation: as in `causal_conv`.
 
     Returns:

@@ -1,8 +1,8 @@
 """The causal convolutions as Pallas Mosaic GPU kernels (Hopper), forward and backward: every input is read once.
 
-A program takes some channels and walks over its positions, with the last K − 1 inputs in registers; several positions
+A program takes some channels and walks over its positions, with the last W − 1 inputs in registers; several positions
 are loaded before the first of them is needed. The notation is that of tpu.py. Backward, the program walks
-K − 1 positions further, and keeps the sums for the gradients of the last K inputs in registers.
+W − 1 positions further, and keeps the sums for the gradients of the last W inputs in registers.
 """
 
 import functools
@@ -20,16 +20,16 @@ from twotower_jax.kernels.causal_conv.operands import operands
 from twotower_jax.kernels.hardware.hopper import not_hopper
 
 _LANES = 128  # Threads of a program.
-_POSITIONS = 64  # Of a program.
+_POSITIONS = 64  # A program's.
 _AT_ONCE = 4  # Positions loaded together.
 _WIDEST = 7
 
 
-class Cut(NamedTuple):
+class ProgramTiles(NamedTuple):
     """One problem, cut.
 
     Attributes:
-      width: K. channels: of a program. positions: of a program.
+      width: W. channels: of a program. positions: of a program.
       blocks: whether there is a context; the tail then belongs to it.
       limited: whether own and seen are given.
       interpret: run the kernel's operations on any backend.
@@ -55,7 +55,7 @@ class Cut(NamedTuple):
 class _Program:
     """What both directions share: the parameters, and the inputs of one position after the other."""
 
-    def __init__(self, cut: Cut, source_refs, tail_ref, weight_ref, reach_ref):
+    def __init__(self, cut: ProgramTiles, source_refs, tail_ref, weight_ref, reach_ref):
         self.cut, self.refs, self.tail_ref, self.reach_ref = cut, source_refs, tail_ref, reach_ref
         self.row, self.step = lax.axis_index("row"), lax.axis_index("step")
         self.columns = pl.ds(lax.axis_index("channels") * cut.channels, cut.channels)
@@ -67,7 +67,7 @@ class _Program:
         return self.cut.load(ref.at[self.row, jnp.minimum(position, self.length - 1), self.columns])
 
     def windows(self):
-        """Of each source, the inputs 1 … K − 1 positions before the program's first."""
+        """The inputs of each source 1 … W − 1 positions before the program's first."""
         found = [
             [self.rows(ref, jnp.maximum(self.first - d, 0)) for d in range(1, self.cut.width)] for ref in self.refs
         ]
@@ -84,7 +84,7 @@ class _Program:
         return self.reach_ref[self.row, 0, position], self.reach_ref[self.row, 1, position]
 
     def inputs(self, windows, reach):
-        """in_i,d for each d; windows: of each source, the inputs 0 … K − 1 positions before i."""
+        """in_i,d for each d; windows: of each source, the inputs 0 … W − 1 positions before i."""
         found = [windows[0][0]]
         for d in range(1, self.cut.width):
             x = windows[0][d]
@@ -126,7 +126,7 @@ def _sigmoid(x):
     return 1 / (1 + jnp.exp(-x))
 
 
-def _forward_kernel(*refs, cut: Cut):
+def _forward_kernel(*refs, cut: ProgramTiles):
     source_refs, (tail_ref, weight_ref, reach_ref, out_ref) = refs[: cut.sources], refs[cut.sources :]
     program = _Program(cut, source_refs, tail_ref, weight_ref, reach_ref)
 
@@ -142,7 +142,7 @@ def _forward_kernel(*refs, cut: Cut):
     program.walk(cut.positions, (), 0, visit)
 
 
-def _backward_kernel(*refs, cut: Cut, wanted: bool):
+def _backward_kernel(*refs, cut: ProgramTiles, wanted: bool):
     source_refs, (tail_ref, weight_ref, reach_ref, dy_ref, dx_ref, dweight_ref, *before_refs) = (
         refs[: cut.sources],
         refs[cut.sources :],
@@ -199,7 +199,7 @@ def _backward_kernel(*refs, cut: Cut, wanted: bool):
         dweight_ref[program.row, program.step, d, program.columns] = row
 
 
-def _call(cut: Cut, kernel, x, inputs, outputs):
+def _call(cut: ProgramTiles, kernel, x, inputs, outputs):
     batch, length, channels = x.shape
     return plgpu.kernel(
         kernel,
@@ -211,10 +211,10 @@ def _call(cut: Cut, kernel, x, inputs, outputs):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(cut: Cut, x, before, weight, reach):
+def _conv(cut: ProgramTiles, x, before, weight, reach):
     """(B, L, C) of x (B, L, C); before: the context if there are blocks, and the tail (B, ≥ 1, C).
 
-    weight: (K + 1, C) float32, by distance, then the bias. reach: (B, 2, L) int32, own and seen.
+    weight: (W + 1, C) float32, by distance, then the bias. reach: (B, 2, L) int32, own and seen.
     """
     *context, tail = before
     kernel = functools.partial(_forward_kernel, cut=cut)
@@ -252,12 +252,12 @@ def _conv_backward(cut, residuals, dy):
 _conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
 
 
-def _run(x, context, weight, bias, block_size, tail, before, interpret):
+def _run(x, context, weight, bias, block_size, tail, before, positions, interpret):
     width, channels = weight.shape
     in_program = next(n for n in (4 * _LANES, 2 * _LANES, _LANES) if channels % n == 0)
     given = operands(x, weight, bias, tail, before, block_size)
     limited = given.reach is not None
-    cut = Cut(width, in_program, _POSITIONS, context is not None, limited, interpret)
+    cut = ProgramTiles(width, in_program, positions, context is not None, limited, interpret)
     # A kernel's arrays are not empty.
     tail = given.tail if width > 1 else jnp.zeros((x.shape[0], 1, channels), x.dtype)
     reach = given.reach if limited else jnp.zeros((1, 2, 1), jnp.int32)
@@ -267,7 +267,7 @@ def _run(x, context, weight, bias, block_size, tail, before, interpret):
 
 def unsupported(x, *arguments) -> str | None:
     """Why the kernels cannot run these shapes of either convolution, or None."""
-    # The context comes before the weight in one, the block's size behind the bias.
+    # The context comes before the weight in one, the block's size after the bias.
     width, channels = next(v.shape for v in arguments if len(v.shape) == 2)
     if channels % _LANES:
         return f"{channels} channels are not a multiple of {_LANES}"
@@ -276,11 +276,16 @@ def unsupported(x, *arguments) -> str | None:
     return not_hopper()
 
 
-def causal_conv(x, weight, bias, tail=None, before=None, *, interpret=False):
-    """`kernels.causal_conv`, same arguments and results. `interpret` runs it on any backend."""
-    return _run(x, None, weight, bias, None, tail, before, interpret)
+def causal_conv(x, weight, bias, tail=None, before=None, *, positions=_POSITIONS, interpret=False):
+    """`kernels.causal_conv`, same arguments and results. `interpret` runs it on any backend.
+
+    positions: that a program takes.
+    """
+    return _run(x, None, weight, bias, None, tail, before, positions, interpret)
 
 
-def block_causal_conv(x, context, weight, bias, block_size, tail=None, before=None, *, interpret=False):
+def block_causal_conv(
+    x, context, weight, bias, block_size, tail=None, before=None, *, positions=_POSITIONS, interpret=False
+):
     """`kernels.block_causal_conv`, same arguments and results."""
-    return _run(x, context, weight, bias, block_size, tail, before, interpret)
+    return _run(x, context, weight, bias, block_size, tail, before, positions, interpret)

@@ -10,8 +10,8 @@ class Operands(NamedTuple):
     """See tpu.py for the notation.
 
     Attributes:
-      weight: (K + 1, C) float32, by distance, then the bias.
-      tail: (B, K−1, C).
+      weight: (W + 1, C) float32, by distance, then the bias.
+      tail: (B, W−1, C).
       reach: (B, 2, L) int32, own and seen; None where neither limits anything.
     """
 

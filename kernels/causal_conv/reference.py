@@ -13,7 +13,7 @@ def causal_conv(x, weight, bias, tail=None, before=None):
         tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
     weight = float32_or_more(weight)
     inputs = float32_or_more(jnp.concatenate([tail[:, tail.shape[1] - (width - 1) :].astype(x.dtype), x], axis=1))
-    windows = inputs[:, jnp.arange(length)[:, None] + jnp.arange(width)]  # (B, L, K, C)
+    windows = inputs[:, jnp.arange(length)[:, None] + jnp.arange(width)]  # (B, L, W, C)
     if before is not None:
         distance = jnp.arange(width)[::-1]
         windows = jnp.where((before[..., None] >= distance)[..., None], windows, 0)

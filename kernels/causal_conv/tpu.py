@@ -8,7 +8,7 @@ many inputs before position i are the block's own, and may be read at all:
     g_i    = dy_i · SiLU'(u_i)          dx_s = Σ_d w_d g_{s+d} over the d that are at most own_{s+d} and seen_{s+d}
 
 and the gradient of the context the same over the d with own_{s+d} < d ≤ seen_{s+d}. u is computed again, also at the
-positions behind a step's own, which its gradients need.
+positions after a step's own, which its gradients need.
 """
 
 import functools
@@ -24,16 +24,16 @@ from twotower_jax.kernels.causal_conv.operands import operands
 from twotower_jax.kernels.hardware import tpu
 from twotower_jax.kernels.hardware.tpu_layout import LANES, VMEM_BYTES
 
-_CHANNELS, _LONGEST = 512, 512  # Of one grid step.
+_CHANNELS, _POSITIONS = 512, 512  # The most that one grid step takes.
 _HALO = 16  # Rows of a neighbor: one tile of bfloat16.
 _WIDEST = 7  # So that the gradients of a channel's weights and bias are eight rows.
 
 
-class Cut(NamedTuple):
+class StepTiles(NamedTuple):
     """One problem, cut.
 
     Attributes:
-      width: K. channels: of a step. positions: Q. steps: L/Q.
+      width: W. channels: of a step. positions: Q. steps: L/Q.
       blocks: whether there is a context; the tail then belongs to it.
       limited: whether own and seen are given.
       interpret: run the kernel's operations on any backend.
@@ -48,29 +48,29 @@ class Cut(NamedTuple):
     interpret: bool | pltpu.InterpretParams
 
     def main(self) -> pl.BlockSpec:
-        """Of (B, L, C): (Q, channels)."""
+        """A step's part of (B, L, C): (Q, channels)."""
         return pl.BlockSpec((None, self.positions, self.channels), lambda i, c, k: (i, k, c))
 
     def left(self) -> pl.BlockSpec:
-        """Of (B, L, C): the rows before."""
+        """The rows of (B, L, C) before a step's."""
         ratio = self.positions // _HALO
         return pl.BlockSpec((None, _HALO, self.channels), lambda i, c, k: (i, jnp.maximum(k * ratio - 1, 0), c))
 
     def right(self) -> pl.BlockSpec:
-        """Of (B, L, C): the rows behind."""
+        """The rows of (B, L, C) after a step's."""
         ratio, last = self.positions // _HALO, self.steps * self.positions // _HALO - 1
         return pl.BlockSpec((None, _HALO, self.channels), lambda i, c, k: (i, jnp.minimum((k + 1) * ratio, last), c))
 
     def first(self) -> pl.BlockSpec:
-        """Of (B, halo, C)."""
+        """A step's part of (B, halo, C)."""
         return pl.BlockSpec((None, _HALO, self.channels), lambda i, c, k: (i, 0, c))
 
     def weights(self) -> pl.BlockSpec:
-        """Of (8, C): the weights by distance, then the bias."""
+        """A step's part of (8, C): the weights by distance, then the bias."""
         return pl.BlockSpec((8, self.channels), lambda i, c, k: (0, c))
 
     def reach(self) -> pl.BlockSpec:
-        """Of (B, 2, L)."""
+        """A step's part of (B, 2, L)."""
         return pl.BlockSpec((None, 2, self.positions), lambda i, c, k: (i, 0, k))
 
     def reach_right(self) -> pl.BlockSpec:
@@ -79,14 +79,14 @@ class Cut(NamedTuple):
         return pl.BlockSpec((None, 2, lanes), lambda i, c, k: (i, 0, jnp.minimum((k + 1) * ratio, last)))
 
     def per_step(self) -> pl.BlockSpec:
-        """Of (B, L/Q, 8, C)."""
+        """A step's part of (B, L/Q, 8, C)."""
         return pl.BlockSpec((None, None, 8, self.channels), lambda i, c, k: (i, k, 0, c))
 
 
 class _Window:
-    """What the positions of a step, and some behind them, read."""
+    """What the positions of a step, and some after them, read."""
 
-    def __init__(self, cut: Cut, count: int, left_ref, parts, reach):
+    def __init__(self, cut: StepTiles, count: int, left_ref, parts, reach):
         """left_ref: the rows before. parts: of x, and of the context if there are blocks, the rows from 0 on.
 
         reach: (rows, 2), own and seen, or None.
@@ -130,7 +130,7 @@ def _float(ref):
     return ref[...].astype(jnp.float32)
 
 
-def _lefts(cut: Cut, left_refs, tail_ref):
+def _lefts(cut: StepTiles, left_refs, tail_ref):
     """The rows before, of x and of the context: of these, those before the first step are the tail."""
     at_start = pl.program_id(2) == 0
     lefts = [_float(ref) for ref in left_refs]
@@ -138,7 +138,7 @@ def _lefts(cut: Cut, left_refs, tail_ref):
     return lefts
 
 
-def _forward_kernel(*refs, cut: Cut):
+def _forward_kernel(*refs, cut: StepTiles):
     sources = 2 if cut.blocks else 1
     mains, lefts, (tail_ref, weight_ref), (*reach_ref, out_ref) = (
         refs[:sources],
@@ -152,7 +152,7 @@ def _forward_kernel(*refs, cut: Cut):
     out_ref[...] = (total * jax.nn.sigmoid(total)).astype(out_ref.dtype)
 
 
-def _backward_kernel(*refs, cut: Cut, with_context: bool):
+def _backward_kernel(*refs, cut: StepTiles, with_context: bool):
     sources = 2 if cut.blocks else 1
     mains, lefts, rights, refs = *(refs[i * sources : (i + 1) * sources] for i in range(3)), refs[3 * sources :]
     tail_ref, weight_ref, dy_ref, dy_right_ref, *refs = refs
@@ -164,7 +164,7 @@ def _backward_kernel(*refs, cut: Cut, with_context: bool):
         reach = jnp.concatenate([main, right[:_HALO]], axis=0)
     parts = [[_float(main), _float(right)] for main, right in zip(mains, rights, strict=True)]
     window = _Window(cut, count, _lefts(cut, lefts, tail_ref), parts, reach)
-    # Behind the last step there is nothing.
+    # After the last step there is nothing.
     dy_right = jnp.where(step == cut.steps - 1, 0.0, _float(dy_right_ref))
     total = window.sums(weight)
     sigmoid = jax.nn.sigmoid(total)
@@ -198,7 +198,7 @@ def _backward_kernel(*refs, cut: Cut, with_context: bool):
             context_refs[0][...] = dtail
 
 
-def _call(cut: Cut, kernel, batch: int, channels: int, inputs, outputs):
+def _call(cut: StepTiles, kernel, batch: int, channels: int, inputs, outputs):
     return pl.pallas_call(
         kernel,
         grid=(batch, channels // cut.channels, cut.steps),
@@ -212,12 +212,12 @@ def _call(cut: Cut, kernel, batch: int, channels: int, inputs, outputs):
     )(*(array for _, array in inputs))
 
 
-def _sources(cut: Cut, sources, *specs):
+def _sources(cut: StepTiles, sources, *specs):
     return [(spec, v) for spec in specs for v in sources]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(cut: Cut, x, before, weight, reach):
+def _conv(cut: StepTiles, x, before, weight, reach):
     """(B, L, C) of x (B, L, C); before: the context if there are blocks, and the tail (B, halo, C).
 
     weight: (8, C) float32, by distance, then the bias. reach: (B, 2, L) float32, own and seen, or None.
@@ -267,16 +267,16 @@ def _conv_backward(cut, residuals, dy):
 _conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
 
 
-def _run(x, context, weight, bias, block_size, tail, before, interpret):
+def _run(x, context, weight, bias, block_size, tail, before, positions, interpret):
     batch, length, channels = x.shape
     width = weight.shape[0]
     unit = _HALO if interpret else LANES
-    positions = min(_LONGEST, length + -length % unit)
+    positions = min(positions, length + -length % unit)
     padding = -length % positions
     limited = context is not None or before is not None
     in_step = next((n for n in (_CHANNELS, 256, LANES) if channels % n == 0), channels)
     steps = (length + padding) // positions
-    cut = Cut(width, in_step, positions, steps, context is not None, limited, interpret)
+    cut = StepTiles(width, in_step, positions, steps, context is not None, limited, interpret)
 
     def pad(v):
         return jnp.pad(v, [(0, 0), (0, padding), (0, 0)]) if padding else v
@@ -299,16 +299,21 @@ def _unsupported(channels: int, width: int) -> str | None:
 
 def unsupported(x, *arguments) -> str | None:
     """Why the hardware cannot run these shapes of either convolution, or None."""
-    # The context comes before the weight in one, the block's size behind the bias.
+    # The context comes before the weight in one, the block's size after the bias.
     weight = next(v for v in arguments if len(v.shape) == 2)
     return _unsupported(x.shape[2], weight.shape[0])
 
 
-def causal_conv(x, weight, bias, tail=None, before=None, *, interpret=False):
-    """`kernels.causal_conv`, same arguments and results. `interpret` runs it on any backend, with any shapes."""
-    return _run(x, None, weight, bias, None, tail, before, interpret)
+def causal_conv(x, weight, bias, tail=None, before=None, *, positions=_POSITIONS, interpret=False):
+    """`kernels.causal_conv`, same arguments and results. `interpret` runs it on any backend, with any shapes.
+
+    positions: that a grid step takes at most; a multiple of 128, or of 16 under the interpreter.
+    """
+    return _run(x, None, weight, bias, None, tail, before, positions, interpret)
 
 
-def block_causal_conv(x, context, weight, bias, block_size, tail=None, before=None, *, interpret=False):
+def block_causal_conv(
+    x, context, weight, bias, block_size, tail=None, before=None, *, positions=_POSITIONS, interpret=False
+):
     """`kernels.block_causal_conv`, same arguments and results."""
-    return _run(x, context, weight, bias, block_size, tail, before, interpret)
+    return _run(x, context, weight, bias, block_size, tail, before, positions, interpret)

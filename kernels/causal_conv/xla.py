@@ -27,11 +27,13 @@ def block_causal_conv(x, context, weight, bias, block_size, tail=None, before=No
     """`kernels.block_causal_conv`, same arguments and results."""
     batch, length, channels = x.shape
     width, blocks = weight.shape[0], length // block_size
+    if width == 1:  # Nothing before a position is read.
+        return causal_conv(x, weight, bias)
     if tail is None:
         padded = jnp.pad(context, [(0, 0), (width - 1, 0), (0, 0)])
     else:
         padded = jnp.concatenate([tail[:, tail.shape[1] - (width - 1) :], context], axis=1)
-    # Input e−(K−1)+k of every block's left edge e, for each of the K−1 places before it.
+    # Input e−(W−1)+k of every block's left edge e, for each of the W−1 places before it.
     tails = jnp.stack([padded[:, k : k + length : block_size] for k in range(width - 1)], axis=2)
     out = causal_conv(
         x.reshape(batch * blocks, block_size, channels),

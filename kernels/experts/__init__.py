@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int32, Integer
 
 from twotower_jax.kernels.dispatch import Implementation, Op
 from twotower_jax.kernels.numerics.quantized import Quantized
@@ -29,10 +30,10 @@ class Weights(NamedTuple):
     Either matrix may be `Quantized`: it stands for what `dequantize` gives in the rows' dtype.
     """
 
-    up: jax.Array | Quantized
-    down: jax.Array | Quantized
-    up_bias: jax.Array | None = None
-    down_bias: jax.Array | None = None
+    up: Float[Array, "E D F"] | Quantized
+    down: Float[Array, "E F D"] | Quantized
+    up_bias: Float[Array, "E F"] | None = None
+    down_bias: Float[Array, "E D"] | None = None
 
 
 def refuse_gradient(weights: Weights) -> None:
@@ -54,14 +55,14 @@ EXPERT_MLP = Op(
 
 
 def expert_mlp(
-    x: jax.Array,
-    indices: jax.Array,
-    gates: jax.Array,
+    x: Float[Array, "T D"],
+    indices: Integer[Array, "T k"],
+    gates: Float[Array, "T k"],
     weights: Weights,
     *,
     activation: Activation = relu2,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "T D"]:
     """The weighted sum of each row's experts.
 
     Differentiable in x, gates and weights, unless they are quantized.
@@ -95,9 +96,9 @@ class Sorted(NamedTuple):
       sizes: (E,) int32, the rows of each expert. Rows of no expert come last.
     """
 
-    place: jax.Array
-    order: jax.Array
-    sizes: jax.Array
+    place: Int32[Array, " R"]
+    order: Int32[Array, " R"]
+    sizes: Int32[Array, " E"]
 
 
 # The name of `Sorted` and of what a router chose, for policies of `jax.checkpoint`: small, and costly to find again.
@@ -105,7 +106,7 @@ ROUTING = "routing"
 _TILE = 128
 
 
-def sort_by_expert(expert: jax.Array, num_experts: int) -> Sorted:
+def sort_by_expert(expert: Integer[Array, " R"], num_experts: int) -> Sorted:
     """Sorts rows by counting, for (R,) int32 experts, E standing for none.
 
     How many rows of the same expert lie before a row is a product with a triangle of ones, within tiles and across

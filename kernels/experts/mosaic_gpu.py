@@ -44,7 +44,7 @@ _FEWEST_STAGES, _MOST_STAGES = 3, 8
 
 
 def tile_size(rows: int, num_experts: int) -> int:
-    """Rows a tile: about two experts' shares, since touched experts have more than the average; in powers of two."""
+    """Rows per tile: about two experts' shares, since touched experts have more than the average; in powers of two."""
     share = max(1, 2 * rows // num_experts)
     return min(_LARGEST_TILE, max(_SMALLEST_TILE, 1 << (share - 1).bit_length()))
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.hardware.pipeline_gpu import BLOCK, WARPGROUPS, Interpret, Pipeline, write
 
-STEP = 64  # Of the summed dimension.
+STEP = 64  # Places of the summed dimension.
 # Columns of a tile of the result: 192 leaves 3 % of a width of 1856 unused, nothing of 2688.
 _COLUMNS = 192
 _STAGES = 4
@@ -39,7 +39,7 @@ class Groups(NamedTuple):
     count: jax.Array
 
 
-class _Tiles(NamedTuple):
+class _PairsOfBlocks(NamedTuple):
     """Pairs of blocks of one group; the last of a group may be alone.
 
     Attributes:
@@ -53,14 +53,14 @@ class _Tiles(NamedTuple):
     used: jax.Array
 
 
-def _pairs(groups: Groups, total: int) -> _Tiles:
+def _pairs(groups: Groups, total: int) -> _PairsOfBlocks:
     count = -(-groups.count // 2)
     ends = jnp.cumsum(count)
     number = jnp.arange((total + groups.count.size + 1) // 2, dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(number[:, None] >= ends, axis=1, dtype=jnp.int32), groups.count.size - 1)
     within = 2 * (number - (ends - count)[group])
     blocks = jnp.clip(groups.count[group] - within, 1, 2)
-    return _Tiles(group, jnp.clip(groups.first[group] + within, 0, total - 1), blocks, ends[-1:])
+    return _PairsOfBlocks(group, jnp.clip(groups.first[group] + within, 0, total - 1), blocks, ends[-1:])
 
 
 def _pipeline(interpret: Interpret) -> Pipeline:

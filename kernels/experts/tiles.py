@@ -12,7 +12,7 @@ class Tiles(NamedTuple):
     """Where each row goes.
 
     Attributes:
-      row: (T, k) int32, the place of each (token, choice) in the tiled layout; one behind the last where there is none.
+      row: (T, k) int32, the place of each (token, choice) in the tiled layout; one after the last where there is none.
       token: (tiles · tile,) int32, the token in each place; T in a place of padding.
       expert: (tiles,) int32, each tile's expert. used: () int32, how many tiles hold rows.
       first, count: (E,) int32, the tiles of each expert.

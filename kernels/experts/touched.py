@@ -20,8 +20,8 @@ class Touched(NamedTuple):
     A row here is a token and one of its experts; there are R = T·k.
 
     Attributes:
-      expert: (n,) int32, n = min(E, R); behind the last one in use it is repeated.
-      first, count: (n,) int32, each one's rows in `order`; count is 0 behind the last one in use.
+      expert: (n,) int32, n = min(E, R); after the last one in use it is repeated.
+      first, count: (n,) int32, each one's rows in `order`; count is 0 after the last one in use.
       used: () int32, how many there are.
       order: (R,) int32, the row in each place once sorted by expert. place: (R,) int32, each row's place in it.
     """

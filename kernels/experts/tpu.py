@@ -36,9 +36,9 @@ from twotower_jax.kernels.numerics.quantized import Quantized, padded
 MOST_ROWS = 1024
 _ROW_TILE = 64
 _WIDEST_TILE = 512
-# Of 128 MiB a core on v5p and v6e, 64 on tpu7x.
+# A core has 128 MiB on v5p and v6e, 64 on tpu7x.
 _VMEM_BYTES, _RESERVE = 60 * 2**20, 8 * 2**20  # Reserved for what is multiplied at once.
-_ROW_ARRAYS = 4  # Of float32: the rows, one expert's rows, its results, and the sums.
+_ROW_ARRAYS = 4  # Those in float32: the rows, one expert's rows, its results, and the sums.
 
 
 # Rows of a tile of bfloat16 in memory, of float32 half as many: what the rows of scales are a multiple of.
@@ -64,7 +64,7 @@ def stored(matrix: Quantized, width_axis: int) -> Quantized:
     return matrix if more % matrix.group else padded(matrix, rows=more, scale_rows=_SCALE_ROWS)
 
 
-class _Cut(NamedTuple):
+class _ExpertTiles(NamedTuple):
     """One problem, cut.
 
     Attributes:
@@ -176,7 +176,7 @@ class _Block(NamedTuple):
         return self.scratch[:rows, :columns]
 
 
-def _kernel(expert, first, count, used, token, gate, x_hbm, *refs, cut: _Cut, groups: tuple[int, int]):
+def _kernel(expert, first, count, used, token, gate, x_hbm, *refs, cut: _ExpertTiles, groups: tuple[int, int]):
     del expert  # For the blocks alone.
     refs = list(refs)
     of_up, of_down = (tuple(refs.pop(0) for _ in range(2 if group else 1)) for group in groups)
@@ -256,7 +256,7 @@ def _kernel(expert, first, count, used, token, gate, x_hbm, *refs, cut: _Cut, gr
         pltpu.sync_copy(sums_ref, out_hbm)
 
 
-def _specs(cut: _Cut, weights: Weights) -> list[pl.BlockSpec]:
+def _specs(cut: _ExpertTiles, weights: Weights) -> list[pl.BlockSpec]:
     """Blocks of up, then down: the expert's and the tile's; an unused slot asks for what is there already."""
 
     def tile_of(slot, f, used):
@@ -287,7 +287,9 @@ def _forward(activation: Activation, interpret: bool, x, indices, gates, weights
     choices = gates.shape[1]
     tile = _tile(x, weights)
     padded = tokens + -tokens % SUBLANES
-    cut = _Cut(padded, _ROW_TILE, model, weights.down.shape[-2], tile, activation, x.dtype, _is_flipped(weights.up))
+    cut = _ExpertTiles(
+        padded, _ROW_TILE, model, weights.down.shape[-2], tile, activation, x.dtype, _is_flipped(weights.up)
+    )
     groups = tuple(part.group if isinstance(part, Quantized) else 0 for part in (weights.up, weights.down))
     # Rows of an expert are moved one at a time, which float32 allows.
     row_arrays = (padded + -padded % _ROW_TILE, model)

@@ -4,7 +4,7 @@ Rows are sorted by expert and laid out in tiles, each tile the rows of one exper
 padded with zero rows). A loop over the tiles in use multiplies each with its expert's two matrices. No dense expansion
 over experts, and an expert that no row chose is neither read nor multiplied.
 
-Taking an expert's matrices out of the stack copies them, which with few rows an expert takes longer than multiplying.
+Taking an expert's matrices out of the stack copies them, which with few rows per expert takes longer than multiplying.
 So where rows are few and touch most experts all the same, the first tile of every expert is part of one batched product
 with the stack as it lies, and the loop is left with the other tiles.
 
@@ -81,7 +81,7 @@ _tiled_mlp.defvjp(_tiled_mlp_forward, _tiled_mlp_backward)
 
 
 def tile_size(rows: int, num_experts: int) -> int:
-    """Rows a tile: about an expert's share, in powers of two from 8 to 256."""
+    """Rows per tile: about an expert's share, in powers of two from 8 to 256."""
     share = max(1, rows // num_experts)
     return min(256, max(8, 1 << (share - 1).bit_length()))
 

@@ -70,12 +70,12 @@ def iota(shape: tuple[int, int], dimension: int) -> jax.Array:
 
 
 def load_down(ref, shape: tuple[int, int]) -> jax.Array:
-    """(m,) in global or shared memory → (m, n): a number a row."""
+    """(m,) in global or shared memory → (m, n): one number per row."""
     return _load_across(ref, shape, 0)
 
 
 def load_along(ref, shape: tuple[int, int]) -> jax.Array:
-    """(n,) in global or shared memory → (m, n): a number a column."""
+    """(n,) in global or shared memory → (m, n): one number per column."""
     return _load_across(ref, shape, 1)
 
 

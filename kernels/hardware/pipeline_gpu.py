@@ -18,7 +18,7 @@ from twotower_jax.kernels.hardware.hopper import interpreter
 
 # Rows of what a warpgroup's wgmma adds to.
 BLOCK = 64
-PROCESSORS = 132  # Of an H100 or H200.
+PROCESSORS = 132  # An H100 or H200 has so many.
 WARPGROUPS = 2  # That multiply.
 
 Interpret = bool | plgpu.InterpretGPUParams

@@ -15,10 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 # A block of an array is a multiple of these along its last two dimensions, or all of it.
 SUBLANES, LANES = 8, 128
-# Of x, in one block, and of positions in a chunk: all blocks of a step fit into the memory of a core twice.
+# The most lanes of x in one block, and positions in a chunk: all blocks of a step fit into the memory of a core twice.
 _HEAD_LANES, _LONGEST_CHUNK = 512, 256
 _PADDED_LANES = 1024
-VMEM_BYTES = 48 * 2**20  # Of 128 MiB a core on v5p and v6e, 64 on tpu7x; the default of 16 is too small for float32.
+VMEM_BYTES = 48 * 2**20  # A core has 128 MiB on v5p and v6e, 64 on tpu7x; the default of 16 is too small for float32.
 
 Order = Callable[[int], int]  # From the grid's last index to a chunk.
 
@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
     Attributes:
       heads: R, in one block. head_dim: P. state: N. chunk: Q.
-      lanes: W, of one block of heads: R·P, or more where a group's heads do not fill whole lanes.
+      lanes: of one block of heads: R·P, or more where a group's heads do not fill whole lanes.
       groups: G. blocks: H/R, blocks of heads, of which blocks/G belong to one group.
       interpret: run the kernel's operations on any backend; True or `pltpu.InterpretParams`.
     """
@@ -44,32 +44,32 @@ class Layout(NamedTuple):
 
     @property
     def of_heads(self) -> tuple[slice, slice]:
-        """The places in a block (Q, W) that heads have, (Q, R·P); whatever lies beyond is nobody's."""
+        """The places in a block (Q, lanes) that heads have, (Q, R·P); whatever lies beyond is nobody's."""
         return slice(None), slice(0, self.heads * self.head_dim)
 
     def inner(self, order: Order) -> pl.BlockSpec:
-        """Of (B, L, H/R·W): (Q, W)."""
+        """A step's part of (B, L, H/R·lanes): (Q, lanes)."""
         return pl.BlockSpec((None, self.chunk, self.lanes), lambda i, h, c: (i, order(c), h))
 
     def rows(self, order: Order) -> pl.BlockSpec:
-        """Of (B, H/R, R, L): (R, Q)."""
+        """A step's part of (B, H/R, R, L): (R, Q)."""
         return pl.BlockSpec((None, None, self.heads, self.chunk), lambda i, h, c: (i, h, 0, order(c)))
 
     def group(self, order: Order) -> pl.BlockSpec:
-        """Of (B, L, G·N): (Q, N)."""
+        """A step's part of (B, L, G·N): (Q, N)."""
         ratio = self.blocks // self.groups
         return pl.BlockSpec((None, self.chunk, self.state), lambda i, h, c: (i, order(c), h // ratio))
 
     def group_parts(self, order: Order) -> pl.BlockSpec:
-        """Of (B, L, H/R·N): (Q, N), what one block of heads contributes to its group."""
+        """A step's part of (B, L, H/R·N): (Q, N), what one block of heads contributes to its group."""
         return pl.BlockSpec((None, self.chunk, self.state), lambda i, h, c: (i, order(c), h))
 
     def one_state(self) -> pl.BlockSpec:
-        """Of (B, H/R, R·P, N): (R·P, N)."""
+        """A step's part of (B, H/R, R·P, N): (R·P, N)."""
         return pl.BlockSpec((None, None, self.heads * self.head_dim, self.state), lambda i, h, c: (i, h, 0, 0))
 
     def chunk_state(self, order: Order) -> pl.BlockSpec:
-        """Of (B, H/R, L/Q, R·P, N): (R·P, N)."""
+        """A step's part of (B, H/R, L/Q, R·P, N): (R·P, N)."""
         shape = (None, None, None, self.heads * self.head_dim, self.state)
         return pl.BlockSpec(shape, lambda i, h, c: (i, h, order(c), 0, 0))
 
@@ -77,14 +77,14 @@ class Layout(NamedTuple):
         return batch, self.blocks, self.heads * self.head_dim, self.state
 
     def flat(self, x: jax.Array) -> jax.Array:
-        """(B, L, H, P) → (B, L, H/R·W)."""
+        """(B, L, H, P) → (B, L, H/R·lanes)."""
         x = x.reshape(*x.shape[:2], self.blocks, -1)
         if x.shape[3] < self.lanes:
             x = jnp.pad(x, [(0, 0)] * 3 + [(0, self.lanes - x.shape[3])])
         return x.reshape(*x.shape[:2], -1)
 
     def heads_of(self, x: jax.Array) -> jax.Array:
-        """(B, L, H/R·W) → (B, L, H, P)."""
+        """(B, L, H/R·lanes) → (B, L, H, P)."""
         x = x.reshape(*x.shape[:2], self.blocks, -1)[..., : self.heads * self.head_dim]
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
@@ -104,7 +104,7 @@ class Layout(NamedTuple):
         batch: int,
         length: int,
         inputs: list[tuple[pl.BlockSpec, jax.Array]],
-        outputs: list[tuple[pl.BlockSpec, tuple[int, ...], jnp.dtype]],
+        outputs: list[tuple[pl.BlockSpec, tuple[int, ...], jax.typing.DTypeLike]],
     ) -> list[jax.Array]:
         """Runs `kernel(*input_refs, *output_refs, state_ref)` over batch, blocks of heads and chunks.
 
@@ -133,7 +133,7 @@ def layout(x_shape: tuple[int, ...], b_shape: tuple[int, ...], chunk: int, inter
 
 
 def _heads_in_block(heads: int, groups: int, head_dim: int, state: int) -> tuple[int, int] | None:
-    """R and W: as many heads of one group as a block holds; None if the hardware cannot cut these shapes into blocks.
+    """R and lanes: as many of a group's heads as a block holds; None if the hardware cannot cut these into blocks.
 
     Where no number of heads fills lanes, a block is padded to whole ones, if that adds no more than a fourth.
     """

@@ -10,20 +10,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from twotower_jax.kernels.numerics import double_float
 
 
 def choose_experts(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array,
+    x: Float[Array, "T D"],
+    weight: Float[Array, "D E"],
+    bias: Float[Array, " E"],
     *,
     count: int,
     groups: int = 1,
     kept_groups: int = 1,
     arithmetic: str | None = None,
-) -> jax.Array:
+) -> Int32[Array, "T k"]:
     """The experts of each token by sigmoid(x · weight) + bias, best first; the lower number wins a tie.
 
     Args:

@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, groups: int = 1) -> jax.Array:
+def rms_norm(
+    x: Float[Array, "*leading C"], weight: Float[Array, " C"], epsilon: float, groups: int = 1
+) -> Float[Array, "*leading C"]:
     """RMSNorm over `groups` equal parts of the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
 
     Runs in float32 and multiplies by the weight there, as the published code does; the result has x's dtype.
@@ -14,7 +17,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, groups: int = 1) -
     return (parts.reshape(x.shape) * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def gated_norm(y: jax.Array, z: jax.Array, weight: jax.Array, epsilon: float, groups: int) -> jax.Array:
+def gated_norm(
+    y: Float[Array, "B L H P"],
+    z: Float[Array, "B L HP"],
+    weight: Float[Array, " HP"],
+    epsilon: float,
+    groups: int,
+) -> Float[Array, "B L HP"]:
     """rms_norm(y ∘ SiLU(z)), gate before norm (Dao & Gu 2024, arXiv 2405.21060).
 
     Args:

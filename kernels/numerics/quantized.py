@@ -1,15 +1,15 @@
 """Matrices in 8 or 4 bits: whole numbers, and one scale for each group of rows in each column.
 
-A matrix (K, N) is contracted over its K rows. They are cut into groups; within a group, a column's numbers are
+A matrix (rows, columns) is contracted over its rows. They are cut into groups; within a group, a column's numbers are
 
     w ≈ value · scale,    scale = max |w| / 127 (8 bits) or / 7 (4 bits),    value = round(w / scale),
 
 symmetric: −127 … 127 or −7 … 7. Leading axes (experts, layers) are carried along.
 
-Of 4 bits, two share one int8. The low half of a byte holds a row of the first half of a group, the high half the row
-as far into the second half: taken apart, they are two contiguous pieces. (Not `jnp.int4`, which CPUs get wrong.)
+Two numbers of 4 bits share one int8. The low half of a byte holds a row of the first half of a group, the high half the
+row as far into the second half: taken apart, they are two contiguous pieces. (Not `jnp.int4`, which CPUs get wrong.)
 
-Zeros may stand behind a matrix, and rows without meaning behind its scales (`padded`): hardware that moves whole tiles
+Zeros may follow a matrix, and rows without meaning its scales (`padded`): hardware that moves whole tiles
 then reads the arrays as they lie.
 """
 
@@ -18,6 +18,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
 
 _LARGEST = {8: 127, 4: 7}
 _GROUP = 64
@@ -26,15 +27,15 @@ _GROUP = 64
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["bits", "spare"])
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Stands for a matrix (…, K, N), `dequantize` gives it.
+    """Stands for a matrix (…, rows, columns), `dequantize` gives it.
 
     A pytree; `q[i]` indexes leading axes, of both arrays.
 
     Attributes:
-      values: int8, (…, K, N) for 8 bits, (…, K/2, N) for 4.
-      scales: float32 or bfloat16, (…, K/group + spare, N).
+      values: int8, (…, rows, columns) for 8 bits, (…, rows/2, columns) for 4.
+      scales: float32 or bfloat16, (…, rows/group + spare, columns).
       bits: 8 or 4.
-      spare: rows of scales behind the last group's, which stand for nothing.
+      spare: rows of scales after the last group's, which stand for nothing.
     """
 
     values: jax.Array
@@ -44,7 +45,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix that this stands for, (…, K, N)."""
+        """The shape of the matrix that this stands for, (…, rows, columns)."""
         *leading, rows, columns = self.values.shape
         return (*leading, rows * 8 // self.bits, columns)
 
@@ -67,7 +68,7 @@ class Quantized:
 
 
 def group_size(width: int, bits: int) -> int:
-    """Rows a group for a matrix of `width` rows: 64 if that divides it, else its largest divisor below.
+    """Rows per group for a matrix of `width` rows: 64 if that divides it, else its largest divisor below.
 
     For 4 bits the divisor is even. 1856 = 29 · 64 and 2688 = 42 · 64 get 64.
 
@@ -81,20 +82,22 @@ def group_size(width: int, bits: int) -> int:
     raise ValueError(f"a matrix of {width} rows cannot be cut into groups for {bits} bits: it needs an even number")
 
 
-def quantize(w: jax.Array, bits: int, group: int, *, scale_dtype=jnp.float32) -> Quantized:
+def quantize(
+    w: Float[ArrayLike, "*leading rows columns"], bits: int, group: int, *, scale_dtype=jnp.float32
+) -> Quantized:
     """The nearest matrix with so many bits: |w − ŵ| ≤ scale / 2 (and the rounding of float32).
 
     Rounds w / scale in float32 to the nearest whole number, halves to the even one, for the scale as it is stored.
     A group of zeros in a column has scale 0 and stays exactly zero.
 
     Args:
-      w: (…, K, N), any float dtype, finite.
+      w: (…, rows, columns), any float dtype, finite.
       bits: 8 or 4.
       group: rows that share a scale; see `group_size`.
       scale_dtype: float32 or bfloat16.
 
     Raises:
-      ValueError: if `group` does not divide K, or is odd for 4 bits; or for other bits.
+      ValueError: if `group` does not divide the rows, or is odd for 4 bits; or for other bits.
     """
     _check_bits(bits)
     *leading, rows, columns = w.shape
@@ -114,8 +117,8 @@ def quantize(w: jax.Array, bits: int, group: int, *, scale_dtype=jnp.float32) ->
     return Quantized(values.reshape(*leading, rows * bits // 8, columns), scales, bits)
 
 
-def dequantize(q: Quantized, dtype: jnp.dtype) -> jax.Array:
-    """The matrix (…, K, N): value · scale in float32, rounded to `dtype`."""
+def dequantize(q: Quantized, dtype: jax.typing.DTypeLike) -> Float[Array, "*leading rows columns"]:
+    """The matrix (…, rows, columns): value · scale in float32, rounded to `dtype`."""
     *leading, rows, columns = q.shape
     values, scales = q.values, q.scales[..., : q.groups, :]
     if q.bits == 4:
@@ -127,14 +130,14 @@ def dequantize(q: Quantized, dtype: jnp.dtype) -> jax.Array:
 
 
 def padded(q: Quantized, rows: int = 0, columns: int = 0, scale_rows: int = 1) -> Quantized:
-    """The matrix with so many rows and columns of zeros behind it, and rows of scales to a multiple of `scale_rows`.
+    """The matrix with so many rows and columns of zeros after it, and rows of scales to a multiple of `scale_rows`.
 
     Args:
-      q: stands for (…, K, N).
+      q: stands for (…, k, n).
       rows: a multiple of the group. columns: any number.
 
     Returns:
-      stands for (…, K + rows, N + columns).
+      stands for (…, k + rows, n + columns).
 
     Raises:
       ValueError: if `rows` is no multiple of the group.
@@ -152,7 +155,7 @@ def padded(q: Quantized, rows: int = 0, columns: int = 0, scale_rows: int = 1) -
     )
 
 
-def as_array(w: jax.Array | Quantized, dtype: jnp.dtype) -> jax.Array:
+def as_array(w: Float[Array, "..."] | Quantized, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
     """w in `dtype`, whichever way it is stored."""
     return dequantize(w, dtype) if isinstance(w, Quantized) else w.astype(dtype)
 

@@ -1,6 +1,6 @@
 """The state-space dual (SSD) scan of Mamba-2 in matrix-multiply form, for one tower and for two.
 
-One tower (Dao & Gu 2024, arXiv 2405.21060, section 6): with one scalar decay a head,
+One tower (Dao & Gu 2024, arXiv 2405.21060, section 6): with one scalar decay per head,
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ            y_t = h_t C_t
 
@@ -9,14 +9,14 @@ reached at the block's left edge e = nS. No such state is ever stored: unrolled,
 
     y_i = Σ_{j<e} exp(a_i + A^c_{e-1} − A^c_j) (C_i·B^c_j) dt^c_j x^c_j  +  Σ_{e≤j≤i} exp(a_i − a_j) (C_i·B_j) dt_j x_j
 
-which is the first sum in chunks of the context, one state a chunk, plus S-long scans from zero. a_i is the inclusive
+which is the first sum in chunks of the context, one state per chunk, plus S-long scans from zero. a_i is the inclusive
 sum of dt·A from the block's left edge to i, A^c the context's from its start.
 
 Everything is computed in float32, or exactly as well: states reach 1e3 and more, and bfloat16 turns to NaN on long
 contexts. How sums of log-decays keep what their differences need stands in numerics/log_decay.py.
 """
 
-import jax
+from jaxtyping import Array, Float
 
 from twotower_jax.kernels.dispatch import Implementation, Op
 
@@ -42,16 +42,16 @@ TWO_TOWER_SSD = Op(
 
 
 def ssd(
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
+    x: Float[Array, "B L H P"],
+    dt: Float[Array, "B L H"],
+    log_decay: Float[Array, "B L H"],
+    b: Float[Array, "B L G N"],
+    c: Float[Array, "B L G N"],
     *,
-    initial_state: jax.Array | None = None,
+    initial_state: Float[Array, "B H P N"] | None = None,
     chunk_size: int = 128,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
     """The scan of one tower (arXiv 2405.21060, section 6 and listing 1).
 
     Differentiable in every array.
@@ -76,20 +76,20 @@ def ssd(
 
 
 def two_tower_ssd(
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
-    context_x: jax.Array,
-    context_dt: jax.Array,
-    context_log_decay: jax.Array,
-    context_b: jax.Array,
+    x: Float[Array, "B L H P"],
+    dt: Float[Array, "B L H"],
+    log_decay: Float[Array, "B L H"],
+    b: Float[Array, "B L G N"],
+    c: Float[Array, "B L G N"],
+    context_x: Float[Array, "B L H P"],
+    context_dt: Float[Array, "B L H"],
+    context_log_decay: Float[Array, "B L H"],
+    context_b: Float[Array, "B L G N"],
     *,
     block_size: int,
     chunk_size: int = 128,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B L H P"]:
     """The scans of all blocks at once, block n seeded with the context's state after its first n·S positions.
 
     The dual form above. Memory depends on the chunk, not on the number of blocks. Differentiable in every array of

@@ -5,7 +5,7 @@ The formulas are those of tpu.py; how they are divided into kernels stands in gp
     h'  states                     w = dt exp(a_Q − a)     y, dx   outputs, by i and by j
     dh  states, backward           e = exp(a)              dC, dB  group_gradients, by i and by j
 
-The gradient of the sums a collects what every exponential multiplies. The states at the edges of chunks, one a chunk,
+The gradient of the sums a collects what every exponential multiplies. The states at the edges of chunks, one per chunk,
 are kept for the backward pass, and nothing else.
 """
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.kernels.numerics.log_decay import Sum, cumulative, in_chunks
-from twotower_jax.kernels.ssd.gpu_layout import Cut, Decays, Pairs, Programs, Source, cut_scan
+from twotower_jax.kernels.ssd.gpu_layout import Decays, Pairs, Programs, ScanTiles, Source, cut_scan
 
 _CAUSAL = (Pairs(),)
 
@@ -27,13 +27,13 @@ class Edges:
       to_edge: exp(a_Q − a). weight: dt · to_edge, of what is written. kept: exp(a_Q), (B, H, L/Q).
     """
 
-    def __init__(self, cut: Cut, sums: Sum, dt: jax.Array):
+    def __init__(self, cut: ScanTiles, sums: Sum, dt: jax.Array):
         last = sums.map(cut.at_edges)
         self.to_edge = jnp.exp(last.map(cut.per_position) - sums)
         self.weight, self.kept = dt * self.to_edge, jnp.exp(last.total)
 
-    def gradients(self, cut: Cut, written, left, grads):
-        """Of dt, and of the sums, through the states.
+    def gradients(self, cut: ScanTiles, written, left, grads):
+        """The gradients of dt, and of the sums, through the states.
 
         Args:
           written: (B, H, L), x_j · (g B_j). left, grads: h and g of every chunk, (B, H, L/Q, P, N).
@@ -44,7 +44,7 @@ class Edges:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(cut: Cut, x, dt, sums: Sum, b, c, initial):
+def _scan(cut: ScanTiles, x, dt, sums: Sum, b, c, initial):
     """y and the last state. The gradient of the sums goes to the fine ones; `cumulative` holds the coarse constant."""
     return _scan_forward(cut, x, dt, sums, b, c, initial)[0]
 

@@ -1,7 +1,7 @@
 """What the scans on GPUs (gpu.py, two_tower_gpu.py) and the kernels of every compiler that they run by agree on.
 
-How a scan is cut (`Cut`): chunks of positions, tiles of them, and where heads and groups stand. Arrays keep the layout
-of the model, heads and groups side by side in the last dimension; only the small per-head numbers are transposed.
+How a scan is cut (`ScanTiles`): chunks of positions, tiles of them, and where heads and groups stand. Arrays keep the
+layout of the model, heads and groups side by side in the last dimension; only the few numbers per head are transposed.
 
 Which three kernels (`Programs`) scans and their gradients are composed of. A GPU has some hundred multiprocessors, and
 one sequence 64 heads: a kernel that went through the chunks of a head one after the other would leave most of the chip
@@ -36,7 +36,7 @@ _INTERPRETED_TILE = 8
 class Programs(NamedTuple):
     """The kernels of one compiler.
 
-    All take a `Cut` first, and the arrays of the model as (B, L, H·P) and (B, L, G·N). With `through`, (scales
+    All take a `ScanTiles` first, and the arrays of the model as (B, L, H·P) and (B, L, G·N). With `through`, (scales
     (B, H, L), edges (B, H, L/Q, P, N)), the state at each chunk's edge counts too; `pairs` has a `Pairs` for each of
     `sources`, a tuple of `Source`; `readers_in_rows` says whether rows a are readers and columns b writers, or the
     other way round. Results are float32.
@@ -70,7 +70,7 @@ class Programs(NamedTuple):
     tile: int
 
 
-class Cut(NamedTuple):
+class ScanTiles(NamedTuple):
     """One problem, cut.
 
     Attributes:
@@ -143,7 +143,7 @@ class Cut(NamedTuple):
         return jnp.moveaxis(v.reshape(v.shape[0], -1, v.shape[3]), 1, 2)
 
 
-def cut_scan(x_shape, b_shape, chunk_size: int, programs: Programs, interpret, block_size: int = 1) -> Cut:
+def cut_scan(x_shape, b_shape, chunk_size: int, programs: Programs, interpret, block_size: int = 1) -> ScanTiles:
     """Cuts x (B, L, H, P) and b (B, L, G, N); a chunk begins with a block of block_size positions.
 
     `interpret` is None or False, or how to run the kernels on any backend.
@@ -152,7 +152,7 @@ def cut_scan(x_shape, b_shape, chunk_size: int, programs: Programs, interpret, b
     chunk = _chunk_length(length, chunk_size, interpret, block_size)
     tile = math.gcd(chunk, programs.tile) if chunk > _UNIT or not interpret else _INTERPRETED_TILE
     padded = length + -length % chunk
-    return Cut(batch, padded, heads, head_dim, *b_shape[2:], chunk, tile, interpret or None, programs)
+    return ScanTiles(batch, padded, heads, head_dim, *b_shape[2:], chunk, tile, interpret or None, programs)
 
 
 def _chunk_length(length: int, chunk_size: int, interpret, block_size: int) -> int:
@@ -179,7 +179,7 @@ class Pairs(NamedTuple):
     block: int | None = None
     own: bool = True
 
-    def tiles(self, cut: Cut, row, readers_in_rows: bool):
+    def tiles(self, cut: ScanTiles, row, readers_in_rows: bool):
         """From and up to which tile of columns, in a chunk, some pair may be seen by a tile of rows."""
         start, size = row * cut.tile, cut.tile
         last = start + size - 1
@@ -208,7 +208,7 @@ class Pairs(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """Of a tower's pairs: sums of log-decays of readers and of writers, and dt of writers, each (B, H, L)."""
+    """What a tower's pairs decay by: log-decay sums of readers and of writers, and dt of writers, each (B, H, L)."""
 
     readers: Sum
     writers: Sum

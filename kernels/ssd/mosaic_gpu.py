@@ -27,13 +27,13 @@ from twotower_jax.kernels.hardware.gpu import NN, NT, TN, call, load, load_along
 from twotower_jax.kernels.hardware.hopper import interpreter, not_hopper
 from twotower_jax.kernels.ssd import gpu as one_tower
 from twotower_jax.kernels.ssd import two_tower_gpu as two_towers
-from twotower_jax.kernels.ssd.gpu_layout import Cut, Pairs, Programs, RowSums, Source, too_long
+from twotower_jax.kernels.ssd.gpu_layout import Pairs, Programs, RowSums, ScanTiles, Source, too_long
 
 
 class _Triangle:
     """The decays of one head between a tile of rows and one of columns."""
 
-    def __init__(self, cut: Cut, pairs: Pairs, decays, batch, head, chunk, readers_in_rows: bool):
+    def __init__(self, cut: ScanTiles, pairs: Pairs, decays, batch, head, chunk, readers_in_rows: bool):
         self.cut, self.pairs, self.decays, self.readers_in_rows = cut, pairs, decays, readers_in_rows
         self.place, self.chunk, self.shape = (batch, head), chunk, (cut.tile, cut.tile)
 
@@ -44,7 +44,7 @@ class _Triangle:
         return load_across(ref.at[(*self.place, rows)], self.shape)
 
     def positions(self, row, column):
-        """Of readers and of writers, in the chunk."""
+        """The readers' and the writers', in the chunk."""
         i = row * self.cut.tile + gpu.iota(self.shape, 0)
         j = column * self.cut.tile + gpu.iota(self.shape, 1)
         return (i, j) if self.readers_in_rows else (j, i)
@@ -65,7 +65,7 @@ class _Triangle:
         return self._load(self.decays.dt, column if self.readers_in_rows else row, False)
 
 
-def _place(cut: Cut):
+def _place(cut: ScanTiles):
     """The chunk of this block of the grid, and the tile in it."""
     index = lax.axis_index("tile")
     return lax.div(index, cut.tiles), lax.rem(index, cut.tiles)
@@ -86,7 +86,7 @@ def _put_edge(space, ref):
 # States.
 
 
-def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = False):
+def states(cut: ScanTiles, values, keys, weights, kept, initial, *, backward: bool = False):
     """The recurrence; see `Programs`.
 
     One block of the grid takes a head and 64 columns of its state, which never leaves the registers. Tiles of values
@@ -115,7 +115,7 @@ def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = F
     return call(_states, grid, inputs, (edges, last), spaces, cut.interpret)
 
 
-def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces):
+def _states_block(cut: ScanTiles, width: int, backward: bool, inputs, outputs, spaces):
     batch, head, slice_ = (lax.axis_index(name) for name in ("batch", "head", "columns"))
     columns = pl.ds(slice_ * width, width)
     first_key = lax.div(head, cut.per_group) * cut.state + slice_ * width
@@ -178,7 +178,9 @@ def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces)
 # Outputs.
 
 
-def outputs(cut: Cut, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows=True):
+def outputs(
+    cut: ScanTiles, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows=True
+):
     """What rows read; see `Programs`. One block of the grid takes a tile of rows of a head."""
     scratch = {"queries": gpu.operand_space(queries, cut.tile, cut.state), "arrived": plgpu.Barrier(num_barriers=3)}
 
@@ -191,7 +193,7 @@ def outputs(cut: Cut, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, 
     return call(_outputs, grid, inputs, output, scratch, cut.interpret)
 
 
-def _outputs_block(cut: Cut, pairs, readers_in_rows, inputs, output, spaces):
+def _outputs_block(cut: ScanTiles, pairs, readers_in_rows, inputs, output, spaces):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     (chunk, row), group, arrived = _place(cut), lax.div(head, cut.per_group), spaces["arrived"]
     rows = cut.of_tile(chunk, row)
@@ -244,7 +246,14 @@ def _outputs_block(cut: Cut, pairs, readers_in_rows, inputs, output, spaces):
 
 
 def group_gradients(
-    cut: Cut, queries, upstream, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows
+    cut: ScanTiles,
+    queries,
+    upstream,
+    pairs: tuple[Pairs, ...],
+    sources: tuple[Source, ...],
+    through,
+    *,
+    readers_in_rows,
 ):
     """The gradient of what a group shares; see `Programs`. One block of the grid takes a tile of rows of a group."""
     row = jax.ShapeDtypeStruct((cut.batch, cut.heads, cut.length), jnp.float32)
@@ -266,7 +275,7 @@ def group_gradients(
     return call(_group_gradients, grid, inputs, types, scratch, cut.interpret)
 
 
-def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, spaces):
+def _group_gradients_block(cut: ScanTiles, pairs, readers_in_rows, inputs, outputs, spaces):
     batch, group, (chunk, row) = lax.axis_index("batch"), lax.axis_index("group"), _place(cut)
     gradient, row_sums, crossed = outputs
     arrived, rows = spaces["arrived"], cut.of_tile(chunk, row)

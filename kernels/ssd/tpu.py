@@ -86,7 +86,7 @@ def _forward_kernel(
 
 
 def _run_forward(cut: Layout, x, dt, coarse, fine, b, c, initial, keep_states: bool):
-    """y (B, L, H/R·W), the last state (B, H/R, R·P, N), and with keep_states those at left edges, one a chunk."""
+    """y (B, L, H/R·lanes), the last state (B, H/R, R·P, N), and with keep_states those at left edges, one per chunk."""
     batch, length, _ = x.shape
 
     def order(k):

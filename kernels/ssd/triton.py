@@ -15,10 +15,10 @@ from twotower_jax.kernels.hardware import triton_call
 from twotower_jax.kernels.ssd import gpu as one_tower
 from twotower_jax.kernels.ssd import triton_programs as programs
 from twotower_jax.kernels.ssd import two_tower_gpu as two_towers
-from twotower_jax.kernels.ssd.gpu_layout import Cut, Pairs, Programs, RowSums, Source, too_long
+from twotower_jax.kernels.ssd.gpu_layout import Pairs, Programs, RowSums, ScanTiles, Source, too_long
 
 
-def _constants(cut: Cut) -> dict[str, int]:
+def _constants(cut: ScanTiles) -> dict[str, int]:
     return {
         "LENGTH": cut.length,
         "HEADS": cut.heads,
@@ -40,7 +40,7 @@ def _of_pairs(pairs: Pairs, readers_in_rows: bool) -> dict[str, int | bool]:
     return {"BLOCK": pairs.block or 0, "OWN": pairs.own, "READERS_IN_ROWS": readers_in_rows}
 
 
-def _exact_as_is(cut: Cut, queries: jax.Array, keys: jax.Array) -> bool:
+def _exact_as_is(cut: ScanTiles, queries: jax.Array, keys: jax.Array) -> bool:
     # The interpreter has no products of bfloat16.
     return not cut.interpret and queries.dtype == keys.dtype == jnp.bfloat16
 
@@ -49,7 +49,7 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = False):
+def states(cut: ScanTiles, values, keys, weights, kept, initial, *, backward: bool = False):
     """See `Programs`."""
     square = cut.head_dim, cut.state
     outputs = [_float32(*kept.shape, *square), _float32(*initial.shape)]
@@ -61,7 +61,9 @@ def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = F
     )
 
 
-def outputs(cut: Cut, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows=True):
+def outputs(
+    cut: ScanTiles, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows=True
+):
     """See `Programs`."""
     total, none = None, jnp.zeros(1, jnp.float32)
     for which, (keys, values, decays) in zip(pairs, sources, strict=True):
@@ -85,7 +87,14 @@ def outputs(cut: Cut, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, 
 
 
 def group_gradients(
-    cut: Cut, queries, upstream, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows
+    cut: ScanTiles,
+    queries,
+    upstream,
+    pairs: tuple[Pairs, ...],
+    sources: tuple[Source, ...],
+    through,
+    *,
+    readers_in_rows,
 ):
     """See `Programs`."""
     gradient, crossed, sums, none = None, None, [], jnp.zeros(1, jnp.float32)
@@ -115,7 +124,7 @@ def group_gradients(
 
 # The scans.
 
-_PROGRAMS = Programs(states, outputs, group_gradients, tile=32)  # Of 64, they would keep more than the registers hold.
+_PROGRAMS = Programs(states, outputs, group_gradients, tile=32)  # At 64 they would keep more than the registers hold.
 # P and N whose tiles fit into shared memory and registers; sizes of tensors are powers of two.
 _HEAD_DIMS, _STATES = (16, 32, 64, 80), (16, 32, 64, 128)
 # Compute capability of Ampere, the first with TF32.

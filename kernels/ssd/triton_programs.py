@@ -23,7 +23,7 @@ bfloat16, whose products are exact.
 import triton
 import triton.language as tl
 
-# Of the library's functions, such as `tl.sum`, the interpreter runs only the operation inside.
+# The interpreter runs only the operation inside a function of the library, such as `tl.sum`.
 _ADD = tl.standard._sum_combine
 
 

@@ -1,8 +1,8 @@
 """The SSD scans of two towers in their dual form (see `kernels.ssd`) on GPUs, forward and backward.
 
-The kernels are those of one tower (gpu_layout.py). The state that goes from chunk to chunk is the context's: one a
-chunk, none a block. Inside a chunk position i reads from two sources, from the denoiser what lies in i's own block and
-from the context what lies in earlier ones; tiles in which a source has nothing are passed over.
+The kernels are those of one tower (gpu_layout.py). The state that goes from chunk to chunk is the context's: one per
+chunk, none per block. Inside a chunk position i reads from two sources, from the denoiser what lies in i's own block
+and from the context what lies in earlier ones; tiles in which a source has nothing are passed over.
 
 q_i, the decay from the start of the chunk to i, is the context's up to the block's left edge and the denoiser's from
 there. Within a block the first part cancels, so that q_i − q_j is the denoiser's own decay.
@@ -16,16 +16,16 @@ from jax.custom_derivatives import SymbolicZero
 
 from twotower_jax.kernels.numerics.log_decay import Sum, cumulative, in_chunks, query_sums
 from twotower_jax.kernels.ssd.gpu import Edges
-from twotower_jax.kernels.ssd.gpu_layout import Cut, Decays, Pairs, Programs, Source, cut_scan
+from twotower_jax.kernels.ssd.gpu_layout import Decays, Pairs, Programs, ScanTiles, Source, cut_scan
 
 
 def _pairs(block_size: int) -> tuple[Pairs, Pairs]:
-    """Of the denoiser and of the context."""
+    """The denoiser's and the context's."""
     return Pairs(block_size, own=True), Pairs(block_size, own=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(cut: Cut, block_size: int, denoiser, context):
+def _scan(cut: ScanTiles, block_size: int, denoiser, context):
     """y (B, L, H·P).
 
     Args:
@@ -43,8 +43,8 @@ def _decays(denoiser, context) -> tuple[Decays, Decays]:
     return Decays(query, query, dt), Decays(query, Sum(*context_sums), context_dt)
 
 
-def _run_forward(cut: Cut, block_size: int, denoiser, context):
-    """y, and the context's states at left edges, one a chunk."""
+def _run_forward(cut: ScanTiles, block_size: int, denoiser, context):
+    """y, and the context's states at left edges, one per chunk."""
     (x, b, c, *_), (context_x, context_b, *_) = denoiser, context
     own, before = _decays(denoiser, context)
     edges = Edges(cut, before.writers, before.dt)
@@ -53,7 +53,7 @@ def _run_forward(cut: Cut, block_size: int, denoiser, context):
     return cut.programs.outputs(cut, c, _pairs(block_size), sources, (jnp.exp(own.readers.total), left)), left
 
 
-def _no_state(cut: Cut) -> jax.Array:
+def _no_state(cut: ScanTiles) -> jax.Array:
     return jnp.zeros((cut.batch, cut.heads, cut.head_dim, cut.state), jnp.float32)
 
 

@@ -1,7 +1,7 @@
 """The SSD scans of two towers in their dual form (see `kernels.ssd`) as Pallas TPU kernels, forward and backward.
 
-As in tpu.py a grid step takes a chunk of R heads, and the state that goes from chunk to chunk is the context's: one
-a chunk, none a block. Inside a chunk position i reads each j ≤ i once, from the denoiser where j lies in i's own block
+As in tpu.py a grid step takes a chunk of R heads, and the state that goes from chunk to chunk is the context's: one per
+chunk, none per block. Inside a chunk position i reads each j ≤ i once, from the denoiser where j lies in i's own block
 and from the context where it lies in an earlier one. So both towers share one triangle of scores and decays: where the
 block of j is i's, B, x, dt and the sums q of the denoiser stand in it, elsewhere those of the context.
 
@@ -23,7 +23,7 @@ from twotower_jax.kernels.numerics.log_decay import Sum, cumulative, in_chunks, 
 from twotower_jax.kernels.numerics.split import for_products
 
 
-class _Chunk:
+class _TwoTowerChunk:
     """What both kernels need of a chunk: the decays of its positions, and which of them see which."""
 
     def __init__(self, cut: Layout, block_size: int, dt, query: Sum, context_dt, context: Sum):
@@ -62,7 +62,7 @@ def _load(cut: Layout, block_size: int, refs):
     x, context_x = x_ref[cut.of_heads], context_x_ref[cut.of_heads]
     b, c, context_b = b_ref[...], c_ref[...], context_b_ref[...]
     dt, query_coarse, query_fine, context_dt, coarse, fine = (ref[...] for ref in row_refs)
-    chunk = _Chunk(cut, block_size, dt, Sum(query_coarse, query_fine), context_dt, Sum(coarse, fine))
+    chunk = _TwoTowerChunk(cut, block_size, dt, Sum(query_coarse, query_fine), context_dt, Sum(coarse, fine))
     return x, b, c, context_x, context_b, chunk
 
 
@@ -99,7 +99,7 @@ def _inputs(cut: Layout, order, arrays):
 
 
 def _run_forward(cut: Layout, block_size: int, arrays, keep_states: bool):
-    """y (B, L, H/R·W), and with keep_states the context's states at left edges, one a chunk."""
+    """y (B, L, H/R·lanes), and with keep_states the context's states at left edges, one per chunk."""
     batch, length, _ = arrays[0].shape
 
     def order(k):
@@ -199,7 +199,7 @@ def _run_backward(cut: Layout, block_size: int, arrays, left, dy, context_too: b
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(cut: Layout, block_size: int, denoiser, context):
-    """y (B, L, H/R·W).
+    """y (B, L, H/R·lanes).
 
     Args:
       denoiser: x, b, c, dt, the coarse sums q, and the fine ones as two arrays: of the block, and before it.

@@ -119,7 +119,7 @@ def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128):
     chunk_states = _chunk_states(x, sums, b)
     y = _within_chunk(c, b, x, sums, sums, jnp.tril(jnp.ones((chunk, chunk), bool)))
     if initial_state is None and chunk == length:
-        # Nothing lies before. A state of zeros would exist once a block in `two_tower_ssd`, and dominate its memory.
+        # Nothing lies before. A state of zeros would exist once per block in `two_tower_ssd`, and dominate its memory.
         last = chunk_states[:, 0]
     else:
         if initial_state is None:
