@@ -12,8 +12,8 @@ lengths of the schedule's parts, are ours.
 
 On a pod the same command on every host, with --distributed. The mesh is for 256 devices or another multiple of 128:
 sixteen share the experts of a layer, eight divide each share of them at rest, and every other matrix by whole tiles of
-rows (docs/scale.md says why), and the rest take shares of the batch, which must be a multiple of the devices. On hosts
-of eight GPUs --config.mesh.expert=8; on fewer devices a smaller fsdp or expert.
+rows (docs/guide/scale.md says why), and the rest take shares of the batch, which must be a multiple of the devices. On
+hosts of eight GPUs --config.mesh.expert=8; on fewer devices a smaller fsdp or expert.
 """
 
 from ml_collections import ConfigDict

@@ -13,7 +13,8 @@ converted. What stands after the colon is the hardware, which decides mesh, batc
 
 Without it the mesh is a share of the batch and of every matrix for each device there is.
 
-3,973,556,832 parameters a tower; the denoiser's and its time conditioning train. docs/scale.md says what that takes.
+3,973,556,832 parameters per tower; the denoiser's and its time conditioning train. docs/guide/scale.md and
+docs/reports/nano4b.md say what that takes.
 """
 
 from ml_collections import ConfigDict

@@ -7,9 +7,9 @@
     python launch/compile.py --config=configs/nano4b.py --least [--batch_size=4 --capacity=2048]
 
 The second compiles what generation runs on one device, both towers in bfloat16 or --quantize, instead of the train
-step. The third makes the table of docs/scale.md: every row that the file lacks, each in a process of its own, and
+step. The third makes the table of docs/guide/scale.md: every row that the file lacks, each in a process of its own, and
 prints the table; with --topology it makes these rows again, and no others. The fourth compiles nothing: it prints what
-state and weights take at the least on the hardware that configs/nano4b.py names, the tables of docs/nano4b.md.
+state and weights take at the least on the hardware that configs/nano4b.py names, the tables of docs/reports/nano4b.md.
 
 Topologies are TPUs, such as v5p:8x8x4, v6e:16x16 or tpu7x:4x4x8 (package libtpu), and NVIDIA H200s, such as h200:64
 (packages jax-cuda13-plugin and jax-cuda13-pjrt). Several may be given, separated by commas. Ends with status 1 if one
@@ -49,7 +49,7 @@ CAPACITY = flags.DEFINE_integer("capacity", 4096, "With --serve: positions of a 
 QUANTIZE = flags.DEFINE_enum("quantize", None, list(METHODS), "With --serve: weights in fewer bits.")
 JSON = command_line.DEFINE_path("json", None, "Also write the figures to this file, a JSON list.")
 TABLE = command_line.DEFINE_path(
-    "table", None, "A JSON file with the rows of docs/scale.md, to be completed and printed."
+    "table", None, "A JSON file with the rows of docs/guide/scale.md, to be completed and printed."
 )
 LEAST = flags.DEFINE_bool("least", False, "Print what configs/nano4b.py needs at the least; nothing is compiled.")
 PRICES = flags.DEFINE_list("prices", [], "With --table: dollars an hour of a chip, GENERATION=DOLLARS.")
@@ -70,7 +70,7 @@ def main() -> None:
             pathlib.Path(JSON.value).write_text(json.dumps(plans, indent=1), encoding="utf-8")
         fine = all(map(_is_fine, plans))
     else:
-        raise ValueError("give --topology, --table for all of docs/scale.md, or --least")
+        raise ValueError("give --topology, --table for all of docs/guide/scale.md, or --least")
     if not fine:
         command_line.fail("not everything fits its hardware without forbidden buffers; see above", status=1)
 

@@ -3,7 +3,8 @@
     python launch/prepare.py --input=texts --output=DIR --tokenizer=checkpoints/start --workers=16
     python launch/prepare.py --verify=DIR
 
-Reads .txt, .jsonl (both also .gz) and .parquet files. The same command goes on where an interrupted one stopped.
+Reads .txt, .jsonl, .ndjson and .json files (all also .gz and .zst) and .parquet. The same command goes on where an
+interrupted one stopped.
 """
 
 import environment  # noqa: F401, first: it says what is missing

@@ -3,7 +3,7 @@
     python launch/train.py --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE …]
 
 Goes on from the newest checkpoint if DIR holds one. The fields are listed, one comment each, in
-twotower_jax/train/config.py; exit statuses and what the lines mean in docs/training.md.
+twotower_jax/train/config.py; exit statuses and what the lines mean in docs/guide/training.md.
 
 As one process of several, on each of them the same command with its own number:
 

@@ -1,4 +1,4 @@
-"""kernels/attention.py against softmax attention under an explicit mask, in float64: the four uses of a tower."""
+"""kernels/attention/ against softmax attention under an explicit mask, in float64: the four uses of a tower."""
 
 import hypothesis
 import jax
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import Keys, attention, reference
+from twotower_jax.kernels import Keys, attention
+from twotower_jax.kernels.attention import reference
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

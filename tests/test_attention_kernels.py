@@ -1,4 +1,4 @@
-"""The attention kernels of kernels/attention_tpu.py and attention_gpu.py, interpreted, against the mask in float64.
+"""The attention kernels of kernels/attention/tpu.py and mosaic_gpu.py, interpreted, against the mask in float64.
 
 Tiles are small here, so that few positions have whole ones, masked ones, ones that are cut, and ones that are left out.
 """
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import Keys, reference
-from twotower_jax.kernels.attention import flash
+from twotower_jax.kernels import Keys
+from twotower_jax.kernels.attention import flash, reference
 from twotower_jax.kernels.attention import mosaic_gpu as attention_gpu
 from twotower_jax.kernels.attention import tpu as attention_tpu
 from twotower_jax.kernels.attention import tpu_layout as attention_tpu_layout

@@ -1,4 +1,4 @@
-"""Every implementation of kernels/block_scan.py against the literal layer in float64."""
+"""Every implementation of kernels/block_scan/ against the literal layer in float64."""
 
 import dataclasses
 import functools
@@ -81,7 +81,14 @@ def implementation(request):
 
 @pytest.mark.parametrize(
     "shape",
-    [Shape(2, 1), Shape(1, 7), Shape(2, 16), Shape(1, 64, bias=False), Shape(1, 9, 2, 8, 8, 3)],
+    [
+        Shape(2, 1),
+        Shape(1, 7),
+        Shape(2, 16),
+        Shape(1, 64, bias=False),
+        Shape(1, 9, 2, 8, 8, 3),
+        Shape(1, 10, head_dim=80, state=64),  # 160 channels per group, padded to whole lanes.
+    ],
     ids=lambda s: f"S{s.length}",
 )
 def test_block_scan_equals_the_literal_layer(shape, implementation):
@@ -147,6 +154,8 @@ def wide(batch, length, **changes):
         (wide(1, 16, bias=False), 30.0),
         (wide(1, 17, heads=2, width=2), 1e4),
         (wide(1, 64, heads=2, state=128), 0.0),
+        (wide(1, 18, heads=2, head_dim=80), 1.0),  # Heads that are no multiple of a product's rows.
+        (wide(1, 33, heads=2, head_dim=144), 1.0),
     ],
     ids=lambda v: f"S{v.length}" if isinstance(v, Shape) else "",
 )

@@ -1,4 +1,4 @@
-"""Every implementation of kernels/causal_conv.py against a sum over a window, in float64."""
+"""Every implementation of kernels/causal_conv/ against a sum over a window, in float64."""
 
 import functools
 import re

@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 
 from twotower_jax import command_line, jax_settings, randomness
-from twotower_jax.diffusion import NoiseSchedule, corrupt
+from twotower_jax.diffusion import MaskedDiffusion
 from twotower_jax.generation.slots import row_keys
 from twotower_jax.train import stopping
 from twotower_jax.train.config import freeze
@@ -53,7 +53,7 @@ def test_random_numbers_do_not_depend_on_the_default_generator(implementation):
     ids, index = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.arange(2, dtype=jnp.int32)
 
     def draw():
-        noise = corrupt(ids, seed=3, step=5, example_index=index, mask_token_id=3, schedule=NoiseSchedule("linear"))
+        noise = MaskedDiffusion().corrupt(ids, seed=3, step=5, example_index=index, mask_token_id=3)
         return jax.random.bits(randomness.key(7), (4,)), jax.random.key_data(row_keys(jnp.uint32(1), index)), noise
 
     expected = draw()
@@ -97,6 +97,12 @@ def test_a_long_message_is_cut_to_a_line_that_can_be_read(capsys):
     assert said.count("\n") == 1 and len(said) < 2100
 
 
+# A shell starts what it runs in the background with SIGINT ignored: Ctrl-C is not for that.
+_INTERRUPTED = """import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.kill(os.getpid(), signal.SIGINT)"""
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
@@ -104,7 +110,7 @@ def test_a_long_message_is_cut_to_a_line_that_can_be_read(capsys):
         ("raise OSError(38, 'Function not implemented', 'x')", 2, "error: [Errno 38] Function not implemented: 'x'\n"),
         ("raise KeyboardInterrupt", 130, "error: interrupted; nothing was left half-written\n"),
         ("raise BrokenPipeError(32, 'Broken pipe')", 141, ""),
-        ("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)", 130, "error: interrupted; no"),
+        (f"{_INTERRUPTED}\ntime.sleep(9)", 130, "error: interrupted; nothing was left half-written\n"),
     ],
 )
 def test_how_a_command_ends(body, status, said):
@@ -194,6 +200,13 @@ def test_a_typo_is_said_in_one_line(flags, said):
 # What may be missing, and interruptions.
 
 
+def interruptible(*arguments: str) -> list[str]:
+    """The command `python ARGUMENTS`, which SIGINT reaches even if these tests run in the background of a shell."""
+    heard = "signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    code = f"import os, signal, sys; {heard}; os.execv(sys.executable, sys.argv[1:])"
+    return [sys.executable, "-c", code, sys.executable, *arguments]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_says_how_to_install_it(name, tmp_path):
     code, out, err = run(ROOT / "launch" / name, "--help", python=["-S", "-E"], PYTHONPATH="")
@@ -207,7 +220,7 @@ def test_a_setting_that_jax_cannot_read_is_named():
 
 
 def test_an_interruption_while_importing_is_a_line():
-    command = [sys.executable, "-X", "importtime", str(ROOT / "launch/generate.py"), "--checkpoint=x", "--prompt=x"]
+    command = interruptible("-X", "importtime", str(ROOT / "launch/generate.py"), "--checkpoint=x", "--prompt=x")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         # JAX is being imported when this module of its own has been.
         next(line for line in process.stderr if "jax._src.config" in line)
@@ -219,7 +232,7 @@ def test_an_interruption_while_importing_is_a_line():
 def test_an_interrupted_generation_leaves_nothing(data, tmp_path):
     (tmp_path / "prompts").write_text('{"ids": [5, 6, 7]}\n')
     flags = [f"--checkpoint={data / 'tiny/checkpoint'}", "--prompts=prompts", "--output=out", "--max_new_tokens=100000"]
-    command = [sys.executable, str(ROOT / "launch/generate.py"), *flags, "--mode=ar", "--ignore_eos"]
+    command = interruptible(str(ROOT / "launch/generate.py"), *flags, "--mode=ar", "--ignore_eos")
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / ".out.partial").exists():
             assert process.poll() is None

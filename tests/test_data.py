@@ -93,8 +93,8 @@ def test_byte_order_mark_is_not_text(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"text", r"a\.csv: cannot read \.csv"),
-        ("noname", b"text", r"noname: cannot read a file without suffix"),
+        ("a.csv", b"text", r"a\.csv: cannot read files of this kind \(\.csv\); known"),
+        ("noname", b"text", r"noname: cannot read files of this kind \(without suffix\)"),
         ("a.txt", b" \n", r"a\.txt: the file holds no text"),
         ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8"),
         ("a.jsonl", b"\n", r"a\.jsonl: the file holds no rows"),
@@ -117,7 +117,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 def test_missing_path_and_empty_folder_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt: no such file or folder"):
         read_documents(tmp_path / "nowhere.txt")
-    with pytest.raises(ValueError, match=r"no \.txt or \.jsonl files"):
+    with pytest.raises(ValueError, match=r"no \.txt, \.jsonl, .* files in this folder"):
         read_documents(tmp_path)
 
 
@@ -266,7 +266,13 @@ distinct_texts = st.lists(st.text(min_size=1), min_size=2, max_size=12, unique=T
 def test_packing_loses_no_token_and_splits_whole_documents(tokenizer, documents, fraction, seed):
     # Windows of one token leave no tail, so the documents can be read back in full.
     training, validation = pack(tokenizer, documents, validation_fraction=fraction, seed=seed)
-    if validation.windows.flat[-1] != EOS_ID:  # one document holds nearly all the text
+    if training.windows.flat[-1] != EOS_ID:  # the last document was divided, to leave something to train on
+        total = len(training) + len(validation)
+        assert len(validation) - 1 < max(fraction * total, 1) <= max(len(validation), 1)
+        *whole, tail = np.split(held := validation.windows.ravel(), np.flatnonzero(held == EOS_ID)[:-1] + 1)
+        divided = np.concatenate([training.windows.ravel(), tail])
+        wanted = [np.append(ids, EOS_ID) for ids in encode(tokenizer, documents)]
+        assert sorted(map(list, [*whole, divided])) == sorted(map(list, wanted))
         return
     held_out = documents_in(tokenizer, validation)
     assert sorted(documents_in(tokenizer, training) + held_out) == sorted(documents)

@@ -1,4 +1,4 @@
-"""kernels/double_float.py against exact fractions and float64, and the router that decides with it.
+"""kernels/numerics/double_float.py against exact fractions and float64, and the router that decides with it.
 
 Compiled as users compile it, since what could go wrong is a compiler's freedom with floating point. Error bounds stated
 here are what was measured, rounded up: dot 2⁻³⁶ of max|x|·Σ|w| at widths up to 2688, exp and sigmoid 2⁻³⁸ relative

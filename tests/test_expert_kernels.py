@@ -1,4 +1,4 @@
-"""The hardware kernels of kernels/experts.py, interpreted, and quantized experts, against experts one by one, float64.
+"""The hardware kernels of kernels/experts/, interpreted, and quantized experts, against experts one by one, float64.
 
 bfloat16 results are compared with float64 arithmetic that rounds where every form rounds: the hidden layer before and
 after the activation, each expert's output, and the sum. What is left is a rounding that falls the other way.
@@ -326,7 +326,7 @@ def arguments(tokens, dtype=jnp.bfloat16, model=2688, width=1856, bits=16, exper
         ({"tokens": 1025}, "more than 1024"),
         ({"tokens": 96, "bits": 8, "width": 1920}, None),
         ({"tokens": 1024, "bits": 4, "width": 1920}, None),
-        ({"tokens": 96, "bits": 8}, "store them as experts_tpu.stored"),
+        ({"tokens": 96, "bits": 8}, "store them as experts.tpu.stored"),
         ({"tokens": 96, "biases": True}, "biases"),
         ({"tokens": 96, "model": 2700}, "multiples of 128"),
     ],

@@ -1,4 +1,4 @@
-"""kernels/experts.py against every row through every expert, in float64."""
+"""kernels/experts/ against every row through every expert, in float64."""
 
 import functools
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from twotower_jax.kernels import expert_mlp, reference
-from twotower_jax.kernels.experts import Weights, relu2, sort_by_expert
+from twotower_jax.kernels import expert_mlp
+from twotower_jax.kernels.experts import Weights, reference, relu2, sort_by_expert
 from twotower_jax.kernels.experts import ragged_dot as experts_ragged
 from twotower_jax.kernels.experts.xla import tile_size
 from twotower_jax.layers.common import ACTIVATIONS

@@ -14,7 +14,7 @@ from twotower_jax.benchmarks._error_cases import Case, cases
 from twotower_jax.benchmarks._kernel_forms import Shape, forms
 from twotower_jax.benchmarks._kernel_goals import ONE_MATRIX, Measured, goals
 from twotower_jax.benchmarks._mamba_ssm import MambaSSM
-from twotower_jax.kernels.reference import ssd_sequential
+from twotower_jax.kernels.ssd.reference import ssd_sequential
 
 SMALL = Shape(1, 40, 8, 16, 16, 4, 8, 2, 16, 32, 4, 2, 16, 2, 1, 16)
 

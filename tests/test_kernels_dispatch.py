@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from twotower_jax import kernels
-from twotower_jax.kernels.ssd import by_triton as ssd_triton
+from twotower_jax.kernels.ssd import triton as ssd_triton
 
 
 def shapes(batch=1, length=512, heads=64, head_dim=64, groups=8, state=128, dtype=jnp.bfloat16):
@@ -77,11 +77,45 @@ def test_triton_is_for_nvidia_gpus_from_ampere_on(capability, reason):
     assert problem is None if reason is None else reason in problem
 
 
+NANO_4B = {"heads": 96, "head_dim": 80}
+
+
+def test_every_kernel_takes_the_shapes_of_nano_4b():
+    """Heads of 80, chunks of 256, and attention of 40 heads on 8."""
+    one = shapes(length=8192, **NANO_4B)
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    row, inner, channels = shape(1, 16, 96, dtype=jnp.float32), 96 * 80, 96 * 80 + 2 * 8 * 128
+    weights = kernels.BlockWeights(shape(4, channels), shape(channels), shape(96, dtype=jnp.float32), shape(inner))
+    block = shape(1, 16, inner), shape(1, 16, channels), row, row, weights, shape(1, 4, channels)
+    state = shape(1, 96, 80, 128, dtype=jnp.float32)
+    key = shape(1, 8, 8192, 128)
+    source = kernels.Keys(key, key, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    long = shape(1, 8192, channels)
+
+    def chosen():
+        yield kernels.chosen("ssd", *one, chunk_size=256)
+        yield kernels.chosen("two_tower_ssd", *one, *one[:4], block_size=16, chunk_size=256)
+        yield kernels.chosen("block_scan", *block, state, groups=8, epsilon=1e-5, next_state=True)
+        yield kernels.chosen("causal_conv", long, weights.conv_weight, weights.conv_bias)
+        yield kernels.chosen("block_causal_conv", long, long, weights.conv_weight, weights.conv_bias, 16)
+        yield kernels.chosen("attention", shape(1, 8192, 40, 128), (source,))
+
+    with tpu():
+        assert {choice.implementation for choice in chosen()} == {"pallas_tpu"}
+    with gpu():
+        assert {choice.implementation for choice in chosen()} == {"mosaic_gpu"}
+    with gpu("NVIDIA A100-SXM4-80GB"):
+        assert [choice.implementation for choice in chosen()][:2] == ["triton"] * 2
+
+
 def test_shapes_that_the_gpu_kernels_do_not_take_fall_to_xla_and_say_so():
     with gpu():
-        choice = kernels.chosen("ssd", *shapes(head_dim=80))
+        choice = kernels.chosen("ssd", *shapes(head_dim=96))
         assert choice.implementation == "xla"
-        assert choice.reason.startswith("not mosaic_gpu: heads of 80 with a state of 128")
+        assert choice.reason.startswith("not mosaic_gpu: heads of 96 with a state of 128")
         both = *shapes(length=4320), *shapes(length=4320)[:4]
         choice = kernels.chosen("two_tower_ssd", *both, block_size=27)
         reason = "a chunk of 1728 positions is longer than 256"
@@ -131,8 +165,8 @@ def test_every_implementation_is_one_that_loads():
     everywhere = {"xla", "pallas_tpu", "pallas_tpu_interpret", "mosaic_gpu", "mosaic_gpu_interpret"}
     for op in kernels.OPS.values():
         assert everywhere <= set(op.implementations)
-        for implementation in op.implementations.values():
-            assert callable(implementation.load())
+        for name in op.implementations:
+            assert callable(op.load(name))
     assert kernels.implementations("no such op") == ()
     with pytest.raises(KeyError):
         kernels.chosen("no such op")
@@ -162,6 +196,22 @@ def test_ssd_lowers_for_a_tpu_at_the_shapes_of_the_30b_model(length, dtype):
         return jnp.sum(y) + jnp.sum(last)
 
     assert kernels_in(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *shapes(length=length, dtype=dtype)) == 2
+
+
+def test_the_scans_of_nano_4b_lower_for_a_tpu():
+    def loss(*arrays):
+        return jnp.sum(kernels.two_tower_ssd(*arrays, block_size=16, chunk_size=256))
+
+    one = shapes(length=512, **NANO_4B)
+    assert kernels_in(jax.grad(loss, argnums=tuple(range(9))), *one, *one[:4]) == 2
+
+
+def test_the_scan_of_nano_4b_lowers_for_a_hopper_gpu():
+    def loss(*arrays):
+        y, last = kernels.ssd(*arrays, chunk_size=256)
+        return jnp.sum(jnp.square(y)) + jnp.sum(last)
+
+    assert gpu_kernels_in(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *shapes(**NANO_4B)) == 6
 
 
 @pytest.mark.parametrize(("length", "dtype"), [(8192, jnp.bfloat16), (8192, jnp.float32), (16, jnp.bfloat16)], ids=str)

@@ -273,7 +273,7 @@ def test_the_compiler_s_own_words_for_a_copy_are_known():
     assert not gates.weight_copies(used, [matrix], {}, least=1).found
 
 
-# The table of docs/scale.md.
+# The table of docs/guide/scale.md.
 
 
 def test_rows_are_kept_as_they_come(tmp_path, plan):
@@ -301,8 +301,8 @@ def test_prices_that_mean_nothing(price):
 
 def test_the_docs_show_the_rows_as_they_were_made(data):
     docs = data.parents[1] / "docs"
-    text = table.markdown(table.load(docs / "scale.json"), table.PRICES)
-    assert text in (docs / "scale.md").read_text(encoding="utf-8")
+    text = table.markdown(table.load(docs / "reports" / "scale.json"), table.PRICES)
+    assert text in (docs / "guide" / "scale.md").read_text(encoding="utf-8")
 
 
 def test_serving_on_one_device(step_config):

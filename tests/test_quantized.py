@@ -1,4 +1,4 @@
-"""kernels/quantized.py: bounds, exact cases, and the layout of halves of bytes, written out."""
+"""kernels/numerics/quantized.py: bounds, exact cases, and the layout of halves of bytes, written out."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Every implementation of kernels/ssd.py against the literal recurrence in float64: values, states, every gradient.
+"""Every implementation of kernels/ssd/ against the literal recurrence in float64: values, states, every gradient.
 
 The Pallas kernels run in interpret mode. That they compile for the hardware is a command,
 `launch/benchmark.py kernel_compile`; that they lower for it is tested in test_kernels_dispatch.py, and for Triton here.
@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from twotower_jax.kernels import reference, ssd, two_tower_ssd
+from twotower_jax.kernels import ssd, two_tower_ssd
 from twotower_jax.kernels.hardware import triton_call
-from twotower_jax.kernels.ssd import by_triton as ssd_triton
-from twotower_jax.kernels.ssd import two_tower_gpu as two_tower_ssd_gpu
-from twotower_jax.kernels.ssd import two_tower_tpu as two_tower_ssd_tpu
+from twotower_jax.kernels.ssd import mosaic_gpu, reference, two_tower_tpu
+from twotower_jax.kernels.ssd import triton as ssd_triton
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -137,15 +136,24 @@ SHAPES = [
     (1, 64, 7, 3, 1, 4, 32),
     (1, 20, 3, 2, 1, 3, 1),
     (1, 129, 2, 2, 1, 3, 128),
+    (1, 24, 6, 80, 2, 128, 8),  # Groups of 240 channels, which a TPU takes as 256.
+    (1, 260, 2, 2, 1, 3, 256),
 ]
 
 
 # Of two tiles a chunk, the last chunk partly filled: heads that share a group, one chunk, and tiles of full size.
-GPU_SHAPES = [(1, 40, 2, 2, 1, 4, 16), (2, 16, 3, 4, 3, 5, 128), (1, 129, 2, 2, 1, 3, 128)]
+# Of 80 places of a head, products take 64 and 64, or Triton's tensors 128.
+GPU_SHAPES = [
+    (1, 40, 2, 2, 1, 4, 16),
+    (2, 16, 3, 4, 3, 5, 128),
+    (1, 129, 2, 2, 1, 3, 128),
+    (1, 20, 2, 80, 1, 4, 16),
+    (1, 257, 1, 2, 1, 2, 256),
+]
 
 
-# The same with sizes of Triton's tensors, powers of two, and groups of three heads, which are not one.
-TRITON_SHAPES = [(1, 40, 2, 2, 1, 4, 16), (2, 16, 6, 4, 2, 8, 128), (1, 129, 2, 2, 1, 4, 128)]
+# The same with states of Triton's tensors, powers of two, and groups of three heads, which are not one.
+TRITON_SHAPES = [(1, 40, 2, 2, 1, 4, 16), (2, 16, 6, 4, 2, 8, 128), (1, 129, 2, 2, 1, 4, 128), *GPU_SHAPES[3:]]
 
 
 def for_each(fast, of_gpu, of_triton=()):
@@ -324,6 +332,7 @@ PAIRS = [
     (48, 32, 3, 1, 2, 2, 1, 2),
     (64, 128, 3, 1, 1, 2, 1, 2),
     (64, 8, 1, 1, 2, 1, 1, 2),
+    (8, 16, 3, 1, 6, 80, 2, 128),
 ]
 
 
@@ -334,6 +343,7 @@ GPU_PAIRS = [
     (12, 24, 3, 1, 2, 2, 1, 2),
     (16, 32, 2, 1, 1, 1, 1, 2),
     (64, 128, 3, 1, 1, 2, 1, 2),
+    (4, 16, 5, 1, 2, 80, 1, 4),
 ]
 
 
@@ -413,7 +423,7 @@ def test_the_tpu_kernels_read_nothing_that_was_not_written():
     arrays = draw_two_towers(9, 1, 24, 2, 4, 1, 8)
 
     def run(*arrays):
-        return (two_tower_ssd_tpu.two_tower_ssd(*arrays, block_size=4, chunk_size=8, interpret=interpret),)
+        return (two_tower_tpu.two_tower_ssd(*arrays, block_size=4, chunk_size=8, interpret=interpret),)
 
     (y,), gradients = with_gradients(run, QUICK)(*to_float32(arrays))
     (y_expected,), gradients_expected = blocks_one_by_one(4)(*arrays)
@@ -429,7 +439,7 @@ def test_the_gpu_kernels_await_what_they_read():
     rounded = [np.asarray(v, np.float64) for v in arrays]
 
     def run(*arrays):
-        return (two_tower_ssd_gpu.two_tower_ssd(*arrays, block_size=4, chunk_size=16, interpret=interpret),)
+        return (mosaic_gpu.two_tower_ssd(*arrays, block_size=4, chunk_size=16, interpret=interpret),)
 
     (y,), gradients = with_gradients(run, QUICK)(*arrays)
     (y_expected,), gradients_expected = blocks_one_by_one(4)(*rounded)
@@ -467,9 +477,14 @@ def test_memory_does_not_grow_as_the_block_shrinks(gradients):
     assert memory[4] < states_at_4, memory  # The states alone would not fit.
 
 
-@pytest.mark.parametrize(("both", "capability"), [(False, 80), (True, 80), (True, 100)])
-def test_triton_compiles_the_kernels_for_gpus_that_are_not_hopper(both, capability, monkeypatch):
-    """At the release's shapes, down to machine code. Every multiprocessor since Ampere has 100 KiB of shared memory."""
+@pytest.mark.parametrize(
+    ("both", "capability", "heads", "head_dim"), [(False, 80, 64, 64), (True, 80, 64, 64), (True, 100, 96, 80)]
+)
+def test_triton_compiles_the_kernels_for_gpus_that_are_not_hopper(both, capability, heads, head_dim, monkeypatch):
+    """At the shapes of the 30B model and of Nano 4B, down to machine code.
+
+    Every multiprocessor since Ampere has 100 KiB of shared memory.
+    """
     shared = {}
 
     def compile_only(kernel, grid, inputs, outputs, constants, interpret):
@@ -481,7 +496,7 @@ def test_triton_compiles_the_kernels_for_gpus_that_are_not_hopper(both, capabili
         return [jnp.zeros(v.shape, v.dtype) for v in outputs]
 
     monkeypatch.setattr(triton_call, "call", compile_only)
-    length, heads, head_dim, groups, state = 512, 64, 64, 8, 128
+    length, groups, state = 512, 8, 128
     x, b = (jax.ShapeDtypeStruct((1, length, *v), jnp.bfloat16) for v in ((heads, head_dim), (groups, state)))
     steps = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)
 

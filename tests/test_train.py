@@ -17,11 +17,13 @@ from twotower_jax.data import load_tokenizer, pack_documents, read_documents
 from twotower_jax.diffusion import masked_loss_sum, next_tokens, token_log_probabilities
 from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError
+from twotower_jax.kernels import Backends
 from twotower_jax.parameters import bind, flatten, parameter_table
-from twotower_jax.train.config import CHANGEABLE
+from twotower_jax.train import programs
 from twotower_jax.train.loop import train
 from twotower_jax.train.metrics import METRICS
 from twotower_jax.train.objectives import Denoiser
+from twotower_jax.train.setup import look
 from twotower_jax.train.start import make_start
 from twotower_jax.train.step import (
     abstract_state,
@@ -80,6 +82,7 @@ def test_losses_fall(backbone_run, denoiser_run):
         assert [row["step"] for row in table] == [5, 10, 12] and result.step == 12
         assert result.metrics["loss"] == table[-1]["loss"] < table[0]["loss"] - 0.3
         assert 0 < result.metrics["validation_loss"] < table[0]["loss"]
+        assert 0 < result.metrics["validation_loss_stderr"] < 0.2 * result.metrics["validation_loss"]
         assert {"learning_rate", "grad_norm"} <= table[0].keys() and "tokens_per_second" in result.metrics
     last = denoiser_run[2].metrics
     assert len(last["loss_by_noise_level"]) == len(last["validation_loss_by_noise_level"]) == 10
@@ -119,12 +122,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name, request, tmp_pa
     assert rows(copy)[-2:] == rows(copy)[1:3] == rows(folder)[1:]
     assert {k: v for k, v in again.metrics.items() if k != "tokens_per_second"} == rows(folder)[-1]
     assert same_bits(workdir.load(copy)[1], workdir.load(folder)[1])
-    start = make_start(config, workdir.Workdir(folder, dataclasses.asdict(config), CHANGEABLE))
+    start = make_start(config, look(config, folder))
     state, frozen = abstract_state(start.objective, make_optimizer(config, tables(start.objective)[0]))
-    states = [
-        workdir.Workdir(f, dataclasses.asdict(config), CHANGEABLE).restore(state.params, state.optimizer, frozen)
-        for f in (folder, copy)
-    ]
+    states = [look(config, f).restore(state.params, state.optimizer, frozen) for f in (folder, copy)]
     for a, b in zip(jax.tree.leaves(states[0][:3]), jax.tree.leaves(states[1][:3]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert states[0][3] == states[1][3]
@@ -220,6 +220,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train_config
     assert orbax_steps.latest_step(tmp_path / "run" / workdir.CHECKPOINTS) == 3
 
 
+@pytest.mark.parametrize("kernels", [Backends(), Backends(ssd="xla")])
+def test_a_stage_that_cannot_be_traced_is_met_before_anything_is_written(kernels, train_config, tmp_path, monkeypatch):
+    curriculum = ((0.0, 16), (0.5, 4))
+    config = train_config(objective="denoiser", block_size=None, block_curriculum=curriculum)
+    config = dataclasses.replace(config, kernels=kernels, model=dict(config.model) | {"hybrid_override_pattern": "-"})
+    make_step = programs.make_step
+
+    no_step = "config: these settings give no step in blocks of 4"
+    for error, message in [
+        (TypeError("shapes (3,) and (4,)\nand more"), f"{no_step}: TypeError: shapes (3,) and (4,)"),
+        (ZeroDivisionError(), f"{no_step}: ZeroDivisionError: ZeroDivisionError"),
+        (ValueError("of our own"), "of our own"),
+    ]:
+
+        def make(config, objective, optimizer, block_size, error=error):
+            def fails(*_):
+                raise error
+
+            return fails if block_size == 4 else make_step(config, objective, optimizer, block_size)
+
+        monkeypatch.setattr(programs, "make_step", make)
+        with pytest.raises(ValueError) as caught:
+            train(config, tmp_path / "new", lambda line: None)
+        assert str(caught.value) == message
+    assert not (tmp_path / "new").exists()
+
+
 # Checkpoints.
 
 
@@ -291,7 +318,7 @@ def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, t
 @pytest.mark.parametrize("objective", ["autoregressive", "denoiser"])
 def test_a_run_starts_from_a_published_checkpoint(objective, train_config, data, tmp_path):
     config = train_config(objective=objective, init_from=str(data / "tiny" / "checkpoint"))
-    start = make_start(config, workdir.Workdir(tmp_path / "new", dataclasses.asdict(config), CHANGEABLE))
+    start = make_start(config, look(config, tmp_path / "new"))
     assert start.model.hybrid_override_pattern == "MEMEM*EMEMEM*EME" and start.model.vocab_size == 512
     assert start.training.windows.max() < start.tokenizer.get_vocab_size() <= 512
     _, published, _ = checkpoint.load(data / "tiny" / "checkpoint")

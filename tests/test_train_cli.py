@@ -111,7 +111,7 @@ def test_a_run_and_its_continuation(folder):
     run = folder / "deep" / "run"
     assert {path.name for path in run.iterdir()} >= {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoints"}
     assert "parameters train" in out and "step 3/3" in out and "tokens/s" in out and "left" in out
-    assert "memory of each device:" in out and "FLOPs a step" in out and "tokens a step" in out
+    assert "memory of each device:" in out and "FLOPs per step" in out and "tokens per step" in out
     assert json.loads((run / "config.json").read_text())["learning_rate"] == 0.01
 
     other = start(folder, *arguments, "--config.seed=1")

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from ml_collections import config_flags
 
 from helpers import ROOT
-from twotower_jax import parameters
+from twotower_jax import command_line, parameters
 from twotower_jax.config import Variant
+from twotower_jax.kernels import Backends
 from twotower_jax.parameters import flatten, parameter_table, unflatten
 from twotower_jax.shares import ceil_share
 from twotower_jax.train.config import TrainConfig, base_config, freeze
@@ -71,6 +72,10 @@ def config_file(name: str):
         ({"variant": {"context": "tied"}}, "changes nothing with objective='autoregressive'"),
         ({"sample_prompts": ("a",)}, "change nothing with sample_every=0"),
         ({"model": {"conv_kernel": 1}}, "conv_kernel=1 must be at least 2"),
+        (
+            {"reset_at_documents": True, "sequence_length": 144, "block_curriculum": ((0.0, 48), (0.5, 32))},
+            "sequence_length=144 is not a multiple of the block size 32",
+        ),
         ({"objective": "denoiser", "sequence_length": 80}, "sequence_length=80 is not a multiple of the block size 32"),
         ({"block_curriculum": ((0.5, 16),)}, "must start at fraction 0"),
         ({"block_curriculum": ((0.0, 16), (0.7, 8), (0.6, 4))}, "increasing"),
@@ -185,9 +190,9 @@ def test_every_config_is_mutable_until_frozen():
 
 @pytest.mark.filterwarnings("ignore:the load_module")
 def test_the_overrides_of_the_docs_give_the_variants(monkeypatch):
-    """Every line of the table in docs/training.md, as flags of a command."""
+    """Every line of the table in docs/guide/training.md, as flags of a command."""
     lines = re.findall(
-        r"\| `(--config\.variant\.[^`]*)` \|", (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+        r"\| `(--config\.variant\.[^`]*)` \|", (ROOT / "docs" / "guide" / "training.md").read_text(encoding="utf-8")
     )
     found = []
     for line in lines:
@@ -204,3 +209,38 @@ def test_the_overrides_of_the_docs_give_the_variants(monkeypatch):
         Variant(bidirectional_mamba=True),
         Variant(time_conditioning=False),
     ]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_every_field_that_may_be_none_can_be_given_as_none(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "config.py"
+    kernels = [field.name for field in dataclasses.fields(Backends)]
+    file.write_text(
+        f"from twotower_jax.train.config import base_config\ndef get_config():\n    config = base_config({MODEL})\n"
+        "    config.block_size = 8\n"
+        + "".join(f"    config.kernels.{name} = 'xla'\n" for name in kernels)
+        + "    return config\n"
+    )
+
+    def given(*words):
+        monkeypatch.setattr(command_line.flags, "FLAGS", flags.FlagValues())
+        flags.DEFINE_integer("verbosity", 0, "As absl's own.", flag_values=command_line.flags.FLAGS)
+        config = config_flags.DEFINE_config_file("config", flag_values=command_line.flags.FLAGS)
+        command = ["train.py", f"--config={file}", *words]
+        monkeypatch.setattr(sys, "argv", command)
+        assert command_line._parse(command) == ["train.py"]
+        return config.value
+
+    set_to_none = ["block_size", *(f"kernels.{name}" for name in kernels)]
+    frozen = freeze(given("--config.steps=7", *(f"--config.{name}=None" for name in set_to_none)))
+    assert (frozen.block_size, frozen.kernels, frozen.steps) == (None, Backends(), 7)
+    assert freeze(given()).kernels != Backends() and freeze(given()).block_size == 8
+    for unknown in ("no_such", "mesh.no_such", "no.such"):
+        with pytest.raises(SystemExit):
+            given(f"--config.{unknown}=None")
+        assert capsys.readouterr().err.startswith(f"error: --config.{unknown}: the configuration has no such field")
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in ("block_size", "model", "variant", "diffusion", "kernels", "mesh"):
+            continue
+        with pytest.raises(ValueError, match=f"{field.name} must be .*, found None"):
+            freeze(given(f"--config.{field.name}=None"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from twotower_jax.config import Variant
 from twotower_jax.parameters import bind, flatten, parameter_table
 from twotower_jax.train.objectives import NoiseKey, make_objective
 from twotower_jax.train.placement import Placement
+from twotower_jax.train.setup import look
 from twotower_jax.train.skips import blame
+from twotower_jax.train.start import make_start
 from twotower_jax.train.step import (
     abstract_state,
     initial_state,
@@ -194,3 +197,48 @@ def test_rows_of_padding_do_not_count(train_config, random_params, quick_jit):
         for part in three:
             np.testing.assert_allclose(padded[part].total, three[part].total, rtol=1e-6)
             np.testing.assert_array_equal(padded[part].count, three[part].count)
+
+
+@pytest.mark.parametrize("block_size", [48, 32])
+def test_documents_of_a_curriculum_do_not_see_one_another(block_size, step_config, random_params, quick_jit, tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{word} " * 20}) + "\n" for word in ("a", "b")))
+    config = step_config(
+        **{
+            "data": str(tmp_path / "text.jsonl"),
+            "vocab_size": 300,
+            "validation_fraction": 0.0,
+            "sequence_length": 192,
+            "reset_at_documents": True,
+            "block_size": None,
+            "block_curriculum": ((0.0, 48), (0.5, 32)),
+            "model.hybrid_override_pattern": "M*",
+        }
+    )
+    start = make_start(config, look(config, tmp_path / "run"))
+    (window,) = [start.training[i] for i in range(len(start.training))]
+    begins = np.unique(window["document_start"])
+    second = begins[1]
+    assert len(begins) == 2 and second % 96 == 0
+    model, params = start.objective.model, random_params(start.objective.model)
+    counted = window["counted"]
+    assert counted[:second].any() and counted[second:].any()
+
+    @quick_jit
+    def outputs(clean, noisy, document_start):
+        states = bind(model, params).training_states(clean, noisy, jnp.full(1, 0.5), block_size, document_start)
+        return states.denoiser[0], states.context[0]
+
+    def changes(of, starts):
+        """Where the outputs change with the tokens at `of`."""
+        clean, noisy = window["ids"][None], np.where(np.arange(192) % 3 == 0, 3, window["ids"])[None]
+        other = [np.where(of, 7 + np.arange(192) % 50, ids) for ids in (clean, noisy)]
+        pairs = zip(outputs(clean, noisy, starts[None]), outputs(*other, starts[None]), strict=True)
+        return np.any([np.any(np.asarray(a) != np.asarray(b), axis=1) for a, b in pairs], axis=0)
+
+    first = np.arange(192) < second
+    for of in (first, ~first):
+        changed = changes(of, window["document_start"])
+        assert changed[of].any() and not changed[~of].any()
+    # Blocks that hold parts of two documents would show the second one to the first.
+    shifted = np.where(np.arange(192) < 112, 0, 112).astype(np.int32)
+    assert changes(np.arange(192) >= 112, shifted)[:112].any()

@@ -88,16 +88,16 @@ def test_a_file_system_that_lacks_something_is_named_with_a_remedy(tmp_path, mon
 @pytest.mark.usefixtures("compile_once")
 def test_a_run_that_waited_goes_on_from_what_the_other_one_left(train_config, tmp_path, monkeypatch):
     config, folder, said = train_config(steps=3, checkpoint_every=0), tmp_path / "run", []
-    make_start = loop.make_start
+    make_setup = loop.make_setup
 
     def slow_start(*arguments):
         """Reads all that a new run needs; meanwhile another run of the workdir begins and ends."""
-        start = make_start(*arguments)
-        monkeypatch.setattr(loop, "make_start", make_start)
+        start = make_setup(*arguments)
+        monkeypatch.setattr(loop, "make_setup", make_setup)
         loop.train(dataclasses.replace(config, steps=2), folder, said.append)
         return start
 
-    monkeypatch.setattr(loop, "make_start", slow_start)
+    monkeypatch.setattr(loop, "make_setup", slow_start)
     result = loop.train(config, folder, said.append)
     assert result.step == 3 and "resuming at step 2 of 3" in said
     assert sum("starting from random weights" in line for line in said) == 1

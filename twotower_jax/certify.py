@@ -1,7 +1,7 @@
 """Numerical proof of a conversion: a checkpoint's numbers against those that the published code gave once.
 
 `expected.safetensors` holds one forward pass of each kind, `expected_gradients.safetensors` the gradients of its loss,
-`generation.json` greedy generations; `docs/conversion.md` describes them. Everything is compared in float32 arithmetic
+`generation.json` greedy generations; `docs/guide/conversion.md` describes them. Everything is compared in float32
 unless another dtype is asked for.
 """
 

@@ -184,7 +184,8 @@ def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
     if isinstance(error, (KeyError, AttributeError)):
         for word in argv:
             name = word.partition("=")[0]
-            if name.startswith("--config.") and re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", _said(error)):
+            parts = name.removeprefix("--config.").split(".")
+            if name.startswith("--config.") and re.search(rf"\b({'|'.join(map(re.escape, parts))})\b", _said(error)):
                 return (
                     f"{name}: the configuration has no such field; see twotower_jax/train/config.py for those there are"
                 )

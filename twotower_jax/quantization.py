@@ -6,7 +6,7 @@
 Both store every other matrix in 8 bits: with a scale a column what layers multiply with (so that the scales can be
 applied to the product), with a scale a row the embedding (so that a lookup reads its rows alone). As they came stay
 vectors, the router, the convolutions and the time conditioning. Where each one belongs is declared with the parameter
-(`Parameter.scales`); what a quantized matrix is says kernels/quantized.py.
+(`Parameter.scales`); what a quantized matrix is says kernels/numerics/quantized.py.
 
 Numbers are made here with NumPy and not on the device, so that a tensor gives the same bits wherever and whenever it
 is quantized: when a checkpoint is converted or when it is loaded, for one device or a mesh of any kind.

@@ -57,6 +57,10 @@ class Registry(Mapping[str, Any]):
 
         return add if thing is None else add(thing)
 
+    def unregister(self, name: str) -> None:
+        """Forgets a thing: for tests, and for sessions that try several."""
+        del self._things[name], self._files[name]
+
     def __getitem__(self, name: str) -> Any:
         """Raises ValueError for a name that is not registered, with those that are."""
         if name not in self._things:

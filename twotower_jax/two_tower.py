@@ -45,7 +45,7 @@ class TrainingStates(NamedTuple):
       denoiser: (B, L, D), which `denoiser_head` turns into logits, those at i for position i itself.
       context: (B, L, D), which `context_head` turns into next-token logits.
       expert_load: (layers with experts, E) float32, the tokens of each of the denoiser's experts as a multiple of the
-        even share; None without experts.
+        even share, all tokens or those measured; None without experts.
     """
 
     denoiser: jax.Array
@@ -174,6 +174,7 @@ class TwoTower(nnx.Module):
         t: jax.Array,
         block_size: int,
         document_start: jax.Array | None = None,
+        measured: jax.Array | None = None,
     ) -> TrainingStates:
         """One context pass over the clean tokens and one denoiser pass over all blocks of the noisy ones.
 
@@ -186,6 +187,7 @@ class TwoTower(nnx.Module):
           block_size: S.
           document_start: (B, L) int32, where several documents lie side by side: the first position of each one's own.
             Every document starts with a block.
+          measured: (B, L) bool, the tokens that `expert_load` is of; None for all.
 
         Raises:
           ValueError: if S does not divide L.
@@ -200,7 +202,9 @@ class TwoTower(nnx.Module):
             if self.variant.context == "frozen":
                 h_context, memory = jax.lax.stop_gradient((h_context, memory))
             h, routing = denoiser_layer.blockwise(h, memory, block_size, run, modulation)
-            return (h_context, h), None if routing is None else routing.load
+            if routing is None:
+                return (h_context, h), None
+            return (h_context, h), routing.load if measured is None else routing.load_over(measured)
 
         carry = context.embed(clean), denoiser.embed(noisy)
         (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None, block_size)

@@ -41,14 +41,11 @@ class Keys(NamedTuple):
 
 ATTENTION = Op(
     "attention",
-    {
-        "xla": Implementation("attention.xla", "attention"),
-        "pallas_tpu": Implementation("attention.tpu", "attention", platform="tpu", has_limits=True),
-        "pallas_tpu_interpret": Implementation("attention.tpu", "attention", options=(("interpret", True),)),
-        "mosaic_gpu": Implementation("attention.mosaic_gpu", "attention", platform="gpu", has_limits=True),
-        "mosaic_gpu_interpret": Implementation("attention.mosaic_gpu", "attention", options=(("interpret", True),)),
-        "reference": Implementation("reference", "attention"),
-    },
+    __name__,
+    Implementation("xla", ".xla"),
+    Implementation("pallas_tpu", ".tpu", platform="tpu", interpreted=True),
+    Implementation("mosaic_gpu", ".mosaic_gpu", platform="gpu", interpreted=True),
+    Implementation("reference", ".reference"),
 )
 
 

@@ -10,7 +10,7 @@ lse:
 
     p = exp(s − lse)    δ = Σ do ∘ o    dv = pᵀ do    ds = p ∘ (do vᵀ − δ)    dq = ds k / √P    dk = dsᵀ q / √P
 
-Parts of few keys (a block, the tokens just read) are small products, left to XLA. Rows are those of attention_xla.py:
+Parts of few keys (a block, the tokens just read) are small products, left to XLA. Rows are those of xla.py:
 the R queries that share a key-value head at L positions, so that a kernel sees single heads, (N, M, P) with N = B·K and
 M = L·R, and reads each tile of keys once for all R.
 """

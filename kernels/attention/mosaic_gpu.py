@@ -1,6 +1,6 @@
 """`kernels.attention` as Pallas Mosaic GPU kernels for Hopper: flash attention whose queries carry their own limits.
 
-The plan of attention_tpu.py in blocks of the GPU. One warpgroup fetches tiles, two others compute, each for its own 64
+The plan of tpu.py in blocks of the GPU. One warpgroup fetches tiles, two others compute, each for its own 64
 rows (or, in the gradient of keys, its own 64 keys) with the tiles that both need. Where there are few rows, as behind a
 cache, the keys they see are divided over blocks of the grid, whose results are combined like any parts (flash.py).
 

@@ -1,6 +1,6 @@
 """`kernels.attention` as Pallas TPU kernels: flash attention whose queries carry their own limits.
 
-A grid step takes a tile of rows (attention_tpu_layout.py) and goes through the tiles of keys that some row of it sees,
+A grid step takes a tile of rows (tpu_layout.py) and goes through the tiles of keys that some row of it sees,
 of one source after the other, fetching the next while it works on one; in the gradient of keys, the other way round.
 Only tiles that not all rows see whole are masked. What no row of a tile sees is neither read nor computed: the right
 half of a causal matrix, other documents, a cache behind its length. Keys of the rows' own positions (their block; the

@@ -1,4 +1,4 @@
-"""How attention_tpu.py cuts a problem: rows of several heads, tiles of keys, where each lies, and how keys are fetched.
+"""How tpu.py cuts a problem: rows of several heads, tiles of keys, where each lies, and how keys are fetched.
 
 Heads are read and written where a projection leaves them, side by side in (B, L, H·P), so that neither activations nor
 the projections' matrices are turned around. A tile takes l positions of g query heads that share keys, as g·l rows, one

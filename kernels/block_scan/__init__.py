@@ -11,10 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels.causal_conv.xla import causal_conv
 from twotower_jax.kernels.dispatch import Implementation, Op
-from twotower_jax.kernels.numerics.gated_norm import gated_norm
-from twotower_jax.kernels.ssd.xla import ssd
 
 # Tokens of a block. Beyond, the products outweigh the moving of states, and a scan in chunks is the better form.
 LONGEST_BLOCK = 64
@@ -36,14 +33,11 @@ class BlockWeights(NamedTuple):
 
 BLOCK_SCAN = Op(
     "block_scan",
-    {
-        "xla": Implementation("block_scan", "by_parts"),
-        "pallas_tpu": Implementation("block_scan.tpu", "block_scan", platform="tpu", has_limits=True),
-        "pallas_tpu_interpret": Implementation("block_scan.tpu", "block_scan", options=(("interpret", True),)),
-        "mosaic_gpu": Implementation("block_scan.mosaic_gpu", "block_scan", platform="gpu", has_limits=True),
-        "mosaic_gpu_interpret": Implementation("block_scan.mosaic_gpu", "block_scan", options=(("interpret", True),)),
-        "reference": Implementation("reference", "block_scan"),
-    },
+    __name__,
+    Implementation("xla", ".xla"),
+    Implementation("pallas_tpu", ".tpu", platform="tpu", interpreted=True),
+    Implementation("mosaic_gpu", ".mosaic_gpu", platform="gpu", interpreted=True),
+    Implementation("reference", ".reference"),
 )
 
 
@@ -85,15 +79,6 @@ def block_scan(
     """
     arguments = z, xbc, dt, log_decay, weights, tail, state
     return BLOCK_SCAN.run(implementation, *arguments, groups=groups, epsilon=epsilon, next_state=next_state)
-
-
-def by_parts(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state):
-    """`block_scan` as the ops that it fuses."""
-    xbc = causal_conv(xbc, weights.conv_weight, weights.conv_bias, tail)
-    x, b, c = split_channels(xbc, z.shape[-1], *state.shape[2:])
-    y, last = ssd(x, dt, log_decay, b, c, initial_state=state, chunk_size=max(z.shape[1], 1))
-    out = gated_norm(add_skip(y, x, weights.skip), z, weights.norm, epsilon, groups)
-    return out, last if next_state else None
 
 
 def split_channels(xbc: jax.Array, inner: int, head_dim: int, state: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,7 +1,8 @@
 """`kernels.block_scan` as one Pallas TPU kernel.
 
 One grid step takes all heads of one group of one row: its part of z, x, B and C, its state, and its part of the norm,
-so that nothing is exchanged between steps. x, B and C are three blocks of the one array xBC.
+so that nothing is exchanged between steps. x, B and C are three blocks of the one array xBC. Where a group's channels
+do not fill whole lanes, x is a copy in which each group is padded to some that do, as are z and the parameters.
 """
 
 import functools
@@ -34,13 +35,14 @@ def _kernel(*refs, cut: Layout, epsilon: float):
         refs[19:],
     )
     x, b, c = (_convolved(*parts[i : i + 4]) for i in (0, 4, 8))
+    x, skip, norm = (v[cut.of_heads] for v in (x, skip_ref, norm_ref))
     chunk = Chunk(cut, dt_ref[...], Sum(coarse_ref[...], fine_ref[...]))
-    state, z = state_ref[...], z_ref[...].astype(jnp.float32)
-    y = chunk.output(x, b, c, state) + skip_ref[...] * x.astype(jnp.float32)
+    state, z = state_ref[...], z_ref[cut.of_heads].astype(jnp.float32)
+    y = chunk.output(x, b, c, state) + skip * x.astype(jnp.float32)
     gated = y * (z * jax.nn.sigmoid(z))
     scale = jax.lax.rsqrt(jnp.mean(gated * gated, axis=1, keepdims=True) + epsilon)
     out_ref, *next_ref = outputs
-    out_ref[...] = (gated * scale * norm_ref[...]).astype(out_ref.dtype)
+    out_ref[cut.of_heads] = (gated * scale * norm).astype(out_ref.dtype)
     for ref in next_ref:
         ref[...] = chunk.next_state(x, b, state)
 
@@ -50,8 +52,11 @@ def unsupported(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon,
     per_group, state_size = z.shape[2] // groups, state.shape[3]
     if z.shape[1] > LONGEST_BLOCK:
         return f"a block of {z.shape[1]} tokens is longer than {LONGEST_BLOCK}"
-    if per_group % LANES or state_size % LANES or z.shape[2] % state_size:
-        return f"a group's {per_group} channels and the state {state_size} must be multiples of {LANES}"
+    if per_group < LANES or state_size % LANES or z.shape[2] % state_size:
+        return (
+            f"{per_group} channels of a group with a state of {state_size} (made for {LANES} or more, and states that "
+            f"are multiples of {LANES} and divide {z.shape[2]} channels)"
+        )
     return None
 
 
@@ -60,8 +65,9 @@ def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, 
     batch, length, inner = z.shape
     heads, head_dim, state_size = state.shape[1:]
     padded = length + -length % SUBLANES
-    cut = Layout(heads // groups, head_dim, state_size, padded, groups, groups, interpret)
     width = inner // groups
+    lanes = width + -width % (1 if interpret and width < LANES else LANES)
+    cut = Layout(heads // groups, head_dim, state_size, padded, groups, groups, lanes, interpret)
 
     def pad(v):  # Positions with dt = 0 and log_decay = 0.
         return jnp.pad(v, [(0, 0), (0, padded - length), (0, 0)])
@@ -74,25 +80,41 @@ def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, 
     conv_weight, bias = weights.conv_weight.astype(jnp.float32), bias.astype(jnp.float32)[None]
     skip = jnp.repeat(weights.skip.astype(jnp.float32), head_dim)[None]
 
-    def of_xbc(first, lanes):
-        """xBC, its tail and the convolution's parameters: from block `first` of so many lanes on, one a group."""
-        return [
-            (pl.BlockSpec((None, padded, lanes), lambda i, g: (i, 0, first + g)), xbc),
-            (pl.BlockSpec((None, kernel_size - 1, lanes), lambda i, g: (i, 0, first + g)), tail),
-            (pl.BlockSpec((kernel_size, lanes), lambda i, g: (0, first + g)), conv_weight),
-            (pl.BlockSpec((1, lanes), lambda i, g: (0, first + g)), bias),
-        ]
+    def wide(v):
+        """(…, G·R·P) → (…, G·W)."""
+        if lanes == width:
+            return v
+        v = v.reshape(*v.shape[:-1], groups, width)
+        v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, lanes - width)])
+        return v.reshape(*v.shape[:-2], -1)
 
-    wide = pl.BlockSpec((None, padded, width), lambda i, g: (i, 0, g))
-    per_channel = pl.BlockSpec((1, width), lambda i, g: (0, g))
+    def of_xbc(first, lanes, *arrays):
+        """xBC, its tail and the convolution's parameters: from block `first` of so many lanes on, one per group."""
+        specs = [
+            pl.BlockSpec((None, padded, lanes), lambda i, g: (i, 0, first + g)),
+            pl.BlockSpec((None, kernel_size - 1, lanes), lambda i, g: (i, 0, first + g)),
+            pl.BlockSpec((kernel_size, lanes), lambda i, g: (0, first + g)),
+            pl.BlockSpec((1, lanes), lambda i, g: (0, first + g)),
+        ]
+        return list(zip(specs, arrays, strict=True))
+
+    per_token = pl.BlockSpec((None, padded, lanes), lambda i, g: (i, 0, g))
+    per_channel = pl.BlockSpec((1, lanes), lambda i, g: (0, g))
     row = pl.BlockSpec((None, None, heads // groups, padded), lambda i, g: (i, g, 0, 0))
     one_state = pl.BlockSpec((None, None, width, state_size), lambda i, g: (i, g, 0, 0))
     first_b = inner // state_size
-    inputs = of_xbc(0, width) + of_xbc(first_b, state_size) + of_xbc(first_b + groups, state_size)
-    inputs += [(wide, z), (per_channel, skip), (per_channel, weights.norm.astype(jnp.float32)[None])]
+    convolution = xbc, tail, conv_weight, bias
+    of_x = convolution if lanes == width else [wide(v[..., :inner]) for v in convolution]
+    inputs = of_xbc(0, lanes, *of_x)
+    inputs += of_xbc(first_b, state_size, *convolution) + of_xbc(first_b + groups, state_size, *convolution)
+    inputs += [
+        (per_token, wide(z)),
+        (per_channel, wide(skip)),
+        (per_channel, wide(weights.norm.astype(jnp.float32)[None])),
+    ]
     inputs += [(row, v) for v in rows]
     inputs += [(one_state, state.astype(jnp.float32).reshape(batch, groups, width, state_size))]
-    outputs = [(wide, jax.ShapeDtypeStruct(z.shape, z.dtype))]
+    outputs = [(per_token, jax.ShapeDtypeStruct((batch, padded, groups * lanes), z.dtype))]
     if next_state:
         outputs.append((one_state, jax.ShapeDtypeStruct((batch, groups, width, state_size), jnp.float32)))
     out, *last = pl.pallas_call(
@@ -104,4 +126,5 @@ def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, 
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
     )(*(array for _, array in inputs))
-    return out[:, :length], last[0].reshape(state.shape) if next_state else None
+    out = cut.heads_of(out[:, :length]).reshape(batch, length, inner)
+    return out, last[0].reshape(state.shape) if next_state else None

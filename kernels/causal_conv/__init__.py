@@ -11,23 +11,14 @@ import jax
 
 from twotower_jax.kernels.dispatch import Implementation, Op
 
-
-def _op(name: str) -> Op:
-    interpret = ("interpret", True)
-    return Op(
-        name,
-        {
-            "xla": Implementation("causal_conv.xla", name),
-            "pallas_tpu": Implementation("causal_conv.tpu", name, platform="tpu", has_limits=True),
-            "pallas_tpu_interpret": Implementation("causal_conv.tpu", name, options=(interpret,)),
-            "mosaic_gpu": Implementation("causal_conv.mosaic_gpu", name, platform="gpu", has_limits=True),
-            "mosaic_gpu_interpret": Implementation("causal_conv.mosaic_gpu", name, options=(interpret,)),
-            "reference": Implementation("reference", name),
-        },
-    )
-
-
-CAUSAL_CONV, BLOCK_CAUSAL_CONV = _op("causal_conv"), _op("block_causal_conv")
+_IMPLEMENTATIONS = (
+    Implementation("xla", ".xla"),
+    Implementation("pallas_tpu", ".tpu", platform="tpu", interpreted=True),
+    Implementation("mosaic_gpu", ".mosaic_gpu", platform="gpu", interpreted=True),
+    Implementation("reference", ".reference"),
+)
+CAUSAL_CONV = Op("causal_conv", __name__, *_IMPLEMENTATIONS)
+BLOCK_CAUSAL_CONV = Op("block_causal_conv", __name__, *_IMPLEMENTATIONS, setting="causal_conv")
 
 
 def causal_conv(

@@ -1,7 +1,7 @@
 """The causal convolutions as Pallas Mosaic GPU kernels (Hopper), forward and backward: every input is read once.
 
 A program takes some channels and walks over its positions, with the last K − 1 inputs in registers; several positions
-are loaded before the first of them is needed. The notation is that of causal_conv_tpu.py. Backward, the program walks
+are loaded before the first of them is needed. The notation is that of tpu.py. Backward, the program walks
 K − 1 positions further, and keeps the sums for the gradients of the last K inputs in registers.
 """
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Operands(NamedTuple):
-    """See causal_conv_tpu.py for the notation.
+    """See tpu.py for the notation.
 
     Attributes:
       weight: (K + 1, C) float32, by distance, then the bias.

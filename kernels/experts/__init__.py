@@ -41,27 +41,15 @@ def refuse_gradient(weights: Weights) -> None:
         raise ValueError("quantized experts have no gradient; dequantize them for training")
 
 
-def _interpreted(module: str) -> Implementation:
-    return Implementation(module, "expert_mlp", options=(("interpret", True),))
-
-
-def _made_for(platform: str, module: str) -> Implementation:
-    return Implementation(module, "expert_mlp", platform=platform, has_limits=True)
-
-
 EXPERT_MLP = Op(
     "expert_mlp",
-    {
-        "xla": Implementation("experts.xla", "expert_mlp"),
-        "dense": Implementation("simple", "expert_mlp"),
-        "pallas_tpu": _made_for("tpu", "experts.tpu"),
-        "pallas_tpu_interpret": _interpreted("experts.tpu"),
-        "ragged_dot": _made_for("tpu", "experts.ragged_dot"),
-        "mosaic_gpu": _made_for("gpu", "experts.mosaic_gpu"),
-        "mosaic_gpu_interpret": _interpreted("experts.mosaic_gpu"),
-        "mosaic_gpu_grouped": _made_for("gpu", "experts.mosaic_gpu_grouped"),
-        "mosaic_gpu_grouped_interpret": _interpreted("experts.mosaic_gpu_grouped"),
-    },
+    __name__,
+    Implementation("xla", ".xla"),
+    Implementation("dense", ".dense"),
+    Implementation("pallas_tpu", ".tpu", platform="tpu", interpreted=True),
+    Implementation("ragged_dot", ".ragged_dot", platform="tpu"),
+    Implementation("mosaic_gpu", ".mosaic_gpu", platform="gpu", interpreted=True),
+    Implementation("mosaic_gpu_grouped", ".mosaic_gpu_grouped", platform="gpu", interpreted=True),
 )
 
 
@@ -84,9 +72,8 @@ def expert_mlp(
       gates: (T, k), their weights in the sum.
       weights: see `Weights`; any float dtype, cast to x's, or quantized.
       activation: between the two products.
-      implementation: "xla" (experts_xla.py); on TPUs "pallas_tpu" for few rows (experts_tpu.py) and "ragged_dot"
-        (experts_ragged.py); on NVIDIA Hopper "mosaic_gpu" for few rows or quantized weights (experts_gpu.py) and
-        "mosaic_gpu_grouped" (experts_grouped_gpu.py); or None, see dispatch.py.
+      implementation: "xla"; on TPUs "pallas_tpu" for few rows (tpu.py) and "ragged_dot"; on NVIDIA Hopper "mosaic_gpu"
+        for few rows or quantized weights and "mosaic_gpu_grouped"; or None, see dispatch.py.
 
     Returns:
       (T, D) in x's dtype; the sum over k runs in float32.

@@ -5,6 +5,12 @@ of 16 to 64 of one expert. A tile of the result is 128 columns of the weights by
 which takes 64 rows at once, the columns of the weights are rows, so that nothing is multiplied that is not there.
 Tiles of the same weights follow each other closely, so that the second reads them from the cache of the chip.
 
+    touched expert, tile of rows     number               of `tiles`; n: tile of the weights' columns; k: step of K
+    rows, (tile, K)                  rows                 places in shared memory, a step's each
+    matrix_e, (K, N)                 stored               the same, as it is stored
+    whole numbers in bfloat16        numbers              two groups of 64 rows of a step
+    (rows @ matrix_e)ᵀ               sums                 (64, tile), of a warpgroup's columns
+
 Quantized weights arrive in shared memory as they are stored. There each warpgroup turns its whole numbers into
 bfloat16, which holds them exactly; the product of a group of rows is multiplied with its scale in float32 when it is
 added.

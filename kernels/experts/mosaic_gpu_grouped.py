@@ -1,4 +1,4 @@
-"""Expert products of many rows on NVIDIA Hopper: grouped products forward and for both gradients (grouped_gpu.py).
+"""Expert products of many rows on NVIDIA Hopper: grouped products (mosaic_gpu_products.py), also for both gradients.
 
 Rows lie in blocks of 64 of one expert each. Forward is two products, the activation applied as the first is written.
 The backward pass keeps nothing but the arguments. With u = rows @ up, h = activation(u) and g each row's gradient,

@@ -6,7 +6,7 @@ Rows lie in blocks of 64, each block the rows of one group, the blocks of a grou
     outer      out[group] = Σ over the group's blocks: a[block]ᵀ @ b[block], which is the gradient of a matrix
 
 A tile of the result has 128 rows, 64 for each of two warpgroups, and 192 columns; a step takes 64 of the summed
-dimension. What lies outside of an array arrives as zeros, and is not written. pipeline_gpu.py keeps it going.
+dimension. What lies outside of an array arrives as zeros, and is not written. hardware/pipeline_gpu.py keeps it going.
 """
 
 from collections.abc import Callable

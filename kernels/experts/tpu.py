@@ -5,6 +5,14 @@ experts (a list, prefetched) and tiles of their width F. All rows lie in on-chip
 the rows of an expert are picked from there when it begins and, multiplied by its up tile, the activation and its down
 tile, added with their gates to their tokens' sums when it ends. Nothing that is F wide leaves the chip.
 
+    touched expert e, tile of F      slot, f              the step of the grid
+    x_t                              x_ref                (T, D), of all tokens
+    x_t with e(t,k) = e              rows_ref             (rows, D), gathered; `token` says whose
+    up_e, down_e                     up, down             `_Block`: (D, tile) and (tile, D) of the expert
+    act(up_eᵀ x_t)                   hidden               (64, tile), of 64 rows
+    down_eᵀ hidden, over tiles       results_ref          (rows, D)
+    Σ_k gate_tk · results            sums_ref             (T, D), scattered
+
 Quantized weights are read as they are stored and taken apart here, a tile at a time, to the dtype of the rows. They are
 to be stored as `stored` makes them: TPUs lay other shapes out in ways that no kernel can read.
 """
@@ -121,7 +129,7 @@ def unsupported(x, indices, gates, weights: Weights, *, activation: Activation) 
     if isinstance(weights.up, Quantized) and weights.up.shape[2] % LANES:
         return (
             f"quantized experts {weights.up.shape[2]} wide, no multiple of {LANES}, would be copied in each call: "
-            "store them as experts_tpu.stored makes them"
+            "store them as experts.tpu.stored makes them"
         )
     if x.shape[1] % LANES:
         return f"rows of {x.shape[1]} numbers are not whole multiples of {LANES}"
@@ -179,13 +187,29 @@ def _kernel(expert, first, count, used, token, gate, x_hbm, *refs, cut: _Cut, gr
     )
     slot, f = pl.program_id(0), pl.program_id(1)
     start, rows = first[slot], count[slot]
+    first_tile, last_tile = f == 0, f == cut.tiles - 1
 
-    @pl.when((slot == 0) & (f == 0))
-    def _():
+    @pl.when((slot == 0) & first_tile)
+    def read_all_rows():
         pltpu.sync_copy(x_hbm, x_ref)
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
+    def gather_rows():
+        """The expert's rows side by side, and zeros for their results."""
+
+        def gather(j, _):
+            rows_ref[pl.ds(j, 1), :] = x_ref[pl.ds(token[start + j], 1), :]
+
+        jax.lax.fori_loop(0, rows, gather, None)
+
+        def clear(i, _):
+            here = pl.ds(pl.multiple_of(i * cut.rows, cut.rows), cut.rows)
+            results_ref[here, :] = jnp.zeros((cut.rows, cut.model), jnp.float32)
+
+        jax.lax.fori_loop(0, pl.cdiv(rows, cut.rows), clear, None)
+
     def multiply(width):
+        """Adds to the results what the first columns of this tile of the width contribute."""
         precision = jax.lax.Precision.HIGHEST if cut.dtype == jnp.float32 else None
 
         def product(a, b, contract=NN):
@@ -206,39 +230,29 @@ def _kernel(expert, first, count, used, token, gate, x_hbm, *refs, cut: _Cut, gr
 
         jax.lax.fori_loop(0, pl.cdiv(rows, cut.rows), body, None)
 
+    def scatter_results():
+        """Adds the results, each with its gate, to the sums of their tokens."""
+
+        def scatter(j, _):
+            here = pl.ds(token[start + j], 1)
+            result = results_ref[pl.ds(j, 1), :].astype(cut.dtype).astype(jnp.float32)
+            sums_ref[here, :] += gate[start + j] * result
+
+        jax.lax.fori_loop(0, rows, scatter, None)
+
     @pl.when(slot < used[0])
-    def _():
-        @pl.when(f == 0)
-        def _():
-            def gather(j, _):
-                rows_ref[pl.ds(j, 1), :] = x_ref[pl.ds(token[start + j], 1), :]
-
-            jax.lax.fori_loop(0, rows, gather, None)
-
-            def clear(i, _):
-                here = pl.ds(pl.multiple_of(i * cut.rows, cut.rows), cut.rows)
-                results_ref[here, :] = jnp.zeros((cut.rows, cut.model), jnp.float32)
-
-            jax.lax.fori_loop(0, pl.cdiv(rows, cut.rows), clear, None)
-
+    def run_expert():
+        pl.when(first_tile)(gather_rows)
         rest = cut.width - (cut.tiles - 1) * cut.tile
         if rest == cut.tile:
             multiply(cut.tile)
-        else:  # Of the last tile's block only the part inside the matrix means anything.
+        else:  # Only the part of the last tile's block that is inside the matrix means anything.
             pl.when(f < cut.tiles - 1)(functools.partial(multiply, cut.tile))
-            pl.when(f == cut.tiles - 1)(functools.partial(multiply, rest))
+            pl.when(last_tile)(functools.partial(multiply, rest))
+        pl.when(last_tile)(scatter_results)
 
-        @pl.when(f == cut.tiles - 1)
-        def _():
-            def scatter(j, _):
-                here = pl.ds(token[start + j], 1)
-                result = results_ref[pl.ds(j, 1), :].astype(cut.dtype).astype(jnp.float32)
-                sums_ref[here, :] += gate[start + j] * result
-
-            jax.lax.fori_loop(0, rows, scatter, None)
-
-    @pl.when((slot == pl.num_programs(0) - 1) & (f == cut.tiles - 1))
-    def _():
+    @pl.when((slot == pl.num_programs(0) - 1) & last_tile)
+    def write_sums():
         pltpu.sync_copy(sums_ref, out_hbm)
 
 

@@ -2,8 +2,8 @@
 
 A kernel runs one warpgroup a block (128 threads), which holds its values in registers, (64, n) at a time. Hopper's
 tensor core (wgmma) multiplies bfloat16 matrices that lie in shared memory and adds in float32. So a float32 operand
-lies there as three bfloat16 parts (split.py), and a product of a float32 and a bfloat16 matrix takes three passes, of
-two float32 ones six: the products of parts whose ranks add up to less than three.
+lies there as three bfloat16 parts (numerics/split.py), and a product of a float32 and a bfloat16 matrix takes three
+passes, of two float32 ones six: the products of parts whose ranks add up to less than three.
 
 Who waits for whom, in the one order that all kernels follow:
 

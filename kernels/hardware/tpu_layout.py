@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 SUBLANES, LANES = 8, 128
 # Of x, in one block, and of positions in a chunk: all blocks of a step fit into the memory of a core twice.
 _HEAD_LANES, _LONGEST_CHUNK = 512, 256
+_PADDED_LANES = 1024
 VMEM_BYTES = 48 * 2**20  # Of 128 MiB a core on v5p and v6e, 64 on tpu7x; the default of 16 is too small for float32.
 
 Order = Callable[[int], int]  # From the grid's last index to a chunk.
@@ -27,6 +28,7 @@ class Layout(NamedTuple):
 
     Attributes:
       heads: R, in one block. head_dim: P. state: N. chunk: Q.
+      lanes: W, of one block of heads: R·P, or more where a group's heads do not fill whole lanes.
       groups: G. blocks: H/R, blocks of heads, of which blocks/G belong to one group.
       interpret: run the kernel's operations on any backend; True or `pltpu.InterpretParams`.
     """
@@ -37,11 +39,17 @@ class Layout(NamedTuple):
     chunk: int
     groups: int
     blocks: int
+    lanes: int
     interpret: bool | pltpu.InterpretParams
 
+    @property
+    def of_heads(self) -> tuple[slice, slice]:
+        """The places in a block (Q, W) that heads have, (Q, R·P); whatever lies beyond is nobody's."""
+        return slice(None), slice(0, self.heads * self.head_dim)
+
     def inner(self, order: Order) -> pl.BlockSpec:
-        """Of (B, L, H·P): (Q, R·P)."""
-        return pl.BlockSpec((None, self.chunk, self.heads * self.head_dim), lambda i, h, c: (i, order(c), h))
+        """Of (B, L, H/R·W): (Q, W)."""
+        return pl.BlockSpec((None, self.chunk, self.lanes), lambda i, h, c: (i, order(c), h))
 
     def rows(self, order: Order) -> pl.BlockSpec:
         """Of (B, H/R, R, L): (R, Q)."""
@@ -67,6 +75,18 @@ class Layout(NamedTuple):
 
     def states_shape(self, batch: int) -> tuple[int, ...]:
         return batch, self.blocks, self.heads * self.head_dim, self.state
+
+    def flat(self, x: jax.Array) -> jax.Array:
+        """(B, L, H, P) → (B, L, H/R·W)."""
+        x = x.reshape(*x.shape[:2], self.blocks, -1)
+        if x.shape[3] < self.lanes:
+            x = jnp.pad(x, [(0, 0)] * 3 + [(0, self.lanes - x.shape[3])])
+        return x.reshape(*x.shape[:2], -1)
+
+    def heads_of(self, x: jax.Array) -> jax.Array:
+        """(B, L, H/R·W) → (B, L, H, P)."""
+        x = x.reshape(*x.shape[:2], self.blocks, -1)[..., : self.heads * self.head_dim]
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
 
     def to_rows(self, v: jax.Array) -> jax.Array:
         """(B, L, H) → (B, H/R, R, L)."""
@@ -105,21 +125,32 @@ class Layout(NamedTuple):
 
 
 def layout(x_shape: tuple[int, ...], b_shape: tuple[int, ...], chunk: int, interpret) -> Layout:
-    """Cuts x (B, L, H, P) and b (B, L, G, N) into chunks of Q."""
+    """Cuts x (B, L, H, P) and b (B, L, G, N) into chunks of Q; what the hardware cannot, for the interpreter only."""
     heads, head_dim, (groups, state) = *x_shape[2:], b_shape[2:]
-    in_block = _heads_in_block(heads, groups, head_dim, state, any_shape=bool(interpret))
-    return Layout(in_block, head_dim, state, chunk, groups, heads // in_block, interpret)
+    per_group = heads // groups
+    in_block, lanes = _heads_in_block(heads, groups, head_dim, state) or (per_group, per_group * head_dim)
+    return Layout(in_block, head_dim, state, chunk, groups, heads // in_block, lanes, interpret)
 
 
-def _heads_in_block(heads: int, groups: int, head_dim: int, state: int, any_shape: bool) -> int | None:
-    """R: as many heads of one group as a block holds; None if the hardware cannot cut these shapes into blocks."""
+def _heads_in_block(heads: int, groups: int, head_dim: int, state: int) -> tuple[int, int] | None:
+    """R and W: as many heads of one group as a block holds; None if the hardware cannot cut these shapes into blocks.
+
+    Where no number of heads fills lanes, a block is padded to whole ones, if that adds no more than a fourth.
+    """
 
     def fits(r):
         inner = r * head_dim % LANES == 0 or r == heads
-        return any_shape or (inner and (state % LANES == 0 or r == heads) and r * head_dim <= _HEAD_LANES)
+        return inner and (state % LANES == 0 or r == heads) and r * head_dim <= _HEAD_LANES
+
+    def padded(r):
+        return -(-r * head_dim // LANES) * LANES
 
     per_group = heads // groups
-    return max((r for r in range(1, per_group + 1) if per_group % r == 0 and fits(r)), default=None)
+    divisors = [r for r in range(1, per_group + 1) if per_group % r == 0]
+    if whole := max(filter(fits, divisors), default=None):
+        return whole, whole * head_dim
+    wide = [r for r in divisors if padded(r) <= min(_PADDED_LANES, 1.25 * r * head_dim)]
+    return (max(wide), padded(max(wide))) if wide and state % LANES == 0 else None
 
 
 def chunk_length(length: int, chunk_size: int, interpret, block_size: int = 1) -> int:
@@ -132,7 +163,7 @@ def chunk_length(length: int, chunk_size: int, interpret, block_size: int = 1) -
 def unsupported(x_shape: tuple[int, ...], b_shape: tuple[int, ...], chunk: int) -> str | None:
     """Why the hardware cannot run a scan of these shapes, or None."""
     heads, head_dim, (groups, state) = *x_shape[2:], b_shape[2:]
-    if _heads_in_block(heads, groups, head_dim, state, any_shape=False) is None:
+    if _heads_in_block(heads, groups, head_dim, state) is None:
         return (
             f"{heads} heads of {head_dim} in {groups} groups with a state of {state} cannot be cut into blocks of "
             f"{LANES} lanes (the state, and some of a group's heads together, must be multiples of {LANES})"

@@ -13,34 +13,32 @@ which is the first sum in chunks of the context, one state a chunk, plus S-long 
 sum of dt·A from the block's left edge to i, A^c the context's from its start.
 
 Everything is computed in float32, or exactly as well: states reach 1e3 and more, and bfloat16 turns to NaN on long
-contexts. How sums of log-decays keep what their differences need stands in log_decay.py.
+contexts. How sums of log-decays keep what their differences need stands in numerics/log_decay.py.
 """
 
 import jax
 
 from twotower_jax.kernels.dispatch import Implementation, Op
 
-
-def _op(name: str, towers: str, **more: Implementation) -> Op:
-    interpret = ("interpret", True)
-    return Op(
-        name,
-        {
-            "xla": Implementation("ssd.xla", name),
-            "pallas_tpu": Implementation(f"ssd.{towers}tpu", name, platform="tpu", has_limits=True),
-            "pallas_tpu_interpret": Implementation(f"ssd.{towers}tpu", name, options=(interpret,)),
-            "mosaic_gpu": Implementation(f"ssd.{towers}gpu", name, platform="gpu", has_limits=True),
-            "mosaic_gpu_interpret": Implementation(f"ssd.{towers}gpu", name, options=(interpret,)),
-            "triton": Implementation("ssd.by_triton", name, platform="gpu", has_limits=True),
-            "triton_interpret": Implementation("ssd.by_triton", name, options=(interpret,)),
-            "reference": Implementation("reference", name),
-            **more,
-        },
-    )
-
-
-SSD = _op("ssd", "")
-TWO_TOWER_SSD = _op("two_tower_ssd", "two_tower_", stored_states=Implementation("simple", "two_tower_ssd"))
+SSD = Op(
+    "ssd",
+    __name__,
+    Implementation("xla", ".xla"),
+    Implementation("pallas_tpu", ".tpu", platform="tpu", interpreted=True),
+    Implementation("mosaic_gpu", ".mosaic_gpu", platform="gpu", interpreted=True),
+    Implementation("triton", ".triton", platform="gpu", interpreted=True),
+    Implementation("reference", ".reference"),
+)
+TWO_TOWER_SSD = Op(
+    "two_tower_ssd",
+    __name__,
+    Implementation("xla", ".xla"),
+    Implementation("pallas_tpu", ".two_tower_tpu", platform="tpu", interpreted=True),
+    Implementation("mosaic_gpu", ".mosaic_gpu", platform="gpu", interpreted=True),
+    Implementation("triton", ".triton", platform="gpu", interpreted=True),
+    Implementation("reference", ".reference"),
+    Implementation("stored_states", ".stored_states"),
+)
 
 
 def ssd(

@@ -1,6 +1,6 @@
 """The SSD scan of one tower on GPUs, forward and backward, with kernels of Pallas Mosaic GPU or of Triton.
 
-The formulas are those of ssd_tpu.py; how they are divided into kernels stands in scan_gpu.py:
+The formulas are those of tpu.py; how they are divided into kernels stands in gpu_layout.py:
 
     h'  states                     w = dt exp(a_Q − a)     y, dx   outputs, by i and by j
     dh  states, backward           e = exp(a)              dC, dB  group_gradients, by i and by j
@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.kernels.numerics.log_decay import Sum, cumulative, in_chunks
-from twotower_jax.kernels.ssd.gpu_layout import Cut, cut_scan
-from twotower_jax.kernels.ssd.gpu_layout import unsupported as _unsupported_shapes
-from twotower_jax.kernels.ssd.mosaic_gpu import Decays, Pairs, Source
+from twotower_jax.kernels.ssd.gpu_layout import Cut, Decays, Pairs, Programs, Source, cut_scan
 
 _CAUSAL = (Pairs(),)
 
@@ -53,22 +51,22 @@ def _scan(cut: Cut, x, dt, sums: Sum, b, c, initial):
 
 def _scan_forward(cut, x, dt, sums, b, c, initial):
     edges = Edges(cut, sums, dt)
-    left, last = cut.kernels.states(cut, x, b, edges.weight, edges.kept, initial)
+    left, last = cut.programs.states(cut, x, b, edges.weight, edges.kept, initial)
     source = Source(b, x, Decays(sums, sums, dt))
-    y = cut.kernels.outputs(cut, c, _CAUSAL, (source,), (jnp.exp(sums.total), left))
+    y = cut.programs.outputs(cut, c, _CAUSAL, (source,), (jnp.exp(sums.total), left))
     return (y, last), (x, dt, sums, b, c, left)
 
 
 def _scan_backward(cut, residuals, cotangents):
     (x, dt, sums, b, c, left), (dy, dlast) = residuals, cotangents
     edges, from_start, decays = Edges(cut, sums, dt), jnp.exp(sums.total), Decays(sums, sums, dt)
-    grads, dinitial = cut.kernels.states(cut, dy, c, from_start, edges.kept, dlast, backward=True)
+    grads, dinitial = cut.programs.states(cut, dy, c, from_start, edges.kept, dlast, backward=True)
     readers, writers = (Source(b, x, decays),), (Source(c, dy, decays),)
-    dx = cut.kernels.outputs(cut, b, _CAUSAL, writers, (edges.weight, grads), readers_in_rows=False)
-    dc, (by_reader,), read = cut.kernels.group_gradients(
+    dx = cut.programs.outputs(cut, b, _CAUSAL, writers, (edges.weight, grads), readers_in_rows=False)
+    dc, (by_reader,), read = cut.programs.group_gradients(
         cut, c, dy, _CAUSAL, readers, (from_start, left), readers_in_rows=True
     )
-    db, (by_writer,), written = cut.kernels.group_gradients(
+    db, (by_writer,), written = cut.programs.group_gradients(
         cut, b, x, _CAUSAL, writers, (edges.weight, grads), readers_in_rows=False
     )
     ddt, dsum = edges.gradients(cut, written, left, grads)
@@ -80,15 +78,10 @@ def _scan_backward(cut, residuals, cotangents):
 _scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
 
 
-def unsupported(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128) -> str | None:
-    """Why the hardware cannot run `ssd` on these shapes, or None."""
-    return _unsupported_shapes(x.shape, b.shape, chunk_size)
-
-
-def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128, interpret=False, module="mosaic_gpu"):
-    """`kernels.ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
+def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128, programs: Programs, interpret):
+    """`kernels.ssd`, same arguments and results, by these programs. `interpret`: None, or how to run them anywhere."""
     batch, length, heads, head_dim = x.shape
-    cut = cut_scan(x.shape, b.shape, chunk_size, interpret, module=module)
+    cut = cut_scan(x.shape, b.shape, chunk_size, programs, interpret)
     dt, log_decay = (in_chunks(v.astype(jnp.float32), cut.chunk) for v in (dt, log_decay))
     sums = cumulative(log_decay, cut.chunk).map(cut.per_head)
     if initial_state is None:

@@ -1,16 +1,20 @@
-"""The three Pallas Mosaic GPU kernels that the scans of one and two towers, and their gradients, are composed of.
+"""The SSD scans of one tower and of two in Pallas Mosaic GPU, for NVIDIA Hopper.
 
-A GPU has some hundred multiprocessors, and one sequence 64 heads: a kernel that went through the chunks of a head one
-after the other would leave most of the chip idle. So only the state goes in that order, in a kernel that does nothing
-else (`states`); what a chunk's positions make of it runs for all tiles of 64 positions side by side (`outputs`, and
-`group_gradients`, where the heads of a group are summed).
+What is done is what gpu.py and two_tower_gpu.py do. Here are the three kernels that they are composed of
+(gpu_layout.py says which, and what each computes), which take tiles of t = 64 positions. In their maths a is a
+position of the tile of rows, b of a tile of columns of the same chunk, and r a head of the group:
 
-In a chunk, readers i see writers j through exp(q_i − k_j), with q and k sums of log-decays from the chunk's start.
-`Pairs` says which see which. With rows of readers and columns of writers the kernels compute y and dC; the other way
-round, from the same formulas, dx and dB, since the gradient of a scan is a scan that runs backward.
+    query_a, key_b (N)               queries, keys        B or C of the group
+    upstream_a, value_b (P)          upstream, values     dy or x of head r
+    exp(q_i − k_j)                   decay                (t, t), 0 where the pair is not seen; a and b are i and j
+    dt_j                             step_size            (t, t), of the writer
+    query_a · key_b                  scores               (t, t), of all heads
+    (upstream_a · value_b) decay     mixed                (t, t), of head r; in `outputs` (query_a · key_b) decay dt
+    Σ_r mixed dt                     dscores              (t, t), the gradient of scores
+    Σ_b mixed scores                 by_step              (t,), of head r; times dt, `by_decay`
+    h or g at the chunk's edge       edges                (P, N), which `through` scales by exp(a) or w
+    (upstream_a edge)                pulled               (t, N); · query_a, `crossing`
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,63 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.hardware import gpu
 from twotower_jax.kernels.hardware.gpu import NN, NT, TN, call, load, load_along, load_down, store, sum_rows, tiled
-from twotower_jax.kernels.numerics.log_decay import Sum
-from twotower_jax.kernels.ssd.gpu_layout import Cut
-
-
-class Pairs(NamedTuple):
-    """Which readers see which writers of their chunk: those that are not after them, or some of these.
-
-    Attributes:
-      block: S, or None. A chunk begins with a block.
-      own: with S, whether a reader sees the writers of its own block, not after it, or all those of earlier blocks.
-    """
-
-    block: int | None = None
-    own: bool = True
-
-    def tiles(self, cut: Cut, row, readers_in_rows: bool):
-        """From and up to which tile of columns, in a chunk, some pair may be seen by a tile of rows."""
-        start, size = row * cut.tile, cut.tile
-        last = start + size - 1
-        if self.block is None:
-            bounds = (0, row + 1) if readers_in_rows else (row, cut.tiles)
-        elif readers_in_rows and self.own:
-            bounds = lax.div(self._block_start(start), size), row + 1
-        elif readers_in_rows:
-            bounds = 0, lax.div(self._block_start(last) + (size - 1), size)
-        elif self.own:
-            end = lax.div(self._block_start(last) + (self.block + size - 1), size)
-            bounds = row, jnp.minimum(end, cut.tiles)
-        else:
-            bounds = lax.div(self._block_start(start) + self.block, size), cut.tiles
-        return tuple(jnp.asarray(bound, jnp.int32) for bound in bounds)
-
-    def _block_start(self, position):
-        return lax.div(position, jnp.int32(self.block)) * self.block
-
-    def seen(self, readers: jax.Array, writers: jax.Array) -> jax.Array:
-        """At positions in the chunk, int32 of the same shape."""
-        if self.block is None:
-            return writers <= readers
-        start = self._block_start(readers)
-        return (writers >= start) & (writers <= readers) if self.own else writers < start
-
-
-class Decays(NamedTuple):
-    """Of a tower's pairs: sums of log-decays of readers and of writers, and dt of writers, each (B, H, L)."""
-
-    readers: Sum
-    writers: Sum
-    dt: jax.Array
-
-
-class Source(NamedTuple):
-    """What the columns of a triangle hold: keys (B, L, G·N), values (B, L, H·P), and the decays of their pairs."""
-
-    keys: jax.Array
-    values: jax.Array
-    decays: Decays
+from twotower_jax.kernels.hardware.hopper import interpreter, not_hopper
+from twotower_jax.kernels.ssd import gpu as one_tower
+from twotower_jax.kernels.ssd import two_tower_gpu as two_towers
+from twotower_jax.kernels.ssd.gpu_layout import Cut, Pairs, Programs, RowSums, Source, too_long
 
 
 class _Triangle:
@@ -120,21 +71,26 @@ def _place(cut: Cut):
     return lax.div(index, cut.tiles), lax.rem(index, cut.tiles)
 
 
+def _pieces(head_dim: int):
+    """The P rows of a state, 64 at a time, which a product has; the last ones may begin among those before them."""
+    size = min(head_dim, gpu.TILE)
+    return [pl.ds(first, size) for first in [*range(0, head_dim - size, size), head_dim - size]]
+
+
+def _put_edge(space, ref):
+    """Stores a state, (P, n) in global memory, as an operand of `product`."""
+    for rows in _pieces(ref.shape[0]):
+        gpu.put_parts(space.at[:, rows], load(ref.at[rows]))
+
+
 # States.
 
 
 def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = False):
-    """The recurrence h' = kept · h + Σ over the chunk of (weight · value) keyᵀ, from chunk to chunk.
+    """The recurrence; see `Programs`.
 
     One block of the grid takes a head and 64 columns of its state, which never leaves the registers. Tiles of values
     and keys are under way while the one before is multiplied.
-
-    Args:
-      values: (B, L, H·P). keys: (B, L, G·N). weights: (B, H, L). kept: (B, H, L/Q). initial: (B, H, P, N).
-      backward: from the last chunk to the first.
-
-    Returns:
-      the state before each chunk (B, H, L/Q, P, N), and the one after all (B, H, P, N).
     """
     width = cut.slice_width
     edges = jax.ShapeDtypeStruct((*kept.shape, cut.head_dim, cut.state), jnp.float32)
@@ -147,7 +103,7 @@ def states(cut: Cut, values, keys, weights, kept, initial, *, backward: bool = F
     spaces = {
         "staged": staged,
         "arrived": plgpu.Barrier(num_arrivals=len(staged), num_barriers=2),
-        "weighted": gpu.parts_space(cut.tile, cut.head_dim),
+        "weighted": [gpu.parts_space(cut.tile, rows.size) for rows in _pieces(cut.head_dim)],
         "keys": None if gpu.is_bfloat16(keys) else gpu.parts_space(cut.tile, width),
     }
 
@@ -164,7 +120,7 @@ def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces)
     columns = pl.ds(slice_ * width, width)
     first_key = lax.div(head, cut.per_group) * cut.state + slice_ * width
     edges, last = outputs
-    chunks = cut.length // cut.chunk
+    chunks, pieces = cut.length // cut.chunk, _pieces(cut.head_dim)
     steps = chunks * cut.tiles
 
     def chunk_of(k):
@@ -183,7 +139,7 @@ def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces)
             plgpu.copy_gmem_to_smem(source, spaces["staged"][name].at[slot], spaces["arrived"].at[slot])
 
     def added(step):
-        """What the tile of a step adds to the state."""
+        """What the tile of a step adds to each piece of the state."""
         slot = lax.rem(step, 2)
         plgpu.barrier_wait(spaces["arrived"].at[slot])
 
@@ -193,46 +149,37 @@ def _states_block(cut: Cut, width: int, backward: bool, inputs, outputs, spaces)
             start(step + 1)
 
         staged = {name: space.at[slot] for name, space in spaces["staged"].items()}
-        value = tiled(staged["values"][...]).astype(jnp.float32)
-        gpu.put_parts(spaces["weighted"], value * load_down(staged["weights"], value.shape))
+        for space, rows in zip(spaces["weighted"], pieces, strict=True):
+            value = tiled(staged["values"][:, rows]).astype(jnp.float32)
+            gpu.put_parts(space, value * load_down(staged["weights"], value.shape))
         if spaces["keys"] is None:
             keys = spaces["staged"]["keys"].at[pl.ds(slot, 1)]
         else:
             gpu.put_parts(spaces["keys"], tiled(staged["keys"][...]))
             keys = spaces["keys"]
-        return gpu.product(spaces["weighted"], keys, TN)
+        return [gpu.product(space, keys, TN) for space in spaces["weighted"]]
 
     def through_chunk(k, state):
         place = batch, head, chunk_of(k)
-        store(edges.at[(*place, slice(None), columns)], state)
-        state = state * inputs["kept"][place]
+        for rows, piece in zip(pieces, state, strict=True):
+            store(edges.at[(*place, rows, columns)], piece)
+        state = [piece * inputs["kept"][place] for piece in state]
         for tile in range(cut.tiles):
-            state += added(k * cut.tiles + tile)
+            state = [piece + more for piece, more in zip(state, added(k * cut.tiles + tile), strict=True)]
         return state
 
     start(jnp.int32(0))
-    state = load(inputs["initial"].at[batch, head, :, columns])
+    state = [load(inputs["initial"].at[batch, head, rows, columns]) for rows in pieces]
     state = lax.fori_loop(0, chunks, through_chunk, state)
-    store(last.at[batch, head, :, columns], state)
+    for rows, piece in zip(pieces, state, strict=True):
+        store(last.at[batch, head, rows, columns], piece)
 
 
 # Outputs.
 
 
 def outputs(cut: Cut, queries, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows=True):
-    """Σ over sources and columns b of (query_a · key_b) decay dt value_b, and what comes through a chunk's edge.
-
-    One block of the grid takes a tile of rows of a head.
-
-    Args:
-      queries: (B, L, G·N).
-      pairs: of each source.
-      through: None, or (scales (B, H, L), edges (B, H, L/Q, P, N)), which adds scale_a · edge query_a.
-      readers_in_rows: whether rows are readers and columns writers, or the other way round.
-
-    Returns:
-      (B, L, H·P) float32
-    """
+    """What rows read; see `Programs`. One block of the grid takes a tile of rows of a head."""
     scratch = {"queries": gpu.operand_space(queries, cut.tile, cut.state), "arrived": plgpu.Barrier(num_barriers=3)}
 
     def _outputs(inputs, output, spaces):
@@ -259,7 +206,7 @@ def _outputs_block(cut: Cut, pairs, readers_in_rows, inputs, output, spaces):
         scales, edges = inputs["through"]
 
         def through(edge_space):
-            gpu.put_parts(edge_space, load(edges.at[batch, head, chunk]))
+            _put_edge(edge_space, edges.at[batch, head, chunk])
             queries.wait()
             scale = load_down(scales.at[batch, head, rows], shape)
             return gpu.product(spaces["queries"], edge_space, NT) * scale
@@ -296,33 +243,10 @@ def _outputs_block(cut: Cut, pairs, readers_in_rows, inputs, output, spaces):
 # Gradients that sum over the heads of a group.
 
 
-class RowSums(NamedTuple):
-    """Sums over columns, of the rows' positions, (B, H, L), for the gradients of dt and of sums of log-decays.
-
-    Attributes:
-      by_decay: of every term of the loss, except for pairs of a position with itself, which do not decay.
-      by_step: the same without dt, and with these pairs; where rows are writers.
-    """
-
-    by_decay: jax.Array
-    by_step: jax.Array | None
-
-
 def group_gradients(
     cut: Cut, queries, upstream, pairs: tuple[Pairs, ...], sources: tuple[Source, ...], through, *, readers_in_rows
 ):
-    """The gradient of what a group shares, Σ over heads, sources and columns of (upstream_a · value_b) decay dt key_b.
-
-    One block of the grid takes a tile of rows of a group.
-
-    Args:
-      queries: (B, L, G·N), the rows' part of what is differentiated. upstream: (B, L, H·P), of the rows.
-      pairs, sources: as in `outputs`.
-      through: None, or (scales, edges) as in `outputs`, which adds Σ over heads of scale_a · upstream_a edge.
-
-    Returns:
-      the gradient (B, L, G·N) float32, `RowSums` of each source, and with `through` upstream_a edge query_a (B, H, L)
-    """
+    """The gradient of what a group shares; see `Programs`. One block of the grid takes a tile of rows of a group."""
     row = jax.ShapeDtypeStruct((cut.batch, cut.heads, cut.length), jnp.float32)
     sums = tuple(RowSums(row, None if readers_in_rows else row) for _ in sources)
     gradient = jax.ShapeDtypeStruct((cut.batch, cut.length, cut.groups * cut.state), jnp.float32)
@@ -357,14 +281,16 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
     if inputs["through"] is not None:
         scales, edges = inputs["through"]
 
-        def through(edge_space, total=total):
-            def step(r, total):
+        def pull_through_edge(edge_space, total=total):
+            """Adds what the state at the chunk's edge contributes, head by head."""
+
+            def of_head(r, total):
                 head = group * cut.per_group + r
                 upstream.get((batch, rows, cut.of_head(head)))
                 scale = load_down(scales.at[batch, head, rows], (cut.tile, width))
                 crossing, found = 0.0, []
                 for columns, before in zip(slices, total, strict=True):
-                    gpu.put_parts(edge_space, load(edges.at[batch, head, chunk, :, columns]))
+                    _put_edge(edge_space, edges.at[batch, head, chunk, :, columns])
                     pulled = gpu.product(spaces["upstream"], edge_space, NN)
                     found.append(before + pulled * scale)
                     query = load(inputs["queries"].at[batch, rows, pl.ds(group * cut.state + columns.start, width)])
@@ -372,18 +298,27 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
                 store(crossed.at[batch, head, rows], crossing)
                 return found
 
-            return lax.fori_loop(0, cut.per_group, step, total)
+            return lax.fori_loop(0, cut.per_group, of_head, total)
 
-        total = pl.run_scoped(through, gpu.parts_space(cut.head_dim, width))
+        total = pl.run_scoped(pull_through_edge, gpu.parts_space(cut.head_dim, width))
+
+    def clear_sums():
+        for space in jax.tree.leaves(spaces["sums"]):
+            for r in range(cut.per_group):
+                gpu.clear(space.at[r])
+
+    def move_sums(sums):
+        for output, space in zip(jax.tree.leaves(sums), jax.tree.leaves(spaces["sums"]), strict=True):
+            for r in range(cut.per_group):
+                gpu.move(output.at[batch, group * cut.per_group + r, rows], space.at[r])
 
     for which, source, sums in zip(pairs, inputs["sources"], row_sums, strict=True):
 
-        def within(key_space, value_space, mixed_space, which=which, source=source, total=total):
+        def add_columns(key_space, value_space, mixed_space, which=which, source=source, total=total):
+            """Adds what a source's tiles of columns contribute, and sums over them what each row's decays move."""
             keys = gpu.Operand(source.keys, key_space, arrived.at[2])
             values = gpu.Operand(source.values, value_space, arrived.at[3])
-            for space in jax.tree.leaves(spaces["sums"]):
-                for r in range(cut.per_group):
-                    gpu.clear(space.at[r])
+            clear_sums()
 
             def of_column(column, total):
                 columns = cut.of_tile(chunk, column)
@@ -417,13 +352,38 @@ def _group_gradients_block(cut: Cut, pairs, readers_in_rows, inputs, outputs, sp
             return lax.fori_loop(*which.tiles(cut, row, readers_in_rows), of_column, total)
 
         total = pl.run_scoped(
-            within,
+            add_columns,
             gpu.operand_space(source.keys, cut.tile, cut.state),
             gpu.operand_space(source.values, cut.tile, cut.head_dim),
             gpu.parts_space(cut.tile, cut.tile),
         )
-        for output, space in zip(jax.tree.leaves(sums), jax.tree.leaves(spaces["sums"]), strict=True):
-            for r in range(cut.per_group):
-                gpu.move(output.at[batch, group * cut.per_group + r, rows], space.at[r])
+        move_sums(sums)
     for columns, found in zip(slices, total, strict=True):
         store(gradient.at[batch, rows, pl.ds(group * cut.state + columns.start, width)], found)
+
+
+# The scans.
+
+_PROGRAMS = Programs(states, outputs, group_gradients, gpu.TILE)
+# P and N whose tiles fit into shared memory in every kernel, as float32 too.
+_HEAD_DIMS, _STATES = (64, 80), (64, 128)
+
+
+def unsupported(x, dt, log_decay, b, c, *context, initial_state=None, block_size=1, chunk_size=128) -> str | None:
+    """Why the hardware cannot run `ssd`, or with a context `two_tower_ssd`, on these shapes, or None."""
+    if problem := not_hopper():
+        return problem
+    head_dim, state = x.shape[3], b.shape[3]
+    if head_dim not in _HEAD_DIMS or state not in _STATES:
+        return f"heads of {head_dim} with a state of {state} (made for heads of {_HEAD_DIMS}, states of {_STATES})"
+    return too_long(x.shape[1], chunk_size, block_size)
+
+
+def ssd(*arrays, interpret=False, **options):
+    """`kernels.ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
+    return one_tower.ssd(*arrays, programs=_PROGRAMS, interpret=interpreter(interpret), **options)
+
+
+def two_tower_ssd(*arrays, interpret=False, **options):
+    """`kernels.two_tower_ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
+    return two_towers.two_tower_ssd(*arrays, programs=_PROGRAMS, interpret=interpreter(interpret), **options)

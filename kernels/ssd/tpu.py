@@ -75,9 +75,9 @@ def _forward_kernel(
     state = state_ref[...]
     for ref in left_ref:
         ref[...] = state
-    x, b, c = x_ref[...], b_ref[...], c_ref[...]
+    x, b, c = x_ref[cut.of_heads], b_ref[...], c_ref[...]
     chunk = Chunk(cut, dt_ref[...], Sum(coarse_ref[...], fine_ref[...]))
-    y_ref[...] = chunk.output(x, b, c, state)
+    y_ref[cut.of_heads] = chunk.output(x, b, c, state)
     state_ref[...] = chunk.next_state(x, b, state)
 
     @pl.when(step == steps - 1)
@@ -86,7 +86,7 @@ def _forward_kernel(
 
 
 def _run_forward(cut: Layout, x, dt, coarse, fine, b, c, initial, keep_states: bool):
-    """y (B, L, H·P), the last state (B, H/R, R·P, N), and with keep_states those at left edges, one a chunk."""
+    """y (B, L, H/R·W), the last state (B, H/R, R·P, N), and with keep_states those at left edges, one a chunk."""
     batch, length, _ = x.shape
 
     def order(k):
@@ -112,7 +112,7 @@ def _backward_kernel(
         grad_ref[...] = dlast_ref[...]
 
     grad, left = grad_ref[...], left_ref[...]
-    x, b, c, dy = x_ref[...], b_ref[...], c_ref[...], dy_ref[...]
+    x, b, c, dy = x_ref[cut.of_heads], b_ref[...], c_ref[...], dy_ref[cut.of_heads]
     chunk = Chunk(cut, dt_ref[...], Sum(coarse_ref[...], fine_ref[...]))
 
     # Through the states at both edges.
@@ -140,7 +140,7 @@ def _backward_kernel(
         by_row.append(jnp.sum(by_decay, axis=1, keepdims=True))
         by_column.append(jnp.sum(by_decay, axis=0, keepdims=True))
 
-    dx_ref[...] = (jnp.concatenate(dx, axis=1) + weights * pulled).astype(dx_ref.dtype)
+    dx_ref[cut.of_heads] = (jnp.concatenate(dx, axis=1) + weights * pulled).astype(dx_ref.dtype)
     dc_ref[...] = tpu.dot(dscores, b) + tpu.dot(dy_start, left)
     db_ref[...] = tpu.dot(dscores, c, tpu.TN) + tpu.dot(x_float * weights, grad)
     into, written = tpu.rows(jnp.concatenate(by_row, axis=1) + read, written)
@@ -205,9 +205,10 @@ def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128, interpret
     cut = layout(x.shape, b.shape, chunk, interpret)
     dt, log_decay = (in_chunks(v.astype(jnp.float32), chunk) for v in (dt, log_decay))
     rows = (cut.to_rows(v.reshape(batch, -1, heads)) for v in (dt, *cumulative(log_decay, chunk)))
-    x, b, c = (in_chunks(for_products(v), chunk).reshape(batch, -1, v.shape[2] * v.shape[3]) for v in (x, b, c))
+    x = cut.flat(in_chunks(for_products(x), chunk).reshape(batch, -1, heads, head_dim))
+    b, c = (in_chunks(for_products(v), chunk).reshape(batch, -1, v.shape[2] * v.shape[3]) for v in (b, c))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, head_dim, state), jnp.float32)
     initial = initial_state.astype(jnp.float32).reshape(batch, cut.blocks, -1, state)
     y, last = _scan(cut, x, *rows, b, c, initial)
-    return y[:, :length].reshape(batch, length, heads, head_dim), last.reshape(batch, heads, head_dim, state)
+    return cut.heads_of(y[:, :length]), last.reshape(batch, heads, head_dim, state)

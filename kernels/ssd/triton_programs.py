@@ -1,7 +1,21 @@
-"""The Triton programs behind scan_triton.py, which says what each computes; names of arrays and sizes are those there.
+"""The Triton programs that triton.py runs. `Programs` of gpu_layout.py says what each computes, in the same names.
 
 A program takes a tile of TILE positions (rows a), or a slice of a state's columns, of one head or group. Every size is
 a constant of the compilation, as shapes are to XLA; arrays lie as the model has them, (B, L, H·P) and (B, L, G·N).
+Sizes of tensors are powers of two: of PADDED_DIM places p of a head the first HEAD_DIM are real, the others zeros.
+Positions of the tile of rows are a, of a tile of columns of the same chunk b, and r is a head of the group:
+
+    query_a, key_b (N)               query, key           B or C of the group
+    upstream_a, value_b (P)          up, value            dy or x of head r
+    exp(q_i − k_j)                   decay                (TILE, TILE), 0 where the pair is not seen
+    dt_j                             step_size            (TILE, 1) or (1, TILE), of the writer
+    query_a · key_b                  scores               of all heads
+    (upstream_a · value_b) decay     mixed                of head r; in `outputs` (query_a · key_b) decay dt
+    Σ_r mixed dt                     dscores              the gradient of scores
+    Σ_b mixed scores                 step_sums            (heads, TILE); times dt, decay_sums
+    h or g at the chunk's edge       edge                 (P, N), of which a row sees so much: scale
+    upstream_a edge                  pulled               (TILE, N); · query_a, crossed
+
 Products of float32 are sums of three of TF32, which keep 21 bits or more. Where EXACT_AS_IS, queries and keys are both
 bfloat16, whose products are exact.
 """
@@ -85,6 +99,13 @@ def _decay(
 
 
 @triton.jit
+def _of_head(array, row, head, p, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rows of (B·L, H·P) of one head, float32; zeros beyond its P columns."""
+    place = array + row * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]
+    return tl.load(place, mask=p[None, :] < HEAD_DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def states(
     values,
     keys,
@@ -97,6 +118,7 @@ def states(
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     STATE: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
@@ -107,23 +129,24 @@ def states(
     head = tl.program_id(1)
     group = head // (HEADS // GROUPS)
     of_head = batch * HEADS + head
-    p = tl.arange(0, HEAD_DIM)
+    p = tl.arange(0, PADDED_DIM)
     n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     square = p[:, None] * STATE + n[None, :]
-    state = tl.load(initial + of_head * (HEAD_DIM * STATE) + square)
+    in_square = p[:, None] < HEAD_DIM
+    state = tl.load(initial + of_head * (HEAD_DIM * STATE) + square, mask=in_square, other=0.0)
     for k in range(LENGTH // CHUNK):
         chunk = LENGTH // CHUNK - 1 - k if BACKWARD else k
         of_chunk = of_head * (LENGTH // CHUNK) + chunk
-        tl.store(edges + of_chunk * (HEAD_DIM * STATE) + square, state)
+        tl.store(edges + of_chunk * (HEAD_DIM * STATE) + square, state, mask=in_square)
         state *= tl.load(kept + of_chunk)
         for tile in range(CHUNK // TILE):
             rows = chunk * CHUNK + tile * TILE + tl.arange(0, TILE)
             row = (batch * LENGTH + rows)[:, None]
-            value = tl.load(values + row * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
+            value = _of_head(values, row, head, p, HEADS, HEAD_DIM)
             weighted = value * tl.load(weights + of_head * LENGTH + rows)[:, None]
             key = tl.load(keys + row * (GROUPS * STATE) + group * STATE + n[None, :]).to(tl.float32)
             state = tl.dot(tl.trans(weighted), key, state, input_precision="tf32x3")
-    tl.store(last + of_head * (HEAD_DIM * STATE) + square, state)
+    tl.store(last + of_head * (HEAD_DIM * STATE) + square, state, mask=in_square)
 
 
 @triton.jit
@@ -144,6 +167,7 @@ def outputs(
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     STATE: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
@@ -160,17 +184,20 @@ def outputs(
     tile = tl.program_id(0) % (CHUNK // TILE)
     group = head // (HEADS // GROUPS)
     of_head = batch * HEADS + head
-    p = tl.arange(0, HEAD_DIM)
+    p = tl.arange(0, PADDED_DIM)
     n = tl.arange(0, STATE)
     i = tile * TILE + tl.arange(0, TILE)
     rows = chunk * CHUNK + i
     row = (batch * LENGTH + rows)[:, None]
     query = tl.load(queries + row * (GROUPS * STATE) + group * STATE + n[None, :])
     place = row * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]
-    total = tl.load(before + place) if ADDED else tl.full((TILE, HEAD_DIM), 0.0, tl.float32)
+    if ADDED:
+        total = tl.load(before + place, mask=p[None, :] < HEAD_DIM, other=0.0)
+    else:
+        total = tl.full((TILE, PADDED_DIM), 0.0, tl.float32)
     if THROUGH:
         of_chunk = (of_head * (LENGTH // CHUNK) + chunk) * (HEAD_DIM * STATE)
-        edge = tl.load(edges + of_chunk + p[:, None] * STATE + n[None, :])
+        edge = tl.load(edges + of_chunk + p[:, None] * STATE + n[None, :], mask=p[:, None] < HEAD_DIM, other=0.0)
         scale = tl.load(scales + of_head * LENGTH + rows)[:, None]
         total += scale * tl.dot(query.to(tl.float32), tl.trans(edge), input_precision="tf32x3")
     if not EXACT_AS_IS:
@@ -181,7 +208,7 @@ def outputs(
         columns = chunk * CHUNK + j
         column = (batch * LENGTH + columns)[:, None]
         key = tl.load(keys + column * (GROUPS * STATE) + group * STATE + n[None, :])
-        value = tl.load(values + column * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
+        value = _of_head(values, column, head, p, HEADS, HEAD_DIM)
         if not EXACT_AS_IS:
             key = key.to(tl.float32)
         reader, writer = _pairs(i, j, READERS_IN_ROWS)
@@ -198,7 +225,7 @@ def outputs(
         decay *= _step_size(dt, of_head * LENGTH + rows, of_head * LENGTH + columns, READERS_IN_ROWS)
         mixed = tl.dot(query, tl.trans(key), input_precision="tf32x3") * decay
         total = tl.dot(mixed, value, total, input_precision="tf32x3")
-    tl.store(output + place, total)
+    tl.store(output + place, total, mask=p[None, :] < HEAD_DIM)
 
 
 @triton.jit
@@ -223,6 +250,7 @@ def group_gradients(
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     STATE: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
@@ -238,7 +266,7 @@ def group_gradients(
     group = tl.program_id(1)
     chunk = tl.program_id(0) // (CHUNK // TILE)
     tile = tl.program_id(0) % (CHUNK // TILE)
-    p = tl.arange(0, HEAD_DIM)
+    p = tl.arange(0, PADDED_DIM)
     n = tl.arange(0, STATE)
     i = tile * TILE + tl.arange(0, TILE)
     rows = chunk * CHUNK + i
@@ -246,20 +274,21 @@ def group_gradients(
     place = row * (GROUPS * STATE) + group * STATE + n[None, :]
     query = tl.load(queries + place)
     total = tl.load(before + place) if ADDED else tl.full((TILE, STATE), 0.0, tl.float32)
+    # Through the state at the chunk's edge, head by head.
     if THROUGH:
         for r in range(HEADS // GROUPS):
             head = group * (HEADS // GROUPS) + r
             of_head = batch * HEADS + head
-            up = tl.load(upstream + row * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
+            up = _of_head(upstream, row, head, p, HEADS, HEAD_DIM)
             of_chunk = (of_head * (LENGTH // CHUNK) + chunk) * (HEAD_DIM * STATE)
-            edge = tl.load(edges + of_chunk + p[:, None] * STATE + n[None, :])
+            edge = tl.load(edges + of_chunk + p[:, None] * STATE + n[None, :], mask=p[:, None] < HEAD_DIM, other=0.0)
             pulled = tl.dot(up, edge, input_precision="tf32x3")
             total += pulled * tl.load(scales + of_head * LENGTH + rows)[:, None]
             tl.store(crossed + of_head * LENGTH + rows, tl.reduce(pulled * query.to(tl.float32), 1, _ADD))
     if not EXACT_AS_IS:
         query = query.to(tl.float32)
 
-    # A row of each for every head, in registers; heads are padded to a power of two.
+    # From the tiles of columns. Sums have a row for every head, in registers; heads are padded to a power of two.
     heads = tl.arange(0, PADDED_HEADS)
     decay_sums = tl.full((PADDED_HEADS, TILE), 0.0, tl.float32)
     step_sums = tl.full((PADDED_HEADS, TILE), 0.0, tl.float32)
@@ -278,8 +307,8 @@ def group_gradients(
         for r in range(HEADS // GROUPS):
             head = group * (HEADS // GROUPS) + r
             of_head = batch * HEADS + head
-            up = tl.load(upstream + row * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
-            value = tl.load(values + column * (HEADS * HEAD_DIM) + head * HEAD_DIM + p[None, :]).to(tl.float32)
+            up = _of_head(upstream, row, head, p, HEADS, HEAD_DIM)
+            value = _of_head(values, column, head, p, HEADS, HEAD_DIM)
             decay = _decay(
                 readers_coarse,
                 readers_fine,

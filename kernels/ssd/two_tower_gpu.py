@@ -1,8 +1,8 @@
-"""The SSD scans of two towers in their dual form (ssd.py) on GPUs, forward and backward.
+"""The SSD scans of two towers in their dual form (see `kernels.ssd`) on GPUs, forward and backward.
 
-The kernels are those of one tower (scan_gpu.py). The state that goes from chunk to chunk is the context's: one a chunk,
-none a block. Inside a chunk position i reads from two sources, from the denoiser what lies in i's own block and from
-the context what lies in earlier ones; tiles in which a source has nothing are passed over.
+The kernels are those of one tower (gpu_layout.py). The state that goes from chunk to chunk is the context's: one a
+chunk, none a block. Inside a chunk position i reads from two sources, from the denoiser what lies in i's own block and
+from the context what lies in earlier ones; tiles in which a source has nothing are passed over.
 
 q_i, the decay from the start of the chunk to i, is the context's up to the block's left edge and the denoiser's from
 there. Within a block the first part cancels, so that q_i − q_j is the denoiser's own decay.
@@ -16,9 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from twotower_jax.kernels.numerics.log_decay import Sum, cumulative, in_chunks, query_sums
 from twotower_jax.kernels.ssd.gpu import Edges
-from twotower_jax.kernels.ssd.gpu_layout import Cut, cut_scan
-from twotower_jax.kernels.ssd.gpu_layout import unsupported as _unsupported_shapes
-from twotower_jax.kernels.ssd.mosaic_gpu import Decays, Pairs, Source
+from twotower_jax.kernels.ssd.gpu_layout import Cut, Decays, Pairs, Programs, Source, cut_scan
 
 
 def _pairs(block_size: int) -> tuple[Pairs, Pairs]:
@@ -32,7 +30,7 @@ def _scan(cut: Cut, block_size: int, denoiser, context):
 
     Args:
       denoiser: x, b, c, dt, the coarse sums q, and the fine ones as two arrays: of the block, and before it.
-      context: x, b, dt, coarse, fine. The gradients of sums go to the fine parts, as in ssd_gpu.py.
+      context: x, b, dt, coarse, fine. The gradients of sums go to the fine parts, as in gpu.py.
     """
     return _run_forward(cut, block_size, denoiser, context)[0]
 
@@ -50,9 +48,9 @@ def _run_forward(cut: Cut, block_size: int, denoiser, context):
     (x, b, c, *_), (context_x, context_b, *_) = denoiser, context
     own, before = _decays(denoiser, context)
     edges = Edges(cut, before.writers, before.dt)
-    left, _ = cut.kernels.states(cut, context_x, context_b, edges.weight, edges.kept, _no_state(cut))
+    left, _ = cut.programs.states(cut, context_x, context_b, edges.weight, edges.kept, _no_state(cut))
     sources = Source(b, x, own), Source(context_b, context_x, before)
-    return cut.kernels.outputs(cut, c, _pairs(block_size), sources, (jnp.exp(own.readers.total), left)), left
+    return cut.programs.outputs(cut, c, _pairs(block_size), sources, (jnp.exp(own.readers.total), left)), left
 
 
 def _no_state(cut: Cut) -> jax.Array:
@@ -78,12 +76,12 @@ def _scan_backward(cut, block_size, residuals, dy):
 
     # The denoiser's.
     writers = (Source(c, dy, own),)
-    dx = cut.kernels.outputs(cut, b, (own_pairs,), writers, None, readers_in_rows=False)
+    dx = cut.programs.outputs(cut, b, (own_pairs,), writers, None, readers_in_rows=False)
     sources = Source(b, x, own), Source(context_b, context_x, before)
-    dc, (own_reader, reader), read = cut.kernels.group_gradients(
+    dc, (own_reader, reader), read = cut.programs.group_gradients(
         cut, c, dy, _pairs(block_size), sources, (from_start, left), readers_in_rows=True
     )
-    db, (own_writer,), _ = cut.kernels.group_gradients(cut, b, x, (own_pairs,), writers, None, readers_in_rows=False)
+    db, (own_writer,), _ = cut.programs.group_gradients(cut, b, x, (own_pairs,), writers, None, readers_in_rows=False)
     dbefore = reader.by_decay + from_start * read
     dinside = own_reader.by_decay - own_writer.by_decay + dbefore
     of_denoiser = (
@@ -100,10 +98,10 @@ def _scan_backward(cut, block_size, residuals, dy):
 
     # The context's.
     edges = Edges(cut, before.writers, context_dt)
-    grads, _ = cut.kernels.states(cut, dy, c, from_start, edges.kept, _no_state(cut), backward=True)
+    grads, _ = cut.programs.states(cut, dy, c, from_start, edges.kept, _no_state(cut), backward=True)
     writers, through = (Source(c, dy, before),), (edges.weight, grads)
-    context_dx = cut.kernels.outputs(cut, context_b, (before_pairs,), writers, through, readers_in_rows=False)
-    context_db, (writer,), written = cut.kernels.group_gradients(
+    context_dx = cut.programs.outputs(cut, context_b, (before_pairs,), writers, through, readers_in_rows=False)
+    context_db, (writer,), written = cut.programs.group_gradients(
         cut, context_b, context_x, (before_pairs,), writers, through, readers_in_rows=False
     )
     context_ddt, dsum = edges.gradients(cut, written, left, grads)
@@ -120,13 +118,6 @@ def _scan_backward(cut, block_size, residuals, dy):
 _scan.defvjp(_scan_forward, _scan_backward, symbolic_zeros=True)
 
 
-def unsupported(
-    x, dt, log_decay, b, c, context_x, context_dt, context_log_decay, context_b, *, block_size, chunk_size=128
-) -> str | None:
-    """Why the hardware cannot run `two_tower_ssd` on these shapes, or None."""
-    return _unsupported_shapes(x.shape, b.shape, chunk_size, block_size)
-
-
 def two_tower_ssd(
     x,
     dt,
@@ -140,11 +131,11 @@ def two_tower_ssd(
     *,
     block_size,
     chunk_size=128,
-    interpret=False,
-    module="mosaic_gpu",
+    programs: Programs,
+    interpret,
 ):
-    """`kernels.two_tower_ssd`, same arguments and results. `interpret`: True or how, to run it on any backend."""
-    cut = cut_scan(x.shape, b.shape, chunk_size, interpret, block_size, module)
+    """`kernels.two_tower_ssd`, same arguments and results, by these programs; `interpret` as in gpu.py."""
+    cut = cut_scan(x.shape, b.shape, chunk_size, programs, interpret, block_size)
     dt, log_decay, context_dt, context_log_decay = (
         in_chunks(v.astype(jnp.float32), cut.chunk) for v in (dt, log_decay, context_dt, context_log_decay)
     )

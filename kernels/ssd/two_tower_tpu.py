@@ -1,6 +1,6 @@
-"""The SSD scans of two towers in their dual form (ssd.py) as Pallas TPU kernels, forward and backward.
+"""The SSD scans of two towers in their dual form (see `kernels.ssd`) as Pallas TPU kernels, forward and backward.
 
-As in ssd_tpu.py a grid step takes a chunk of R heads, and the state that goes from chunk to chunk is the context's: one
+As in tpu.py a grid step takes a chunk of R heads, and the state that goes from chunk to chunk is the context's: one
 a chunk, none a block. Inside a chunk position i reads each j ≤ i once, from the denoiser where j lies in i's own block
 and from the context where it lies in an earlier one. So both towers share one triangle of scores and decays: where the
 block of j is i's, B, x, dt and the sums q of the denoiser stand in it, elsewhere those of the context.
@@ -58,7 +58,10 @@ class _Chunk:
 
 def _load(cut: Layout, block_size: int, refs):
     """The chunk's products' operands, and the rest."""
-    x, b, c, context_x, context_b, dt, query_coarse, query_fine, context_dt, coarse, fine = (ref[...] for ref in refs)
+    x_ref, b_ref, c_ref, context_x_ref, context_b_ref, *row_refs = refs
+    x, context_x = x_ref[cut.of_heads], context_x_ref[cut.of_heads]
+    b, c, context_b = b_ref[...], c_ref[...], context_b_ref[...]
+    dt, query_coarse, query_fine, context_dt, coarse, fine = (ref[...] for ref in row_refs)
     chunk = _Chunk(cut, block_size, dt, Sum(query_coarse, query_fine), context_dt, Sum(coarse, fine))
     return x, b, c, context_x, context_b, chunk
 
@@ -84,7 +87,7 @@ def _forward_kernel(*refs, cut: Layout, block_size: int):
         own_x, before_x = tpu.head(x, r, cut.head_dim), tpu.head(context_x, r, cut.head_dim)
         y.append(tpu.dot(own, own_x) + tpu.dot(context, before_x))
     across = tpu.dot(c, state, tpu.NT) * tpu.across_heads(chunk.from_start, cut.head_dim)
-    y_ref[...] = jnp.concatenate(y, axis=1) + across
+    y_ref[cut.of_heads] = jnp.concatenate(y, axis=1) + across
     weighted = context_x.astype(jnp.float32) * tpu.across_heads(chunk.weight, cut.head_dim)
     state_ref[...] = chunk.kept * state + tpu.dot(weighted, context_b, tpu.TN)
 
@@ -96,7 +99,7 @@ def _inputs(cut: Layout, order, arrays):
 
 
 def _run_forward(cut: Layout, block_size: int, arrays, keep_states: bool):
-    """y (B, L, H·P), and with keep_states the context's states at left edges, one a chunk."""
+    """y (B, L, H/R·W), and with keep_states the context's states at left edges, one a chunk."""
     batch, length, _ = arrays[0].shape
 
     def order(k):
@@ -114,7 +117,7 @@ def _backward_kernel(*refs, cut: Layout, block_size: int):
     """Gradients of the denoiser's arrays, and of the context's where there are outputs for them."""
     inputs, (left_ref, dy_ref), (*outputs, grad_ref) = refs[:_INPUTS], refs[_INPUTS : _INPUTS + 2], refs[_INPUTS + 2 :]
     dx_ref, ddt_ref, dinside_ref, dquery_ref, db_ref, dc_ref, *context_outputs = outputs
-    left, dy = left_ref[...], dy_ref[...]
+    left, dy = left_ref[...], dy_ref[cut.of_heads]
     x, b, c, context_x, context_b, chunk = _load(cut, block_size, inputs)
     head_dim = cut.head_dim
 
@@ -147,7 +150,7 @@ def _backward_kernel(*refs, cut: Layout, block_size: int):
             context_ddt.append(jnp.sum(by_step, axis=0, keepdims=True))
             column.append(jnp.sum(by_decay, axis=0, keepdims=True))
     own_dscores, context_dscores = chunk.split(dscores)
-    dx_ref[...] = jnp.concatenate(dx, axis=1).astype(dx_ref.dtype)
+    dx_ref[cut.of_heads] = jnp.concatenate(dx, axis=1).astype(dx_ref.dtype)
     ddt_ref[...] = jnp.concatenate(ddt, axis=0)
     inside, query = tpu.rows(jnp.concatenate(own_row, axis=1), jnp.concatenate(row, axis=1) + read)
     dinside_ref[...] = inside - jnp.concatenate(own_column, axis=0) + query
@@ -167,7 +170,8 @@ def _backward_kernel(*refs, cut: Layout, block_size: int):
     pulled = tpu.dot(context_b, grad, tpu.NT)
     x_float, weights = context_x.astype(jnp.float32), tpu.across_heads(chunk.weight, head_dim)
     (written,) = tpu.rows(tpu.sums_of_heads(x_float * pulled, head_dim))
-    context_dx_ref[...] = (jnp.concatenate(context_dx, axis=1) + weights * pulled).astype(context_dx_ref.dtype)
+    context_dx = jnp.concatenate(context_dx, axis=1) + weights * pulled
+    context_dx_ref[cut.of_heads] = context_dx.astype(context_dx_ref.dtype)
     context_ddt_ref[...] = jnp.concatenate(context_ddt, axis=0) + chunk.to_edge * written
     moved = chunk.context_dt * chunk.to_edge * written
     state_kept = tpu.sums_of_states(chunk.kept * grad * left, head_dim)
@@ -195,11 +199,11 @@ def _run_backward(cut: Layout, block_size: int, arrays, left, dy, context_too: b
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(cut: Layout, block_size: int, denoiser, context):
-    """y (B, L, H·P).
+    """y (B, L, H/R·W).
 
     Args:
       denoiser: x, b, c, dt, the coarse sums q, and the fine ones as two arrays: of the block, and before it.
-      context: x, b, dt, coarse, fine. The gradients of sums go to the fine parts, as in ssd_tpu.py.
+      context: x, b, dt, coarse, fine. The gradients of sums go to the fine parts, as in tpu.py.
     """
     (y,) = _run_forward(cut, block_size, _arrays(denoiser, context), keep_states=False)
     return y
@@ -271,12 +275,15 @@ def two_tower_ssd(
     context_sum = cumulative(context_log_decay, chunk)
     inside, before = query_sums(log_decay, context_sum, block_size)
 
+    def wide(v):
+        return cut.flat(in_chunks(for_products(v), chunk).reshape(batch, -1, heads, head_dim))
+
     def flat(v):
         return in_chunks(for_products(v), chunk).reshape(batch, -1, v.shape[2] * v.shape[3])
 
     def rows(*arrays):
         return (cut.to_rows(v.reshape(batch, -1, heads)) for v in arrays)
 
-    denoiser = *map(flat, (x, b, c)), *rows(dt, inside.coarse + before.coarse, inside.fine, before.fine)
-    context = *map(flat, (context_x, context_b)), *rows(context_dt, *context_sum)
-    return _scan(cut, block_size, denoiser, context)[:, :length].reshape(x.shape)
+    denoiser = wide(x), flat(b), flat(c), *rows(dt, inside.coarse + before.coarse, inside.fine, before.fine)
+    context = wide(context_x), flat(context_b), *rows(context_dt, *context_sum)
+    return cut.heads_of(_scan(cut, block_size, denoiser, context)[:, :length])

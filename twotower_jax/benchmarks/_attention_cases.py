@@ -1,4 +1,4 @@
-"""The attention layer of the 30B model, for kernel_compile.py: 32 heads of 128, 2 of keys."""
+"""A model's attention layer, for kernel_compile.py."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax import kernels
+from twotower_jax.benchmarks._shapes import LayerShape
 
-_HEADS, _KV_HEADS, _HEAD_DIM, _LENGTH, _BLOCK = 32, 2, 128, 8192, 16
+_LENGTH, _BLOCK = 8192, 16
 Shapes = list[tuple[tuple[int, ...], jnp.dtype]]
 
 
@@ -18,20 +19,20 @@ def implementation(platform: str, dtype: jnp.dtype) -> str:
     return "mosaic_gpu" if dtype == jnp.bfloat16 else "xla"
 
 
-def cases(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]:
+def cases(layer: LayerShape, dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]:
     """What is compiled, its function and its shapes, for the implementation of a name.
 
     Heads lie side by side, as projections leave them, but in caches.
     """
 
     def side_by_side(heads, batch, length):
-        return (batch, length, heads * _HEAD_DIM), dtype
+        return (batch, length, heads * layer.query_dim), dtype
 
     def keys(batch, length):
-        return [side_by_side(_KV_HEADS, batch, length)] * 2
+        return [side_by_side(layer.kv_heads, batch, length)] * 2
 
     def apart(v):
-        return v.reshape(*v.shape[:2], -1, _HEAD_DIM)
+        return v.reshape(*v.shape[:2], -1, layer.query_dim)
 
     def heads_first(*arrays):
         return tuple(jnp.swapaxes(apart(v), 1, 2) for v in arrays)
@@ -55,8 +56,8 @@ def cases(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]
         return attention(q, (cache, kernels.Keys(*heads_first(*own), jnp.arange(1, q.shape[1] + 1))))
 
     def behind_cache(batch, length):
-        cache, lengths = ((batch, _KV_HEADS, _LENGTH, _HEAD_DIM), dtype), ((batch,), jnp.dtype(jnp.int32))
-        return [side_by_side(_HEADS, batch, length), cache, cache, lengths, *keys(batch, length)]
+        cache, lengths = ((batch, layer.kv_heads, _LENGTH, layer.query_dim), dtype), ((batch,), jnp.dtype(jnp.int32))
+        return [side_by_side(layer.query_heads, batch, length), cache, cache, lengths, *keys(batch, length)]
 
     def gradient(function):
         def loss(arrays):
@@ -64,7 +65,7 @@ def cases(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]
 
         return lambda *arrays: jax.grad(loss)(arrays)
 
-    queries = side_by_side(_HEADS, 1, _LENGTH)
+    queries = side_by_side(layer.query_heads, 1, _LENGTH)
     run, both = [queries, *keys(1, _LENGTH)], [queries, *2 * keys(1, _LENGTH)]
     yield f"attention, causal, {_LENGTH} tokens", causal, run
     yield f"attention, causal, {_LENGTH} tokens, gradient", gradient(causal), run

@@ -1,4 +1,4 @@
-"""The convolutions of a Mamba layer of the 30B model, for kernel_compile.py: 6144 channels, width 4, blocks of 16.
+"""The convolutions of a Mamba layer of some channels, for kernel_compile.py: width 4, blocks of 16.
 
 XLA's form stands beside the kernel that is made for the chip: what both take is how one chooses between them.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from twotower_jax import kernels
 
-_CHANNELS, _WIDTH, _LENGTH, _BLOCK = 6144, 4, 8192, 16
+_WIDTH, _LENGTH, _BLOCK = 4, 8192, 16
 Shapes = list[tuple[tuple[int, ...], jnp.dtype]]
 
 
@@ -20,7 +20,7 @@ def implementations(platform: str) -> tuple[str, str]:
     return "xla", "pallas_tpu" if platform == "tpu" else "mosaic_gpu"
 
 
-def cases(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]:
+def cases(channels: int, dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]:
     """What is compiled, its function and its shapes, for the implementation of a name."""
     one = functools.partial(kernels.causal_conv, implementation=name)
 
@@ -34,8 +34,8 @@ def cases(dtype: jnp.dtype, name: str) -> Iterator[tuple[str, Callable, Shapes]]
 
         return pulled
 
-    tokens = (1, _LENGTH, _CHANNELS), dtype
-    run = [tokens, ((_WIDTH, _CHANNELS), dtype), ((_CHANNELS,), dtype)]
+    tokens = (1, _LENGTH, channels), dtype
+    run = [tokens, ((_WIDTH, channels), dtype), ((channels,), dtype)]
     yield f"causal_conv, {_LENGTH} tokens", one, run
     yield f"causal_conv, {_LENGTH} tokens, gradient", gradient(one, 3), [tokens, *run]
     both = [*run, tokens]

@@ -68,6 +68,10 @@ def _scans() -> Iterator[Case]:
                 forms = _EVERYWHERE | {TRITON: _BOTH}
                 problem = functools.partial(arrays, length, strong), run
                 yield Case(op, kind, *problem, implementations=forms, gradients=tuple(forms))
+        # As Nano 4B has them.
+        problem = functools.partial(arrays, 24, 0.0, head_dim=80), run
+        forms = _EVERYWHERE | {TRITON: _BOTH}
+        yield Case(op, "mild decays, heads of 80", *problem, implementations=forms, gradients=tuple(forms))
         # The interpreters of GPU kernels would take hours.
         of_long = {name: ("float32",) for name in (XLA, TPU)}
         long = functools.partial(arrays, _LONG, None), functools.partial(run.func, 128)
@@ -83,21 +87,21 @@ def _steps(rng, length: int, heads: int, strong: float | None) -> list[jax.Array
     return [jnp.asarray(dt, jnp.float32), jnp.asarray(decay, jnp.float32)]
 
 
-def _tower(rng, length: int, strong: float | None, dtype) -> list[jax.Array]:
+def _tower(rng, length: int, strong: float | None, dtype, head_dim: int) -> list[jax.Array]:
     """x, dt, log-decay, B, C."""
     steps = _steps(rng, length, _HEADS, strong)
-    x = _normal(rng, dtype, 1, length, _HEADS, _HEAD_DIM)
+    x = _normal(rng, dtype, 1, length, _HEADS, head_dim)
     b, c = (_normal(rng, dtype, 1, length, _GROUPS, _STATE) for _ in range(2))
     return [x, *steps, b, c]
 
 
-def _one_tower(length: int, strong: float | None, rng, dtype) -> list[jax.Array]:
-    initial = _normal(rng, jnp.float32, 1, _HEADS, _HEAD_DIM, _STATE) * rng.choice([0.0, 10.0])
-    return [*_tower(rng, length, strong, dtype), initial]
+def _one_tower(length: int, strong: float | None, rng, dtype, head_dim: int = _HEAD_DIM) -> list[jax.Array]:
+    initial = _normal(rng, jnp.float32, 1, _HEADS, head_dim, _STATE) * rng.choice([0.0, 10.0])
+    return [*_tower(rng, length, strong, dtype, head_dim), initial]
 
 
-def _two_towers(length: int, strong: float | None, rng, dtype) -> list[jax.Array]:
-    return [*_tower(rng, length, strong, dtype), *_tower(rng, length, strong, dtype)[:4]]
+def _two_towers(length: int, strong: float | None, rng, dtype, head_dim: int = _HEAD_DIM) -> list[jax.Array]:
+    return [*_tower(rng, length, strong, dtype, head_dim), *_tower(rng, length, strong, dtype, head_dim)[:4]]
 
 
 def _ssd(chunk: int, name: str, *arrays):
@@ -110,11 +114,11 @@ def _two_tower_ssd(chunk: int, name: str, *arrays):
 
 
 def _block_scans() -> Iterator[Case]:
-    """Two heads of 64 in two groups, state 64: what the GPU kernel takes."""
-    heads, head_dim, groups, state = 2, 64, 2, 64
-    inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+    """Two heads of 64 or 80 in two groups, state 64: what the GPU kernel takes."""
+    heads, groups, state = 2, 2, 64
 
-    def arrays(length, strong, rng, dtype):
+    def arrays(length, strong, rng, dtype, head_dim=64):
+        inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
         weights = [_normal(rng, dtype, 4, channels), _normal(rng, dtype, channels)]
         weights += [_normal(rng, jnp.float32, heads), _normal(rng, dtype, inner)]
         per_token = _normal(rng, dtype, 1, length, inner), _normal(rng, dtype, 1, length, channels)
@@ -129,6 +133,8 @@ def _block_scans() -> Iterator[Case]:
     for kind, strong in _DECAYS.items():
         for length in 1, 16, 40:
             yield Case("block_scan", kind, functools.partial(arrays, length, strong), run, gradients=(XLA,))
+    of_80 = functools.partial(arrays, 16, 0.0, head_dim=80)
+    yield Case("block_scan", "mild decays, heads of 80", of_80, run, gradients=(XLA,))
 
 
 def _convolutions() -> Iterator[Case]:

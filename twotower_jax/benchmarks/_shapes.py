@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,42 @@ from twotower_jax.train.config import freeze
 _CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 NANO_PATTERN = "MEMEM*E" * 5 + "MEMEMEM*E" + "ME" * 4
+
+
+class LayerShape(NamedTuple):
+    """What kernels see of one model's layers.
+
+    Attributes:
+      name: in words.
+      heads, head_dim, groups, state, chunk: of Mamba, H, P, G, N and Q.
+      query_heads, kv_heads, query_dim: of attention.
+    """
+
+    name: str
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    chunk: int
+    query_heads: int
+    kv_heads: int
+    query_dim: int
+
+    @property
+    def inner(self) -> int:
+        """H·P."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """That the convolution runs over, H·P + 2·G·N."""
+        return self.inner + 2 * self.groups * self.state
+
+
+LAYERS = {
+    "nano30b": LayerShape("the 30B model", 64, 64, 8, 128, 128, 32, 2, 128),
+    "nano4b": LayerShape("Nano 4B", 96, 80, 8, 128, 256, 40, 8, 128),
+}
 
 
 def tiny_config() -> ModelConfig:

@@ -1,12 +1,14 @@
-"""Compiles the ops for chips that are not there, at the shapes of the 30B model.
+"""Compiles the ops for chips that are not there, at the shapes of a model.
 
     python launch/benchmark.py kernel_compile --topology=v5p:2x2x1
     python launch/benchmark.py kernel_compile --op=ssd,two_tower_ssd
+    python launch/benchmark.py kernel_compile --layers=nano4b
 
 What is compiled is what runs there: Pallas kernels for TPUs (package `libtpu`) and, for h200:1, for NVIDIA Hopper
 (packages `jax-cuda13-plugin` and `jax-cuda13-pjrt`), where the scans of other GPUs are compiled as well (package
-`jax-triton`). A row a kernel: seconds to compile, and its temporary memory,
-which for gradients holds what the forward pass keeps. Exit status 1 if anything does not compile.
+`jax-triton`). A row per kernel: seconds to compile, and its temporary memory, which for gradients holds what the
+forward pass keeps. Experts are those of the 30B model, the only one that has any. Exit status 1 if anything does not
+compile.
 """
 
 import sys
@@ -22,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import kernels
 from twotower_jax.benchmarks import _attention_cases, _convolution_cases, _expert_cases
+from twotower_jax.benchmarks._shapes import LAYERS, LayerShape
 from twotower_jax.planning import hardware
 
 _LENGTH = 8192
@@ -46,7 +49,10 @@ def define_flags() -> None:
         "topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"], "What to compile for; see launch/compile.py."
     )
     flags.DEFINE_multi_enum("dtype", ["bfloat16"], ["bfloat16", "float32"], "Of x, B and C; may be given twice.")
-    flags.DEFINE_multi_integer("chunk_size", [128], "Q, a multiple of 128; may be given several times.")
+    flags.DEFINE_enum("layers", "nano30b", list(LAYERS), "The model whose layers are compiled.")
+    flags.DEFINE_multi_integer(
+        "chunk_size", [], "Q, a multiple of 128; may be given several times. Default: the model's."
+    )
     flags.DEFINE_list("op", [], "Only what begins with one of these: ssd, two_tower_ssd, block_scan, attention …")
     flags.DEFINE_bool("compare", False, "Compile XLA's convolutions as well, which takes minutes on TPUs.")
 
@@ -57,9 +63,11 @@ def main() -> None:
     print(f"jax {jax.__version__}\n")
     print("| chip | implementation | op | dtype | chunk | compiled in | temporaries |")
     print("|---|---|---|---|--:|--:|--:|")
+    layer = LAYERS[values.layers]
+    chunks = values.chunk_size or [layer.chunk]
     failures, count = 0, 0
     for device in devices:
-        for case, *row in _everything(device.platform, values.dtype, values.chunk_size, values.compare):
+        for case, *row in _everything(layer, device.platform, values.dtype, chunks, values.compare):
             if values.op and not case.name.startswith(tuple(values.op)):
                 continue
             count += 1
@@ -73,31 +81,31 @@ def main() -> None:
 
 
 def _everything(
-    platform: str, dtypes: list[str], chunks: list[int], compare: bool
+    layer: LayerShape, platform: str, dtypes: list[str], chunks: list[int], compare: bool
 ) -> Iterator[tuple[Case, str, str, int | str]]:
     """Cases, each with its implementation, the dtype and, of scans, the chunk."""
     of_scans = "pallas_tpu" if platform == "tpu" else "mosaic_gpu"
     for name in dtypes:
         dtype = jnp.dtype(name)
         for chunk in chunks:
-            for case in _cases(dtype, chunk, of_scans):
+            for case in _cases(layer, dtype, chunk, of_scans):
                 yield case, of_scans, name, chunk
-            for case in _cases(dtype, chunk, "triton") if platform == "gpu" else ():
+            for case in _cases(layer, dtype, chunk, "triton") if platform == "gpu" else ():
                 if not case.name.startswith("block_scan"):
                     yield case, "triton", name, chunk
         of_attention = _attention_cases.implementation(platform, dtype)
-        for case in _attention_cases.cases(dtype, of_attention):
+        for case in _attention_cases.cases(layer, dtype, of_attention):
             yield Case(*case), of_attention, name, ""
         for implementation in _convolution_cases.implementations(platform)[0 if compare else 1 :]:
-            for case in _convolution_cases.cases(dtype, implementation):
+            for case in _convolution_cases.cases(layer.channels, dtype, implementation):
                 yield Case(*case), implementation, name, ""
-    for *case, implementation in _expert_cases.cases(platform):
+    for *case, implementation in _expert_cases.cases(platform) if layer is LAYERS["nano30b"] else ():
         yield Case(*case), implementation, "bfloat16", ""
 
 
-def _cases(dtype: jnp.dtype, chunk_size: int, implementation: str) -> Iterator[Case]:
-    """The scans of one Mamba layer of the 30B model (64 heads of 64 in 8 groups, state 128)."""
-    heads, head_dim, groups, state = 64, 64, 8, 128
+def _cases(layer: LayerShape, dtype: jnp.dtype, chunk_size: int, implementation: str) -> Iterator[Case]:
+    """The scans of one Mamba layer."""
+    heads, head_dim, groups, state = layer.heads, layer.head_dim, layer.groups, layer.state
 
     def inputs(batch, length):
         inner, group = ((batch, length, heads * head_dim), dtype), ((batch, length, groups * state), dtype)
@@ -134,7 +142,7 @@ def _cases(dtype: jnp.dtype, chunk_size: int, implementation: str) -> Iterator[C
         )
 
     def block_inputs(batch, length):
-        inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+        inner, channels = layer.inner, layer.channels
         row = (batch, length, heads), jnp.float32
         per_token = [((batch, length, inner), dtype), ((batch, length, channels), dtype), row, row]
         weights = [((4, channels), dtype), ((channels,), dtype), ((heads,), jnp.float32), ((inner,), dtype)]

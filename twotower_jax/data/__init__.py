@@ -1,6 +1,7 @@
 """Text, or tokens on disk, to batches of token ids.
 
-    sources.py     text in memory: Python's own documentation, or the user's text and JSON Lines files
+    sources.py     Python's own documentation
+    inputs.py      the user's files of text: which there are, and what is in them, as formats.py reads it
     tokenizer.py   byte-level BPE: train, save, load, encode
     chat.py        conversations, by the template of a chat model's tokenizer
     packing.py     documents in memory -> windows of equal length, some documents held out for validation
@@ -8,7 +9,7 @@
 
 and where the data are too large for memory
 
-    inputs.py prepare.py      text files of any size -> a folder of prepared data, by several processes
+    prepare.py                text files of any size -> a folder of prepared data, by several processes
     shards.py prepared.py     such a folder: one file of it, all of it
     megatron.py               .bin/.idx sets as they are
     documents.py windows.py   documents anywhere -> windows read one at a time
@@ -18,9 +19,10 @@ and where the data are too large for memory
 Everything here runs on the host, in numpy. Nothing depends on the number of processes except the rows each one reads.
 """
 
+from twotower_jax.data.inputs import read_documents
 from twotower_jax.data.packing import PackedSequences, pack_documents
 from twotower_jax.data.pipeline import TrainingData, validation_batches
-from twotower_jax.data.sources import python_documentation, read_documents
+from twotower_jax.data.sources import python_documentation
 from twotower_jax.data.tokenizer import (
     BOS_ID,
     EOS_ID,

@@ -1,9 +1,9 @@
 """What `config.data` names, opened: text, prepared data, a Megatron set, or a mixture of these.
 
     ""                        the documentation shipped with Python
-    FILE.txt, FILE.jsonl      text, tokenized and packed in memory
+    FILE.txt, FILE.jsonl ...  text of any kind that formats.py reads, tokenized and packed in memory
     FOLDER with dataset.json  prepared data
-    FOLDER                    of .txt and .jsonl files, as above
+    FOLDER                    of files of text, as above
     PREFIX, PREFIX.bin        a Megatron set
     FILE.json                 a mixture of any of these but the first
 
@@ -11,7 +11,10 @@ Each kind is a small class that can say which tokenizer its tokens need, and giv
 """
 
 import functools
+import itertools
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,15 +22,18 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from twotower_jax.data.documents import Documents, held_out
+from twotower_jax.data.inputs import distinct_documents, text_files
 from twotower_jax.data.megatron import MegatronDocuments, is_megatron
 from twotower_jax.data.mixture import Mixture, read_mixture
 from twotower_jax.data.packing import PackedSequences, pack_documents
 from twotower_jax.data.prepared import TRAIN, VALIDATION, PreparedDocuments, is_prepared
-from twotower_jax.data.sources import python_documentation, read_documents
+from twotower_jax.data.sources import python_documentation
 from twotower_jax.data.tokenizer import EOS_ID, load_tokenizer, train_tokenizer
 from twotower_jax.data.windows import Concatenation, DocumentWindows
 
 Windows = PackedSequences | DocumentWindows
+
+Report = Callable[[str], None]
 
 _HELD_OUT = ", documents held out (validation_fraction=0 goes without)"
 
@@ -48,7 +54,13 @@ class Packing(NamedTuple):
 
 
 class Source(Protocol):
-    """One kind of data."""
+    """One kind of data.
+
+    Attributes:
+      files: the real paths of what holds it.
+    """
+
+    files: set[str]
 
     def tokenizer(self, vocab_size: int) -> Tokenizer | None:
         """A tokenizer for a model that has none yet, of at most `vocab_size` tokens where it is trained; or None."""
@@ -57,8 +69,8 @@ class Source(Protocol):
         """Windows for training, and those held out."""
 
 
-def open_source(path: str) -> Source:
-    """What a path names, mixtures excepted.
+def open_source(path: str, report: Report) -> Source:
+    """What a path names, mixtures excepted; `report` is given a line about what is left out.
 
     Raises:
       ValueError, OSError: nothing usable is there.
@@ -67,23 +79,30 @@ def open_source(path: str) -> Source:
         return PreparedSource(path)
     if path and not Path(path).is_dir() and is_megatron(path):
         return MegatronSource(path)
-    return TextSource(path)
+    return TextSource(path, report)
 
 
 class Data:
     """All that `config.data` names."""
 
-    def __init__(self, data: str):
-        """Looks at what is there.
+    def __init__(self, data: str, report: Report = lambda line: None):
+        """Looks at what is there; `report` is given lines about what is left out.
 
         Raises:
-          ValueError, OSError: the mixture file cannot be used, or what is named is missing.
+          ValueError, OSError: the mixture file cannot be used, what is named is missing, or two sources hold one file.
         """
         self._mixed = Path(data).suffix == ".json"
         entries = read_mixture(data) if self._mixed else {}
         self._weights = {name: entry.weight for name, entry in entries.items()}
         paths = {name: entry.path for name, entry in sorted(entries.items())} if self._mixed else {"": data}
-        self._sources = {name: open_source(path) for name, path in paths.items()}
+        self._sources = {name: open_source(path, report) for name, path in paths.items()}
+        for a, b in itertools.combinations(paths, 2):
+            # Each source holds out documents of its own: what one holds out, the other would train on.
+            if common := self._sources[a].files & self._sources[b].files:
+                raise ValueError(
+                    f"{data}: {a!r} and {b!r} overlap: both hold {min(common)}; held-out documents of one would be "
+                    "trained on in the other, so give each its own files"
+                )
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         """The tokenizer for a model that starts from random weights: the first that a source offers.
@@ -118,8 +137,10 @@ class Data:
 class TextSource:
     """Text files, or with an empty path Python's documentation; read at once."""
 
-    def __init__(self, path: str):
-        self._documents = read_documents(path) if path else python_documentation()
+    def __init__(self, path: str, report: Report):
+        files = text_files(path, report) if path else []
+        self.files = {os.path.realpath(file.path) for file in files}
+        self._documents = distinct_documents(files) if path else python_documentation()
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         return train_tokenizer(self._documents, vocab_size)
@@ -135,6 +156,7 @@ class PreparedSource:
 
     def __init__(self, path: str):
         self._path = path
+        self.files = {os.path.realpath(path)}
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         return load_tokenizer(self._path)
@@ -165,6 +187,7 @@ class MegatronSource:
 
     def __init__(self, path: str):
         self._path = path
+        self.files = {os.path.realpath(path.removesuffix(".bin") + ".bin")}
 
     def tokenizer(self, vocab_size: int) -> None:
         return None

@@ -127,7 +127,7 @@ def prepare(
             f"the tokenizer has no token {settings.end_token} to close documents with; give one with --eos"
         )
     output = pathlib.Path(output)
-    files = inputs.find_files(sources)
+    files = inputs.find_files(sources, settings.text_field, report=lambda line: quiet or print(line, file=sys.stderr))
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; choose a folder")
     output.mkdir(parents=True, exist_ok=True)

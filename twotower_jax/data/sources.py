@@ -1,7 +1,6 @@
-"""Documents: lists of strings, from Python's own documentation or from files."""
+"""Documents from Python's own documentation."""
 
 import ast
-import json
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,8 +11,6 @@ from pydoc_data.topics import topics
 _MIN_PAGE_CHARACTERS = 200
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-
-_SUFFIXES = (".txt", ".jsonl")
 
 
 def python_documentation() -> list[str]:
@@ -30,77 +27,8 @@ def python_documentation() -> list[str]:
     return _distinct(page for page in pages if len(page) >= _MIN_PAGE_CHARACTERS)
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """Reads the documents of a file, or of every .txt and .jsonl file below a folder in sorted order.
-
-    A .txt file is one document. A .jsonl file holds one a line, in the field "text" of a JSON object; blank lines are
-    ignored. Both are UTF-8. Exact copies are left out, so that a held-out document has no twin in the training text.
-
-    Raises:
-      FileNotFoundError: nothing is at `path`.
-      ValueError: `path` has another suffix, a folder holds no such files, or a file or row holds no usable text; the
-        message names the file and, for .jsonl, the line.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-        if not files:
-            raise ValueError(f"{path}: no .txt or .jsonl files in this folder or below it")
-    elif not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; give a .txt file, a .jsonl file or a folder of them")
-    elif path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; give a .txt or .jsonl file")
-    else:
-        files = [path]
-    return _distinct(
-        document for file in files for document in (_read_rows(file) if file.suffix == ".jsonl" else [_read_text(file)])
-    )
-
-
 def _distinct(documents: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(documents))
-
-
-def _read_text(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text: {error}") from error
-    if not text.strip():
-        raise ValueError(f"{file}: the file holds no text; remove it or fill it")
-    return text
-
-
-def _read_rows(file: Path) -> Iterator[str]:
-    """Yields the text of each row of a JSON Lines file; ValueError, naming the line, at the first bad one."""
-    empty = True
-    # Read as bytes: a line ends at "\n" only, while str.splitlines would also cut at U+2028 inside a JSON string.
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                empty = False
-                try:
-                    yield row_text(line)
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number}: {error}") from error
-    if empty:
-        raise ValueError(f"{file}: the file holds no rows; remove it or fill it")
-
-
-def row_text(line: bytes, field: str = "text") -> str:
-    """Returns the text of a row of JSON Lines; ValueError if it has none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not a JSON object in UTF-8: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        raise ValueError(f'every row must be a JSON object with a string field "{field}"')
-    text = row[field]
-    if not text.strip():
-        raise ValueError(f'the field "{field}" holds no text')
-    # JSON can spell half of a surrogate pair, which is not text and which the tokenizer would refuse much later.
-    text.encode("utf-8")
-    return text
 
 
 def _module_pages(root: Path) -> Iterator[str]:

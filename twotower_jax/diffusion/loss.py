@@ -61,8 +61,9 @@ def masked_loss_sum(
     masked: jax.Array,
     weight: jax.Array | None = None,
     counted: jax.Array | None = None,
+    axis: int | None = None,
 ) -> LossSum:
-    """Sum of −log p over masked positions, as scalars.
+    """Sum of −log p over masked positions, as scalars; over an axis alone, 1 for sums of each row, (B,).
 
     Args:
         log_probabilities: (B, L) float32.
@@ -73,12 +74,12 @@ def masked_loss_sum(
     losses = _token_losses(log_probabilities, masked)
     if weight is not None:
         losses = jnp.where(masked, weight * losses, 0.0)
-    return LossSum(jnp.sum(losses), count(masked if counted is None else counted))
+    return LossSum(jnp.sum(losses, axis=axis), count(masked if counted is None else counted, axis))
 
 
-def count(mask: jax.Array) -> jax.Array:
-    """How many are true, () float32."""
-    return jnp.sum(mask, dtype=jnp.float32)
+def count(mask: jax.Array, axis: int | None = None) -> jax.Array:
+    """How many are true, () float32, or along an axis."""
+    return jnp.sum(mask, axis=axis, dtype=jnp.float32)
 
 
 def next_tokens(ids: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:

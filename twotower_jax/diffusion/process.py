@@ -84,6 +84,7 @@ class MaskedDiffusion:
         example_index: jax.Array,
         mask_token_id: int,
         block_size: int | None = None,
+        rows: int | None = None,
     ) -> Corruption:
         """Draws times and masks each token with the schedule's probability at its time.
 
@@ -98,6 +99,7 @@ class MaskedDiffusion:
           example_index: (B,) int32, each sequence's number in the batch or data set.
           mask_token_id: what a masked token becomes.
           block_size: S, which divides L; None for one block.
+          rows: how many rows share their times, the batch being some of them; None for B.
 
         Raises:
           ValueError: for shapes that do not fit, or a seed out of range.
@@ -115,7 +117,7 @@ class MaskedDiffusion:
 
         def corrupt_row(row: jax.Array, index: jax.Array) -> Corruption:
             time_key, mask_key = jax.random.split(jax.random.fold_in(step_key, index))
-            time = self.times.draw(step_key, time_key, index, rows=batch, blocks=length // size)
+            time = self.times.draw(step_key, time_key, index, rows=rows or batch, blocks=length // size)
             t, rate = self.schedule.mask_probability(time), self.schedule.rate(time)
             at_tokens = t if t.ndim == 0 else jnp.repeat(t, size)
             masked = jax.random.uniform(mask_key, row.shape, jnp.float32) < at_tokens

@@ -35,7 +35,7 @@ def trained_block_size(folder: pathlib.Path) -> int | None:
             settings = read_json(folder / name)
         except (OSError, CheckpointError):
             continue
-        if not isinstance(settings, dict) or settings.get("objective", "denoiser") != "denoiser":
+        if not isinstance(settings, dict) or settings.get("objective") == "autoregressive":
             continue
         # Where launch/tune.py wrote what it chose, block_size is that, and what was trained stands beside it.
         trained = settings.get("trained_block_size", settings.get("block_size"))

@@ -55,6 +55,14 @@ class Routing(NamedTuple):
     load: jax.Array
     experts: jax.Array
 
+    def load_over(self, measured: jax.Array) -> jax.Array:
+        """`load` over the tokens of `measured` (B, L) bool alone; 0 where there are none."""
+        count, per_token = self.load.size, self.experts.shape[-1]
+        chosen = (self.experts[..., None] == jnp.arange(count)) & measured[..., None, None]
+        tokens = jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32)
+        even = per_token / count
+        return tokens / jnp.maximum(jnp.sum(measured, dtype=jnp.float32) * even, even)
+
 
 class Mixer(nnx.Module):
     """A layer kind. Subclasses declare parameters in `__init__` and override what they need.

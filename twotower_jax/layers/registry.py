@@ -32,6 +32,11 @@ def register(letter: str, cls: type["Mixer"]) -> None:
     _KINDS.register(letter, cls, file=sys._getframe(1).f_code.co_filename)
 
 
+def unregister(letter: str) -> None:
+    """Forgets the kind of layers with this letter; see `Registry.unregister`."""
+    _KINDS.unregister(letter)
+
+
 def kind(letter: str) -> type["Mixer"]:
     """The class of layers with this letter, which `ModelConfig` has seen to exist."""
     return kinds()[letter]

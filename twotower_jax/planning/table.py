@@ -1,4 +1,4 @@
-"""The table of docs/scale.md: the published model on all hardware that it is planned for, row by row.
+"""The table of docs/guide/scale.md: the published model on all hardware that it is planned for, row by row.
 
 Rows are kept in a JSON file as they come, so that what was interrupted goes on, and one row can be made again by
 itself.

@@ -21,8 +21,8 @@ from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
 from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
+from twotower_jax.train.objectives import OBJECTIVES
 
-OBJECTIVES = ("autoregressive", "denoiser")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # A resumed run may change these: none of them alters the steps already made.
@@ -58,7 +58,7 @@ ADDED = {
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The parts of a `MaskedDiffusion` by name; a config file may register its own (docs/training.md).
+    """The parts of a `MaskedDiffusion` by name; a config file may register its own (docs/guide/training.md).
 
     Raises:
       ValueError: at construction, for a name that is not registered, or a `complementary` that is not a bool.
@@ -90,7 +90,8 @@ class TrainConfig:
 
     # The fields of `ModelConfig` but the vocabulary's size, which is the tokenizer's. Unused with init_from.
     model: Mapping[str, Any]
-    # "autoregressive" trains a backbone on next tokens, "denoiser" a two-tower model on masked ones.
+    # "autoregressive" trains a backbone on next tokens, "denoiser" a two-tower model on masked ones; a config file may
+    # register its own, of a two-tower model (docs/guide/changing.md).
     objective: str = "autoregressive"
     # Of the denoiser objective: which towers train, and how. See `Variant`.
     variant: Variant = Variant()
@@ -99,8 +100,9 @@ class TrainConfig:
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
-    # A .txt file, a .jsonl file or a folder of them; a folder made by launch/prepare.py; the prefix of a Megatron set;
-    # or a .json file that mixes several by weight. "" is the documentation shipped with Python. See docs/data.md.
+    # A file of text (.txt, .jsonl and more) or a folder of them; a folder made by launch/prepare.py; the prefix of a
+    # Megatron set; or a .json file that mixes several by weight. "" is the documentation shipped with Python. See
+    # docs/guide/data.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
@@ -182,7 +184,7 @@ class TrainConfig:
             f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}",
         )
         _check(
-            self.objective == "denoiser" or self.variant == Variant(),
+            self.two_towers or self.variant == Variant(),
             f"variant={self.variant} changes nothing with objective={self.objective!r}: it needs objective='denoiser'",
         )
         self._check_optimizer()
@@ -225,18 +227,13 @@ class TrainConfig:
             self.block_size is not None or (starts[:1] == [0] and increasing and starts[-1] < 1),
             f"block_curriculum={self.block_curriculum} must start at fraction 0 and go on at increasing ones below 1",
         )
-        # Of a backbone too: a denoiser is to be trained on it, on the same sequences.
+        # Of a backbone too: a denoiser is to be trained on it, on the same sequences. What all sizes divide, their
+        # least common multiple divides, to which documents are aligned.
         for size in self.block_sizes:
             _check(
                 self.sequence_length % size == 0,
                 f"sequence_length={self.sequence_length} is not a multiple of the block size {size}",
             )
-        align = math.lcm(*self.block_sizes)
-        _check(
-            not self.reset_at_documents or self.sequence_length % align == 0,
-            f"reset_at_documents=True begins documents at multiples of {align}, the least common multiple of the block "
-            f"sizes, of which sequence_length={self.sequence_length} is none",
-        )
         default = type(self).block_curriculum
         _check(
             self.block_size is None or self.block_curriculum == default,
@@ -254,7 +251,12 @@ class TrainConfig:
         )
         if self.sample_every:
             _check(self.sample_prompts, f"sample_every={self.sample_every} needs sample_prompts")
-            _check(self.objective == "denoiser", f"sample_every={self.sample_every} needs objective='denoiser'")
+            _check(self.two_towers, f"sample_every={self.sample_every} needs objective='denoiser'")
+
+    @property
+    def two_towers(self) -> bool:
+        """Whether the model has both towers: with every objective but that of a backbone."""
+        return self.objective != "autoregressive"
 
     @property
     def block_sizes(self) -> list[int]:

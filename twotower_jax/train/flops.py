@@ -57,7 +57,7 @@ def step_flops(config: TrainConfig, model: ModelConfig, block_size: int) -> floa
     length, trained, frozen = config.sequence_length, 3, 1
     causal = tower_flops(model, (length + 1) / 2)
     head = 2 * model.hidden_size * model.vocab_size
-    if config.objective == "autoregressive":
+    if not config.two_towers:
         per_token, per_sequence = trained * (causal + head), 0
     else:
         variant = config.variant
@@ -66,7 +66,7 @@ def step_flops(config: TrainConfig, model: ModelConfig, block_size: int) -> floa
         per_token = context + trained * (denoiser + (2 if variant.context_loss else 1) * head)
         width = model.hidden_size
         per_sequence = trained * 2 * (NUM_SINUSOIDS * width + 4 * width**2) if variant.time_conditioning else 0
-    passes = 1 if config.objective == "autoregressive" else config.diffusion.process.passes
+    passes = config.diffusion.process.passes if config.two_towers else 1
     return passes * config.batch_size * (length * per_token + per_sequence)
 
 

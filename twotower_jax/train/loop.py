@@ -9,46 +9,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from twotower_jax.checkpoint.orbax_steps import SaveError
-from twotower_jax.checkpoint.workdir import CHECKPOINTS, Saver, Workdir
-from twotower_jax.data import TrainingData, save_tokenizer, validation_batches
-from twotower_jax.kernels import Backends
-from twotower_jax.parameters import Params, count
-from twotower_jax.registry import registered
+from twotower_jax.checkpoint.workdir import CHECKPOINTS, Saver
+from twotower_jax.data import TrainingData, save_tokenizer
+from twotower_jax.parameters import Params
 from twotower_jax.train import distributed, flops, watch
-from twotower_jax.train.config import ADDED, CHANGEABLE, TrainConfig
-from twotower_jax.train.metrics import (
-    LossWindow,
-    MetricsWriter,
-    Row,
-    Stopwatch,
-    finite,
-    import_wandb,
-    last_row,
-    progress_line,
-    writing,
-)
-from twotower_jax.train.objectives import Documents, Losses, NoiseKey
-from twotower_jax.train.placement import Batch, Placement
-from twotower_jax.train.samples import Samples
-from twotower_jax.train.schedule import BlockStage, block_stages
+from twotower_jax.train.config import TrainConfig
+from twotower_jax.train.log import Log
+from twotower_jax.train.metrics import LossWindow, MetricsWriter, Row, Stopwatch, import_wandb, last_row, writing
+from twotower_jax.train.objectives import NoiseKey
+from twotower_jax.train.placement import Batch
+from twotower_jax.train.programs import Step
+from twotower_jax.train.schedule import BlockStage
+from twotower_jax.train.setup import Report, Setup, look, make_setup
 from twotower_jax.train.skips import Skips, blame
-from twotower_jax.train.start import Start, make_start
-from twotower_jax.train.step import (
-    StepMetrics,
-    TrainState,
-    abstract_state,
-    make_optimizer,
-    make_step,
-    make_validation,
-    merge,
-    start_state,
-    tables,
-)
-
-Report = Callable[[str], None]
+from twotower_jax.train.step import StepMetrics, TrainState, abstract_state, merge, start_state
 
 # What the processes of a run tell one another at every step; the largest number counts.
 _GO_ON, _STOP, _SAVE_FAILED = range(3)
@@ -70,6 +46,10 @@ class TrainResult(NamedTuple):
 
 def _print(line: str) -> None:
     print(line, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    """The report of all processes but the first."""
 
 
 def train(
@@ -97,309 +77,249 @@ def train(
       SaveError: if a checkpoint or the metrics cannot be written; the checkpoints before are whole.
       ProcessLost: if another process of the run does not answer any more.
     """
-    folder = _look(config, workdir)
+    folder = look(config, workdir)
     if config.wandb_project:
         import_wandb(config.wandb_project)
-    options = report if distributed.is_leader() else lambda line: None, stop, profile
-    run = _Run(config, folder, make_start(config, folder), *options)
-    run.check_kernels()
+    report = report if distributed.is_leader() else _say_nothing
+    setup = make_setup(config, folder, report)
     with distributed.noticing_loss():
         distributed.barrier("before anything is written")
-    with distributed.noticing_loss(), folder.locked():
+    with distributed.noticing_loss(), setup.folder.locked():
         distributed.barrier("the workdir is this run's")
-        now = _look(config, workdir)
-        if (now.step, now.model) != (folder.step, folder.model):
+        now = look(config, workdir)
+        if (now.step, now.model) != (setup.folder.step, setup.folder.model):
             # Another run of this workdir was there meanwhile, and has left it.
-            del run
-            run, folder = _Run(config, now, make_start(config, now), *options), now
-        run.describe()
-        if folder.step is None:
-            run.begin()
-        else:
-            run.resume()
+            del setup  # so that memory holds the first parameters once
+            setup = make_setup(config, now, report)
+        setup.describe()
+        run, setup = begin(setup) if setup.folder.step is None else resume(setup)
         if run.step == config.steps:
-            run.report(f"step {run.step} is already made; nothing to do")
-        else:
-            run.go()
-        return TrainResult(run.step, last_row(folder.path) or {}, run.stopped)
-
-
-def _look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
-    """What the workdir holds now."""
-    settings, own = dataclasses.asdict(config), registered()
-    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED)
-    if folder.step is not None and folder.step > config.steps:
-        raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
-    return folder
-
-
-class _Run:
-    """The changing parts of a run: state, place in the data, losses since the last log line, clock."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: Workdir,
-        start: Start,
-        report: Report,
-        stop: Callable[[], str],
-        profile: watch.Profile | None,
-    ):
-        self.config, self.folder, self.start, self.report, self.stop = config, folder, start, report, stop
-        self.objective = start.objective
-        self.optimizer = make_optimizer(config, tables(self.objective)[0])
-        self.placement = Placement(start.mesh, config.batch_size)
-        reading = self.placement.reading
-        self.data = TrainingData(start.training, batch_size=config.batch_size, seed=config.seed, **reading)
-        self.agreement = distributed.Agreement()
-        self.profiler = watch.Profiler(profile)
-        self.samples = self._make_samples()
-        self.stages = block_stages(config)
-        self.window = LossWindow(self.objective.terms)
-        self.skips = Skips(config.max_skipped_steps)
-        self.stopwatch, self.tokens = Stopwatch(), 0
-        self.step = 0
-        self.saved_step: int | None = None
-        self.unsettled: tuple[StepMetrics, Batch] | None = None
-        self.stopped = ""
-
-    def _make_samples(self) -> Samples | None:
-        config = self.config
-        if not config.sample_every:
-            return None
-        model, mesh = self.objective.model, self.placement.mesh
-        return Samples(self.folder.path, self.start.tokenizer, model, config.sample_prompts, config.sample_tokens, mesh)
-
-    def describe(self) -> None:
-        config, start = self.config, self.start
-        trained, frozen = (count(table) for table in tables(self.objective))
-        devices, processes = self.devices, jax.process_count()
-        among = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
-        among += f" in {processes} processes" if processes > 1 else ""
-        self.report(
-            f"{config.objective}: {trained:,} parameters train, {frozen:,} are frozen; {config.dtype} on {among}, "
-            f"{start.model.num_hidden_layers} layers {start.model.hybrid_override_pattern}"
-        )
-        held_out = 0 if start.validation is None else start.validation.tokens
-        self.report(
-            f"{config.batch_size * config.sequence_length:,} tokens a step ({config.batch_size} sequences of "
-            f"{config.sequence_length}) of {start.training.tokens:,}, {held_out:,} more held out; "
-            f"vocabulary {start.model.vocab_size:,}"
-        )
-
-    @property
-    def devices(self) -> list[jax.Device]:
-        """That the run uses, of all processes."""
-        mesh = self.placement.mesh
-        return jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
-
-    def begin(self) -> None:
-        """The first step of a new run, and what its workdir holds once."""
-        config, folder = self.config, self.folder
-        self.state, self.frozen = start_state(self.objective, self.optimizer, self.start.params, self.placement.mesh)
-        self.start = self.start._replace(params=None)  # so that memory holds them once
-        folder.create(self.start.model, self.frozen)
-        if distributed.is_leader():
-            with writing(folder.path):
-                save_tokenizer(
-                    *(self.start.tokenizer, folder.path, self.start.model.eos_token_ids[0]),
-                    source=self.start.tokenizer_folder,
-                )
-        self.report(f"starting from {config.init_from or 'random weights'}")
-        if config.objective == "denoiser" and not config.init_from and config.variant.context == "frozen":
-            self.report("warning: the context tower is random and frozen; give init_from a trained backbone")
-
-    def resume(self) -> None:
-        """The newest checkpoint."""
-        state, frozen = abstract_state(self.objective, self.optimizer, self.placement.mesh)
-        params, optimizer, self.frozen, run = self.folder.restore(state.params, state.optimizer, frozen)
-        self.step = self.saved_step = self.folder.step
-        step = self.placement.whole(jnp.int32(self.step))
-        self.state = state.replace(step=step, params=params, optimizer=optimizer)
-        self.data.set_state(run["data"])
-        self.window = LossWindow(self.objective.terms, run["window"])
-        self.skips.set_state(run["skips"])
-        self.folder.write_settings(self.start.model)
-        self.report(f"resuming at step {self.step} of {self.config.steps}")
-
-    def go(self) -> None:
-        """All steps that are left, or those until somebody wants to stop."""
-        self.report(watch.memory_line(self.state.params, self.state.optimizer, self.frozen))
+            report(f"step {run.step} is already made; nothing to do")
+            return TrainResult(run.step, last_row(setup.folder.path) or {})
+        report(watch.memory_line(run.state.params, run.state.optimizer, run.frozen))
         with contextlib.ExitStack() as stack:
-            saver = stack.enter_context(self.folder.saver(self.config.keep_checkpoints))
-            self.writer = stack.enter_context(self._make_writer())
-            stack.enter_context(self.profiler)
-            self.stopwatch.restart()
-            for stage in self.stages:
+            saver = stack.enter_context(setup.folder.saver(config.keep_checkpoints))
+            log = stack.enter_context(_open_log(setup, run.step + 1))
+            profiler = stack.enter_context(watch.Profiler(profile))
+            ending = Ending(stop, saver)
+            for stage in setup.stages:
                 # Asked before compiling, which takes long.
-                if self.step < stage.stop and not self._is_to_stop(saver, self.agreement.now):
-                    self._run_stage(stage, saver)
-            self._finish(saver)
-        if self.saved_step is not None:
-            path = self.folder.path / CHECKPOINTS / str(self.saved_step)
-            self.report(f"checkpoint of step {self.saved_step} in {path}")
+                if run.step < stage.stop and not ending.is_now():
+                    train_stage(setup, run, stage, log, saver, profiler, ending)
+            finish(run, saver, ending)
+        if run.saved_step is not None:
+            report(f"checkpoint of step {run.saved_step} in {setup.folder.path / CHECKPOINTS / str(run.saved_step)}")
+        return TrainResult(run.step, last_row(setup.folder.path) or {}, ending.signal)
 
-    def _make_writer(self) -> contextlib.AbstractContextManager:
-        if not distributed.is_leader():
-            return contextlib.nullcontext()
-        settings = dataclasses.asdict(self.config)
-        return MetricsWriter(self.folder.path, self.step + 1, self.config.wandb_project, settings)
 
-    def _run_stage(self, stage: BlockStage, saver: Saver) -> None:
-        config = self.config
-        with self.stopwatch.paused():
-            make_one_step = self._compile(stage.block_size)
-        everywhere = self.placement.everywhere
-        validate = jax.jit(make_validation(self.objective, stage.block_size), out_shardings=everywhere)
-        while self.step < stage.stop and not self._is_to_stop(saver, self.agreement.exchange):
-            batch = self.placement.batch(next(self.data))
-            with self.stopwatch.paused():
-                self.profiler.before(self.step + 1)
-            self.state, metrics = make_one_step(self.state, self.frozen, *batch[1:])
-            self._settle(stage)  # the step before, while the device is busy with this one
-            self.step += 1
-            self.tokens += config.batch_size * config.sequence_length
-            self.unsettled = metrics, batch
-            with self.stopwatch.paused():
-                if said := self.profiler.after(self.step, metrics):
-                    self.report(said)
-            last = self.step == config.steps
-            validating = self.start.validation is not None and (last or _due(self.step, config.validation_every))
-            saving = last or _due(self.step, config.checkpoint_every)
-            logging = last or validating or _due(self.step, config.log_every)
-            if saving or logging:
-                self._settle(stage)
-            if logging:
-                self._log(metrics, validate if validating else None)
-            if self.samples and _due(self.step, config.sample_every):
-                with self.stopwatch.paused():
-                    params = merge(self.state.params, self.frozen)
-                    self.samples.write(self.step, params, stage.block_size, self.report)
-            if saving:
-                with self.stopwatch.paused():
-                    self._save(saver)
-        self._settle(stage)
+@dataclasses.dataclass
+class Run:
+    """What changes while a run runs, and goes into its checkpoints.
 
-    def _is_to_stop(self, saver: Saver, agree: Callable[[int], int]) -> bool:
-        """Whether to stop here, as all processes think. A failed save ends the run on all of them."""
-        if self.stopped:
-            return True
-        wish = self.stop()
-        verdict = agree(_SAVE_FAILED if saver.failed else _STOP if wish else _GO_ON)
-        if verdict == _SAVE_FAILED:
-            saver.raise_failure()
-            raise SaveError("another process could not save; its message says why")
-        if verdict == _STOP:
-            self.stopped = wish or "another process"
-        return verdict == _STOP
+    Attributes:
+      step: steps made so far.
+      state: trained parameters and moments. frozen: the other parameters.
+      data: the batches to come. window: the losses since the last row of metrics. skips: the steps left out.
+      saved_step: of the newest checkpoint.
+    """
 
-    def _save(self, saver: Saver) -> None:
-        run = {"data": self.data.get_state(), "window": self.window.get_state(), "skips": self.skips.get_state()}
-        saver.save(self.step, self.state.params, self.state.optimizer, run)
+    step: int
+    state: TrainState
+    frozen: Params
+    data: TrainingData
+    window: LossWindow
+    skips: Skips
+    saved_step: int | None = None
+
+    def save(self, saver: Saver) -> None:
+        """Hands a checkpoint to the saver."""
+        rest = {"data": self.data.get_state(), "window": self.window.get_state(), "skips": self.skips.get_state()}
+        saver.save(self.step, self.state.params, self.state.optimizer, rest)
         self.saved_step = self.step
 
-    def _finish(self, saver: Saver) -> None:
-        """Returns when the last checkpoint is on the disk, for all processes."""
-        if self.step != (self.saved_step or 0):
-            self._save(saver)
-        saver.wait()
-        self.agreement.now(_GO_ON)
 
-    def check_kernels(self) -> None:
-        """Traces the step if kernels are named: one that cannot run says so before anything is written."""
-        if self.config.kernels != Backends():
-            weights = abstract_state(self.objective, self.optimizer, self.placement.mesh)
-            self._lower(self.stages[0].block_size, *weights)
+def begin(setup: Setup) -> tuple[Run, Setup]:
+    """A new run before its first step, with what its workdir holds once; and the setup without the first parameters, so
+    that memory holds them once."""
+    config, folder, start = setup.config, setup.folder, setup.start
+    state, frozen = start_state(setup.objective, setup.optimizer, start.params, setup.placement.mesh)
+    folder.create(start.model, frozen)
+    if distributed.is_leader():
+        with writing(folder.path):
+            roles = {"end_token": start.model.eos_token_ids[0], "source": start.tokenizer_folder}
+            save_tokenizer(start.tokenizer, folder.path, **roles)
+    setup.report(f"starting from {config.init_from or 'random weights'}")
+    if config.two_towers and not config.init_from and config.variant.context == "frozen":
+        setup.report("warning: the context tower is random and frozen; give init_from a trained backbone")
+    run = Run(0, state, frozen, setup.data(), LossWindow(setup.objective.terms), Skips(config.max_skipped_steps))
+    return run, dataclasses.replace(setup, start=start._replace(params=None))
 
-    def _lower(self, block_size: int, state: TrainState, frozen: Params) -> jax.stages.Lowered:
-        config = self.config
-        step = make_step(config, self.objective, self.optimizer, block_size)
-        where = None
-        if self.placement.mesh is not None:
-            where = jax.tree.map(lambda leaf: leaf.sharding, state), self.placement.everywhere
-        shape = (config.batch_size, config.sequence_length)
-        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.ids_sharding())
-        documents = None
-        if config.reset_at_documents:
-            documents = Documents(ids, jax.ShapeDtypeStruct(shape, jnp.bool, sharding=ids.sharding))
-        with self.placement.in_force():
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=where)
-            return jitted.lower(state, frozen, ids, self.placement.index, documents)
 
-    def _compile(self, block_size: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        config, started = self.config, Stopwatch()
-        lowered = self._lower(block_size, self.state, self.frozen)
-        with self.placement.in_force():
-            compiled = lowered.compile()
-        blocks = f" for blocks of {block_size}" if config.objective == "denoiser" else ""
-        needed = watch.temporaries(compiled)
-        self.flops = flops.step_flops(config, self.start.model, block_size)
-        self.report(
-            f"compiled the step{blocks} in {started.seconds:.0f} s: {self.flops:.2e} FLOPs a step"
-            + (f", {watch.readable_bytes(needed)} of temporaries on each device" if needed else "")
-        )
-        return compiled
+def resume(setup: Setup) -> tuple[Run, Setup]:
+    """The run as its newest checkpoint has it, and the setup."""
+    config, folder, placement = setup.config, setup.folder, setup.placement
+    state, frozen = abstract_state(setup.objective, setup.optimizer, placement.mesh)
+    params, optimizer, frozen, rest = folder.restore(state.params, state.optimizer, frozen)
+    state = state.replace(step=placement.whole(jnp.int32(folder.step)), params=params, optimizer=optimizer)
+    data, skips = setup.data(), Skips(config.max_skipped_steps)
+    data.set_state(rest["data"])
+    skips.set_state(rest["skips"])
+    folder.write_settings(setup.start.model)
+    setup.report(f"resuming at step {folder.step} of {config.steps}")
+    window = LossWindow(setup.objective.terms, rest["window"])
+    return Run(folder.step, state, frozen, data, window, skips, saved_step=folder.step), setup
 
-    def _settle(self, stage: BlockStage) -> None:
-        """Takes in what the last step reported. One step too many whose loss or gradient is not finite ends the run."""
-        if self.unsettled is None:
-            return
-        (metrics, batch), self.unsettled = self.unsettled, None
-        metrics = jax.device_get(metrics)
-        too_many = self.skips.add(bool(metrics.skipped))
-        if not metrics.skipped:
-            self.window.add(metrics.losses)
-            return
-        what = f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: not finite"
-        if not too_many:
-            self.report(f"{what}; the step is left out ({self.skips.in_a_row} in a row)")
-            return
-        noise = functools.partial(NoiseKey, self.config.seed, self.step - 1)
-        weights = self.state.params, self.frozen
-        found = blame(self.objective, noise, stage.block_size, *weights, batch, self.placement)
-        raise FloatingPointError(
-            f"{what}, {self.skips.in_a_row} steps in a row (max_skipped_steps={self.config.max_skipped_steps}); "
-            f"{found.text(self.start.tokenizer)}; no such step has reached the weights. Try a lower "
-            f"learning_rate={self.config.learning_rate} or clip_norm={self.config.clip_norm}, or other data"
-        )
 
-    def _log(self, metrics: StepMetrics, validate: Callable[..., Losses] | None) -> None:
-        """Writes a row, with the validation loss if there is a `validate`, and begins a new window."""
-        config, seconds, tokens = self.config, self.stopwatch.seconds, self.tokens
-        means = self.window.means()
-        row = {
-            "step": self.step,
-            "loss": means.pop("loss"),
-            "learning_rate": float(metrics.learning_rate),
-            "grad_norm": finite(metrics.grad_norm),
-            "tokens_per_second": tokens / seconds,
-            "skipped_steps": self.skips.total,
-            **means,
-        }
-        seconds_a_step = seconds * config.batch_size * config.sequence_length / tokens
-        if peak := flops.peak_flops(config, self.devices):
-            row["model_flops_utilization"] = self.flops / seconds_a_step / peak
-        if validate is not None:
-            with self.stopwatch.paused():
-                row |= {f"validation_{name}": value for name, value in self._validation(validate).items()}
-        if self.writer is not None:
-            self.writer.write(row)
-        self.report(progress_line(row, config.steps, (config.steps - self.step) * seconds_a_step))
-        self.window = LossWindow(self.objective.terms)
-        self.tokens = 0
-        self.stopwatch.restart()
+def train_stage(
+    setup: Setup,
+    run: Run,
+    stage: BlockStage,
+    log: Log,
+    saver: Saver,
+    profiler: watch.Profiler,
+    ending: "Ending",
+) -> None:
+    """The steps of a stage that are left, or those until somebody wants to stop."""
+    config = setup.config
+    with log.paused():
+        make_one_step, step_flops = _compile(setup, run, stage)
+    validation = setup.validation
+    validate = None if validation is None else validation.compiled(stage.block_size)
+    made: tuple[StepMetrics, Batch] | None = None
+    while run.step < stage.stop and not ending.is_at_hand():
+        batch = setup.placement.batch(next(run.data))
+        with log.paused():
+            profiler.before(run.step + 1)
+        run.state, metrics = make_one_step(run.state, run.frozen, *batch[1:])
+        _take_in(setup, run, stage, made)  # the step before, while the device is busy with this one
+        run.step, made = run.step + 1, (metrics, batch)
+        log.count_step()
+        with log.paused():
+            if said := profiler.after(run.step, metrics):
+                setup.report(said)
+        last = run.step == config.steps
+        validating = validate is not None and (last or _due(run.step, config.validation_every))
+        saving = last or _due(run.step, config.checkpoint_every)
+        logging = last or validating or _due(run.step, config.log_every)
+        if saving or logging:
+            made = _take_in(setup, run, stage, made)
+        if logging:
+            passes = functools.partial(validation.run, validate, run.state.params, run.frozen) if validating else None
+            log.write(run.step, run.window.means(), metrics, run.skips.total, step_flops, passes)
+            run.window = LossWindow(setup.objective.terms)
+        if setup.samples and _due(run.step, config.sample_every):
+            with log.paused():
+                params = merge(run.state.params, run.frozen)
+                setup.samples.write(run.step, params, stage.block_size, setup.report)
+        if saving:
+            with log.paused():
+                run.save(saver)
+    _take_in(setup, run, stage, made)
 
-    def _validation(self, validate: Callable[..., Losses]) -> Row:
-        """Losses over all windows held out."""
-        size, placement = self.config.batch_size, self.placement
-        window = LossWindow(self.objective.terms)
-        for i, read in enumerate(validation_batches(self.start.validation, size, **placement.reading)):
-            batch = placement.batch(read)
-            counted, index = map(placement.rows, (read["weight"] > 0, placement.numbers + np.int32(i * size)))
-            with placement.in_force():
-                losses = validate(self.state.params, self.frozen, batch.ids, counted, index, batch.documents)
-            window.add(jax.device_get(losses))
-        return window.means()
+
+def finish(run: Run, saver: Saver, ending: "Ending") -> None:
+    """Returns when the last checkpoint is on the disk, for all processes."""
+    if run.step != (run.saved_step or 0):
+        run.save(saver)
+    saver.wait()
+    ending.agree()
+
+
+class Ending:
+    """Whether a run is to end before its last step, as all of its processes think.
+
+    Attributes:
+      signal: why it ends; "" as long as it does not.
+
+    Raises (all methods):
+      SaveError: if a save has failed, on whichever process.
+    """
+
+    def __init__(self, stop: Callable[[], str], saver: Saver):
+        self._stop, self._saver = stop, saver
+        self._agreement = distributed.Agreement()
+        self.signal = ""
+
+    def is_now(self) -> bool:
+        """Asks all processes and waits for their answers."""
+        return self._ask(self._agreement.now)
+
+    def is_at_hand(self) -> bool:
+        """Asks all processes; with several of them the answers come at the next step."""
+        return self._ask(self._agreement.exchange)
+
+    def agree(self) -> None:
+        """Waits until every process has come here."""
+        self._agreement.now(_GO_ON)
+
+    def _ask(self, agree: Callable[[int], int]) -> bool:
+        if self.signal:
+            return True
+        wish = self._stop()
+        verdict = agree(_SAVE_FAILED if self._saver.failed else _STOP if wish else _GO_ON)
+        if verdict == _SAVE_FAILED:
+            self._saver.raise_failure()
+            raise SaveError("another process could not save; its message says why")
+        if verdict == _STOP:
+            self.signal = wish or "another process"
+        return verdict == _STOP
+
+
+@contextlib.contextmanager
+def _open_log(setup: Setup, first_step: int):
+    """A `Log` whose rows the first process writes."""
+    config, validation = setup.config, setup.validation
+    writer = contextlib.nullcontext()
+    if distributed.is_leader():
+        settings = dataclasses.asdict(config)
+        writer = MetricsWriter(setup.folder.path, first_step, config.wandb_project, settings)
+    with writer as write:
+        peak = flops.peak_flops(config, setup.devices)
+        shows_error = validation is None or validation.warning is None
+        yield Log(config, write, setup.report, peak=peak, shows_error=shows_error)
+
+
+def _compile(setup: Setup, run: Run, stage: BlockStage) -> tuple[Step, float]:
+    """The step of a stage, and its FLOPs."""
+    config, started = setup.config, Stopwatch()
+    compiled = setup.programs.compile(stage.block_size, run.state, run.frozen)
+    blocks = f" for blocks of {stage.block_size}" if config.two_towers else ""
+    needed = watch.temporaries(compiled)
+    step_flops = flops.step_flops(config, setup.start.model, stage.block_size)
+    setup.report(
+        f"compiled the step{blocks} in {started.seconds:.0f} s: {step_flops:.2e} FLOPs per step"
+        + (f", {watch.readable_bytes(needed)} of temporaries on each device" if needed else "")
+    )
+    return compiled, step_flops
+
+
+def _take_in(setup: Setup, run: Run, stage: BlockStage, made: tuple[StepMetrics, Batch] | None) -> None:
+    """Adds what step `run.step` reported to the losses. One step too many whose loss or gradient is not finite ends the
+    run.
+
+    Raises:
+      FloatingPointError: with the rows of the batch that are to blame.
+    """
+    if made is None:
+        return
+    metrics, batch = jax.device_get(made[0]), made[1]
+    too_many = run.skips.add(bool(metrics.skipped))
+    if not metrics.skipped:
+        run.window.add(metrics.losses)
+        return
+    what = f"step {run.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: not finite"
+    if not too_many:
+        setup.report(f"{what}; the step is left out ({run.skips.in_a_row} in a row)")
+        return
+    config = setup.config
+    noise = functools.partial(NoiseKey, config.seed, run.step - 1)
+    weights = run.state.params, run.frozen
+    found = blame(setup.objective, noise, stage.block_size, *weights, batch, setup.placement)
+    raise FloatingPointError(
+        f"{what}, {run.skips.in_a_row} steps in a row (max_skipped_steps={config.max_skipped_steps}); "
+        f"{found.text(setup.start.tokenizer)}; no such step has reached the weights. Try a lower "
+        f"learning_rate={config.learning_rate} or clip_norm={config.clip_norm}, or other data"
+    )
 
 
 def _due(step: int, every: int) -> bool:

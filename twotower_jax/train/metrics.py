@@ -190,8 +190,8 @@ def finite(number: Any) -> float | None:
     return float(number) if math.isfinite(number) else None
 
 
-def progress_line(row: Row, steps: int, seconds_left: float) -> str:
-    """One readable line."""
+def progress_line(row: Row, steps: int, seconds_left: float, shows_error: bool = True) -> str:
+    """One readable line; `shows_error` says whether the standard error of the validation is worth printing."""
     parts = [
         f"step {row['step']:>{len(str(steps))}}/{steps}",
         f"loss {_shown(row['loss'], '.4f')}",
@@ -200,7 +200,10 @@ def progress_line(row: Row, steps: int, seconds_left: float) -> str:
         f"{row['tokens_per_second']:,.0f} tokens/s",
     ]
     if "validation_loss" in row:
-        parts.insert(2, f"validation {_shown(row['validation_loss'], '.4f')}")
+        error = row.get("validation_loss_stderr") if shows_error else None
+        parts.insert(
+            2, f"validation {_shown(row['validation_loss'], '.4f')}" + ("" if error is None else f" ± {error:.4f}")
+        )
     if "model_flops_utilization" in row:
         parts.append(f"MFU {row['model_flops_utilization']:.1%}")
     if row["skipped_steps"]:

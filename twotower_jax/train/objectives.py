@@ -6,7 +6,7 @@ is divided.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,16 @@ from twotower_jax.diffusion import (
     spread,
 )
 from twotower_jax.parameters import Params, Path, bind, initialize, parameter_table
-from twotower_jax.train.config import TrainConfig
-from twotower_jax.two_tower import Backbone, TwoTower, from_backbone, is_trainable
+from twotower_jax.registry import Registry
+from twotower_jax.two_tower import Backbone, TrainingStates, TwoTower, from_backbone, is_trainable
+
+if TYPE_CHECKING:  # A config checks there which objectives there are.
+    from twotower_jax.train.config import TrainConfig
 
 Losses = dict[str, LossSum]
+
+# Ends the name of a term's sums row by row.
+BY_ROW = "_by_row"
 
 
 class NoiseKey(NamedTuple):
@@ -36,11 +42,13 @@ class NoiseKey(NamedTuple):
       seed: of the run.
       step: an int or a scalar, traced or not.
       index: (B,) int32, each sequence's row in the global batch.
+      rows: in all, where the batch holds only some of those that share their noise levels; None for B.
     """
 
     seed: int
     step: jax.Array | int
     index: jax.Array
+    rows: int | None = None
 
 
 class Documents(NamedTuple):
@@ -76,7 +84,22 @@ class Examples(NamedTuple):
 
 
 class Objective:
-    """What is common to objectives: the losses of a batch from its examples."""
+    """What is common to objectives: the losses of a batch from its examples.
+
+    Attributes:
+      is_noisy: whether another draw of the noise gives another loss of the same tokens.
+    """
+
+    is_noisy = False
+
+    @classmethod
+    def make(cls, config: "TrainConfig", model: ModelConfig) -> "Objective":
+        """The objective of a run with these settings."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is made of a config")
+
+    def for_validation(self) -> "Objective":
+        """The same objective on rows that are seen once."""
+        return self
 
     def examples(
         self,
@@ -100,11 +123,17 @@ class Objective:
         noise: NoiseKey,
         block_size: int,
         documents: Documents | None = None,
+        validating: bool = False,
     ) -> Losses:
         """`losses_of` the `examples`."""
-        return self.losses_of(params, self.examples(ids, counted, noise, block_size, documents), block_size)
+        examples = self.examples(ids, counted, noise, block_size, documents)
+        return self.losses_of(params, examples, block_size, validating)
 
 
+OBJECTIVES = Registry("objective", Objective)
+
+
+@OBJECTIVES.register("autoregressive")
 @dataclasses.dataclass(frozen=True)
 class Autoregressive(Objective):
     """A backbone on next tokens.
@@ -116,6 +145,11 @@ class Autoregressive(Objective):
     model: Backbone
     terms = ("next_token_loss",)
 
+    @classmethod
+    def make(cls, config: "TrainConfig", model: ModelConfig) -> "Autoregressive":
+        """A backbone."""
+        return cls(Backbone(model, config.execution))
+
     @property
     def dtype(self) -> jnp.dtype:
         """Of activations and frozen parameters."""
@@ -124,12 +158,19 @@ class Autoregressive(Objective):
     def is_trained(self, path: Path) -> bool:
         return True
 
-    def losses_of(self, params: Params, examples: Examples, block_size: int) -> Losses:
-        """The loss of the examples. The block size plays no part."""
+    def losses_of(self, params: Params, examples: Examples, block_size: int, validating: bool = False) -> Losses:
+        """The loss of the examples. The block size plays no part.
+
+        With `validating` also of each row, (B,), under the name and `BY_ROW`.
+        """
         model = bind(self.model, params)
         h = model.tower.causal(examples.clean, examples.start)
         targets, counted = _next_tokens(examples)
-        return {"next_token_loss": masked_loss_sum(model.head.log_probabilities(h, targets), counted)}
+        log_p = model.head.log_probabilities(h, targets)
+        losses = {"next_token_loss": masked_loss_sum(log_p, counted)}
+        if validating:
+            losses["next_token_loss" + BY_ROW] = masked_loss_sum(log_p, counted, axis=1)
+        return losses
 
     def counts(self, examples: Examples) -> dict[str, jax.Array]:
         """What each term is the mean over, known before any parameter is."""
@@ -142,6 +183,7 @@ class Autoregressive(Objective):
         return {"tower": checkpoint["context_tower"], "head": checkpoint["context_head"]}
 
 
+@OBJECTIVES.register("denoiser")
 @dataclasses.dataclass(frozen=True)
 class Denoiser(Objective):
     """A two-tower model on masked tokens (arXiv 2606.26493), under any `Variant`.
@@ -155,6 +197,17 @@ class Denoiser(Objective):
 
     model: TwoTower
     diffusion: MaskedDiffusion = MaskedDiffusion()
+    is_noisy = True
+
+    @classmethod
+    def make(cls, config: "TrainConfig", model: ModelConfig) -> "Denoiser":
+        """Of the variant and the diffusion that the settings name."""
+        return cls(TwoTower(model, config.variant, config.execution), config.diffusion.process)
+
+    def for_validation(self) -> "Denoiser":
+        """With times that are as even over the rows as can be."""
+        diffusion = dataclasses.replace(self.diffusion, times=self.diffusion.times.for_validation())
+        return dataclasses.replace(self, diffusion=diffusion)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -184,6 +237,7 @@ class Denoiser(Objective):
             example_index=noise.index,
             mask_token_id=self.model.config.mask_token_id,
             block_size=block_size,
+            rows=noise.rows,
         )
         plain = super().examples(ids, counted, noise, block_size, documents)
         clean = jax.tree.map(self.diffusion.repeated, plain)
@@ -194,14 +248,28 @@ class Denoiser(Objective):
             weight=corruption.weight,
         )
 
-    def losses_of(self, params: Params, examples: Examples, block_size: int) -> Losses:
+    def losses_of(self, params: Params, examples: Examples, block_size: int, validating: bool = False) -> Losses:
         """The losses of the examples in blocks of `block_size`; beside the terms, the plain cross-entropy of masked
         tokens by noise level and by block position.
 
         And `expert_load`: of each layer with experts, the busiest one's tokens as a multiple of the even share.
+
+        With `validating` also the terms of each sequence, (B,), under their names and `BY_ROW`; and `expert_load` is
+        that of every expert, (layers, E), over the tokens that may count: it can be added up over batches, and filler
+        has no part in it.
         """
-        model, masked, t = bind(self.model, params), examples.masked, examples.t
-        states = model.training_states(examples.clean, examples.noisy, t, block_size, examples.start)
+        model, measured = bind(self.model, params), examples.counted if validating else None
+        states = model.training_states(examples.clean, examples.noisy, examples.t, block_size, examples.start, measured)
+        return self.losses_of_states(model, states, examples, block_size, validating)
+
+    def losses_of_states(
+        self, model: TwoTower, states: TrainingStates, examples: Examples, block_size: int, validating: bool
+    ) -> Losses:
+        """`losses_of`, of what the towers (bound to their parameters) made of the examples.
+
+        An objective that adds a term to these extends this, `terms` and `counts` (configs/example_objective.py).
+        """
+        masked, t = examples.masked, examples.t
         log_p = model.denoiser_head.log_probabilities(states.denoiser, examples.clean)
         weight = spread(examples.weight.reshape(len(masked), -1), masked.shape[1])
         losses = {
@@ -209,11 +277,20 @@ class Denoiser(Objective):
             "by_noise_level": loss_by_noise_level(log_p, masked, t),
             "by_block_position": loss_by_block_position(log_p, masked, block_size),
         }
+        if validating:
+            losses["masked_loss" + BY_ROW] = self._by_sequence(
+                masked_loss_sum(log_p, masked, weight, self._counted(examples), axis=1)
+            )
         if model.variant.context_loss:
             targets, counted = _next_tokens(examples)
             log_p = model.context_head.log_probabilities(states.context, targets)
             losses["context_loss"] = masked_loss_sum(log_p, counted)
-        if states.expert_load is not None:
+            if validating:
+                losses["context_loss" + BY_ROW] = self._by_sequence(masked_loss_sum(log_p, counted, axis=1))
+        if states.expert_load is not None and validating:
+            tokens = jnp.broadcast_to(count(examples.counted), states.expert_load.shape)
+            losses["expert_load"] = LossSum(states.expert_load * tokens, tokens)
+        elif states.expert_load is not None:
             busiest = jax.lax.stop_gradient(jnp.max(states.expert_load, axis=1))
             losses["expert_load"] = LossSum(busiest, jnp.ones(busiest.shape, jnp.float32))
         return losses
@@ -224,6 +301,9 @@ class Denoiser(Objective):
         if self.model.variant.context_loss:
             counts["context_loss"] = count(_next_tokens(examples)[1])
         return counts
+
+    def _by_sequence(self, of_rows: LossSum) -> LossSum:
+        return jax.tree.map(lambda v: v.reshape(-1, self.diffusion.passes).sum(axis=1), of_rows)
 
     def _counted(self, examples: Examples) -> jax.Array:
         return self.diffusion.counted(examples.masked, examples.counted)
@@ -246,8 +326,15 @@ def _next_tokens(examples: Examples) -> tuple[jax.Array, jax.Array]:
     return targets, mask
 
 
-def make_objective(config: TrainConfig, model: ModelConfig) -> Objective:
-    """The objective that the settings name."""
-    if config.objective == "autoregressive":
-        return Autoregressive(Backbone(model, config.execution))
-    return Denoiser(TwoTower(model, config.variant, config.execution), config.diffusion.process)
+def make_objective(config: "TrainConfig", model: ModelConfig) -> Objective:
+    """The objective that the settings name.
+
+    Raises:
+      ValueError: for one of a user's own that trains something else than both towers, which a workdir could not tell.
+    """
+    objective = OBJECTIVES[config.objective].make(config, model)
+    if config.two_towers and not isinstance(objective.model, TwoTower):
+        raise ValueError(
+            f"objective={config.objective!r}: its model is a {type(objective.model).__name__}, and must be a TwoTower"
+        )
+    return objective

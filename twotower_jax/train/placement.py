@@ -53,6 +53,7 @@ class Placement:
     Attributes:
       reading: this process's share, as arguments of `TrainingData` and `validation_batches`.
       numbers: (B / P,) the numbers of the rows that this process reads.
+      order: (B,) the number of each row of a global array, on the host.
     """
 
     def __init__(self, mesh: Mesh | None, batch_size: int):
@@ -64,9 +65,9 @@ class Placement:
         size = batch_size // len(shares)
         self.numbers = mine * size + np.arange(size, dtype=np.int32)
         self._places = np.array(shares[mine])
-        self._number_at = np.empty(batch_size, np.int32)
-        self._number_at[np.concatenate(shares)] = np.arange(batch_size)
-        self.index = self._number_at if mesh is None else self._global(self._number_at)
+        self.order = np.empty(batch_size, np.int32)
+        self.order[np.concatenate(shares)] = np.arange(batch_size)
+        self.index = self.order if mesh is None else self._global(self.order)
 
     @property
     def everywhere(self) -> NamedSharding | None:
@@ -85,7 +86,7 @@ class Placement:
         """A global array (B, …) of the rows that this process has read of it."""
         if self.mesh is None:
             return rows
-        whole = np.zeros((len(self._number_at), *rows.shape[1:]), rows.dtype)
+        whole = np.zeros((len(self.order), *rows.shape[1:]), rows.dtype)
         whole[self._places] = rows  # the others are asked of other processes
         return self._global(whole)
 

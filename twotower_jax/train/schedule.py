@@ -69,7 +69,7 @@ def block_stages(config: TrainConfig) -> tuple[BlockStage, ...]:
 
     A backbone knows no blocks: its one stage has a whole sequence for a block.
     """
-    if config.objective == "autoregressive":
+    if not config.two_towers:
         return (BlockStage(0, config.steps, config.sequence_length),)
     if config.block_size is not None:
         return (BlockStage(0, config.steps, config.block_size),)

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -47,8 +48,8 @@ class Start(NamedTuple):
     tokenizer_folder: pathlib.Path | None = None
 
 
-def make_start(config: TrainConfig, workdir: Workdir) -> Start:
-    """Reads all inputs and checks them against one another; writes nothing.
+def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], None] = lambda line: None) -> Start:
+    """Reads all inputs and checks them against one another; writes nothing, and reports what is left out.
 
     A workdir with a checkpoint comes first: tokenizer and model are its own. Then `init_from`; then random weights
     and a tokenizer that comes with the data or is trained on the text.
@@ -56,7 +57,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
     Raises:
       ValueError, OSError: for inputs that are missing, broken, or do not fit together.
     """
-    data, mesh = Data(config.data), choose_mesh(config.mesh)
+    data, mesh = Data(config.data, report), choose_mesh(config.mesh)
     checkpoint, folder = None, None
     if workdir.step is not None:
         tokenizer, model = load_tokenizer(workdir.path), workdir.model
@@ -68,7 +69,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
                 "start; give the checkpoint that it was made from"
             )
         check_memory(config, make_objective(config, contents(config.init_from).config), mesh)
-        variant = None if config.objective == "autoregressive" else config.variant
+        variant = config.variant if config.two_towers else None
         loaded = load(config.init_from, variant, config.execution, mesh=mesh)
         tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
         folder = loaded.tokenizer_folder
@@ -80,11 +81,7 @@ def make_start(config: TrainConfig, workdir: Workdir) -> Start:
     else:
         tokenizer = data.tokenizer(config.vocab_size)
         model = config.model_config(id_range(tokenizer))
-    if (
-        config.objective == "denoiser"
-        and config.variant.bidirectional_mamba
-        and "M" not in model.hybrid_override_pattern
-    ):
+    if config.two_towers and config.variant.bidirectional_mamba and "M" not in model.hybrid_override_pattern:
         raise ValueError(
             "variant.bidirectional_mamba=True changes nothing: "
             f"hybrid_override_pattern={model.hybrid_override_pattern!r} has no Mamba-2 layer"

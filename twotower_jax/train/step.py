@@ -243,9 +243,13 @@ def _as_stored(table: Mapping[Path, Parameter], params: Params) -> Params:
 
 
 def make_validation(
-    objective: Objective, block_size: int
+    objective: Objective, block_size: int, rows: int | None = None
 ) -> Callable[[Params, Params, jax.Array, jax.Array, jax.Array], Losses]:
-    """`(trained, frozen, ids (B, L), counted (B,) bool, index (B,)) → losses`; the noise depends on the index alone."""
+    """`(trained, frozen, ids (B, L), counted (B,) bool, index (B,)) → losses`, those of each row among them.
+
+    The noise is a function of a row's index, 0 … rows − 1, and of `rows` alone; None for B.
+    """
+    objective = objective.for_validation()
 
     def validate(
         trained: Params,
@@ -255,7 +259,7 @@ def make_validation(
         index: jax.Array,
         documents: Documents | None = None,
     ) -> Losses:
-        noise = NoiseKey(VALIDATION_SEED, 0, index)
-        return objective.losses(merge(trained, frozen), ids, counted, noise, block_size, documents)
+        noise = NoiseKey(VALIDATION_SEED, 0, index, rows)
+        return objective.losses(merge(trained, frozen), ids, counted, noise, block_size, documents, validating=True)
 
     return validate

@@ -1,14 +1,12 @@
-"""The plain ways to compute what other files compute better: what the measurements compare with.
+"""The two-tower scan with a state per block: the plain way, which measurements compare with.
 
-They are exact, and may be named like any implementation; nothing chooses them.
+Exact, and may be named like any implementation; nothing chooses it.
 """
 
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels import reference
-from twotower_jax.kernels.numerics.quantized import as_array
-from twotower_jax.kernels.ssd import xla as ssd_xla
+from twotower_jax.kernels.ssd import xla
 
 
 def two_tower_ssd(
@@ -25,7 +23,7 @@ def two_tower_ssd(
         return v.reshape(batch * blocks, block_size, *v.shape[2:])
 
     context = map(split, (context_x, context_dt, context_log_decay, context_b, context_b))
-    _, added = ssd_xla.ssd(*context, chunk_size=block_size)
+    _, added = xla.ssd(*context, chunk_size=block_size)
     decays = jnp.sum(context_log_decay.astype(jnp.float32).reshape(batch, blocks, block_size, -1), axis=2)
 
     def step(state, this):
@@ -35,11 +33,5 @@ def two_tower_ssd(
     added = added.reshape(batch, blocks, *added.shape[1:])
     _, left = jax.lax.scan(step, jnp.zeros_like(added[:, 0]), (jnp.moveaxis(added, 1, 0), jnp.moveaxis(decays, 1, 0)))
     seeds = jnp.moveaxis(left, 0, 1).reshape(-1, *added.shape[2:])
-    y, _ = ssd_xla.ssd(*map(split, (x, dt, log_decay, b, c)), initial_state=seeds, chunk_size=block_size)
+    y, _ = xla.ssd(*map(split, (x, dt, log_decay, b, c)), initial_state=seeds, chunk_size=block_size)
     return y.reshape(x.shape)
-
-
-def expert_mlp(x, indices, gates, weights, *, activation):
-    """`kernels.expert_mlp` with every row through every expert, E / k times the work of the chosen ones."""
-    weights = type(weights)(*(None if w is None else as_array(w, x.dtype) for w in weights))
-    return reference.expert_mlp_dense(x, indices, gates.astype(x.dtype), weights, activation).astype(x.dtype)

@@ -1,0 +1,118 @@
+"""All of a run that does not change while it runs, read and checked before anything is written."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+import optax
+
+from twotower_jax.checkpoint.workdir import Workdir
+from twotower_jax.data import TrainingData
+from twotower_jax.parameters import count
+from twotower_jax.registry import registered
+from twotower_jax.train.config import ADDED, CHANGEABLE, TrainConfig
+from twotower_jax.train.objectives import Objective
+from twotower_jax.train.placement import Placement
+from twotower_jax.train.programs import Programs
+from twotower_jax.train.samples import Samples
+from twotower_jax.train.schedule import BlockStage, block_stages
+from twotower_jax.train.start import Start, make_start
+from twotower_jax.train.step import make_optimizer, tables
+from twotower_jax.train.validation import Validation
+
+Report = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run.
+
+    Attributes:
+      folder: what the workdir holds. start: what the run starts from.
+      programs: the compiled steps. stages: the block sizes in their order.
+      validation, samples: None where the run has none.
+    """
+
+    config: TrainConfig
+    report: Report
+    folder: Workdir
+    start: Start
+    optimizer: optax.GradientTransformation
+    placement: Placement
+    programs: Programs
+    stages: tuple[BlockStage, ...]
+    validation: Validation | None
+    samples: Samples | None
+
+    @property
+    def objective(self) -> Objective:
+        return self.start.objective
+
+    @functools.cached_property
+    def devices(self) -> list[jax.Device]:
+        """The devices that the run uses, of all processes."""
+        mesh = self.placement.mesh
+        return jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+
+    def data(self) -> TrainingData:
+        """Batches from the first on."""
+        config = self.config
+        return TrainingData(
+            self.start.training, batch_size=config.batch_size, seed=config.seed, **self.placement.reading
+        )
+
+    def describe(self) -> None:
+        """Says what is trained, where, and on how much text."""
+        config, start = self.config, self.start
+        trained, frozen = (count(table) for table in tables(self.objective))
+        devices, processes = self.devices, jax.process_count()
+        among = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
+        among += f" in {processes} processes" if processes > 1 else ""
+        self.report(
+            f"{config.objective}: {trained:,} parameters train, {frozen:,} are frozen; {config.dtype} on {among}, "
+            f"{start.model.num_hidden_layers} layers {start.model.hybrid_override_pattern}"
+        )
+        held_out = 0 if start.validation is None else start.validation.tokens
+        self.report(
+            f"{config.batch_size * config.sequence_length:,} tokens per step ({config.batch_size} sequences of "
+            f"{config.sequence_length}) of {start.training.tokens:,}, {held_out:,} more held out; "
+            f"vocabulary {start.model.vocab_size:,}"
+        )
+        if self.validation is not None and self.validation.warning:
+            self.report(self.validation.warning)
+
+
+def make_setup(config: TrainConfig, folder: Workdir, report: Report) -> Setup:
+    """Reads what a run starts from, and traces its steps; writes nothing.
+
+    Raises:
+      ValueError, OSError: for inputs that are missing, broken, or do not fit together.
+    """
+    start = make_start(config, folder, report)
+    objective, placement = start.objective, Placement(start.mesh, config.batch_size)
+    optimizer = make_optimizer(config, tables(objective)[0])
+    programs, stages = Programs(config, objective, optimizer, placement), block_stages(config)
+    programs.check(tuple(stage.block_size for stage in stages))
+    validation = samples = None
+    if start.validation is not None:
+        validation = Validation(start.validation, objective, placement, config.batch_size)
+    if config.sample_every:
+        prompts = config.sample_prompts, config.sample_tokens
+        samples = Samples(folder.path, start.tokenizer, objective.model, *prompts, placement.mesh)
+    parts = programs, tuple(stages), validation, samples
+    return Setup(config, report, folder, start, optimizer, placement, *parts)
+
+
+def look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
+    """What the workdir holds now.
+
+    Raises:
+      ValueError: if that is something else, or a run with other settings, or one that is beyond `config.steps`.
+    """
+    settings, own = dataclasses.asdict(config), registered()
+    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED)
+    if folder.step is not None and folder.step > config.steps:
+        raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
+    return folder
