@@ -18,6 +18,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import shapes
+
+shapes.install()
+
 import hypothesis
 import jax
 import numpy as np

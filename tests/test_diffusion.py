@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,7 +177,7 @@ for shape in (4, 1), (2, 2), (1, 4):
     ],
 )
 def test_corruption_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with shapes.unchecked(), pytest.raises(ValueError, match=message):
         corrupt_examples(clean_ids(2, 4), **({"index": np.int32([0, 1])} | options))
 
 
@@ -272,7 +273,7 @@ def test_loss_by_noise_level_and_by_block_position():
     assert by_position.count.dtype == by_level.count.dtype == jnp.float32
     with pytest.raises(ValueError, match="length=24.*block_size=7"):
         loss_by_block_position(log_probabilities, masked, 7)
-    with pytest.raises(ValueError, match="logits"):
+    with shapes.unchecked(), pytest.raises(ValueError, match="logits"):
         token_log_probabilities(logits, targets[:, 1:])
 
 
@@ -657,5 +658,5 @@ def test_config_refuses(options, message):
 def test_step_refuses_shapes_that_do_not_fit(xt, logits, keys):
     config = SamplingConfig(block_size=4)
     keys = jax.random.split(jax.random.key(0), keys)
-    with pytest.raises(ValueError, match=r"expected xt \(B, 4\)"):
+    with shapes.unchecked(), pytest.raises(ValueError, match=r"expected xt \(B, 4\)"):
         take_step(config, keys, jnp.zeros(xt, jnp.int32), jnp.zeros(logits, jnp.float32), 0, 0)

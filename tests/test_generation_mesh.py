@@ -12,7 +12,7 @@ import pytest
 from twotower_jax.checkpoint.load import load
 from twotower_jax.config import Variant
 from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.generation import MODES, Engine, Placement, Settings, generate, place, score_ar
+from twotower_jax.generation import MODES, Engine, Settings, TowerMeshes, generate, score_ar, tower_meshes
 from twotower_jax.generation.blocks import block
 from twotower_jax.generation.modes import Call, Recipe
 from twotower_jax.generation.placement import in_force, parse_mesh
@@ -68,20 +68,20 @@ CASES += [(f"{axis}=4", False, "diffusion") for axis in ("data", "fsdp", "expert
 @pytest.mark.parametrize(("shape", "apart", "mode"), CASES)
 def test_tokens_and_evaluations_are_those_of_one_device(model, one_device, shape, apart, mode):
     """With rows that wait for a slot, prompts read in pieces, sampling, and rows that end inside a block."""
-    placement = place(parse_mesh(shape.split(",") if shape else []), apart=apart)
+    placement = tower_meshes(parse_mesh(shape.split(",") if shape else []), apart=apart)
     results = list(generate(*model, PROMPTS, dataclasses.replace(SETTINGS, mode=mode), placement=placement))
     assert results == one_device(mode)
 
 
 def test_the_table_is_divided_and_written_in_place(model):
     """Rows over data and fsdp, states by heads over tensor; each device writes its part into the one it was given."""
-    mesh = place(parse_mesh(MIXED.split(","))).context
+    mesh = tower_meshes(parse_mesh(MIXED.split(","))).context
     whole, part = (cache_bytes(model[0], 8, 1024, m) for m in (None, mesh))
     with in_force(mesh):
         slots = allocate(model=model[0], batch=8, capacity=1024)
         call = Call(jnp.ones(8, bool), jnp.uint32(0), end_token_array((2,)), None, jnp.float32(0))
         recipe = Recipe("ar", SamplingConfig())
-        params = Placement(mesh).context_params(*model)
+        params = TowerMeshes(mesh).context_params(*model)
         compiled = block.lower(params, slots, call, model=model[0], recipe=recipe).compile()
     mamba, attention, _ = slots.cache.layers.by_layer()
     assert mamba.state.sharding.shard_shape(mamba.state.shape) == (2, 4, *mamba.state.shape[2:])
@@ -98,7 +98,7 @@ def test_the_table_is_divided_and_written_in_place(model):
 
 def test_parameters_load_where_they_are_used(data):
     """Each tower on its mesh, matrices whole but for experts and widths, the bytes those of one device."""
-    placement = Placement(*(make_mesh(MeshShape(expert=2, tensor=2), jax.devices()[i : i + 4]) for i in (0, 4)))
+    placement = TowerMeshes(*(make_mesh(MeshShape(expert=2, tensor=2), jax.devices()[i : i + 4]) for i in (0, 4)))
     loaded = load(data / "tiny" / "checkpoint", sharding=placement.parameter_sharding)
     whole = flatten(load(data / "tiny" / "checkpoint").params)
     for path, parameter in parameter_table(loaded.model).items():
@@ -119,12 +119,12 @@ def test_tied_towers_may_be_apart(small_config, random_params):
     settings = dataclasses.replace(SETTINGS, max_new_tokens=5)
     params = random_params(model)
     expected = list(generate(model, params, PROMPTS[:2], settings))
-    placement = place(MeshShape(), apart=True)
+    placement = tower_meshes(MeshShape(), apart=True)
     assert list(generate(model, params, PROMPTS[:2], settings, placement=placement)) == expected
 
 
 def test_memory_is_counted_by_device(model):
-    placement = place(MeshShape(data=4))
+    placement = tower_meshes(MeshShape(data=4))
     row = cache_bytes(model[0], 1, 128)
     settings = dataclasses.replace(SETTINGS, batch_size=8, max_cache_gb=1.5 * row / 1e9)
     message = r"8 rows of 128 positions need .* GB on each device, and max_cache_gb .* lower batch_size to 4,"
@@ -136,7 +136,7 @@ def test_memory_is_counted_by_device(model):
 
 def test_scores_on_a_mesh_are_those_of_one_device(model):
     rows = [[4, 5], list(range(4, 36)), [7], list(range(10, 27))]
-    placement = place(MeshShape(data=2, tensor=2))
+    placement = tower_meshes(MeshShape(data=2, tensor=2))
     expected = score_ar(*model, rows[:3])
     with in_force(placement.context):
         found = score_ar(model[0], placement.context_params(*model), rows[:3])
@@ -157,4 +157,4 @@ def test_scores_on_a_mesh_are_those_of_one_device(model):
 )
 def test_meshes_that_cannot_be(model, words, apart, message):
     with pytest.raises(ValueError, match=message):
-        place(parse_mesh(words), apart=apart).check(model[0].config)
+        tower_meshes(parse_mesh(words), apart=apart).check(model[0].config)

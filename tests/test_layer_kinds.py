@@ -15,7 +15,7 @@ from twotower_jax.checkpoint.listing import infer_config
 from twotower_jax.checkpoint.load import load
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Settings, generate
-from twotower_jax.generation.placement import Placement
+from twotower_jax.generation.placement import TowerMeshes
 from twotower_jax.kernels import Backends
 from twotower_jax.layers import registry
 from twotower_jax.layers.common import Linear
@@ -192,7 +192,7 @@ def test_every_mode_says_what_whole_passes_say(trained):
         padded = jnp.asarray([text + [0] * (capacity - len(text))])
         return np.asarray(bound.context_logits(padded))[0, len(text) - 1]
 
-    def tokens(mode, placement=Placement()):  # noqa: B008 (frozen)
+    def tokens(mode, placement=TowerMeshes()):  # noqa: B008 (frozen)
         sampling = SamplingConfig(block_size=size, steps_per_block=1)
         chosen = Settings(mode=mode, max_new_tokens=new, sampling=sampling, batch_size=2, ignore_eos=True)
         return [result.tokens for result in generate(model, params, PROMPTS, chosen, placement=placement)]
@@ -229,7 +229,7 @@ def test_every_mode_says_what_whole_passes_say(trained):
     assert tokens("mock_ar") == mock
     # A denoiser on a device of its own is told what changed in the state.
     devices = [make_mesh(MeshShape(), [device]) for device in jax.devices()[:2]]
-    assert tokens("diffusion", Placement(*devices)) == diffusion
+    assert tokens("diffusion", TowerMeshes(*devices)) == diffusion
 
 
 def test_blocks_in_training_are_blocks_after_a_cache(trained):

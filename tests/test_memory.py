@@ -15,7 +15,7 @@ import pytest
 
 from twotower_jax import memory
 from twotower_jax.checkpoint.load import contents
-from twotower_jax.generation.placement import Placement, place
+from twotower_jax.generation.placement import TowerMeshes, tower_meshes
 from twotower_jax.memory import GIB, Room
 from twotower_jax.model_flags import weight_bytes
 from twotower_jax.parameters import parameter_table
@@ -122,16 +122,16 @@ def test_a_models_weights_are_counted(small_config, method, dtype):
     model = TwoTower(small_config())
     table, dtype = parameter_table(model), jnp.dtype(dtype)
     method = METHODS.get(method)
-    whole = weight_bytes(model, method, dtype, Placement())
+    whole = weight_bytes(model, method, dtype, TowerMeshes())
     if method is None:
         assert whole == sum(p.tensors.size * 0 + jnp.dtype("float32" if p.float32 else dtype).itemsize *
                             jax.numpy.zeros(p.shape, bool).size for p in table.values())  # fmt: skip
     else:
-        assert whole < weight_bytes(model, None, dtype, Placement())
-    towers = weight_bytes(model, method, dtype, place(MeshShape(data=2), apart=True))
+        assert whole < weight_bytes(model, None, dtype, TowerMeshes())
+    towers = weight_bytes(model, method, dtype, tower_meshes(MeshShape(data=2), apart=True))
     assert whole / 2 <= towers < whole
-    assert weight_bytes(model, method, dtype, place(MeshShape(tensor=2))) < whole
-    shared = weight_bytes(model, method, dtype, Placement(), shared=True)
+    assert weight_bytes(model, method, dtype, tower_meshes(MeshShape(tensor=2))) < whole
+    shared = weight_bytes(model, method, dtype, TowerMeshes(), shared=True)
     assert whole / 2 <= shared < 0.7 * whole
 
 

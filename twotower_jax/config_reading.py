@@ -32,7 +32,7 @@ _NAMES = {
 _PATTERN = "hybrid_override_pattern"
 _LAYER_LISTS = ("layers_block_type", "layer_types")
 LAYERS = (_PATTERN, *_LAYER_LISTS)  # What may say which layers there are.
-# The words of `transformers`, those of older files after them, and the letters themselves.
+# The words of `transformers`, then those of older files, then the letters themselves.
 _WORDS = {
     **dict.fromkeys(("linear_attention", "mamba", "mamba2", "M"), "M"),
     **dict.fromkeys(("full_attention", "attention", "*"), "*"),

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
@@ -23,19 +23,24 @@ class Layer(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, scope.child("norm"))
         self.mixer = registry.kind(letter)(config, scope.child("mixer"), execution.backends, bidirectional)
 
-    def causal(self, h: jax.Array, cache: Any = None, run: Run = Run()) -> tuple[jax.Array, Any]:  # noqa: B008 (frozen)
+    def causal(
+        self,
+        h: Float[Array, "B L D"],
+        cache: Any = None,
+        run: Run = Run(),  # noqa: B008 (frozen)
+    ) -> tuple[Float[Array, "B L D"], Any]:
         """One run of tokens h (B, L, D) after `cache`; returns the new h and the layer's memory of the run."""
         y, memory = self.mixer.causal(self._enter(h, None), cache, run)
         return self._leave(h, y, None), memory
 
     def blockwise(
         self,
-        h: jax.Array,
+        h: Float[Array, "B L D"],
         memory: Any,
         block_size: int,
         run: Run = Run(),  # noqa: B008 (frozen)
         modulation: Modulation | None = None,
-    ) -> tuple[jax.Array, Routing | None]:
+    ) -> tuple[Float[Array, "B L D"], Routing | None]:
         """Blocks h (B, L, D) side by side, reading the context layer's memory (or cache) before each left edge.
 
         Returns:

@@ -13,7 +13,7 @@ from absl import flags
 from twotower_jax import command_line, memory, quantization
 from twotower_jax.checkpoint.load import Contents, contents, load, stored_method
 from twotower_jax.execution import Execution
-from twotower_jax.generation.placement import Placement, parse_mesh, place
+from twotower_jax.generation.placement import TowerMeshes, parse_mesh, tower_meshes
 from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, count, parameter_table
@@ -43,7 +43,7 @@ class Loaded(NamedTuple):
     model: TwoTower
     params: Params
     folder: pathlib.Path
-    placement: Placement
+    placement: TowerMeshes
 
 
 def end_tokens() -> tuple[int, ...] | None:
@@ -62,7 +62,7 @@ def load_model(apart: bool = False) -> Loaded:
       ValueError, OSError, CheckpointError: see `checkpoint.load.load`; ValueError also for --kernels and --mesh, and,
         before any weight is read, where the devices cannot hold them.
     """
-    placement = place(parse_mesh(MESH.value), apart=apart)
+    placement = tower_meshes(parse_mesh(MESH.value), apart=apart)
     _check_memory(contents(CHECKPOINT.value), placement)
     scan_layers = jax.default_backend() == "cpu" and is_small(pathlib.Path(CHECKPOINT.value))
     execution = Execution(dtype=DTYPE.value, scan_layers=scan_layers, backends=Backends.parse(KERNELS.value))
@@ -72,7 +72,7 @@ def load_model(apart: bool = False) -> Loaded:
     return Loaded(model, cast(parameter_table(model), params, DTYPE.value), folder, placement)
 
 
-def _check_memory(found: Contents, placement: Placement) -> None:
+def _check_memory(found: Contents, placement: TowerMeshes) -> None:
     """Refuses weights that the devices cannot hold, before they are read."""
     method, dtype = METHODS.get(QUANTIZE.value) or stored_method(CHECKPOINT.value), jnp.dtype(DTYPE.value)
     model = TwoTower(found.config, found.variant)
@@ -90,7 +90,7 @@ def _check_memory(found: Contents, placement: Placement) -> None:
 
 
 def weight_bytes(
-    model: TwoTower, method: Method | None, dtype: jnp.dtype, placement: Placement, *, shared: bool = False
+    model: TwoTower, method: Method | None, dtype: jnp.dtype, placement: TowerMeshes, *, shared: bool = False
 ) -> int:
     """What the weights take of the fullest device.
 

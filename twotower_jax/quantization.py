@@ -3,10 +3,10 @@
     int8    the routed experts in 8 bits, a scale for each group of rows in a column
     int4    the routed experts in 4 bits, a scale for each group of rows in a column
 
-Both store every other matrix in 8 bits: with a scale a column what layers multiply with (so that the scales can be
-applied to the product), with a scale a row the embedding (so that a lookup reads its rows alone). As they came stay
-vectors, the router, the convolutions and the time conditioning. Where each one belongs is declared with the parameter
-(`Parameter.scales`); what a quantized matrix is says kernels/numerics/quantized.py.
+Both store every other matrix in 8 bits: one scale per column for what layers multiply with (so that the scales
+can be applied to the product), one scale per row for the embedding (so that a lookup reads its rows alone). Vectors,
+the router, the convolutions and the time conditioning stay as they came. Where each one belongs is declared with the
+parameter (`Parameter.scales`); kernels/numerics/quantized.py says what a quantized matrix is.
 
 Numbers are made here with NumPy and not on the device, so that a tensor gives the same bits wherever and whenever it
 is quantized: when a checkpoint is converted or when it is loaded, for one device or a mesh of any kind.
@@ -104,7 +104,7 @@ def abstract(
 
 
 def as_read(parameter: Parameter, matrix: jax.Array | Quantized, platform: str) -> jax.Array | Quantized:
-    """A parameter as the kernels of a platform read it without a copy: on TPUs zeros stand behind quantized experts.
+    """A parameter as the kernels of a platform read it without a copy: on TPUs zeros follow quantized experts.
 
     Where devices divide the matrix by rows or columns it stays as it is.
 

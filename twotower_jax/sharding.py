@@ -28,7 +28,7 @@ BATCH = ("data", "fsdp", "expert")
 # An axis of one device; a mesh that has it leaves the axes of activations named here whole. See `with_whole_rows`.
 _WHOLE_ROWS = "whole_rows"
 _OF_ROWS = ("batch", "length", "shard")
-# Of matrices in a TPU's memory, in bfloat16 and float32.
+# A tile of a matrix in a TPU's memory has this many rows, in bfloat16 and float32 alike.
 _ROWS_OF_A_TILE = 8
 
 Axes = tuple[str | None, ...]
@@ -43,9 +43,9 @@ class Rule:
 
 
 RULES: Mapping[str, Rule] = {
-    # Of parameters. A mesh axis divides an array once: "embed" has what experts leave it, which is nothing where there
-    # are enough of them. Whole experts are then what is gathered, along the first axis of what a device holds, and lie
-    # next to one another as they are used, whatever their matrices' sides.
+    # Axes of parameters. A mesh axis divides an array once: "embed" has what experts leave it, which is nothing where
+    # there are enough of them. Whole experts are then what is gathered, along the first axis of what a device holds,
+    # and lie next to one another as they are used, whatever their matrices' sides.
     "layers": Rule((), ()),
     "experts": Rule(("expert", "fsdp", "sequence"), ("expert",)),
     "embed": Rule(("fsdp", "sequence", "expert"), ()),
@@ -57,7 +57,7 @@ RULES: Mapping[str, Rule] = {
     "mamba_heads": Rule(("tensor",), ("tensor",)),
     "mlp": Rule(("tensor",), ("tensor",)),
     "expert_mlp": Rule(("tensor",), ("tensor",)),
-    # Of activations.
+    # Axes of activations.
     "batch": Rule((), BATCH),
     "length": Rule((), ("sequence",)),
     "shard": Rule((), ("sequence",)),  # one entry for each part of a sequence
@@ -157,12 +157,13 @@ def _on_mesh() -> bool:
 def spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], *, stored: bool = False) -> PartitionSpec:
     """How an array with these logical axes is divided over a mesh of these sizes.
 
-    A dimension takes the mesh axes of its rule, each once an array, as long as their product divides it. Vectors are
+    A dimension takes the mesh axes of its rule, each once per array, as long as their product divides it. Vectors are
     stored whole everywhere: dividing them would save nothing.
 
-    Of a matrix at rest, what "embed" takes divides the rows (the last dimension but one) instead, wherever that gives
+    In a matrix at rest, what "embed" takes divides the rows (the last dimension but one) instead, wherever that gives
     every device whole tiles of rows: what is gathered by whole tiles of rows lies in memory as it is used, and TPUs
-    copy anything else into place, once a layer and pass. (GPUs want rows, too: they gather along the first axis alone.)
+    copy anything else into place, once per layer and pass. (GPUs want rows, too: they gather along the first axis
+    alone.)
     """
     if stored and len(axes) - axes.count("layers") < 2:
         return PartitionSpec()

@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Int
 
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
@@ -166,15 +167,15 @@ class PerLayer:
         ]
         return self.replace(segments=tuple(out))
 
-    def take_rows(self, rows: jax.Array) -> "PerLayer":
+    def take_rows(self, rows: Int[Array, " R"]) -> "PerLayer":
         """The rows (R,) int32 of a batch; an index out of range gives the last one."""
         return self._by_rows(functools.partial(take_rows, rows))
 
-    def put_rows(self, rows: jax.Array, part: "PerLayer") -> "PerLayer":
+    def put_rows(self, rows: Int[Array, " R"], part: "PerLayer") -> "PerLayer":
         """With the rows (R,) int32, all different, replaced by those of `part`; none for one out of range."""
         return self._by_rows(functools.partial(put_rows, rows), part)
 
-    def clear_rows(self, cleared: jax.Array) -> "PerLayer":
+    def clear_rows(self, cleared: Bool[Array, " B"]) -> "PerLayer":
         """With zeros in the rows of `cleared` (B,) bool."""
         return self._by_rows(functools.partial(clear_rows, cleared))
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from twotower_jax.cache import Cache
 from twotower_jax.config import ModelConfig
@@ -37,17 +38,17 @@ class Tower(nnx.Module):
     def segments(self) -> list[Segment]:
         return [getattr(self, f"segment_{i}") for i in range(len(self.stretches))]
 
-    def embed(self, ids: jax.Array) -> jax.Array:
+    def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """(B, L) int32 → (B, L, D). Ids are in range: they are checked on the host, where that can be an error."""
         residual = jnp.float32 if self.config.residual_in_fp32 else self.execution.dtype
         rows = lookup(use(self.embeddings, self.execution.dtype), ids)
         return rows.astype(self.execution.dtype).astype(residual)
 
-    def finish(self, h: jax.Array) -> jax.Array:
+    def finish(self, h: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The final norm."""
         return self.norm_f(h.astype(self.execution.dtype))
 
-    def causal(self, ids: jax.Array, document_start: jax.Array | None = None) -> jax.Array:
+    def causal(self, ids: Int[Array, "B L"], document_start: Int[Array, "B L"] | None = None) -> Float[Array, "B L D"]:
         """Tokens (B, L) from the start of a text to the final hidden states (B, L, D).
 
         `document_start` (B, L) int32 is the first position that each one may know of; None for the start of the text.
@@ -59,7 +60,7 @@ class Tower(nnx.Module):
         h, _ = walk((self,), self.embed(ids), step)
         return self.finish(h)
 
-    def layer_outputs(self, ids: jax.Array) -> list[jax.Array]:
+    def layer_outputs(self, ids: Int[Array, "B L"]) -> list[Float[Array, "B L D"]]:
         """The embedding of (B, L) tokens and the output of each layer but the last, whose place the final norm's takes:
         what the published code calls hidden states, num_hidden_layers + 1 of (B, L, D)."""
 
@@ -74,8 +75,13 @@ class Tower(nnx.Module):
     # The cache: what is particular to a layer's kind, its mixer does.
 
     def extend(
-        self, ids: jax.Array, lengths: jax.Array, *, cache: Cache | None = None, capacity: int | None = None
-    ) -> tuple[jax.Array, Cache]:
+        self,
+        ids: Int[Array, "B L"],
+        lengths: Int[Array, " B"],
+        *,
+        cache: Cache | None = None,
+        capacity: int | None = None,
+    ) -> tuple[Float[Array, "B L D"], Cache]:
         """Reads tokens after `cache`, or from the start of a text into a new cache of `capacity` positions.
 
         Args:
@@ -102,7 +108,7 @@ class Tower(nnx.Module):
             layers = self._append(cache.layers, layers, start)
         return self.finish(h), Cache(layers=layers, lengths=start + lengths)
 
-    def read(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, PerLayer]:
+    def read(self, ids: Int[Array, "B L"], cache: Cache) -> tuple[Float[Array, "B L D"], PerLayer]:
         """Reads tokens after `cache` without adding them to it; `keep` adds as many of them as turn out to be wanted.
 
         Args:
@@ -119,7 +125,7 @@ class Tower(nnx.Module):
         h, memories = walk((self,), self.embed(ids), step, cache.layers)
         return self.finish(h), memories
 
-    def keep(self, cache: Cache, memories: PerLayer, lengths: jax.Array) -> Cache:
+    def keep(self, cache: Cache, memories: PerLayer, lengths: Int[Array, " B"]) -> Cache:
         """The cache after the first `lengths` (B,) of the tokens that `read` read: what `extend` gives for these.
 
         Nothing is projected, attended to or sent to experts a second time.
@@ -131,7 +137,7 @@ class Tower(nnx.Module):
         layers = cache.layers.map(keep, memories, given=self._mixers())
         return Cache(layers=layers, lengths=cache.lengths + lengths)
 
-    def newest(self, cache: Cache, before: jax.Array, width: int) -> Cache:
+    def newest(self, cache: Cache, before: Int[Array, " B"], width: int) -> Cache:
         """What a copy of the cache, of when its lengths were `before` (B,), lacks: for `absorb`.
 
         Args:

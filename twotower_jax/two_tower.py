@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from twotower_jax.cache import Cache
 from twotower_jax.config import ModelConfig, Variant
@@ -33,7 +34,7 @@ class Backbone(nnx.Module):
         self.tower = Tower(config, "backbone.", execution)
         self.head = Head(config, Scope(("lm_head.",)))
 
-    def logits(self, ids: jax.Array) -> jax.Array:
+    def logits(self, ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         """(B, L) int32 → (B, L, V) float32; logits at i predict token i + 1."""
         return self.head(self.tower.causal(ids))
 
@@ -79,13 +80,15 @@ class TwoTower(nnx.Module):
 
     # The context tower alone.
 
-    def context_logits(self, ids: jax.Array) -> jax.Array:
+    def context_logits(self, ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         """(B, L) int32 → (B, L, V) float32; logits at i predict token i + 1."""
         return self.context_head(self.context_tower.causal(ids))
 
     # Generation.
 
-    def prefill(self, ids: jax.Array, lengths: jax.Array, capacity: int) -> tuple[jax.Array, Cache]:
+    def prefill(
+        self, ids: Int[Array, "B L"], lengths: Int[Array, " B"], capacity: int
+    ) -> tuple[Float[Array, "B V"], Cache]:
         """Reads prompts (B, L), padded on the right to L, of `lengths` (B,) tokens into a new cache.
 
         Returns:
@@ -94,8 +97,10 @@ class TwoTower(nnx.Module):
         h, cache = self.context_tower.extend(ids, lengths, capacity=capacity)
         return self._last_logits(h, lengths), cache
 
-    def extend(self, ids: jax.Array, lengths: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Reads (B, L) more tokens, of which each row has `lengths` (B,) real ones, behind the cache.
+    def extend(
+        self, ids: Int[Array, "B L"], lengths: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads (B, L) more tokens, of which each row has `lengths` (B,) real ones, after the cache.
 
         Returns:
           the context's logits after each row's last real token, (B, V) float32 (meaningless where lengths is 0), and
@@ -104,8 +109,8 @@ class TwoTower(nnx.Module):
         h, cache = self.context_tower.extend(ids, lengths, cache=cache)
         return self._last_logits(h, lengths), cache
 
-    def verify(self, block: jax.Array, cache: Cache) -> tuple[jax.Array, PerLayer]:
-        """What the context thinks of (B, S) tokens behind the cache, of which `keep` takes as many as turn out right.
+    def verify(self, block: Int[Array, "B S"], cache: Cache) -> tuple[Float[Array, "B S V"], PerLayer]:
+        """What the context thinks of (B, S) tokens after the cache, of which `keep` takes as many as turn out right.
 
         Returns:
           the context's logits after each of them, (B, S, V) float32, and the layers' memories for `keep`.
@@ -113,7 +118,7 @@ class TwoTower(nnx.Module):
         h, memories = self.context_tower.read(block, cache)
         return self.context_head(h), memories
 
-    def keep(self, cache: Cache, memories: PerLayer, lengths: jax.Array) -> Cache:
+    def keep(self, cache: Cache, memories: PerLayer, lengths: Int[Array, " B"]) -> Cache:
         """The cache after the first `lengths` (B,) of the tokens given to `verify`."""
         return self.context_tower.keep(cache, memories, lengths)
 
@@ -121,8 +126,8 @@ class TwoTower(nnx.Module):
         last = jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         return self.context_head(last)[:, 0]
 
-    def denoise(self, block: jax.Array, t: jax.Array | None, cache: Cache) -> jax.Array:
-        """One evaluation of the denoiser on a block behind the cache, which stays as it is.
+    def denoise(self, block: Int[Array, "B S"], t: Float[Array, " B"] | None, cache: Cache) -> Float[Array, "B S V"]:
+        """One evaluation of the denoiser on a block after the cache, which stays as it is.
 
         Args:
           block: (B, S) int32, the mask token where undecided.
@@ -134,8 +139,8 @@ class TwoTower(nnx.Module):
         return self.denoise_with_routing(block, t, cache)[0]
 
     def denoise_with_routing(
-        self, block: jax.Array, t: jax.Array | None, cache: Cache
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, block: Int[Array, "B S"], t: Float[Array, " B"] | None, cache: Cache
+    ) -> tuple[Float[Array, "B S V"], Int[Array, "layers B S k"] | None]:
         """As `denoise`, and which experts each token went through: (layers with experts, B, S, k) int32, best first;
         None where there are none."""
         tower = self.denoiser_tower
@@ -148,7 +153,7 @@ class TwoTower(nnx.Module):
         h, experts = self._walk_denoiser((tower,), tower.embed(block), step, t, cache)
         return self.denoiser_head(tower.finish(h)), experts.stack()
 
-    def mock_ar_logits(self, ids: jax.Array, cache: Cache) -> jax.Array:
+    def mock_ar_logits(self, ids: Int[Array, "B L"], cache: Cache) -> Float[Array, "B L V"]:
         """A check of the denoiser's weights: used causally, without time conditioning, as if it were the context.
 
         Args:
@@ -169,12 +174,12 @@ class TwoTower(nnx.Module):
 
     def training_states(
         self,
-        clean: jax.Array,
-        noisy: jax.Array,
-        t: jax.Array,
+        clean: Int[Array, "B L"],
+        noisy: Int[Array, "B L"],
+        t: Float[Array, " B *blocks"],
         block_size: int,
-        document_start: jax.Array | None = None,
-        measured: jax.Array | None = None,
+        document_start: Int[Array, "B L"] | None = None,
+        measured: Bool[Array, "B L"] | None = None,
     ) -> TrainingStates:
         """One context pass over the clean tokens and one denoiser pass over all blocks of the noisy ones.
 
@@ -211,8 +216,8 @@ class TwoTower(nnx.Module):
         return TrainingStates(denoiser.finish(h), context.finish(h_context), loads.stack())
 
     def training_logits(
-        self, clean: jax.Array, noisy: jax.Array, t: jax.Array, block_size: int
-    ) -> tuple[jax.Array, jax.Array]:
+        self, clean: Int[Array, "B L"], noisy: Int[Array, "B L"], t: Float[Array, " B *blocks"], block_size: int
+    ) -> tuple[Float[Array, "B L V"], Float[Array, "B L D"]]:
         """As `training_states`, the denoiser's being logits already: (B, L, V) float32."""
         states = self.training_states(clean, noisy, t, block_size)
         return self.denoiser_head(states.denoiser), states.context
@@ -242,7 +247,7 @@ def is_trainable(variant: Variant, path: Path) -> bool:
     return True
 
 
-def from_backbone(model: TwoTower, backbone: Params, key: jax.Array) -> Params:
+def from_backbone(model: TwoTower, backbone: Params, key: Key[Array, ""]) -> Params:
     """Parameters of `model` that start both towers from those of a `Backbone` of the same layout.
 
     The towers share arrays; the time conditioning is fresh, drawn from `key`, and by default changes nothing.

@@ -5,8 +5,8 @@ times.py        training: how times are drawn
 weights.py      training: how much a masked token counts
 process.py      training: clean tokens → noisy tokens and the noise level the denoiser is told; `MaskedDiffusion`
 loss.py         training: logits → cross-entropy over masked positions, or over next tokens
-prediction.py   sampling: logits → one token a position and its confidence
-strategies/     sampling: the new block of one row, a file for each strategy
+prediction.py   sampling: logits → one token per position and its confidence
+strategies/     sampling: the new block of one row, one file per strategy
 sampling.py     sampling: one denoising step of a block
 
 Letters in shapes: B batch, L length, S block, V vocab.

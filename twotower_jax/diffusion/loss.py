@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 NOISE_LEVEL_BINS = 10
 
@@ -32,7 +33,7 @@ class LossSum(NamedTuple):
         return self.total / jnp.where(count > 0, count, 1.0)
 
 
-def token_log_probabilities(logits: jax.Array, ids: jax.Array) -> jax.Array:
+def token_log_probabilities(logits: Float[Array, "*rows V"], ids: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
     """log softmax(logits)[ids], computed in float32 whatever the logits' dtype.
 
     Args:
@@ -57,10 +58,10 @@ def _token_losses(log_probabilities: jax.Array, masked: jax.Array) -> jax.Array:
 
 
 def masked_loss_sum(
-    log_probabilities: jax.Array,
-    masked: jax.Array,
-    weight: jax.Array | None = None,
-    counted: jax.Array | None = None,
+    log_probabilities: Float[Array, "B L"],
+    masked: Bool[Array, "B L"],
+    weight: Float[Array, "B L"] | None = None,
+    counted: Bool[Array, "B L"] | None = None,
     axis: int | None = None,
 ) -> LossSum:
     """Sum of −log p over masked positions, as scalars; over an axis alone, 1 for sums of each row, (B,).
@@ -77,23 +78,25 @@ def masked_loss_sum(
     return LossSum(jnp.sum(losses, axis=axis), count(masked if counted is None else counted, axis))
 
 
-def count(mask: jax.Array, axis: int | None = None) -> jax.Array:
+def count(mask: Bool[Array, "..."], axis: int | None = None) -> Float[Array, "..."]:
     """How many are true, () float32, or along an axis."""
     return jnp.sum(mask, axis=axis, dtype=jnp.float32)
 
 
-def next_tokens(ids: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+def next_tokens(ids: Int[Array, "B L"], counted: Bool[Array, " B"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
     """Each position's next token (B, L) int32 and whether it counts (B, L) bool.
 
     `counted` (B,) bool says which rows count (not the padding of a last, partial batch). The first token of a row is no
-    target and its last position has none: L − 1 tokens a row count.
+    target and its last position has none: L − 1 tokens per row count.
     """
     # The targets move and not the logits: a slice of length L − 1 would not divide over a mesh.
     is_last = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1) == ids.shape[1] - 1
     return jnp.roll(ids, -1, axis=1), counted[:, None] & ~is_last
 
 
-def loss_by_noise_level(log_probabilities: jax.Array, masked: jax.Array, t: jax.Array) -> LossSum:
+def loss_by_noise_level(
+    log_probabilities: Float[Array, "B L"], masked: Bool[Array, "B L"], t: Float[Array, " B *blocks"]
+) -> LossSum:
     """The masked loss in equal bins of the noise level: bin k holds k / 10 ≤ t < (k + 1) / 10, the last one 1 as well.
 
     Args:
@@ -115,7 +118,9 @@ def loss_by_noise_level(log_probabilities: jax.Array, masked: jax.Array, t: jax.
     )
 
 
-def loss_by_block_position(log_probabilities: jax.Array, masked: jax.Array, block_size: int) -> LossSum:
+def loss_by_block_position(
+    log_probabilities: Float[Array, "B L"], masked: Bool[Array, "B L"], block_size: int
+) -> LossSum:
     """The masked loss at each position of a block, over all blocks of the batch: sums and counts (S,).
 
     Arguments as in `loss_by_noise_level`. Raises ValueError where L is not a multiple of block_size.

@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 # Below this, logits / temperature would leave float32; at this, the best token already always wins.
 _LEAST_TEMPERATURE = 1e-6
 
 
 class Prediction(NamedTuple):
-    """One token a position.
+    """One token per position.
 
     tokens      int32
     confidence  float32, the token's probability; NaN where the logits are no distribution (a NaN, a +∞, or all −∞)
@@ -38,7 +39,7 @@ def check_prediction_settings(temperature: float, top_k: int, top_p: float) -> N
         raise ValueError(f"top_k={top_k} and top_p={top_p} change nothing at temperature={temperature} (greedy)")
 
 
-def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def filter_logits(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> Float[Array, "*rows V"]:
     """Sets to −∞ all but the most probable tokens.
 
     First the top_k most probable stay (0: all). Then, of the distribution over those, the smallest set of most probable
@@ -78,7 +79,7 @@ def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1.0 - 2.0**-24)))
 
 
-def without_token(logits: jax.Array, token: int) -> jax.Array:
+def without_token(logits: Float[Array, "*rows V"], token: int) -> Float[Array, "*rows V"]:
     """Logits (..., V) as float32, that of one token −∞."""
     logits = logits.astype(jnp.float32)
     is_token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == token
@@ -97,8 +98,8 @@ def _argmax(values: jax.Array) -> jax.Array:
 
 
 def predict(
-    key: jax.Array,
-    logits: jax.Array,
+    key: Key[Array, ""],
+    logits: Float[Array, "... V"],
     *,
     mask_token_id: int | None = None,
     temperature: float = 0.0,
@@ -140,7 +141,7 @@ def predict(
 
 
 def sample_tokens(
-    keys: jax.Array, logits: jax.Array, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
+    keys: Key[Array, " B"], logits: Float[Array, "B V"], *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
 ) -> Prediction:
     """Autoregressive decoding: the next token of every row, each from its own key.
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from twotower_jax import randomness
 from twotower_jax.diffusion.schedules import Linear, NoiseSchedule
@@ -37,7 +38,7 @@ class Corruption(NamedTuple):
         return spread(self.weight.reshape(rows, -1), length)
 
 
-def spread(values: jax.Array, length: int) -> jax.Array:
+def spread(values: Float[Array, "R blocks"], length: int) -> Float[Array, "R {length}"]:
     """Values (R, n), one per sequence or per block, at each of the sequence's positions: (R, L)."""
     return jnp.repeat(values, length // values.shape[1], axis=1)
 
@@ -71,17 +72,17 @@ class MaskedDiffusion:
         """How many rows a sequence becomes."""
         return 2 if self.complementary else 1
 
-    def repeated(self, rows: jax.Array) -> jax.Array:
+    def repeated(self, rows: Shaped[Array, "B ..."]) -> Shaped[Array, "R ..."]:
         """What belongs to B sequences, (B, …), for each of their R rows."""
         return jnp.repeat(rows, 2, axis=0) if self.complementary else rows
 
     def corrupt(
         self,
-        ids: jax.Array,
+        ids: Int[Array, "B L"],
         *,
-        seed: int | jax.Array,
-        step: int | jax.Array,
-        example_index: jax.Array,
+        seed: int | Integer[Array, ""],
+        step: int | Integer[Array, ""],
+        example_index: Integer[Array, " B"],
         mask_token_id: int,
         block_size: int | None = None,
         rows: int | None = None,
@@ -132,7 +133,7 @@ class MaskedDiffusion:
             corruption = jax.tree.map(lambda v: v.reshape(2 * batch, *v.shape[2:]), corruption)
         return corruption
 
-    def counted(self, masked: jax.Array, countable: jax.Array) -> jax.Array:
+    def counted(self, masked: Bool[Array, "R L"], countable: Bool[Array, "R L"]) -> Bool[Array, "R L"]:
         """Which tokens the weighted sum of losses is divided by the number of: (R, L) bool, as both arguments.
 
         `masked` says which tokens have a loss, `countable` which ones may have one at all (not padding).

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from twotower_jax.diffusion.prediction import check_prediction_settings, predict, without_token
 from twotower_jax.diffusion.strategies import Draft, Strategy, make_strategy, per_row
@@ -97,27 +98,27 @@ class StepResult(NamedTuple):
     finite: jax.Array
 
 
-def noise_level(xt: jax.Array, mask_token_id: int) -> jax.Array:
+def noise_level(xt: Int[Array, "B S"], mask_token_id: int) -> Float[Array, " B"]:
     """t (B,) float32 to condition the denoiser on: the masked fraction of each row of the block xt (B, S).
 
     The same for every strategy. The schedule's level would be the expectation of this under the posterior, but a row of
-    predict_and_noise can be ahead of its schedule (one commit a step at least), and all rows would share it.
+    predict_and_noise can be ahead of its schedule (at least one commit per step), and all rows would share it.
     """
     return jnp.mean(xt == mask_token_id, axis=1, dtype=jnp.float32)
 
 
 def sample_step(
     config: SamplingConfig,
-    keys: jax.Array,
-    xt: jax.Array,
-    logits: jax.Array,
+    keys: Key[Array, " B"],
+    xt: Int[Array, "B S"],
+    logits: Float[Array, "B S V"],
     *,
-    block: int | jax.Array,
-    step: int | jax.Array,
+    block: int | Int[Array, ""] | Int[Array, " B"],
+    step: int | Int[Array, ""] | Int[Array, " B"],
     mask_token_id: int,
-    token_keys: jax.Array | None = None,
+    token_keys: Key[Array, "B S"] | None = None,
     strategy: Strategy | None = None,
-    fixed: jax.Array | None = None,
+    fixed: Bool[Array, "B S"] | None = None,
 ) -> StepResult:
     """Takes one denoising step.
 
@@ -126,7 +127,7 @@ def sample_step(
 
     Args:
         config: known when tracing; everything else but mask_token_id may be traced.
-        keys: (B,) typed keys, one a row and the same at every step. The row's draws come from its key, its block and
+        keys: (B,) typed keys, one per row and the same at every step. The row's draws come from its key, its block and
             its step alone.
         xt: (B, S) int32, the mask token where undecided.
         logits: (B, S, V) of any float dtype, the denoiser's for xt.
@@ -143,7 +144,7 @@ def sample_step(
     """
     batch = xt.shape[0]
     if token_keys is not None and token_keys.shape != xt.shape:
-        raise ValueError(f"expected token_keys {xt.shape}, one a position, got {token_keys.shape}")
+        raise ValueError(f"expected token_keys {xt.shape}, one per position, got {token_keys.shape}")
     if xt.shape != (batch, config.block_size) or logits.shape[:-1] != xt.shape or keys.shape != (batch,):
         raise ValueError(
             f"expected xt (B, {config.block_size}), logits (B, {config.block_size}, V) and keys (B,), "

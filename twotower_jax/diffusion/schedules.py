@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from twotower_jax.registry import Registry
 
@@ -27,15 +28,15 @@ class NoiseSchedule(abc.ABC):
     """A noise schedule: its formula, and what follows from it."""
 
     @abc.abstractmethod
-    def formula(self, t: jax.Array) -> jax.Array:
+    def formula(self, t: Float[Array, "*times"]) -> Float[Array, "*times"]:
         """m(t) for float32 t in [0, 1]: elementwise, differentiable, increasing from 0 to 1."""
 
-    def mask_probability(self, t: jax.Array) -> jax.Array:
+    def mask_probability(self, t: Float[Array, "*times"]) -> Float[Array, "*times"]:
         """m(t), float32 of t's shape, non-decreasing, for float32 times t in [0, 1]."""
         # Rounding may leave a formula just short of 1 at t = 1, where not one token may stay unmasked.
         return jnp.where(t >= 1.0, 1.0, self.formula(t))
 
-    def rate(self, t: jax.Array) -> jax.Array:
+    def rate(self, t: Float[Array, "*times"]) -> Float[Array, "*times"]:
         """m′(t), float32 of t's shape: the formula differentiated."""
         return jax.jvp(self.formula, (t,), (jnp.ones_like(t),))[1]
 
@@ -47,7 +48,7 @@ SCHEDULES = Registry("schedule", NoiseSchedule)
 class Linear(NoiseSchedule):
     """m = t."""
 
-    def formula(self, t: jax.Array) -> jax.Array:
+    def formula(self, t: Float[Array, "*times"]) -> Float[Array, "*times"]:
         return t
 
 
@@ -55,7 +56,7 @@ class Linear(NoiseSchedule):
 class Cosine(NoiseSchedule):
     """m = 1 − cos(π t / 2)."""
 
-    def formula(self, t: jax.Array) -> jax.Array:
+    def formula(self, t: Float[Array, "*times"]) -> Float[Array, "*times"]:
         # 1 − cos(2a) = 2 sin²(a), without the cancellation at small t.
         return 2.0 * jnp.square(jnp.sin(t * (math.pi / 4.0)))
 
@@ -64,7 +65,7 @@ class Cosine(NoiseSchedule):
 class Exponential(NoiseSchedule):
     """m = (1 − e^(−3t)) / (1 − e^(−3))."""
 
-    def formula(self, t: jax.Array) -> jax.Array:
+    def formula(self, t: Float[Array, "*times"]) -> Float[Array, "*times"]:
         return jnp.expm1(-3.0 * t) / math.expm1(-3.0)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, Key
 
 from twotower_jax.registry import Registry
 
@@ -31,7 +32,9 @@ class Times(abc.ABC):
             raise ValueError(f"t_min={self.t_min} must be at least 0 and less than 1")
 
     @abc.abstractmethod
-    def draw(self, step_key: jax.Array, row_key: jax.Array, index: jax.Array, *, rows: int, blocks: int) -> jax.Array:
+    def draw(
+        self, step_key: Key[Array, ""], row_key: Key[Array, ""], index: Integer[Array, ""], *, rows: int, blocks: int
+    ) -> Float[Array, "*blocks"]:
         """The times of one row: () or (blocks,) float32 in [t_min, 1].
 
         Args:

@@ -10,8 +10,8 @@ import abc
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from twotower_jax.registry import Registry
 
@@ -24,7 +24,7 @@ class Weight(abc.ABC):
     over_all_tokens: bool = False
 
     @abc.abstractmethod
-    def __call__(self, rate: jax.Array, level: jax.Array) -> jax.Array:
+    def __call__(self, rate: Float[Array, "*times"], level: Float[Array, "*times"]) -> Float[Array, "*times"]:
         """The weight of a token, float32 of the arguments' shape.
 
         Args:
@@ -40,7 +40,7 @@ WEIGHTS = Registry("weight", Weight)
 class Flat(Weight):
     """1."""
 
-    def __call__(self, rate: jax.Array, level: jax.Array) -> jax.Array:
+    def __call__(self, rate: Float[Array, "*times"], level: Float[Array, "*times"]) -> Float[Array, "*times"]:
         return jnp.ones_like(level)
 
 
@@ -58,7 +58,7 @@ class Elbo(Weight):
         if not self.most > 0:
             raise ValueError(f"most={self.most} must be positive")
 
-    def __call__(self, rate: jax.Array, level: jax.Array) -> jax.Array:
+    def __call__(self, rate: Float[Array, "*times"], level: Float[Array, "*times"]) -> Float[Array, "*times"]:
         # At level 0 no token is masked; an infinite weight would make 0 · ∞ of it.
         possible = level > 0
         return jnp.where(possible, jnp.minimum(rate / jnp.where(possible, level, 1.0), self.most), 0.0)

@@ -20,7 +20,7 @@ quality.py        likelihoods, the denoiser's bound, repetition
 """
 
 from twotower_jax.generation.engine import Engine, Progress, generate, positions
-from twotower_jax.generation.placement import Placement, place
+from twotower_jax.generation.placement import TowerMeshes, tower_meshes
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
 from twotower_jax.generation.settings import MODES, Result, Settings, Step
 
@@ -28,14 +28,14 @@ __all__ = [
     "MODES",
     "DenoiserRow",
     "Engine",
-    "Placement",
+    "TowerMeshes",
     "Progress",
     "Result",
     "Settings",
     "Step",
     "generate",
-    "place",
     "positions",
     "score_ar",
     "score_denoiser",
+    "tower_meshes",
 ]

@@ -12,7 +12,7 @@ import jax
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import modes, speculative
 from twotower_jax.generation.modes import Call, Denoised, Emitted, Recipe
-from twotower_jax.generation.placement import Placement, bind_part, in_force, moved
+from twotower_jax.generation.placement import TowerMeshes, bind_part, in_force, moved
 from twotower_jax.generation.slots import (
     First,
     Piece,
@@ -34,7 +34,8 @@ _MODES = {
     "ar": (modes.no_draft, modes.token_commit),
     "mock_ar": (modes.mock_draft, modes.token_commit),
 }
-TOKENS_A_CALL = 16  # Of the modes that generate one token at a time.
+# How many tokens one call generates in the modes that generate one at a time.
+TOKENS_PER_CALL = 16
 
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames="slots")
@@ -47,7 +48,7 @@ def block(params: Params, slots: Slots, call: Call, *, model: TwoTower, recipe: 
         return commit(bound, slots, call, recipe, draft(bound, slots, call, recipe))
 
     if recipe.mode in ("ar", "mock_ar"):
-        slots, emitted = modes.in_a_row(one, slots.replace(active=slots.active & call.alive), TOKENS_A_CALL)
+        slots, emitted = modes.in_a_row(one, slots.replace(active=slots.active & call.alive), TOKENS_PER_CALL)
     else:
         slots, emitted = one(slots)
     return laid_out(model, slots), emitted
@@ -87,7 +88,7 @@ class Table:
         self,
         model: TwoTower,
         params: Params,
-        placement: Placement,
+        placement: TowerMeshes,
         recipe: Recipe,
         *,
         batch: int,
@@ -112,7 +113,7 @@ class Table:
                 self._params, self._slots, piece, seed, eos, model=self._model, first=self._first
             )
         if self._apart and piece.last.any():
-            # A prompt is sent when all of it is read.
+            # A prompt is sent once all of it is read.
             ready = piece.slot.copy()
             ready[~piece.last] = len(self._slots.active)
             with in_force(self._placement.context):
@@ -132,7 +133,7 @@ class Table:
         with in_force(self._placement.denoiser):
             draft = _draft(self._denoiser_params, self._view, call, **options)
         trace = None
-        if isinstance(draft, Denoised):  # Which the context does not read.
+        if isinstance(draft, Denoised):  # The context does not read its trace.
             trace, draft = draft.trace, draft._replace(trace=None)
         with in_force(self._placement.context):
             draft = moved(draft, self._placement.context)

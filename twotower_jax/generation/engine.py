@@ -1,8 +1,8 @@
 """Prompts in, tokens out: a table of rows on the device, and the host that fills and empties it between blocks.
 
-The host calls one compiled function a block (blocks.py) and looks at what came of it: rows that are done
+The host calls one compiled function per block (blocks.py) and looks at what came of it: rows that are done
 free their slot, and waiting prompts are read into it, in pieces. While rows are being generated a long prompt is read
-one piece a block, so that they do not wait for it.
+one piece per block, so that they do not wait for it.
 
 A row's numbers come from the same compiled arithmetic whatever its neighbors are; with another batch size the shapes
 of the matrix products are others, and so may be the last bits of its logits, but not its tokens.
@@ -21,7 +21,7 @@ from twotower_jax import sharding
 from twotower_jax.diffusion import SamplingConfig, per_row
 from twotower_jax.generation.blocks import Table
 from twotower_jax.generation.modes import Call, Emitted, Recipe, Trace
-from twotower_jax.generation.placement import Placement
+from twotower_jax.generation.placement import TowerMeshes
 from twotower_jax.generation.settings import Result, Settings, Step
 from twotower_jax.generation.slots import First, Piece, cache_bytes, end_token_array
 from twotower_jax.generation.stops import Decode, Ending
@@ -29,9 +29,12 @@ from twotower_jax.parameters import Params
 from twotower_jax.tokens import check_ids
 from twotower_jax.two_tower import TwoTower
 
-# Pieces of prompts have one of these lengths, or prefill_chunk; caches are a multiple of it.
-_PIECE, _PIECE_GROWTH = 64, 4
-_TOKENS_A_READ = 512  # Pieces are read together as long as they are not more than this.
+# The shortest piece of a prompt, of which caches are a multiple.
+_PIECE = 64
+# Each longer piece is so many times the one before, up to prefill_chunk: few lengths, so that few are compiled.
+_PIECE_GROWTH = 4
+# Pieces are read together as long as they are not more tokens than this.
+_TOKENS_PER_READ = 512
 
 
 class Progress(NamedTuple):
@@ -92,7 +95,7 @@ def positions(prompt_length: int, max_new_tokens: int, settings: Settings) -> in
 
 
 def _piece_width(left: int, chunk: int) -> int:
-    """How many tokens the next piece of a prompt has, padding included; of nothing but the prompt's own length."""
+    """How many tokens the next piece of a prompt has, padding included; it depends on the prompt's own length alone."""
     width = _PIECE
     while width < left:
         width *= _PIECE_GROWTH
@@ -126,7 +129,7 @@ class Engine:
         decode: Decode | None = None,
         record_trace: bool = False,
         record_routing: bool = False,
-        placement: Placement = Placement(),  # noqa: B008 (frozen)
+        placement: TowerMeshes = TowerMeshes(),  # noqa: B008 (frozen)
     ):
         if settings.stop and decode is None:
             raise ValueError(f"stop={settings.stop!r} needs a tokenizer, to turn tokens into text")
@@ -196,7 +199,7 @@ class Engine:
         firsts = self._read_prompts()
         alive = np.array([row is not None and not row.reading for row in self._table])
         emitted = self._block(alive) if alive.any() else None
-        # One transfer, behind the block: the first tokens do not hold it up.
+        # One transfer, after the block: the first tokens do not hold it up.
         chosen, emitted = jax.device_get(sharding.whole(([first for _, first in firsts], emitted)))
         progress = []
         for (rows, _), first in zip(firsts, chosen, strict=True):
@@ -237,7 +240,7 @@ class Engine:
         """The next pieces of the prompts in these slots, some of them in one call."""
         firsts = []
         apart = self._rows_apart
-        together = min(len(self._table), _round_up(max(_TOKENS_A_READ, width) // width, apart))
+        together = min(len(self._table), _round_up(max(_TOKENS_PER_READ, width) // width, apart))
         while group:
             # A few prompts are read one by one rather than with a table of padding.
             size = together if len(group) * 4 > together else apart
@@ -323,7 +326,7 @@ def generate(
     *,
     record_trace: bool = False,
     decode: Decode | None = None,
-    placement: Placement = Placement(),  # noqa: B008 (frozen)
+    placement: TowerMeshes = TowerMeshes(),  # noqa: B008 (frozen)
 ) -> Iterator[Result]:
     """Continues every prompt; yields one result a prompt, in order, each as soon as those before it are done.
 
@@ -390,12 +393,12 @@ def _checked(model: TwoTower, prompt: Sequence[int], number: int) -> np.ndarray:
     return ids
 
 
-def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None, placement: Placement) -> None:
+def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None, placement: TowerMeshes) -> None:
     """Refuses a table that needs more of a device than it has free, or than is allowed."""
     available, where = None if limit_gb is None else int(limit_gb * 1e9), "max_cache_gb allows"
     if available is None:
         for device in placement.devices:
-            # Of a device of another process nothing is known here.
+            # Nothing is known here of a device of another process.
             stats = (device.memory_stats() or {}) if device.process_index == jax.process_index() else {}
             free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
             if free < (math.inf if available is None else available):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
 
 from twotower_jax.cache import Cache
 from twotower_jax.diffusion import Prediction, SamplingConfig, Strategy, noise_level, sample_step
@@ -104,12 +105,12 @@ def denoise(
     recipe: Recipe,
     call: Call,
     cache: Cache,
-    start: jax.Array,
-    active: jax.Array,
+    start: Int[Array, "B S"],
+    active: Bool[Array, " B"],
     *,
-    keys: jax.Array,
-    block: jax.Array,
-    token_keys: jax.Array | None = None,
+    keys: Key[Array, " B"],
+    block: Int[Array, " B"],
+    token_keys: Key[Array, "B S"] | None = None,
 ) -> Denoised:
     """Fills in the mask tokens of `start` (B, S) in at most `steps_per_block` evaluations.
 
@@ -210,7 +211,7 @@ def diffusion_commit(
 
 
 def no_draft(model: TwoTower, slots: Slots, call: Call, recipe: Recipe) -> None:
-    """AR's."""
+    """AR needs no draft."""
     return None
 
 
@@ -233,7 +234,7 @@ def token_commit(
     count = slots.count + active
     continuing = active & ~ends(token, call.eos) & (count < slots.limit)
     if mock:
-        # Behind the denoiser, which reads the keys that are written here: a loop would copy them otherwise.
+        # After the denoiser, which reads the keys that are written here: a loop would copy them otherwise.
         unread, _ = jax.lax.optimization_barrier((unread, draft))
         _, cache = model.extend(unread, continuing.astype(jnp.int32), cache)
     emitted = Emitted(

@@ -31,7 +31,7 @@ from twotower_jax.two_tower import TwoTower
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class TowerMeshes:
     """The meshes of the two towers.
 
     Attributes:
@@ -103,7 +103,7 @@ def _on(mesh: Mesh, model: TwoTower, params: Params, names: tuple[str, ...] | No
     check_mesh(table, params, mesh)
 
     def put(path, value):
-        # Of a quantized matrix two arrays, each divided as its own shape allows.
+        # A quantized matrix is two arrays, each divided as its own shape allows.
         return jax.tree.map(
             lambda v: jax.device_put(v, _resting(mesh, dataclasses.replace(table[path], shape=v.shape))), value
         )
@@ -159,7 +159,7 @@ def parse_mesh(words: list[str]) -> MeshShape:
     return MeshShape(**sizes)
 
 
-def place(shape: MeshShape, *, apart: bool = False) -> Placement:
+def tower_meshes(shape: MeshShape, *, apart: bool = False) -> TowerMeshes:
     """The placement of a mesh of this shape or, with `apart`, of one for each tower, on the first devices.
 
     Raises:
@@ -175,8 +175,8 @@ def place(shape: MeshShape, *, apart: bool = False) -> Placement:
     if shape.sequence > 1:
         raise ValueError(f"mesh: sequence={shape.sequence}: only training divides sequences")
     if apart:
-        return Placement(*(make_mesh(shape, devices[first : first + size]) for first in (0, size)))
-    return Placement(make_mesh(shape, devices[:size]) if size > 1 else None)
+        return TowerMeshes(*(make_mesh(shape, devices[first : first + size]) for first in (0, size)))
+    return TowerMeshes(make_mesh(shape, devices[:size]) if size > 1 else None)
 
 
 def rows_together(batch_size: int, rows: int) -> int:

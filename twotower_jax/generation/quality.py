@@ -1,6 +1,6 @@
 """Numbers for quality: likelihood of given text under either tower, likelihood of generated text, and repetition.
 
-All likelihoods are in nats a token; `exp` of them is a perplexity.
+All likelihoods are in nats per token; `exp` of them is a perplexity.
 """
 
 import collections
@@ -26,7 +26,7 @@ _LONGEST_PERIOD = 32
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo mean over `tokens` tokens, in nats a token, and its standard error."""
+    """A Monte Carlo mean over `tokens` tokens, in nats per token, and its standard error."""
 
     mean: float
     standard_error: float
@@ -45,7 +45,7 @@ class Likelihood(NamedTuple):
 
 
 def text_likelihood(model: TwoTower, params: Params, rows: Sequence[Sequence[int]], batch_size: int = 8) -> Likelihood:
-    """Of rows of ids under the context tower, each row's first token being given."""
+    """The likelihood of rows of ids under the context tower, each row's first token being given."""
     scores = score_ar(model, params, rows, batch_size)
     return Likelihood(sum(float(s.sum(dtype=np.float64)) for s in scores), sum(map(len, scores)))
 
@@ -56,7 +56,7 @@ def generated_likelihoods(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     batch_size: int = 8,
 ) -> list[Likelihood]:
-    """Of each row's new tokens under the context tower, given its prompt: rows are (prompt ids, new tokens).
+    """The likelihood of each row's new tokens under the context tower, given its prompt: (prompt ids, new tokens).
 
     Low perplexity alone is not quality: a row that repeats itself is very probable. See `repetition`.
     """
@@ -97,7 +97,7 @@ def nll_bound(
 
     Args:
       rows: token ids; of each row the whole blocks count, and a rest does not.
-      samples: draws of (t, mask) a row, at least 2. A row's draws are a function of `seed` and its number.
+      samples: draws of (t, mask) per row, at least 2. A row's draws are a function of `seed` and its number.
 
     Raises:
       ValueError: for ids outside the vocabulary or holding the mask token, a row of less than a block, or too few
@@ -120,7 +120,7 @@ def nll_bound(
     values = collections.defaultdict(list)
     for batch in itertools.batched(work, batch_size):
         filled = [*batch, *[batch[-1]] * (rows_together(batch_size, len(work)) - len(batch))]
-        # Blocks of padding behind a row are seen by none of its own.
+        # Blocks of padding after a row are seen by none of its own.
         ids, lengths = pad_rows([ids for _, _, ids in filled], model.config.pad_token_id, longest)
         draws = [_draw(seed, number, sample, ids.shape[1], block_size) for number, sample, _ in filled]
         masked, t = (np.array(column) for column in zip(*draws, strict=True))
@@ -166,7 +166,7 @@ class Repetition(NamedTuple):
 
 
 def repetition(tokens: Sequence[int]) -> Repetition:
-    """Of a row's tokens."""
+    """The repetition in a row's tokens."""
 
     def distinct(n: int) -> float:
         grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from twotower_jax.diffusion import token_log_probabilities
 from twotower_jax.generation.placement import rows_together
@@ -35,12 +36,20 @@ class DenoiserRow(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _ar(params, ids, *, model):
+def _ar(params: Params, ids: Int[Array, "B L"], *, model: TwoTower) -> Float[Array, "B L-1"]:
     return token_log_probabilities(bind(model, params).context_logits(ids)[:, :-1], ids[:, 1:])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "block_size"))
-def _denoiser(params, ids, masked, t, *, model, block_size):
+def _denoiser(
+    params: Params,
+    ids: Int[Array, "B L"],
+    masked: Bool[Array, "B L"],
+    t: Float[Array, " B"],
+    *,
+    model: TwoTower,
+    block_size: int,
+) -> Float[Array, "B L"]:
     noisy = jnp.where(masked, model.config.mask_token_id, ids)
     logits, _ = bind(model, params).training_logits(ids, noisy, t, block_size)
     return token_log_probabilities(logits, ids)
@@ -67,7 +76,7 @@ def score_ar(model: TwoTower, params: Params, rows: Sequence[Sequence[int]], bat
 def score_denoiser(
     model: TwoTower, params: Params, rows: Sequence[DenoiserRow], batch_size: int = 8
 ) -> list[np.ndarray]:
-    """log p(ids[i]) of the denoiser's output at i in the training-time forward pass: n float32 numbers a row.
+    """log p(ids[i]) of the denoiser's output at i in the training-time forward pass: n float32 numbers per row.
 
     Raises:
       ValueError: for ids outside the vocabulary, a length that is not a multiple of the block, masks of another length,
@@ -78,7 +87,7 @@ def score_denoiser(
         ids = _checked(row.ids, model, i)
         masked = np.asarray(row.masked)
         if masked.dtype != bool or masked.shape != ids.shape:
-            raise ValueError(f"row {i}: masked must hold {ids.size} true or false values, one an id")
+            raise ValueError(f"row {i}: masked must hold {ids.size} true or false values, one per id")
         if not isinstance(row.block_size, int) or isinstance(row.block_size, bool) or row.block_size < 1:
             raise ValueError(f"row {i}: block_size must be a positive whole number, not {row.block_size!r}")
         if ids.size % row.block_size:

@@ -114,7 +114,7 @@ class Result(NamedTuple):
     """One row.
 
     Attributes:
-      prompt_ids, tokens: the new tokens only, cut behind the first end-of-text token, or behind the token with which a
+      prompt_ids, tokens: the new tokens only, cut after the first end token, or after the token with which a
         stop text is complete.
       denoiser_evaluations, context_evaluations: passes of each tower that this row needed, the prompt's being one.
       finish_reason: "eos", "stop" or "length".
@@ -141,5 +141,5 @@ class Result(NamedTuple):
 
     @property
     def acceptance_length(self) -> float | None:
-        """Mean number of drafted tokens kept a block, of speculative."""
+        """Mean number of drafted tokens kept per block, in speculative mode."""
         return None if self.accepted_draft_tokens is None else self.accepted_draft_tokens / max(1, self.blocks)

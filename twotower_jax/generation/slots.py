@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from twotower_jax import randomness, sharding
 from twotower_jax.cache import Cache
@@ -72,7 +73,7 @@ def end_token_array(ids: Collection[int]) -> np.ndarray:
     return np.array([*ids] + [-1] * (size - len(ids)), np.int32)
 
 
-def ends(tokens: jax.Array, eos: jax.Array) -> jax.Array:
+def ends(tokens: Int[Array, "*rows"], eos: Int[Array, " K"]) -> Bool[Array, "*rows"]:
     """Which of `tokens` (…) int32 end a row, bool (…): those that are among `eos` (K,)."""
     return jnp.any(tokens[..., None] == eos, axis=-1)
 
@@ -123,12 +124,14 @@ def cache_bytes(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = 
     return sum(jax.tree.leaves(jax.tree.map(bytes_of, slots, _axes(model))))
 
 
-def row_keys(seed: jax.Array, number: jax.Array) -> jax.Array:
-    """Keys (B,) of rows with these numbers (B,): of nothing but the seed and the number."""
+def row_keys(seed: Integer[Array, ""], number: Integer[Array, " B"]) -> Key[Array, " B"]:
+    """Keys (B,) of rows with these numbers (B,), which depend on the seed and the number alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(randomness.key(seed), number)
 
 
-def next_keys(seed: jax.Array, number: jax.Array, count: jax.Array) -> jax.Array:
+def next_keys(
+    seed: Integer[Array, ""], number: Integer[Array, " B"], count: Int[Array, " B *tokens"]
+) -> Key[Array, " B *tokens"]:
     """Keys of the new tokens with index `count`, of the same shape (B, …) as it."""
 
     def of_row(key, count):
@@ -137,7 +140,13 @@ def next_keys(seed: jax.Array, number: jax.Array, count: jax.Array) -> jax.Array
     return jax.vmap(of_row)(row_keys(seed, number), count)
 
 
-def choose(sampling: SamplingConfig, seed: jax.Array, number: jax.Array, count: jax.Array, logits) -> Prediction:
+def choose(
+    sampling: SamplingConfig,
+    seed: Integer[Array, ""],
+    number: Integer[Array, " B"],
+    count: Int[Array, " B"],
+    logits: Float[Array, "B V"],
+) -> Prediction:
     """AR's next token: number `count` (B,) of each row, from logits (B, V)."""
     return sample_tokens(
         next_keys(seed, number, count),
@@ -153,8 +162,8 @@ def prefill(
     params: Params,
     slots: Slots,
     piece: Piece,
-    seed: jax.Array,
-    eos: jax.Array,
+    seed: Integer[Array, ""],
+    eos: Int[Array, " K"],
     *,
     model: TwoTower,
     first: SamplingConfig | None,
@@ -199,14 +208,14 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def take_slots(slots: Slots, rows: jax.Array, *, model: TwoTower) -> Slots:
-    """The slots `rows` (R,) int32 as a table of their own; of one out of range, something."""
+def take_slots(slots: Slots, rows: Int[Array, " R"], *, model: TwoTower) -> Slots:
+    """The slots `rows` (R,) int32 as a table of their own; an index out of range gives the last one."""
     part = jax.tree.map(lambda v: jnp.take(v, rows, mode="clip"), slots.replace(cache=None))
     return laid_out(model, part.replace(cache=slots.cache.take_rows(rows)))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="view")
-def put_slots(view: Slots, rows: jax.Array, part: Slots, *, model: TwoTower) -> Slots:
+def put_slots(view: Slots, rows: Int[Array, " R"], part: Slots, *, model: TwoTower) -> Slots:
     """The table with the slots `rows` (R,) int32 replaced; none for one out of range. It consumes `view`."""
     new = jax.tree.map(
         lambda v, new: v.at[rows].set(new, mode="drop"), view.replace(cache=None), part.replace(cache=None)
@@ -214,7 +223,7 @@ def put_slots(view: Slots, rows: jax.Array, part: Slots, *, model: TwoTower) -> 
     return laid_out(model, new.replace(cache=view.cache.put_rows(rows, part.cache)))
 
 
-def newest(model: TwoTower, slots: Slots, before: jax.Array, width: int) -> Slots:
+def newest(model: TwoTower, slots: Slots, before: Int[Array, " B"], width: int) -> Slots:
     """What changed since the cache's lengths were `before` (B,), at most `width` tokens ago: for `absorb`."""
     return slots.replace(cache=model.context_tower.newest(slots.cache, before, width))
 

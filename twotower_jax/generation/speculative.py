@@ -32,6 +32,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from twotower_jax.diffusion import SamplingConfig, predict
 from twotower_jax.generation.modes import Call, Denoised, Emitted, Recipe, denoise
@@ -59,7 +60,7 @@ def draft(model: TwoTower, slots: Slots, call: Call, recipe: Recipe) -> Denoised
 
 
 def commit(model: TwoTower, slots: Slots, call: Call, recipe: Recipe, draft: Denoised) -> tuple[Slots, Emitted]:
-    """Verification of a draft: 1 … S tokens a row."""
+    """Verification of a draft: 1 … S tokens per row."""
     active, size, block = slots.active & call.alive, recipe.sampling.block_size, draft.block
     logits, memories = model.verify(block, slots.cache)
     choices, finite = _choices(recipe.sampling, _keys(slots, call, size)[:, 1:], logits)
@@ -79,12 +80,12 @@ def commit(model: TwoTower, slots: Slots, call: Call, recipe: Recipe, draft: Den
         active=continuing,
         denoiser_evaluations=draft.evaluations,
         context_evaluations=active.astype(jnp.int32),
-        # Logits behind the first token that is not kept are of no text that is given out.
+        # Logits after the first token that is not kept belong to no text that is given out.
         finite=~active | (draft.finite & jnp.all(finite | ~given_out, axis=1)),
         accepted=jnp.where(active, accepted, 0),
         trace=draft.trace,
     )
-    # Keys are written behind their last reading, so that they are not copied.
+    # Keys are written after they were last read, so that they are not copied.
     memories, added = jax.lax.optimization_barrier((memories, added))
     slots = slots.replace(
         cache=model.keep(slots.cache, memories, added),
@@ -95,19 +96,23 @@ def commit(model: TwoTower, slots: Slots, call: Call, recipe: Recipe, draft: Den
     return slots, emitted
 
 
-def _keys(slots: Slots, call: Call, size: int) -> jax.Array:
-    """Keys (B, S + 1) of the tokens of a block and the one behind: position j holds new token count − 1 + j."""
+def _keys(slots: Slots, call: Call, size: int) -> Key[Array, "B {size}+1"]:
+    """Keys (B, S + 1) of the tokens of a block and the one after it: position j holds new token count − 1 + j."""
     return next_keys(call.seed, slots.number, slots.count[:, None] + jnp.arange(-1, size))
 
 
-def _choices(sampling: SamplingConfig, keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _choices(
+    sampling: SamplingConfig, keys: Key[Array, "B S"], logits: Float[Array, "B S V"]
+) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
     """AR's token (B, S) after each position, drawn as `slots.choose` draws it, and whether its logits were numbers."""
     options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     prediction = jax.vmap(jax.vmap(functools.partial(predict, **options)))(keys, logits)
     return prediction.tokens, prediction.finite
 
 
-def _keep(draft: jax.Array, choices: jax.Array, logits: jax.Array, tolerance: jax.Array) -> jax.Array:
+def _keep(
+    draft: Int[Array, "B n"], choices: Int[Array, "B n"], logits: Float[Array, "B n V"], tolerance: Float[Array, ""]
+) -> Bool[Array, "B n"]:
     """Whether to keep each draft token (B, S − 1), given AR's choices at the same places and its logits for them."""
     drafted = jnp.take_along_axis(logits, draft[..., None], axis=-1)[..., 0]
     # At tolerance 0 no token is more probable than the best, and at 1 every one is more probable than never.

@@ -13,7 +13,7 @@ from typing import Any
 
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation.engine import generate
-from twotower_jax.generation.placement import Placement, in_force
+from twotower_jax.generation.placement import TowerMeshes, in_force
 from twotower_jax.generation.quality import generated_likelihoods
 from twotower_jax.generation.settings import Result, Settings
 from twotower_jax.parameters import Params
@@ -30,8 +30,8 @@ class Point:
       evaluations_per_second: of rows, both towers' together.
       agreement: of the positions of AR's row or this one, the part where both have the same token.
       agreement_prefix: the part of them that comes before a row's first difference.
-      log_likelihood: of the new tokens under the context tower given what precedes them, nats a token.
-      pareto: no other setting has both more agreement and more tokens a second, or one more and the other equal.
+      log_likelihood: of the new tokens under the context tower given what precedes them, nats per token.
+      pareto: no other setting has both more agreement and more tokens per second, or one more and the other equal.
     """
 
     sampling: SamplingConfig | None
@@ -56,8 +56,8 @@ class Sweep:
     """AR, the settings in the order of `grid`, and the rule that picks one.
 
     Attributes:
-      needed: for each block size the tokens an evaluation at which diffusion is as fast as AR here: AR's tokens a
-        second over the median of its own evaluations a second.
+      needed: for each block size the tokens per evaluation at which diffusion is as fast as AR here: AR's tokens
+        per second over the median of its own evaluations per second.
     """
 
     ar: Point
@@ -98,7 +98,7 @@ def sweep(
     samplings: Sequence[SamplingConfig],
     rounds: int = 3,
     report: Callable[[str], None] = lambda message: None,
-    placement: Placement = Placement(),  # noqa: B008 (frozen)
+    placement: TowerMeshes = TowerMeshes(),  # noqa: B008 (frozen)
 ) -> Sweep:
     """Measures AR and every sampling.
 

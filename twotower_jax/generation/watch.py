@@ -1,4 +1,4 @@
-"""Watching rows fill in: a line a row, drawn again and again on a terminal, or a line a block elsewhere.
+"""Watching rows fill in: one line per row, drawn again and again on a terminal, or one line per block elsewhere.
 
 A block is computed in one call, so its steps are shown when it is done, one after another.
 """

@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
@@ -25,8 +26,8 @@ class AttentionCache:
     key: jax.Array
     value: jax.Array
 
-    def append(self, new: "AttentionMemory", lengths: jax.Array) -> "AttentionCache":
-        """Writes the keys and values of new tokens behind the first `lengths` (B,) of each row.
+    def append(self, new: "AttentionMemory", lengths: Int[Array, " B"]) -> "AttentionCache":
+        """Writes the keys and values of new tokens after the first `lengths` (B,) of each row.
 
         The caller sees to it that they fit: a write that does not is moved to the left, over older keys.
         """
@@ -74,10 +75,10 @@ class Attention(Mixer):
 
     def causal(
         self,
-        x: jax.Array,
+        x: Float[Array, "B L D"],
         cache: AttentionCache | None = None,
         run: Run = Run(),  # noqa: B008 (frozen)
-    ) -> tuple[jax.Array, AttentionMemory]:
+    ) -> tuple[Float[Array, "B L D"], AttentionMemory]:
         """One run of tokens, each seeing the cache and the tokens up to itself.
 
         Padding on the right of a row is seen by no real token.
@@ -99,11 +100,11 @@ class Attention(Mixer):
 
     def blockwise(
         self,
-        x: jax.Array,
+        x: Float[Array, "B L D"],
         memory: AttentionMemory | AttentionCache,
         block_size: int,
         run: Run = Run(),  # noqa: B008 (frozen)
-    ) -> tuple[jax.Array, None]:
+    ) -> tuple[Float[Array, "B L D"], None]:
         """Blocks of S tokens side by side, each seeing the context before its left edge and all of itself.
 
         Args:
@@ -137,17 +138,17 @@ class Attention(Mixer):
     def news(self, memory: AttentionMemory) -> AttentionMemory:
         return memory
 
-    def append(self, cache: AttentionCache, news: AttentionMemory, before: jax.Array) -> AttentionCache:
+    def append(self, cache: AttentionCache, news: AttentionMemory, before: Int[Array, " B"]) -> AttentionCache:
         return cache.append(news, before)
 
-    def newest(self, cache: AttentionCache, before: jax.Array, width: int) -> AttentionMemory:
+    def newest(self, cache: AttentionCache, before: Int[Array, " B"], width: int) -> AttentionMemory:
         def cut(v):  # (B, K, T, P)
             return jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))(v, before, width, 1)
 
         return AttentionMemory(key=cut(cache.key), value=cut(cache.value))
 
     def keep(
-        self, cache: AttentionCache, memory: AttentionMemory, before: jax.Array, lengths: jax.Array
+        self, cache: AttentionCache, memory: AttentionMemory, before: Int[Array, " B"], lengths: Int[Array, " B"]
     ) -> AttentionCache:
         # Keys after the kept ones do not count, and are written over.
         return cache.append(memory, before)
@@ -261,7 +262,7 @@ def _side_by_side(v: jax.Array) -> jax.Array:
 
 
 def _heads_read(v: jax.Array, heads: int, ratio: int) -> jax.Array:
-    """Of (B, K, T, P) keys or values, those that this device's `heads` query heads read, `ratio` of them each."""
+    """Those of (B, K, T, P) keys or values that this device's `heads` query heads read; `ratio` of them share one."""
     if sharding.shards("tensor") == 1:
         return v
     first = jax.lax.axis_index("tensor") * heads // ratio

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from twotower_jax.kernels.experts import relu2
 from twotower_jax.kernels.numerics.gated_norm import rms_norm
@@ -28,19 +30,21 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
         self.weight = scope.declare("weight", (width,), (axis,), constant(1.0), decay=False)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return rms_norm(x, use(self.weight), self.epsilon)
 
 
 def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """Of products: float32 stays float32 on hardware whose default is to round it to bfloat16 or TF32."""
+    """The precision of products: float32 stays float32 on hardware whose default is to round it to bfloat16 or TF32."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def matmul(x: jax.Array, w: jax.Array | Quantized, dtype: jnp.dtype | None = None) -> jax.Array:
+def matmul(
+    x: Float[Array, "... fan_in"], w: Float[Array, "fan_in fan_out"] | Quantized, dtype: DTypeLike | None = None
+) -> Float[Array, "... fan_out"]:
     """x · w in `dtype`, or x's; with a matrix (K, N) that may be quantized.
 
-    Of a matrix with a scale a column the product is (x · values) · scales: the values are whole numbers that bfloat16
+    With one scale per column the product is (x · values) · scales: the values are whole numbers that bfloat16
     holds exactly, so that only the result is rounded, and what is read from memory are the values.
     """
     dtype, precision = dtype or x.dtype, precision_of(x.dtype)
@@ -72,7 +76,9 @@ class Linear(nnx.Module):
         self.weight = scope.declare("weight", shape, axes, init, layout=LINEAR, scales=scales)
         self.bias = scope.declare("bias", shape[1:], axes[1:], constant(0.0), decay=False) if bias else None
 
-    def __call__(self, x: jax.Array, arrange: Callable[[jax.Array], jax.Array] = _as_is) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "... fan_in"], arrange: Callable[[jax.Array], jax.Array] = _as_is
+    ) -> Float[Array, "... fan_out"]:
         """(…, in) → (…, out); `arrange` reorders the columns of weight and bias, and so those of the result."""
         y = matmul(x, jax.tree.map(arrange, use(self.weight, x.dtype)))
         return y if self.bias is None else y + arrange(use(self.bias, y.dtype))

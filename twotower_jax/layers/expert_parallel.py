@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from twotower_jax import kernels, sharding
 from twotower_jax.kernels.experts import Activation, Weights, sort_by_expert
@@ -23,14 +24,14 @@ _SLACK = 1.5
 
 
 def expert_mlp(
-    x: jax.Array,
-    indices: jax.Array,
-    gates: jax.Array,
+    x: Float[Array, "T D"],
+    indices: Int[Array, "T k"],
+    gates: Float[Array, "T k"],
     weights: Weights,
     *,
     activation: Activation,
     implementation: str | None,
-) -> jax.Array:
+) -> Float[Array, "T D"]:
     """`kernels.expert_mlp` of this device's tokens, with its part of the weights.
 
     Args:

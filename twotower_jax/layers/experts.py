@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
@@ -55,11 +56,13 @@ class Router(nnx.Module):
             trainable=False,
         )
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: Float[Array, "T D"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         """Tokens (T, D) to the chosen experts (T, k) int32 and their weights (T, k) float32."""
         return self.route(x, use(self.weight, jnp.float32), use(self.bias, jnp.float32))
 
-    def route(self, x: jax.Array, weight: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def route(
+        self, x: Float[Array, "T D"], weight: Float[Array, "D E"], bias: Float[Array, " E"]
+    ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         """The same, given the router's weight (D, E) and bias (E,), float32."""
         config = self.config
         # Kept for the backward pass under any rematerialization.
@@ -70,7 +73,7 @@ class Router(nnx.Module):
             gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
         return indices, gates * config.routed_scaling_factor
 
-    def choose(self, x: jax.Array) -> jax.Array:
+    def choose(self, x: Float[Array, "T D"]) -> Int[Array, "T k"]:
         """The experts (T, k) int32 of tokens (T, D), best first."""
         return self(x)[0]
 
@@ -146,20 +149,20 @@ class Experts(Pointwise):
             else None
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """(B, L, D) → (B, L, D)"""
         return self.with_routing(x)[0]
 
     def blockwise(
         self,
-        x: jax.Array,
+        x: Float[Array, "B L D"],
         memory: None,
         block_size: int,
         run: Run = Run(),  # noqa: B008 (frozen)
-    ) -> tuple[jax.Array, Routing]:
+    ) -> tuple[Float[Array, "B L D"], Routing]:
         return self.with_routing(x)
 
-    def with_routing(self, x: jax.Array) -> tuple[jax.Array, Routing]:
+    def with_routing(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], Routing]:
         """(B, L, D) → (B, L, D), and which experts it went through."""
         latent = None if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
         axes = (_TOKENS, _TOKENS, _ROUTER_AXES, _WEIGHT_AXES)

@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
@@ -32,8 +33,8 @@ class MambaCache:
     """What a Mamba-2 layer keeps of the tokens so far.
 
     Attributes:
-      conv: (B, K, C), the last K raw inputs of the convolution, newest last; zeros before the first token. Only the
-        last K − 1 matter.
+      conv: (B, W, C), the last W raw inputs of the convolution, newest last; zeros before the first token. Only the
+        last W − 1 matter.
       state: (B, H, P, N) float32.
     """
 
@@ -41,7 +42,7 @@ class MambaCache:
     state: jax.Array
 
     def advance(
-        self, memory: "MambaMemory", lengths: jax.Array, chunk_size: int, backends: kernels.Backends
+        self, memory: "MambaMemory", lengths: Int[Array, " B"], chunk_size: int, backends: kernels.Backends
     ) -> "MambaCache":
         """The cache after the first `lengths` (B,) of the tokens of `memory`, which were read after this cache."""
         kept = (jnp.arange(memory.dt.shape[1]) < lengths[:, None])[..., None]
@@ -83,7 +84,7 @@ class _Core(NamedTuple):
     dt_bias: jax.Array
 
 
-# A log-decay whose exponential is 0 in float32.
+# A log-decay whose exponential is 0 in float32: what forgets everything.
 _EVERYTHING = -1e4
 
 # Logical axes, for `sharding.local`.
@@ -163,10 +164,10 @@ class Mamba(Mixer):
 
     def causal(
         self,
-        x: jax.Array,
+        x: Float[Array, "B L D"],
         cache: MambaCache | None = None,
         run: Run = Run(),  # noqa: B008 (frozen)
-    ) -> tuple[jax.Array, MambaMemory]:
+    ) -> tuple[Float[Array, "B L D"], MambaMemory]:
         """One run of tokens x (B, L, D) after `cache`; None for the start of a text.
 
         Returns:
@@ -211,11 +212,11 @@ class Mamba(Mixer):
 
     def blockwise(
         self,
-        x: jax.Array,
+        x: Float[Array, "B L D"],
         memory: MambaMemory | MambaCache,
         block_size: int,
         run: Run = Run(),  # noqa: B008 (frozen)
-    ) -> tuple[jax.Array, None]:
+    ) -> tuple[Float[Array, "B L D"], None]:
         """Blocks of S tokens side by side, each seeded with the context's state at its left edge.
 
         Args:
@@ -275,7 +276,9 @@ class Mamba(Mixer):
             state=jax.ShapeDtypeStruct(state, jnp.float32),
         )
 
-    def keep(self, cache: MambaCache, memory: MambaMemory, before: jax.Array, lengths: jax.Array) -> MambaCache:
+    def keep(
+        self, cache: MambaCache, memory: MambaMemory, before: Int[Array, " B"], lengths: Int[Array, " B"]
+    ) -> MambaCache:
         """The state is advanced again from what was projected, with step size 0 after the kept tokens."""
         return cache.advance(memory, lengths, self.config.chunk_size, self.backends)
 
@@ -436,7 +439,7 @@ def _by_device(*widths: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def _last_inputs(before: jax.Array, new: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """The last K of the inputs (B, K, C) before and (B, L, C) new, of which each row has `lengths` real ones."""
+    """The last W of the inputs (B, W, C) before and (B, L, C) new, of which each row has `lengths` real ones."""
     width = before.shape[1]
     inputs = jnp.concatenate([before, new.astype(before.dtype)], axis=1)
     if lengths is None:

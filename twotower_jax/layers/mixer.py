@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.kernels import Backends
@@ -89,7 +90,12 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
-    def causal(self, x: jax.Array, cache: Any = None, run: Run = Run()) -> tuple[jax.Array, Any]:  # noqa: B008 (frozen)
+    def causal(
+        self,
+        x: Float[Array, "B L D"],
+        cache: Any = None,
+        run: Run = Run(),  # noqa: B008 (frozen)
+    ) -> tuple[Float[Array, "B L D"], Any]:
         """One run of tokens x (B, L, D) after `cache`, or from the start of a text.
 
         Returns:
@@ -99,11 +105,11 @@ class Mixer(nnx.Module):
 
     def blockwise(
         self,
-        x: jax.Array,
+        x: Float[Array, "B L D"],
         memory: Any,
         block_size: int,
         run: Run = Run(),  # noqa: B008 (frozen)
-    ) -> tuple[jax.Array, Routing | None]:
+    ) -> tuple[Float[Array, "B L D"], Routing | None]:
         """Blocks of S tokens side by side, x (B, L, D), each after the context before its left edge.
 
         Args:
@@ -129,15 +135,15 @@ class Mixer(nnx.Module):
         """What a run adds to the cache that it came after."""
         return memory.end
 
-    def append(self, cache: Any, news: Any, before: jax.Array) -> Any:
+    def append(self, cache: Any, news: Any, before: Int[Array, " B"]) -> Any:
         """The cache, which holds `before` (B,) tokens, after the news."""
         return news
 
-    def newest(self, cache: Any, before: jax.Array, width: int) -> Any:
+    def newest(self, cache: Any, before: Int[Array, " B"], width: int) -> Any:
         """The news since the cache held `before` (B,) tokens, at most `width` tokens ago."""
         return cache
 
-    def keep(self, cache: Any, memory: Any, before: jax.Array, lengths: jax.Array) -> Any:
+    def keep(self, cache: Any, memory: Any, before: Int[Array, " B"], lengths: Int[Array, " B"]) -> Any:
         """The cache, which holds `before` (B,) tokens, after the first `lengths` (B,) tokens of a run without `end`."""
         raise NotImplementedError
 
@@ -193,16 +199,21 @@ class Pointwise(Mixer):
 
     norm_after_modulation = False
 
-    def causal(self, x: jax.Array, cache: None = None, run: Run = Run()) -> tuple[jax.Array, None]:  # noqa: B008
+    def causal(
+        self,
+        x: Float[Array, "B L D"],
+        cache: None = None,
+        run: Run = Run(),  # noqa: B008 (frozen)
+    ) -> tuple[Float[Array, "B L D"], None]:
         return self(x), None
 
     def blockwise(
         self,
-        x: jax.Array,
+        x: Float[Array, "B L D"],
         memory: None,
         block_size: int,
         run: Run = Run(),  # noqa: B008 (frozen)
-    ) -> tuple[jax.Array, Routing | None]:
+    ) -> tuple[Float[Array, "B L D"], Routing | None]:
         return self(x), None
 
     def news(self, memory: None) -> None:

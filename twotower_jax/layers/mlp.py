@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
@@ -27,7 +27,7 @@ class MLP(nnx.Module):
             scope.child("down_proj"), (width, config.hidden_size), ("mlp", "embed"), normal(down_std), config.mlp_bias
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """(B, L, D) → (B, L, D)"""
         return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
 

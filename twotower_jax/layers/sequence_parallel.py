@@ -7,11 +7,12 @@ state before the part is added afterwards:
     h_t = h_t from zero + exp(a_1 + … + a_t) h_before           h_before of part i = Σ_{j<i} exp(Σ_{j<k<i} A_k) last_j
 
 with A_k the log-decay over part k and last_j the state that part j reaches from zero. The devices exchange one state
-each. The convolution needs the K − 1 inputs before the part.
+each. The convolution needs the W − 1 inputs before the part.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from twotower_jax import sharding
 
@@ -23,7 +24,7 @@ def divided() -> bool:
     return bool(sharding.dividing("length"))
 
 
-def inputs_before(x: jax.Array, count: int) -> jax.Array:
+def inputs_before(x: Float[Array, "B L C"], count: int) -> Float[Array, "B {count} C"]:
     """The `count` positions before this device's part of (B, L, C): (B, count, C), zeros before the first part."""
     if x.shape[1] < count:
         raise ValueError(f"a device holds {x.shape[1]} positions, fewer than the {count} its neighbor needs of it")
@@ -31,7 +32,7 @@ def inputs_before(x: jax.Array, count: int) -> jax.Array:
     return jax.lax.ppermute(x[:, -count:], AXIS, [(i, i + 1) for i in range(shards - 1)])
 
 
-def state_before(last: jax.Array, log_decay: jax.Array) -> jax.Array:
+def state_before(last: Float[Array, "B H P N"], log_decay: Float[Array, "B L H"]) -> Float[Array, "B H P N"]:
     """The state at the left edge of this device's part, (B, H, P, N).
 
     Args:
@@ -47,7 +48,9 @@ def state_before(last: jax.Array, log_decay: jax.Array) -> jax.Array:
     return state
 
 
-def from_state(c: jax.Array, state: jax.Array, log_decay: jax.Array) -> jax.Array:
+def from_state(
+    c: Float[Array, "B L G N"], state: Float[Array, "B H P N"], log_decay: Float[Array, "B L H"]
+) -> Float[Array, "B L H P"]:
     """exp(log_decay_i) h C_i: what a state adds to the outputs (B, L, H, P), float32.
 
     Args:

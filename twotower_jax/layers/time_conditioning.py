@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.layers.common import Linear
@@ -24,12 +26,12 @@ class Modulation(NamedTuple):
     scale: jax.Array
     gate: jax.Array
 
-    def modulate(self, x: jax.Array) -> jax.Array:
+    def modulate(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         return x * (1 + self.scale) + self.shift
 
 
-def sinusoids(t: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Times (B,) or (B, N) in [0, 1] to (…, 256) [cos | sin] features.
+def sinusoids(t: Float[Array, "*times"], dtype: DTypeLike) -> Float[Array, "*times 256"]:
+    """Times (B,) or (B, L/S) in [0, 1] to (…, 256) [cos | sin] features.
 
     t and 1000·t are rounded to the compute dtype first (in bfloat16 937.5 becomes 936): the release was trained so.
     """
@@ -65,23 +67,25 @@ class TimeConditioning(nnx.Module):
         self.mlp_0 = linear(embedder.child("0"), (NUM_SINUSOIDS, width), (None, "embed"), normal(std))
         self.mlp_2 = linear(embedder.child("2"), (width, width), ("embed", None), normal(std))
         self.block = linear(scope.child("t_block").child("1"), (width, 3 * width), ("embed", None), constant(0.0))
-        # One (3, D) table a layer, in the order of the layers.
+        # One (3, D) table per layer, in the order of the layers.
         prefix = f"{scope.prefixes[0]}scale_shift_tables."
         prefixes = tuple(f"{prefix}{i}" for i in range(config.num_hidden_layers))
         layers = dataclasses.replace(scope, prefixes=prefixes, stacked=True)
         self.tables = layers.declare("", (3, width), (None, "embed"), table_init or _identity_table, decay=False)
 
-    def embed(self, t: jax.Array) -> jax.Array:
-        """(B,) → (B, D), or (B, N) → (B, N, D), the output of `t_embedder`."""
+    def embed(self, t: Float[Array, "*times"]) -> Float[Array, "*times D"]:
+        """(B,) → (B, D), or (B, L/S) → (B, L/S, D), the output of `t_embedder`."""
         return self.mlp_2(jax.nn.silu(self.mlp_0(sinusoids(t, self.dtype))))
 
-    def __call__(self, t: jax.Array) -> jax.Array:
-        """(B,) → (B, 3·D), or (B, N) → (B, N, 3·D), the output of `t_block`, shared by all layers."""
+    def __call__(self, t: Float[Array, "*times"]) -> Float[Array, "*times width"]:
+        """(B,) → (B, 3·D), or (B, L/S) → (B, L/S, 3·D), the output of `t_block`, shared by all layers."""
         return self.block(jax.nn.silu(self.embed(t)))
 
 
-def modulation(table: jax.Array, block: jax.Array, block_size: int | None = None) -> Modulation:
-    """A layer's modulation from its table (3, D) and the shared (B, 3·D), or (B, N, 3·D) for N blocks of a size."""
+def modulation(
+    table: Float[Array, "3 D"], block: Float[Array, "*times 3*D"], block_size: int | None = None
+) -> Modulation:
+    """A layer's modulation from its table (3, D) and the shared (B, 3·D), or (B, L/S, 3·D), one per block."""
     if block.ndim == 3:
         parts = table.astype(block.dtype) + block.reshape(*block.shape[:2], 3, -1)
         return Modulation(*(jnp.repeat(parts[:, :, i], block_size, axis=1) for i in range(3)))

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from twotower_jax import sharding
 from twotower_jax.config import ModelConfig
@@ -20,10 +21,10 @@ _TOKENS = ("batch", "length")
 _MAX_LOGITS = 2**28
 
 
-def lookup(table: jax.Array | Quantized, ids: jax.Array) -> jax.Array:
+def lookup(table: Float[Array, "V D"] | Quantized, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """Rows of a table (V, D) for (B, L) int32 ids: (B, L, D). Ids are in range: the host checks them.
 
-    A quantized table has a scale a row; its rows come in float32, and nothing but them is read.
+    A quantized table has one scale per row; its rows come in float32, and nothing but them is read.
     """
 
     def rows(table, ids):
@@ -78,11 +79,11 @@ class Head(nnx.Module):
             scales=COLUMNS,
         )
 
-    def __call__(self, h: jax.Array) -> jax.Array:
+    def __call__(self, h: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """(B, L, D) → (B, L, V) float32"""
         return _logits(h, use(self.weight, h.dtype))
 
-    def log_probabilities(self, h: jax.Array, ids: jax.Array) -> jax.Array:
+    def log_probabilities(self, h: Float[Array, "B L D"], ids: Int[Array, "B L"]) -> Float[Array, "B L"]:
         """log softmax(logits)[ids], in tiles of positions so that the logits of all of them never exist together.
 
         Args:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from twotower_jax.registry import Registry
 
@@ -37,17 +38,17 @@ class Draft(NamedTuple):
     mask_token_id: int
 
     @property
-    def num_masked(self) -> jax.Array:
+    def num_masked(self) -> Int[Array, ""]:
         """() int32."""
         return jnp.sum(self.masked, dtype=jnp.int32)
 
     @property
-    def required(self) -> jax.Array:
-        """ceil(masked / steps left), () int32: so many commits a step end the block evenly and in time."""
+    def required(self) -> Int[Array, ""]:
+        """ceil(masked / steps left), () int32: so many commits per step end the block evenly and in time."""
         steps_left = self.steps - self.step
         return (self.num_masked + steps_left - 1) // steps_left
 
-    def commit(self, chosen: jax.Array) -> jax.Array:
+    def commit(self, chosen: Bool[Array, " S"]) -> Int[Array, " S"]:
         """The block with the predictions at the masked positions that are `chosen`, (S,) bool."""
         return jnp.where(chosen & self.masked, self.tokens.astype(self.xt.dtype), self.xt)
 
@@ -67,7 +68,7 @@ class Strategy(abc.ABC):
     """
 
     @abc.abstractmethod
-    def new_block(self, draft: Draft) -> jax.Array:
+    def new_block(self, draft: Draft) -> Int[Array, " S"]:
         """The block after the step, (S,) int32: predictions committed, or tokens masked again."""
 
     def check(self) -> None:  # noqa: B027 (nothing to check is a check)
@@ -142,9 +143,9 @@ def make_strategy(name: str, options: dict[str, Any]) -> Strategy:
     return made
 
 
-def before(rank_by: jax.Array, masked: jax.Array) -> jax.Array:
+def before(rank_by: Float[Array, " S"], masked: Bool[Array, " S"]) -> Bool[Array, "S S"]:
     """(S, S) bool: whether the masked position of the column comes before the row's, `rank_by` (S,) being higher, or
-    equal and further left."""
+    equal and farther left."""
     # Where a NaN ranks does not matter: `sample_step` commits none and reports the row.
     mine, other = rank_by[:, None], rank_by[None, :]
     place = jnp.arange(rank_by.size)
@@ -152,6 +153,6 @@ def before(rank_by: jax.Array, masked: jax.Array) -> jax.Array:
     return masked[None, :] & ((other > mine) | ((other == mine) & (place[None, :] < place[:, None])))
 
 
-def surest(count: jax.Array, masked: jax.Array, confidence: jax.Array) -> jax.Array:
+def surest(count: Int[Array, ""], masked: Bool[Array, " S"], confidence: Float[Array, " S"]) -> Bool[Array, " S"]:
     """The `count` masked positions of highest confidence, the leftmost of equals first. (S,) bool."""
     return masked & (jnp.sum(before(confidence, masked), axis=1) < count)

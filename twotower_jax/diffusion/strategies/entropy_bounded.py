@@ -6,6 +6,7 @@ their entropies less the largest one.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from twotower_jax.diffusion.strategies.base import STRATEGIES, Draft, Strategy, before, strategy
 
@@ -24,7 +25,7 @@ class EntropyBounded(Strategy):
     def check(self) -> None:
         self.check_between(0.0, 1e6, "entropy_bound")
 
-    def new_block(self, draft: Draft) -> jax.Array:
+    def new_block(self, draft: Draft) -> Int[Array, " S"]:
         log_p = jax.nn.log_softmax(draft.logits, axis=-1)
         entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0), axis=-1)
         lower = before(-entropy, draft.masked)

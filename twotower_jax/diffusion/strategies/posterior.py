@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from twotower_jax.diffusion.schedules import SCHEDULES
 from twotower_jax.diffusion.strategies.base import STRATEGIES, Draft, Strategy, strategy
@@ -22,6 +23,6 @@ class Posterior(Strategy):
     def check(self) -> None:
         SCHEDULES[self.schedule]
 
-    def new_block(self, draft: Draft) -> jax.Array:
+    def new_block(self, draft: Draft) -> Int[Array, " S"]:
         level_t, level_s = levels(self.schedule, draft)
         return draft.commit(jax.random.uniform(draft.key, draft.masked.shape, jnp.float32) >= level_s / level_t)

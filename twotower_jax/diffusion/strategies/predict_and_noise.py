@@ -3,8 +3,8 @@
 LLaDA's low-confidence remasking (Nie et al. 2025, arXiv 2502.09992).
 """
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from twotower_jax.diffusion.schedules import SCHEDULES
 from twotower_jax.diffusion.strategies.base import STRATEGIES, Draft, Strategy, strategy, surest
@@ -26,7 +26,7 @@ class PredictAndNoise(Strategy):
     def check(self) -> None:
         SCHEDULES[self.schedule]
 
-    def new_block(self, draft: Draft) -> jax.Array:
+    def new_block(self, draft: Draft) -> Int[Array, " S"]:
         _, level_s = levels(self.schedule, draft)
         # The margin keeps a product like 29 · (15 / 29) from rounding to just below its integer.
         num_kept = jnp.floor(draft.xt.size * level_s + 1e-4).astype(jnp.int32)
