@@ -18,6 +18,7 @@ from absl import flags
 
 from twotower_jax import command_line
 from twotower_jax.checkpoint.load import Loaded, load
+from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.data import encode, load_tokenizer
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Result, Settings, generate
@@ -26,7 +27,7 @@ from twotower_jax.train.loop import train
 
 _WORKDIR = command_line.DEFINE_path("workdir", "runs/quickstart", "Where both training runs go.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: those of configs/tiny.py.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens a prompt.", lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens per prompt.", lower_bound=1)
 
 PROMPTS = (
     "Return a new list",
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, statuses={FloatingPointError: command_line.DIVERGED, SaveError: command_line.NOT_SAVED})

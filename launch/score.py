@@ -44,7 +44,7 @@ _FIELDS = {
 }
 _OBJECTIVE = flags.DEFINE_enum("objective", "ar", list(_FIELDS), "What is scored, and by which tower.")
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Of objective nll_bound.", lower_bound=1)
-_SAMPLES = flags.DEFINE_integer("samples", 16, "Of objective nll_bound: draws of noise a row.", lower_bound=2)
+_SAMPLES = flags.DEFINE_integer("samples", 16, "Of objective nll_bound: draws of noise per row.", lower_bound=2)
 _SEED = flags.DEFINE_integer("seed", 0, "Of objective nll_bound.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together.", lower_bound=1)
 
@@ -60,6 +60,11 @@ def _read() -> list[dict]:
         missing = sorted(_FIELDS[objective] - row.keys())
         if missing:
             raise ValueError(f"{_INPUT.value}, row {number}: {', '.join(missing)} missing")
+        if objective == "generations":
+            fields = row["prompt_ids"], row["tokens"]
+            if not all(isinstance(ids, list) for ids in fields) or not row["prompt_ids"]:
+                what = "prompt_ids and tokens must be lists of token ids, with a prompt"
+                raise ValueError(f"{_INPUT.value}, row {number}: {what}")
     return rows
 
 
@@ -73,11 +78,7 @@ def _cut(rows: list[dict]) -> list[dict]:
             f"--eos changes nothing with --objective={_OBJECTIVE.value}: rows are scored as they are given"
         )
 
-    def tokens(row: dict):
-        given = row["tokens"]
-        return cut(given, len(given), eos=eos).tokens if isinstance(given, list) else given
-
-    return [row | {"tokens": tokens(row)} for row in rows]
+    return [row | {"tokens": cut(row["tokens"], len(row["tokens"]), eos=eos).tokens} for row in rows]
 
 
 def main() -> None:
@@ -132,9 +133,6 @@ def _nll_bound(model: TwoTower, params: Params, rows: list[dict], write: Write) 
 
 
 def _generations(model: TwoTower, params: Params, rows: list[dict], write: Write) -> None:
-    for number, row in enumerate(rows):
-        if not isinstance(row["prompt_ids"], list) or not row["prompt_ids"] or not isinstance(row["tokens"], list):
-            raise ValueError(f"row {number}: prompt_ids and tokens must be lists of token ids, with a prompt")
     pairs = [(row["prompt_ids"], row["tokens"]) for row in rows]
     likelihoods = quality.generated_likelihoods(model, params, pairs, _BATCH_SIZE.value)
     collapsed = 0

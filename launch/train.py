@@ -40,8 +40,8 @@ from twotower_jax.train.watch import Profile
 STATUSES = {
     CheckpointError: command_line.BROKEN_CHECKPOINT,
     distributed.ProcessLost: supervisor.PROCESS_LOST,
-    FloatingPointError: 5,
-    SaveError: 6,
+    FloatingPointError: command_line.DIVERGED,
+    SaveError: command_line.NOT_SAVED,
     ValueError: command_line.USAGE,
     OSError: command_line.USAGE,
 }

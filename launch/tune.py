@@ -42,7 +42,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed runs of each setting, of whic
 _MIN_AGREEMENT = flags.DEFINE_float(
     "min_agreement", 0.9, "Least part of equal tokens that a chosen setting has.", lower_bound=0.0, upper_bound=1.0
 )
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind an end-of-text token, so that all rows are as long.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-text token, so that all rows are as long.")
 _WRITE = flags.DEFINE_bool("write", False, f"Also write {FILE} into the checkpoint's folder.")
 
 

@@ -118,6 +118,25 @@ def test_how_a_command_ends(body, status, said):
     assert (code, out) == (status, "") and (err == said or err.startswith(said)) and err.count("\n") <= 1
 
 
+def test_an_error_may_have_a_status_of_its_own():
+    lines = "raise FloatingPointError('the loss is nan')"
+    options = "statuses={FloatingPointError: command_line.DIVERGED, RuntimeError: command_line.NOT_SAVED}"
+    for body, status in (lines, 5), (lines.replace("FloatingPoint", "Runtime"), 6):
+        code = f"from twotower_jax import command_line\ndef main():\n    {body}\ncommand_line.run(main, {options})"
+        assert run("-c", code) == (status, "", "error: the loss is nan\n")
+
+
+def test_generated_rows_are_checked_before_a_model_is_loaded(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    for prompt, tokens in ("[]", "[3]"), ("[5]", "7"):
+        bad = f'{{"prompt_ids": {prompt}, "tokens": {tokens}}}'
+        rows.write_text(f'{{"prompt_ids": [5], "tokens": []}}\n{bad}\n')
+        words = ["--checkpoint=nowhere", f"--input={rows}", f"--output={tmp_path / 'out'}", "--objective=generations"]
+        code, out, err = run(ROOT / "launch/score.py", *words, "--eos=2")
+        assert (code, out) == (2, "") and err.startswith(f"error: {rows}, row 2: prompt_ids and tokens must be lists")
+        assert err.count("\n") == 1 and list(tmp_path.iterdir()) == [rows]
+
+
 def test_a_bug_keeps_its_traceback():
     code, _, err = main("raise TypeError('wrong')")
     assert code == 1 and "Traceback" in err and "TypeError: wrong" in err

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from twotower_jax.parameters import Parameter, parameter_table
-from twotower_jax.planning import gates, hardware, report, serving, table
+from twotower_jax.planning import checks, hardware, report, serving, table
 from twotower_jax.planning.hardware import Hardware
 from twotower_jax.planning.plan import plan_step
 from twotower_jax.sharding import MeshShape
@@ -42,13 +42,13 @@ def test_bytes_by_kind(plan, step_config):
 
 
 def test_nothing_that_is_ruled_out(plan):
-    assert not any(gate.found for gate in plan.gates)
+    assert not any(check.found for check in plan.gates)
 
 
 def test_the_report_says_it_all(plan):
     text = report.describe(plan)
     parts = "cpu:8: 8 chips, 8 devices, mesh fsdp 8", f"{plan.parameters:,} parameters", "fits", "chip-hours"
-    for part in (*parts, gates.WEIGHT_COPIES):
+    for part in (*parts, checks.WEIGHT_COPIES):
         assert part in text
     assert "DOES NOT FIT" in report.describe(plan._replace(memory=plan.total))
     assert report.as_json(plan)["fits"] is True
@@ -59,14 +59,14 @@ def test_what_is_ruled_out_is_found(step_config):
     config = step_config()
     model = config.model_config(40)
     program = "a = f32[64,8,4,8]{3,2,1,0} b = f32[32,8,4,8] c = bf16[256,192] d = f32[256,24] e = s32[900,900]"
-    assert gates.per_block_states(program, config, model, 4, MeshShape()).found == ["f32[64,8,4,8]"]
-    assert gates.dense_experts(program, config, model, MeshShape()).found == ["bf16[256,192]"]
+    assert checks.per_block_states(program, config, model, 4, MeshShape()).found == ["f32[64,8,4,8]"]
+    assert checks.dense_experts(program, config, model, MeshShape()).found == ["bf16[256,192]"]
 
 
 def weights(**changes):
     """A stack of three layers of four experts, 16 wide, as parameters are declared; two on each of two devices."""
     values = {"shape": (3, 4, 48, 16), "axes": ("layers", "experts", "embed", "expert_mlp")} | changes
-    flags = {"decay": True, "float32": False, "trainable": True}
+    flags = {"decay": True, "float32": False, "trainable": True, "in_backbone": True}
     return Parameter((), **values, init=None, tensors=None, layout="", **flags, scales=None)
 
 
@@ -89,7 +89,7 @@ PROGRAM = """
 
 
 def copies(program: str, **changes):
-    return gates.weight_copies(program, [weights(**changes)], {"fsdp": 2}, least=1).found
+    return checks.weight_copies(program, [weights(**changes)], {"fsdp": 2}, least=1).found
 
 
 def test_weights_that_are_gathered_and_used_are_not_copied():
@@ -220,10 +220,10 @@ ENTRY %main (weights: bf16[3,2,48,16]) -> bf16[4,48,16] {{
 {copy}}}
 """
     arguments = [weights()], {"fsdp": 2}, 1
-    assert gates.retiled_bytes(PROGRAM + entry, *arguments) == (3 * 2 * 48 * 16 * 2 if retiled else 0)
+    assert checks.retiled_bytes(PROGRAM + entry, *arguments) == (3 * 2 * 48 * 16 * 2 if retiled else 0)
     assert copies(PROGRAM + entry) == ([] if retiled else ["1 × bf16[3,2,48,16] at rest by copy"])
     in_a_loop = PROGRAM.replace("  %product", f"{copy}  %product").replace("%tuple = ", "%weights = ")
-    assert copies(in_a_loop) and not gates.retiled_bytes(in_a_loop, *arguments)
+    assert copies(in_a_loop) and not checks.retiled_bytes(in_a_loop, *arguments)
 
 
 def test_an_argument_that_another_core_puts_into_other_tiles_is_measured():
@@ -249,7 +249,7 @@ def test_an_argument_that_another_core_puts_into_other_tiles_is_measured():
 """
     entry = f"ENTRY %main (argument: bf16[3,2,48,16]) -> s32[] {{\n  %argument = {shape} parameter(0)\n{call}}}\n"
     arguments = [weights()], {"fsdp": 2}, 1
-    assert gates.retiled_bytes(there + PROGRAM + entry, *arguments) == 3 * 2 * 48 * 16 * 2
+    assert checks.retiled_bytes(there + PROGRAM + entry, *arguments) == 3 * 2 * 48 * 16 * 2
     assert copies(there + PROGRAM + entry) == []
     looped = f"  %argument = {shape} get-tuple-element(%tuple), index=0\n{call}"
     program = there + PROGRAM.replace("  %product", f"{looped}  %product") + "ENTRY %main () -> s32[] {\n}\n"
@@ -265,12 +265,12 @@ def test_every_output_of_a_fusion_is_looked_at():
 
 
 def test_the_compiler_s_own_words_for_a_copy_are_known():
-    """Of a weight that has to be turned; that the gate reads what XLA writes."""
+    """A weight that has to be turned is found: the check reads what XLA writes."""
     matrix = weights(shape=(64, 96), axes=("embed", "mlp"))
     turned = jax.jit(lambda w: jax.lax.optimization_barrier(w.T) + 0).lower(jnp.zeros((64, 96))).compile().as_text()
     used = jax.jit(lambda w: w @ w.T).lower(jnp.zeros((64, 96))).compile().as_text()
-    assert gates.weight_copies(turned, [matrix], {}, least=1).found
-    assert not gates.weight_copies(used, [matrix], {}, least=1).found
+    assert checks.weight_copies(turned, [matrix], {}, least=1).found
+    assert not checks.weight_copies(used, [matrix], {}, least=1).found
 
 
 # The table of docs/guide/scale.md.
@@ -316,7 +316,7 @@ def test_serving_on_one_device(step_config):
     assert plan.cache == keys + 2 * (convolution + state) + 2 * 4
     assert len(plan.functions) == 3 and plan.fits
     assert not plan._replace(memory=plan.total).fits
-    assert "fits" in serving.describe(plan) and serving.as_json(plan)["gates"] == {gates.WEIGHT_COPIES: []}
+    assert "fits" in serving.describe(plan) and serving.as_json(plan)["gates"] == {checks.WEIGHT_COPIES: []}
 
 
 @pytest.mark.parametrize("name", ["v9:1", "v5p", "v5p:", "v5p:2x-1", "v5p:axb", "h200"])

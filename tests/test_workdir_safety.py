@@ -82,6 +82,7 @@ def test_a_file_system_that_lacks_something_is_named_with_a_remedy(tmp_path, mon
         pytest.fail("it began")
     with pytest.raises(ValueError, match=message), atomic.new_folder(tmp_path / "out"):
         pytest.fail("it began")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("compile_once")

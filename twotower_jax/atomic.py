@@ -29,7 +29,7 @@ def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
         raise ValueError(f"{final.parent}: no such folder to write {final.name} in")
     partial = final.parent / f".{final.name}.partial"
     partial.mkdir(exist_ok=True)
-    with locked_folder(partial, f"{final}: another process is writing it"):
+    with locked_folder(partial, f"{final}: another process is writing it", ours=True):
         try:
             _clear(partial)
             yield partial
@@ -44,10 +44,11 @@ def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def locked_folder(folder: pathlib.Path, busy: str) -> Iterator[None]:
+def locked_folder(folder: pathlib.Path, busy: str, *, ours: bool = False) -> Iterator[None]:
     """Keeps every other process that asks for the same folder out, for as long as this one lives.
 
-    Sees first that the file system can do what writing there needs, so that no work is lost for want of it.
+    Sees first that the file system can do what writing there needs, so that no work is lost for want of it. With `ours`
+    a folder that it cannot do that in is removed if it is empty.
 
     Raises:
       ValueError: saying `busy` if another process has it; naming the folder if its file system has no locks, or cannot
@@ -62,15 +63,23 @@ def locked_folder(folder: pathlib.Path, busy: str) -> Iterator[None]:
             raise ValueError(busy) from None
         except OSError as error:
             reason = f"its file system cannot lock a folder (flock: {error.strerror})"
+            _remove_empty(folder, ours)
             raise ValueError(f"{folder}: {reason}; {_ELSEWHERE}") from None
         try:
             os.fsync(lock)
         except OSError as error:
             reason = f"its file system cannot bring a folder to the disk (fsync: {error.strerror})"
+            _remove_empty(folder, ours)
             raise ValueError(f"{folder}: {reason}; {_ELSEWHERE}") from None
         yield
     finally:
         os.close(lock)
+
+
+def _remove_empty(folder: pathlib.Path, ours: bool) -> None:
+    if ours:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _clear(folder: pathlib.Path) -> None:

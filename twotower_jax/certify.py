@@ -175,7 +175,7 @@ def _training_arrays(model: TwoTower, params: Params, expected: Mapping[str, np.
 
 
 def gradients(model: TwoTower, params: Params, expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the recorded training loss, under the names and in the orientation of a checkpoint."""
+    """Gradients of the recorded training loss, under the names and in the orientation of a checkpoint."""
     clean, masked, t = (jnp.asarray(expected[f"train.{name}"]) for name in ("ids", "masked", "t"))
     noisy = jnp.where(masked, model.config.mask_token_id, clean)
 

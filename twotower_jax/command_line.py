@@ -1,7 +1,8 @@
 """What every command does alike: flags and paths parsed, errors reported in one line on stderr, no traceback.
 
 Exit statuses: 0 done; 2 a flag, path or value that cannot be used; 3 a checkpoint that is broken or not of this model;
-130 interrupted (Ctrl-C); 141 whoever read the output has closed it. With `--verbosity=1` the traceback is printed too.
+5 training diverged; 6 a checkpoint could not be saved; 130 interrupted (Ctrl-C); 141 whoever read the output
+has closed it. With `--verbosity=1` the traceback is printed too.
 """
 
 import io
@@ -9,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import app, flags, logging
 
@@ -17,7 +18,7 @@ from twotower_jax import compilation_cache
 from twotower_jax.files import CheckpointError
 from twotower_jax.paths import local_path
 
-USAGE, BROKEN_CHECKPOINT, INTERRUPTED, CLOSED_PIPE = 2, 3, 130, 141
+USAGE, BROKEN_CHECKPOINT, DIVERGED, NOT_SAVED, INTERRUPTED, CLOSED_PIPE = 2, 3, 5, 6, 130, 141
 # An error's line is cut to this many characters: lists of names, and what libraries say, may be of any length.
 _LONGEST_LINE = 2000
 
@@ -37,14 +38,16 @@ def DEFINE_path(name: str, default: str | None, help: str, **options) -> flags.F
     return flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), **options)
 
 
-def run(main: Callable[[], None], *, cache: bool = True) -> None:
+def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[Exception], int] | None = None) -> None:
     """Parses the flags, runs `main`, and exits.
 
     Compiled programs are kept for the next start; without `cache`, for what measures compiling, only if a flag says so.
 
-    ValueError and OSError are taken to be about what the user gave, and become one line; anything else is a bug and
-    keeps its traceback.
+    ValueError and OSError are taken to be about what the user gave, and become one line, as do the errors of `statuses`
+    with a status of their own; anything else is a bug and keeps its traceback.
     """
+
+    statuses = statuses or {}
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -62,6 +65,9 @@ def run(main: Callable[[], None], *, cache: bool = True) -> None:
             fail(str(error), BROKEN_CHECKPOINT)
         except BrokenPipeError:
             raise
+        except tuple(statuses) as error:
+            logging.debug("traceback", exc_info=True)
+            fail(str(error), next(status for kind, status in statuses.items() if isinstance(error, kind)))
         except (ValueError, OSError) as error:
             logging.debug("traceback", exc_info=True)
             fail(str(error), USAGE)

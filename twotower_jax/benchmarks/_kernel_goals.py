@@ -24,7 +24,7 @@ _BASELINES = ("reference", "stored_states", "dense", "ragged_dot", "mamba_ssm", 
 
 
 class _Goal(NamedTuple):
-    """Of every case that `concerns`; `against`: how the name of the form that is compared with begins, if one is."""
+    """A goal for every case that `concerns`; `against`: how the name of the form to compare with begins, if any."""
 
     concerns: Callable[[str], bool]
     words: str

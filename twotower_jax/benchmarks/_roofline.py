@@ -111,7 +111,7 @@ def pass_bytes(model: TwoTower, dtype: jnp.dtype, one: Pass) -> float:
 
 
 def _cache_bytes(config: ModelConfig, dtype: jnp.dtype, one: Pass) -> float:
-    """Of a row: states are read, and written where the pass extends the cache; keys are read, and new ones written."""
+    """Bytes per row. States are read, and written where the pass extends the cache; keys are read, new ones written."""
 
     def size(capacity: int) -> int:
         shapes = [
@@ -147,7 +147,7 @@ def run(model: TwoTower, dtype: jnp.dtype, batches: list[int], prompt: int, new:
             sampling = SamplingConfig(block_size=_BLOCK, steps_per_block=evaluations, confidence_threshold=1.0)
             of_mode = dataclasses.replace(settings, mode=mode, sampling=sampling, batch_size=batch)
             with even_routing():
-                return _seconds_a_block(model, params, of_mode, prompt, repeats)
+                return _seconds_per_block(model, params, of_mode, prompt, repeats)
 
         length = prompt + new / 2
         one_token = Pass("context_tower", batch, 1, 1, length, extends=True)
@@ -166,8 +166,8 @@ def run(model: TwoTower, dtype: jnp.dtype, batches: list[int], prompt: int, new:
     return lines
 
 
-def _seconds_a_block(model: TwoTower, params: Params, settings: Settings, prompt: int, repeats: int) -> float:
-    """Of 16 tokens of every row, the prompts having been read; the fastest of some blocks behind two first ones."""
+def _seconds_per_block(model: TwoTower, params: Params, settings: Settings, prompt: int, repeats: int) -> float:
+    """Seconds for 16 tokens of every row after the prompts; the fastest of some blocks after two first ones."""
     rows = np.random.default_rng(0).integers(4, model.config.vocab_size, (settings.batch_size, prompt)).tolist()
     best = math.inf
     for _ in range(repeats):

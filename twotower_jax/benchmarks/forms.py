@@ -92,7 +92,7 @@ def _train_step(backends: Backends, objective: str = "denoiser"):
 
 
 def _evaluation(backends: Backends, batch: int):
-    """A function without arguments: one pass of the denoiser over a block behind 64 tokens."""
+    """A function without arguments: one pass of the denoiser over a block after 64 tokens."""
     model = TwoTower(tiny_config(), execution=Execution(backends=backends))
     params = initialize(parameter_table(model), randomness.key(0))
     prompt, block = jnp.full((batch, 64), 5, jnp.int32), jnp.full((batch, _BLOCK), 3, jnp.int32)

@@ -150,8 +150,10 @@ def _tokens(results) -> int:
 
 
 def _best(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, Rates]:
-    """Of the fastest of some rounds through all runs behind a first one, each measure by itself; a run returns its
-    number of tokens."""
+    """Rates of the fastest of some rounds through all runs after a first one, each measure by itself.
+
+    A run returns its number of tokens.
+    """
     for run in runs.values():
         run()
     rates = {name: [] for name in runs}

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def errors(case: Case, name: str, dtype: str, seed: int) -> tuple[float, float]:
-    """Of the outputs and of the gradients (0 where there are none) of one problem."""
+    """Errors of one problem's outputs and of its gradients (0 where there are none)."""
     rng = np.random.default_rng([seed, zlib.crc32(f"{case.op}, {case.kind}".encode())])
     arrays = case.arrays(rng, jnp.dtype(dtype))
     differentiable = name in case.gradients

@@ -5,7 +5,7 @@
 
 Everything compared runs in one process, in turns, and the median of the turns counts. On a CPU these are processor
 seconds on one thread, which a busy machine changes less than the time of day; on an accelerator the time of some calls
-behind one another, so that the gaps between them do not count. `of matrix rate` is the time that the case's own
+one after the other, so that the gaps between them do not count. `of matrix rate` is the time that the case's own
 operations would take at the rate of a large matrix product of the same dtype in this run; `of bandwidth` the time that
 reading what must be read and writing what must be written once would take at the rate of copying a large array. A form
 may do more than either counts. Temporaries are what the compiled form needs beside arguments and results.
@@ -103,7 +103,7 @@ def _mamba_ssm() -> MambaSSM | None:
 class _Timed:
     """A form, compiled, and the seconds that its runs took."""
 
-    _ENOUGH = 0.02  # Seconds of work behind one another, on an accelerator.
+    _ENOUGH = 0.02  # Seconds of work, one run after the other, on an accelerator.
 
     def __init__(self, form: Form):
         self.form = form

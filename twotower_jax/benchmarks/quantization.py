@@ -12,7 +12,7 @@ into windows. Against the float32 model's, for each way to store weights,
 Without --checkpoint: size and speed of a random model whose weights do not fit a processor's caches.
 
 Speed is of generation in batches of one and of all prompts, in tokens a second of the clock and of the processor, the
-best of --repeats runs behind a first one.
+best of --repeats runs after a first one.
 """
 
 import time
@@ -134,14 +134,14 @@ def _windows() -> np.ndarray:
 
 
 class Scores(NamedTuple):
-    """Of the scored positions: log-probabilities of the windows' tokens, and the most probable tokens."""
+    """At the scored positions: log-probabilities of the windows' tokens, and the most probable tokens."""
 
     log_probabilities: np.ndarray
     best: np.ndarray
 
 
 def _scored(model: TwoTower, params: Params, windows: np.ndarray) -> tuple[Scores, Scores]:
-    """Of the context tower, and of the denoiser at masked positions."""
+    """Scores of the context tower, and of the denoiser at masked positions."""
     rng = np.random.default_rng(0)
     blocks = windows.reshape(len(windows), -1, _BLOCK)
     masked = np.argsort(rng.random(blocks.shape), axis=-1).reshape(windows.shape) < _BLOCK // 2

@@ -20,7 +20,7 @@ from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.config_file import SMALL_FILES, read_small_file
 from twotower_jax.checkpoint.manifest import Digest, Manifest, write_file
 from twotower_jax.checkpoint.pipeline import in_order
-from twotower_jax.checkpoint.plan import Plan, make_plan, segment_list
+from twotower_jax.checkpoint.plan import ConversionPlan, make_plan, segment_list
 from twotower_jax.checkpoint.quantizing import quantize_tensor
 from twotower_jax.checkpoint.safetensors_file import Entry, next_tensor
 from twotower_jax.files import CheckpointError, open_regular, read_file
@@ -89,7 +89,7 @@ def convert(
     return result
 
 
-def _dtypes(folder: huggingface.Folder, plan: Plan) -> dict[Path, np.dtype]:
+def _dtypes(folder: huggingface.Folder, plan: ConversionPlan) -> dict[Path, np.dtype]:
     """The dtype of each array on disk: that of its tensors, which must agree."""
     dtypes: dict[Path, np.dtype] = dict.fromkeys(plan.fresh, np.dtype(np.float32))
     first: dict[Path, str] = {}
@@ -106,7 +106,7 @@ def _dtypes(folder: huggingface.Folder, plan: Plan) -> dict[Path, np.dtype]:
     return dtypes
 
 
-def _count_dtypes(plan: Plan, dtypes: Mapping[Path, np.dtype], quantize: Method | None) -> dict[str, int]:
+def _count_dtypes(plan: ConversionPlan, dtypes: Mapping[Path, np.dtype], quantize: Method | None) -> dict[str, int]:
     """The number of tensors of each dtype, by name; of quantized ones by their bits."""
     counts: collections.Counter[str] = collections.Counter()
     for parameter in plan.table.values():
@@ -152,7 +152,7 @@ def _copy_small_files(source: pathlib.Path, partial: pathlib.Path, expected: Map
     return digests
 
 
-def _write_fresh(partial: pathlib.Path, plan: Plan) -> dict[str, Digest]:
+def _write_fresh(partial: pathlib.Path, plan: ConversionPlan) -> dict[str, Digest]:
     """The time conditioning that a single tower does not bring."""
     values = parameters.flatten(parameters.initialize(plan.fresh, randomness.key(0)))
     digests = {}
@@ -166,7 +166,7 @@ def _write_fresh(partial: pathlib.Path, plan: Plan) -> dict[str, Digest]:
 
 def _stream(
     folder: huggingface.Folder,
-    plan: Plan,
+    plan: ConversionPlan,
     partial: pathlib.Path,
     expected: Mapping[str, str],
     quantize: Method | None,
@@ -222,7 +222,7 @@ def _check_expected(file: pathlib.Path, found: Digest, expected: Mapping[str, st
         )
 
 
-def _verify(folder: huggingface.Folder, plan: Plan, written: pathlib.Path, quantize: Method | None) -> None:
+def _verify(folder: huggingface.Folder, plan: ConversionPlan, written: pathlib.Path, quantize: Method | None) -> None:
     """Reads source and result again and compares every tensor, or what it is when it is quantized again."""
     progress = Progress("verifying", sum(tensor.size for tensor in folder.tensors.values()))
 

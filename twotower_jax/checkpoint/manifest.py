@@ -116,12 +116,12 @@ def parse_digest(path: pathlib.Path, name: str, value: Any) -> Digest:
 
 
 def digest_of(data: bytes) -> Digest:
-    """Of a file with these bytes."""
+    """The digest of a file with these bytes."""
     return Digest(len(data), hashlib.sha256(data).hexdigest())
 
 
 def digest_file(path: pathlib.Path) -> Digest:
-    """Of a regular file.
+    """The digest of a regular file.
 
     Raises:
       CheckpointError: if it is not there, not a regular file, or cannot be read.

@@ -35,7 +35,7 @@ from twotower_jax.parameters import Params, Path, flatten, unflatten
 
 HASHES = "hashes.json"
 _PARTIAL, _REMOVED = ".writing", ".removed"
-# Of each tree: where its arrays lie. Orbax has left it out and reported success.
+# Says where the arrays of a tree lie. Orbax has left it out and reported success.
 _MANIFEST = "manifest.ocdbt"
 # Orbax takes the path of what it merges for a pattern, and one that begins like an address for one.
 _ODD = re.compile(r"[\[*?]|:/")

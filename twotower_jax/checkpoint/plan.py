@@ -21,7 +21,7 @@ class Place(NamedTuple):
     index: tuple[int, ...]
 
 
-class Plan(NamedTuple):
+class ConversionPlan(NamedTuple):
     """What goes where, settled before any data is read.
 
     Attributes:
@@ -51,7 +51,7 @@ def table_places(table: Mapping[Path, Parameter]) -> dict[str, Place]:
     }
 
 
-def make_plan(config: ModelConfig, single_tower: bool, time_init: str = "identity") -> Plan:
+def make_plan(config: ModelConfig, single_tower: bool, time_init: str = "identity") -> ConversionPlan:
     """The plan for a model of this configuration.
 
     Args:
@@ -64,9 +64,9 @@ def make_plan(config: ModelConfig, single_tower: bool, time_init: str = "identit
     table = parameter_table(TwoTower(config, time_table_init=table_init))
     places = table_places(table)
     if not single_tower:
-        return Plan(table, places, {name: (name,) for name in places}, {})
+        return ConversionPlan(table, places, {name: (name,) for name in places}, {})
     targets = {name: _both_towers(name) for name in table_places(parameter_table(Backbone(config)))}
-    return Plan(table, places, targets, parameters.fresh(table))
+    return ConversionPlan(table, places, targets, parameters.fresh(table))
 
 
 def _both_towers(name: str) -> tuple[str, str]:

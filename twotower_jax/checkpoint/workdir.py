@@ -108,8 +108,10 @@ class Workdir:
         if jax.process_index() > 0:
             yield
             return
+        new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        with locked_folder(self.path, f"workdir {self.path}: another run is training in it; choose another one"):
+        busy = f"workdir {self.path}: another run is training in it; choose another one"
+        with locked_folder(self.path, busy, ours=new):
             yield
 
     def create(self, model: ModelConfig, frozen: Params) -> None:
@@ -183,7 +185,7 @@ class Saver:
         # A process of several that leaves alone must not wait for the others; they may be gone.
         if kind not in (None, FloatingPointError) and jax.process_count() > 1:
             return
-        # Of two errors the first one counts.
+        # The first of two errors counts.
         with contextlib.suppress(*(() if kind is None else (orbax_steps.SaveError,))):
             self._writer.wait()
         self._writer.close()

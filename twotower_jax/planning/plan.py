@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import count
-from twotower_jax.planning import gates
-from twotower_jax.planning.gates import Gate
+from twotower_jax.planning import checks
+from twotower_jax.planning.checks import Check
 from twotower_jax.planning.hardware import Hardware
 from twotower_jax.planning.predict import Prediction, predict
 from twotower_jax.planning.rates import RATES
@@ -28,16 +28,17 @@ HEADROOM = 0.1
 UTILIZATION = 0.5
 
 
-class Plan(NamedTuple):
+class StepPlan(NamedTuple):
     """What a step takes. Bytes are of one device, times in seconds.
 
     Attributes:
       parameters, trained: counts. weights: trained in float32 and frozen ones. optimizer: moments.
       activations: everything else that lives during a step (XLA's temporaries, gathered layers and gradients in it).
-      retiled: of the weights, what the step copies into other tiles at its beginning (`gates.retiled_bytes`).
+      retiled: of the weights, what the step copies into other tiles at its beginning (`checks.retiled_bytes`).
       flops: analytic, of one step over all devices.
       predicted: how long a step takes by the compiled program; None where the rates of the hardware are not known.
       lower_seconds, compile_seconds: by the clock. processor_seconds: of both, on all cores.
+      gates: the checks of the compiled program; the name is that of the printed JSON.
     """
 
     hardware: str
@@ -57,7 +58,7 @@ class Plan(NamedTuple):
     lower_seconds: float
     compile_seconds: float
     processor_seconds: float
-    gates: list[Gate]
+    gates: list[Check]
     predicted: Prediction | None = None
 
     @property
@@ -81,7 +82,7 @@ class Plan(NamedTuple):
         return self.flops / (self.peak_flops * self.devices * self.predicted.seconds)
 
 
-def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
+def plan_step(config: TrainConfig, hardware: Hardware) -> StepPlan:
     """Compiles the last stage of a run for `hardware`.
 
     Raises:
@@ -120,7 +121,7 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
     sizes, program = config.mesh.resolve(len(hardware.devices)), compiled.as_text()
     table = [*trained.values(), *frozen_table.values()]
     rates = RATES.get(hardware.name.partition(":")[0])
-    return Plan(
+    return StepPlan(
         hardware=hardware.name,
         chips=hardware.chips,
         devices=len(hardware.devices),
@@ -130,7 +131,7 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
         weights=weights,
         optimizer=optimizer_bytes,
         activations=peak - weights - optimizer_bytes,
-        retiled=gates.retiled_bytes(program, table, mesh.shape),
+        retiled=checks.retiled_bytes(program, table, mesh.shape),
         memory=hardware.memory,
         tokens=config.batch_size * config.sequence_length,
         flops=step_flops(config, model, block_size),
@@ -139,9 +140,9 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> Plan:
         compile_seconds=compile_seconds,
         processor_seconds=processor_seconds,
         gates=[
-            gates.per_block_states(program, config, model, block_size, sizes),
-            gates.dense_experts(program, config, model, sizes),
-            gates.weight_copies(program, table, mesh.shape),
+            checks.per_block_states(program, config, model, block_size, sizes),
+            checks.dense_experts(program, config, model, sizes),
+            checks.weight_copies(program, table, mesh.shape),
         ],
         predicted=None if rates is None else predict(program, rates, hardware.peak_flops),
     )

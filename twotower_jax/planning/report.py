@@ -1,16 +1,16 @@
-"""A `Plan` for people and for programs."""
+"""A `StepPlan` for people and for programs."""
 
 from typing import Any
 
-from twotower_jax.planning import gates
+from twotower_jax.planning import checks
 from twotower_jax.planning.hardware import GIB
-from twotower_jax.planning.plan import HEADROOM, UTILIZATION, Plan
+from twotower_jax.planning.plan import HEADROOM, UTILIZATION, StepPlan
 
 # Tokens that the published denoiser was trained on.
 PUBLISHED_TOKENS = 2.1e12
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: StepPlan) -> str:
     """Some lines."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
     free = plan.memory - plan.total
@@ -29,10 +29,10 @@ def describe(plan: Plan) -> str:
         f"device {plan.tokens_per_second:,.0f} tokens/s; 2.1 T tokens in {days:.0f} days, "
         f"{days * 24 * plan.chips:,.0f} chip-hours",
     ]
-    return "\n".join([*lines, *_predicted(plan), *gates.describe(plan.gates)])
+    return "\n".join([*lines, *_predicted(plan), *checks.describe(plan.gates)])
 
 
-def _predicted(plan: Plan) -> list[str]:
+def _predicted(plan: StepPlan) -> list[str]:
     """The time of a step by the compiled program, and what it consists of."""
     found = plan.predicted
     if found is None:
@@ -47,11 +47,11 @@ def _predicted(plan: Plan) -> list[str]:
     ]
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: StepPlan) -> dict[str, Any]:
     """All figures, JSON values."""
     projected = {"total": plan.total, "fits": plan.fits, "tokens_per_second": plan.tokens_per_second}
     if plan.predicted is not None:
         seconds = {"seconds": plan.predicted.seconds, "limit": plan.predicted.limit}
         utilization = {"utilization": plan.predicted_utilization}
         projected["predicted"] = plan.predicted._asdict() | seconds | utilization
-    return plan._asdict() | projected | {"gates": {gate.name: gate.found for gate in plan.gates}}
+    return plan._asdict() | projected | {"gates": {check.name: check.found for check in plan.gates}}

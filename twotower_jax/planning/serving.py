@@ -10,7 +10,7 @@ from twotower_jax import quantization
 from twotower_jax.config import ModelConfig
 from twotower_jax.execution import Execution
 from twotower_jax.parameters import bind, parameter_table, unflatten
-from twotower_jax.planning import gates
+from twotower_jax.planning import checks
 from twotower_jax.planning.hardware import GIB, Hardware
 from twotower_jax.planning.plan import HEADROOM
 from twotower_jax.quantization import Method
@@ -33,7 +33,7 @@ class ServingPlan(NamedTuple):
 
     Attributes:
       weights, cache: what stays. functions: what each needs for a while; the largest counts.
-      processor_seconds: that compiling took on all cores. gates: of all functions.
+      processor_seconds: that compiling took on all cores. gates: the checks of all functions.
     """
 
     hardware: str
@@ -45,7 +45,7 @@ class ServingPlan(NamedTuple):
     memory: int
     functions: list[Function]
     processor_seconds: float
-    gates: list[gates.Gate]
+    gates: list[checks.Check]
     method: str | None = None
 
     @property
@@ -110,7 +110,7 @@ def plan_serving(
             needed = compiled.memory_analysis()
             temporaries = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
             functions.append(Function(name, temporaries, time.monotonic() - started))
-            copies += gates.weight_copies(compiled.as_text(), table.values(), mesh.shape).found
+            copies += checks.weight_copies(compiled.as_text(), table.values(), mesh.shape).found
     used = time.process_time() - used
     weights, held = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(v)) for v in (params, cache))
     return ServingPlan(
@@ -123,7 +123,7 @@ def plan_serving(
         memory=hardware.memory,
         functions=functions,
         processor_seconds=used,
-        gates=[gates.Gate(gates.WEIGHT_COPIES, sorted(set(copies)))],
+        gates=[checks.Check(checks.WEIGHT_COPIES, sorted(set(copies)))],
         method=None if quantize is None else quantize.name,
     )
 
@@ -140,11 +140,11 @@ def describe(plan: ServingPlan) -> str:
     for function in plan.functions:
         needs = f"{function.temporaries / GIB:.2f} GiB more"
         lines.append(f"  {function.name}: {needs}, compiled in {function.compile_seconds:.0f} s")
-    return "\n".join([*lines, *gates.describe(plan.gates)])
+    return "\n".join([*lines, *checks.describe(plan.gates)])
 
 
 def as_json(plan: ServingPlan) -> dict[str, Any]:
     """All figures, JSON values."""
     functions = [function._asdict() for function in plan.functions]
     more = {"total": plan.total, "fits": plan.fits, "functions": functions}
-    return plan._asdict() | more | {"gates": {gate.name: gate.found for gate in plan.gates}}
+    return plan._asdict() | more | {"gates": {check.name: check.found for check in plan.gates}}

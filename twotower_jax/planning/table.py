@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from twotower_jax.planning import gates
+from twotower_jax.planning import checks
 from twotower_jax.planning.hardware import GIB
 from twotower_jax.planning.plan import HEADROOM, UTILIZATION
 from twotower_jax.planning.report import PUBLISHED_TOKENS
@@ -130,7 +130,7 @@ def _in_all(plan: dict[str, Any], _) -> str:
     return f"{plan['total'] / GIB:.2f} of {plan['memory'] / GIB:.0f}"
 
 
-def _gate(name: str):
+def _check(name: str):
     def show(plan: dict[str, Any], _) -> str:
         found = plan["gates"][name]
         return "; ".join(found) or "none" if len(found) <= _SHOWN else f"of {len(found)} kinds, see the file"
@@ -157,9 +157,9 @@ _TRAINING = [
     ("in all", _in_all),
     (f"fits with {HEADROOM:.0%} free", lambda plan, _: "yes" if plan["fits"] else "no"),
     ("weights copied into other tiles, once a step", _gib("retiled")),
-    (gates.STATES, _gate(gates.STATES)),
-    (gates.DENSE, _gate(gates.DENSE)),
-    (gates.WEIGHT_COPIES, _gate(gates.WEIGHT_COPIES)),
+    (checks.STATES, _check(checks.STATES)),
+    (checks.DENSE, _check(checks.DENSE)),
+    (checks.WEIGHT_COPIES, _check(checks.WEIGHT_COPIES)),
     ("compiling, by the clock", lambda plan, _: f"{plan['lower_seconds'] + plan['compile_seconds']:,.0f} s"),
     ("compiling, processor seconds", lambda plan, _: f"{plan['processor_seconds']:,.0f}"),
     ("tokens a step", lambda plan, _: f"{plan['tokens']:,}"),
@@ -180,7 +180,7 @@ _SERVING = [
     ("more, for the extension of the cache", _needs(2)),
     ("in all", _in_all),
     (f"fits with {HEADROOM:.0%} free", lambda plan, _: "yes" if plan["fits"] else "no"),
-    (gates.WEIGHT_COPIES, _gate(gates.WEIGHT_COPIES)),
+    (checks.WEIGHT_COPIES, _check(checks.WEIGHT_COPIES)),
     ("compiling, by the clock", lambda plan, _: f"{sum(f['compile_seconds'] for f in plan['functions']):,.0f} s"),
     ("compiling, processor seconds", lambda plan, _: f"{plan['processor_seconds']:,.0f}"),
 ]

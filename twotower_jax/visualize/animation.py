@@ -28,7 +28,7 @@ class _Piece(NamedTuple):
 
 
 Measure = Callable[[str], float]  # The width of a text in pixels.
-Placed = tuple[float, float, _Piece]  # A piece behind its x and its width.
+Placed = tuple[float, float, _Piece]  # x, width and the piece.
 
 
 def animation(story: Story, largest: int = LARGEST_BYTES) -> bytes:

@@ -65,7 +65,7 @@ function token(cell, place) {
     const final = place < data.cells.length ? show(data.cells[place][0]) : "  ";
     return piece(final.trim() ? final : "░", "mask", "undecided");
   }
-  if (place >= data.length) return piece(show(id), "cut", "behind the end of the row");
+  if (place >= data.length) return piece(show(id), "cut", "after the end of the row");
   if (step === null) return piece(show(id), "", "token " + id + ", chosen by the context tower");
   const span = piece(show(id), "",
     "token " + id + ", step " + (step + 1) + ", confidence " + confidence.toFixed(3));

@@ -62,7 +62,7 @@ class Story:
       row: its number.
       prompt_ids, prompt: the prompt's tokens, and its text if the trace has it.
       frames, blocks: in order.
-      cells: all new tokens, those behind the row's end included.
+      cells: all new tokens, those after the row's end included.
       length: how many of them the row keeps.
       reason: why it ended.
       texts: of each token id that occurs; empty where the trace was made without a tokenizer.
@@ -168,7 +168,7 @@ class _Reader:
             raise TraceError(f"unknown kind {kind!r}")
         elif _number(line, "row") == self.story.row:
             if self.story.reason:
-                raise TraceError(f"row {self.story.row} goes on behind its result")
+                raise TraceError(f"row {self.story.row} goes on after its result")
             getattr(self, f"_{kind}")(line)
 
     def _prompt(self, line: dict) -> None:
@@ -189,7 +189,7 @@ class _Reader:
                 f"step {step} of block {block} where step {self._steps} of {len(self.story.blocks)} is due"
             )
         if start > len(self.story.cells):
-            raise TraceError(f"start {start} is behind the row's {len(self.story.cells)} tokens")
+            raise TraceError(f"start {start} is after the row's {len(self.story.cells)} tokens")
         if not _is_real(line["t"]):
             raise TraceError("t must be a number")
         if step == 0:
@@ -249,7 +249,7 @@ class _Reader:
         if not layers or any(e >= size for layer in layers for e in layer):
             raise TraceError(f"experts must hold a list of numbers below {size} for each layer")
         if self._layers not in (None, len(layers)):
-            raise TraceError(f"experts of {len(layers)} layers behind those of {self._layers}")
+            raise TraceError(f"experts of {len(layers)} layers after those of {self._layers}")
         self._layers = len(layers)
         return [[layer.count(e) for e in range(size)] for layer in layers]
 

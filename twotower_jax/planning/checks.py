@@ -41,16 +41,16 @@ _SECOND = re.compile(r"call-update\(%[\w.\-]+, %([\w.\-]+)")
 _INDEX = re.compile(r", index=(\d+)")
 
 
-class Gate(NamedTuple):
+class Check(NamedTuple):
     """A buffer that must not exist: its name, and the shapes found that would be it."""
 
     name: str
     found: list[str]
 
 
-def describe(gates: Iterable[Gate]) -> list[str]:
+def describe(checks: Iterable[Check]) -> list[str]:
     """A line for each."""
-    return [f"  {gate.name}: {', '.join(gate.found) or 'none'}" for gate in gates]
+    return [f"  {check.name}: {', '.join(check.found) or 'none'}" for check in checks]
 
 
 class _Instruction(NamedTuple):
@@ -77,7 +77,7 @@ class _Instruction(NamedTuple):
         return re.sub(r":?S\(\d+\)$", "", self.layout)
 
 
-def per_block_states(program: str, config: TrainConfig, model: ModelConfig, block_size: int, sizes: MeshShape) -> Gate:
+def per_block_states(program: str, config: TrainConfig, model: ModelConfig, block_size: int, sizes: MeshShape) -> Check:
     """A state (P, N) for every block and head. Chunks may have one each, if they are longer than blocks."""
     head_dim, states = model.mamba_head_dim, model.ssm_state_size
     heads = model.mamba_num_heads // sizes.tensor
@@ -87,10 +87,10 @@ def per_block_states(program: str, config: TrainConfig, model: ModelConfig, bloc
         for shape, dims in _shapes(program):
             if math.prod(dims) >= least and sorted(dims[-2:]) == sorted((head_dim, states)):
                 found.append(shape)
-    return Gate(STATES, found)
+    return Check(STATES, found)
 
 
-def dense_experts(program: str, config: TrainConfig, model: ModelConfig, sizes: MeshShape) -> Gate:
+def dense_experts(program: str, config: TrainConfig, model: ModelConfig, sizes: MeshShape) -> Check:
     """Rows times experts times their width."""
     experts, width = model.n_routed_experts // sizes.expert, model.moe_intermediate_size // sizes.tensor
     least = _tokens(config, sizes) * experts * width
@@ -100,10 +100,10 @@ def dense_experts(program: str, config: TrainConfig, model: ModelConfig, sizes: 
             expanded = dims[-1] == experts * width or sorted(dims[-2:]) == sorted((experts, width))
             if expanded and math.prod(dims) >= least:
                 found.append(shape)
-    return Gate(DENSE, found)
+    return Check(DENSE, found)
 
 
-def weight_copies(program: str, table: Iterable[Parameter], sizes: Mapping[str, int], least: int = _LARGE) -> Gate:
+def weight_copies(program: str, table: Iterable[Parameter], sizes: Mapping[str, int], least: int = _LARGE) -> Check:
     """Weights, as they are used on a device or as they lie there, moved by an instruction that computes nothing.
 
     Cutting the part of one layer that lies on a device out of its stack does not count where weights are gathered
@@ -118,7 +118,7 @@ def weight_copies(program: str, table: Iterable[Parameter], sizes: Mapping[str, 
       least: weights of fewer elements do not count.
     """
     found = [what for what, _, is_retiled in _copies(program, table, sizes, least) if not is_retiled]
-    return Gate(WEIGHT_COPIES, [f"{found.count(one)} × {one}" for one in sorted(set(found))])
+    return Check(WEIGHT_COPIES, [f"{found.count(one)} × {one}" for one in sorted(set(found))])
 
 
 def retiled_bytes(program: str, table: Iterable[Parameter], sizes: Mapping[str, int], least: int = _LARGE) -> int:
