@@ -151,8 +151,8 @@ def test_a_dry_run_of_its_list(data):
 
 
 def test_the_least_that_it_takes():
-    """The tables of docs/reports/nano4b.md; and by hand, of one H100: 4 bytes of weight and of gradient, 4 of two moments, 2 of
-    the frozen tower, but for some vectors."""
+    """The tables of docs/reports/nano4b.md; and by hand, of one H100: 4 bytes of weight and of gradient, 4 of two
+    moments, 2 of the frozen tower, but for some vectors."""
     tables_of_docs = least.markdown(lambda name: freeze(nano4b(name)), rows=8, capacity=4096)
     assert tables_of_docs in (ROOT / "docs/reports/nano4b.md").read_text(encoding="utf-8")
     card, devices = least.TRAINING["h100"]
