@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from twotower_jax.diffusion.prediction import check_prediction_settings, predict, without_token
+from twotower_jax.diffusion.schedules import SCHEDULES
 from twotower_jax.diffusion.strategies import Draft, Strategy, make_strategy, per_row
 
 # Knobs that are settings of their own beside `strategy_options`.
@@ -53,6 +54,7 @@ class SamplingConfig:
             raise ValueError(
                 f"block_size={self.block_size} and steps_per_block={self.steps_per_block} must both be at least 1"
             )
+        SCHEDULES[self.schedule]  # An unknown one is said to be that, whether the strategy has the knob or not.
         made = make_strategy(self.strategy, self._options())
         for name in _NAMED_KNOBS:
             object.__setattr__(self, name, getattr(made, name, getattr(SamplingConfig, name)))
