@@ -166,7 +166,7 @@ def test_the_command_s_end_tokens(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
-    """Of latent, but for the weights."""
+    """The latent model, but for the weights."""
     for name in CONFIGS:
         shutil.copyfile(FAMILY / "latent" / name, tmp_path / name)
     return tmp_path
@@ -191,7 +191,7 @@ def test_whose_end_tokens_count(folder):
     (folder / "generation_config.json").unlink()
     _change(folder / "config.json", eos_token_id=11)
     assert found() == end_tokens(folder, tokenizer) == (11,)
-    # Of a tokenizer alone, its own; without one the published model's.
+    # For a tokenizer alone, its own; without one the published model's.
     (folder / "config.json").unlink()
     assert end_tokens(folder, tokenizer) == (tokenizer.token_to_id("<|im_end|>"),)
     _change(folder / "tokenizer_config.json", eos_token={"content": "<s>"})
@@ -298,7 +298,7 @@ def test_latent_experts_in_fewer_bits():
     _, params = huggingface.load(latent.folder, quantize=METHODS["int8"])
     values = flatten(params)
     fewer = [v for path, v in values.items() if "latent" in path[-2] or path[-1] in ("up", "down")]
-    # Of each tower two stretches of layers with experts, four matrices each.
+    # In each tower two stretches of layers with experts, four matrices each.
     assert len(fewer) == 16 and all(isinstance(v, Quantized) for v in fewer)
     whole = {path: as_array(v, np.float32) if isinstance(v, Quantized) else v for path, v in values.items()}
     ids = load_file(FAMILY / "latent.expected.safetensors")["ids"]

@@ -101,7 +101,7 @@ def test_rows_that_finish_make_room_and_nobody_notices(tiny, together):
 
 
 def test_neighbors_change_no_bit(tiny):
-    """Of the confidences of every step, in a table of one size."""
+    """A table of the confidences of every step, in a table of one size."""
     first = run(tiny, [PROMPTS[3], PROMPTS[1], PROMPTS[2], PROMPTS[1]], DIFFUSION, record_trace=True)[0]
     other = run(tiny, [PROMPTS[3], PROMPTS[2], PROMPTS[0], PROMPTS[0]], DIFFUSION, record_trace=True)[0]
     assert first == other
@@ -111,7 +111,7 @@ def test_neighbors_change_no_bit(tiny):
 
 
 def test_routing_is_that_of_the_forward_pass(tiny, together):
-    """Of every step, layer by layer: the router's choice on what enters the experts; recording it changes no token."""
+    """At every step, layer by layer: the router's choice on what enters the experts; recording it changes no token."""
     model, params = tiny
     result = run(tiny, PROMPTS, DIFFUSION, record_trace=True)[3]
     assert result.trace[0].experts is None

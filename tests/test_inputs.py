@@ -59,7 +59,7 @@ LEFT_OUT = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of every kind; p1 is in a linked folder, one link leads around, one nowhere, one to a file that is there."""
+    """Files of every kind; p1 is in a linked folder, one link leads around, one nowhere, one to a file of the set."""
     root, beside = tmp_path / "text", tmp_path / "beside"
     for name, content in (FILES | LEFT_OUT).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

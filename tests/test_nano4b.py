@@ -84,7 +84,7 @@ def small(**changes):
 
 
 def losses(config, quick_jit) -> np.ndarray:
-    """Of all steps, on sequences in which each token follows from the one before it, with one draw in five."""
+    """The losses of all steps, on sequences whose tokens follow from the ones before them, with one draw in five."""
     objective = make_objective(config, config.model_config(16))
     optimizer = make_optimizer(config, tables(objective)[0])
     params = objective.start(None, jax.random.key(0))

@@ -110,7 +110,7 @@ def test_a_tensor(seed, bits, half, groups, columns, dtype, transposed):
 
 
 def test_a_scale_for_each_row():
-    """Of many more rows than one tile has; a lookup needs nothing of the others."""
+    """Products of many more rows than one tile has; a lookup needs nothing of the others."""
     w = np.random.default_rng(0).standard_normal((5000, 60)).astype(np.float32)
     values, scales = quantize(w, 8, 1, by_row=True)
     assert scales.shape == (5000, 1)

@@ -33,7 +33,7 @@ from twotower_jax.train.objectives import Denoiser, NoiseKey, make_objective
 from twotower_jax.train.step import abstract_state, make_optimizer, make_step, start_state, tables
 from twotower_jax.two_tower import TwoTower
 
-# Of a gradient, by norm: sums are taken in another order, nothing else.
+# Difference of a gradient, by norm: sums are taken in another order, nothing else.
 TOLERANCE = 3e-6
 ROWS, LENGTH, BLOCK = 8, 32, 4
 

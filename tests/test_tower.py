@@ -402,7 +402,7 @@ def training_gradients(make, quick_jit):
     return functions
 
 
-# Of a context tower M*- the denoiser reads the inputs of each mixer's scan and keys, not what comes out of the last.
+# In a context tower M*- the denoiser reads the inputs of each mixer's scan and keys, not what comes out of the last.
 UNREAD = {
     ("context_head", "weight"),
     ("context_tower", "norm_f", "weight"),
@@ -448,7 +448,7 @@ def test_a_frozen_context_gets_no_gradient(make, training_gradients):
 
 
 def test_expert_load_comes_in_the_order_of_the_layers(make, quick_jit):
-    """Of a pattern with repeats: the same as laid out layer by layer, and on average 1."""
+    """For a pattern with repeats: the same as laid out layer by layer, and on average 1."""
     clean, noisy, t = batch()
     scanned, flat = make("MEE" * 2 + "E"), make("MEE" * 2 + "E", execution=Execution(scan_layers=False))
     params = move(scanned.params, parameter_table(scanned.model), parameter_table(flat.model))

@@ -258,7 +258,7 @@ def _read_json(piece: Slice, field: str) -> Iterator[Row]:
 
 
 def _row(row: Any, field: str, where: str, done: float) -> Row:
-    """Of a line, or of a value that was parsed already."""
+    """The text of a line, or of a value that was parsed already."""
     try:
         return Row(row_text(row, field) if isinstance(row, bytes) else _object_text(row, field), None, done)
     except ValueError as error:
@@ -284,7 +284,7 @@ def _read_lines(piece: Slice, field: str) -> Iterator[Row]:
 
 
 def _line_number(path: str, at: int) -> int:
-    """Of the line that begins at byte `at`; counted anew, for few lines are asked for."""
+    """The number of the line that begins at byte `at`; counted anew, for few lines are asked for."""
     lines = 1
     with open(path, "rb") as file:
         while at > 0 and (block := file.read(min(at, 1 << 20))):

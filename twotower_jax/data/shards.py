@@ -128,7 +128,7 @@ class ShardReader:
 
 
 def size_and_sha256(path: pathlib.Path) -> tuple[int, str]:
-    """Of a regular file.
+    """The size in bytes and the SHA-256 of a regular file.
 
     Raises:
       CheckpointError: it is not there or cannot be read.

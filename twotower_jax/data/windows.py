@@ -151,7 +151,7 @@ class DocumentWindows(Unloaded):
         return np.cumsum(np.concatenate(sums, axis=1), axis=1)
 
     def _overlapping(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
-        """Of the documents with a part in `start` ... `stop` of the line: where each begins, both ways; both sizes."""
+        """Documents with a part in `start` ... `stop` of the line: where each begins, both ways; both sizes."""
         first = np.searchsorted(self._sums[1], start, side="right") - 1
         last = np.searchsorted(self._sums[1], stop, side="left")
         number = first * _BLOCK

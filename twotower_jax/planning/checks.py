@@ -68,7 +68,7 @@ class _Instruction(NamedTuple):
 
     @property
     def order(self) -> str:
-        """Of all dimensions, from minor to major."""
+        """All dimensions, from minor to major."""
         return self.layout.partition(":")[0]
 
     @property
@@ -161,7 +161,7 @@ def _copies(
 
 
 def _tokens(config: TrainConfig, sizes: MeshShape) -> int:
-    """Of one device, in the part of the batch that is taken at once."""
+    """The tokens of one device, in the part of the batch that is taken at once."""
     return config.batch_size // config.accumulate // sizes.batch_shards * config.sequence_length // sizes.sequence
 
 

@@ -41,7 +41,7 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 class Prediction(NamedTuple):
-    """Of one device and one call. Seconds add up but for the hidden ones: total = arithmetic + memory + exposed.
+    """One device and one call. Seconds add up but for the hidden ones: total = arithmetic + memory + exposed.
 
     Attributes:
       flops: of products. bytes: read and written. link_bytes: sent, by kind of collective.
@@ -269,7 +269,7 @@ def _size(shape: str) -> float:
 
 
 def _group_size(rest: str) -> int:
-    """Of a collective's replica groups, in each way that XLA writes them; 2 for pairs."""
+    """The size of a collective's replica groups, in each way that XLA writes them; 2 for pairs."""
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):

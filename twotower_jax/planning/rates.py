@@ -12,7 +12,7 @@ _GB = 1e9
 
 
 class Rates(NamedTuple):
-    """Of one device as JAX counts devices.
+    """The rates of one device as JAX counts devices.
 
     Attributes:
       memory: bytes/s. link: bytes/s in one direction, all links together. far_link: of collectives over more than
@@ -25,7 +25,7 @@ class Rates(NamedTuple):
     near: int | None = None
 
     def link_rate(self, group: int) -> float:
-        """Of a collective of so many devices."""
+        """The bandwidth of a collective of so many devices."""
         return self.link if self.near is None or group <= self.near else self.far_link
 
 

@@ -93,9 +93,9 @@ class TrainConfig:
     # "autoregressive" trains a backbone on next tokens, "denoiser" a two-tower model on masked ones; a config file may
     # register its own, of a two-tower model (docs/guide/changing.md).
     objective: str = "autoregressive"
-    # Of the denoiser objective: which towers train, and how. See `Variant`.
+    # For the denoiser objective: which towers train, and how. See `Variant`.
     variant: Variant = Variant()
-    # Of the denoiser objective: how tokens are masked, and how much they count. See `MaskedDiffusion`.
+    # For the denoiser objective: how tokens are masked, and how much they count. See `MaskedDiffusion`.
     diffusion: DiffusionConfig = DiffusionConfig()
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
@@ -107,7 +107,7 @@ class TrainConfig:
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
     reset_at_documents: bool = False
-    # Of the tokenizer trained on that text, at most. Unused with init_from.
+    # Size of the tokenizer trained on that text, at most. Unused with init_from.
     vocab_size: int = 2048
     # Share of the tokens held out for the validation loss, in whole documents; 0 for no validation. What is held out of
     # prepared data was decided when they were made.
@@ -130,11 +130,12 @@ class TrainConfig:
     weight_decay: float = 0.1
     # The largest global norm of the gradients; longer ones are scaled down to it.
     clip_norm: float = 1.0
-    # Of weights, data order and noise.
+    # Seed of weights, data order and noise.
     seed: int = 0
-    # Of activations and of the frozen parameters; trained parameters and their moments are float32.
+    # The dtype of activations and of the frozen parameters; trained parameters and their moments are float32.
     dtype: str = "float32"
-    # Of Adam's two moments between steps: "float32", or "bfloat16" where memory is short. Computing is in float32.
+    # The dtype of Adam's two moments between steps: "float32", or "bfloat16" where memory is short. Computing is in
+    # float32.
     moments_dtype: str = "float32"
     # What the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each layer;
     # "unit", which keeps what enters each unit of a repeated segment.
@@ -153,11 +154,11 @@ class TrainConfig:
     keep_checkpoints: int = 2
     # Steps in a row that may be left out because the loss or the gradient is not finite; one more ends the run.
     max_skipped_steps: int = 5
-    # Of one device, in FLOP/s, for the utilization; 0 looks it up by the device's kind.
+    # Peak of one device, in FLOP/s, for the utilization; 0 looks it up by the device's kind.
     peak_flops: float = 0.0
     # Also log to this project of Weights & Biases (package `wandb`).
     wandb_project: str = ""
-    # Of a denoiser run: continue each of these texts by so many tokens; every so many steps, 0 for never.
+    # In a denoiser run: continue each of these texts by so many tokens; every so many steps, 0 for never.
     sample_every: int = 0
     sample_prompts: tuple = ()
     sample_tokens: int = 64
@@ -227,7 +228,7 @@ class TrainConfig:
             self.block_size is not None or (starts[:1] == [0] and increasing and starts[-1] < 1),
             f"block_curriculum={self.block_curriculum} must start at fraction 0 and go on at increasing ones below 1",
         )
-        # Of a backbone too: a denoiser is to be trained on it, on the same sequences. What all sizes divide, their
+        # For a backbone too: a denoiser is to be trained on it, on the same sequences. What all sizes divide, their
         # least common multiple divides, to which documents are aligned.
         for size in self.block_sizes:
             _check(
@@ -260,7 +261,7 @@ class TrainConfig:
 
     @property
     def block_sizes(self) -> list[int]:
-        """Of the whole run, in order."""
+        """The block sizes of the whole run, in order."""
         return [size for _, size in self.block_curriculum] if self.block_size is None else [self.block_size]
 
     @property

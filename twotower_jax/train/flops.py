@@ -53,7 +53,7 @@ def tower_flops(model: ModelConfig, keys: float, scans: int = 1) -> float:
 
 
 def step_flops(config: TrainConfig, model: ModelConfig, block_size: int) -> float:
-    """Of one step over the whole batch."""
+    """The FLOPs of one step over the whole batch."""
     length, trained, frozen = config.sequence_length, 3, 1
     causal = tower_flops(model, (length + 1) / 2)
     head = 2 * model.hidden_size * model.vocab_size
@@ -71,7 +71,7 @@ def step_flops(config: TrainConfig, model: ModelConfig, block_size: int) -> floa
 
 
 def peak_flops(config: TrainConfig, devices: Sequence[jax.Device]) -> float | None:
-    """Of all devices of the run, in FLOP/s; None where it is neither given nor known."""
+    """The peak of all devices of the run, in FLOP/s; None where it is neither given nor known."""
     kind = devices[0].device_kind
     known = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
     peak = config.peak_flops or (known[0] if known else 0.0)

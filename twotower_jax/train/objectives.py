@@ -152,7 +152,7 @@ class Autoregressive(Objective):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of activations and frozen parameters."""
+        """The dtype of activations and frozen parameters."""
         return self.model.tower.execution.dtype
 
     def is_trained(self, path: Path) -> bool:
@@ -201,7 +201,7 @@ class Denoiser(Objective):
 
     @classmethod
     def make(cls, config: "TrainConfig", model: ModelConfig) -> "Denoiser":
-        """Of the variant and the diffusion that the settings name."""
+        """The objective of the variant and the diffusion that the settings name."""
         return cls(TwoTower(model, config.variant, config.execution), config.diffusion.process)
 
     def for_validation(self) -> "Denoiser":
@@ -211,7 +211,7 @@ class Denoiser(Objective):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of activations and frozen parameters."""
+        """The dtype of activations and frozen parameters."""
         return self.model.context_tower.execution.dtype
 
     @property

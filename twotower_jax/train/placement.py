@@ -71,11 +71,11 @@ class Placement:
 
     @property
     def everywhere(self) -> NamedSharding | None:
-        """Of what every device has whole."""
+        """The sharding of what every device has whole."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def ids_sharding(self) -> NamedSharding | None:
-        """Of token ids (B, L)."""
+        """The sharding of token ids (B, L)."""
         return None if self.mesh is None else batch_sharding(self.mesh)
 
     def in_force(self) -> contextlib.AbstractContextManager:

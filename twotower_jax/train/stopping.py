@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-# Of a command that stopped because it was told to, and goes on when it is run again (EX_TEMPFAIL).
+# Exit status of a command that stopped because it was told to, and goes on when it is run again (EX_TEMPFAIL).
 STOPPED = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)

@@ -94,7 +94,7 @@ class Validation:
         return (rows // self._count * self._count + self._place[rows % self._count]).astype(np.int32)
 
     def _standard_error(self, sums: Mapping[str, np.ndarray]) -> float:
-        """Of the sum of the terms' means, each a ratio of totals over windows.
+        """The standard error of the sum of the terms' means, each a ratio of totals over windows.
 
         From the differences of neighbors in noise level (successive differences, as for systematic samples: Wolter
         2007, Introduction to Variance Estimation, section 8.2): that the loss depends on the level is no uncertainty of

@@ -39,7 +39,7 @@ def _header_end(path: pathlib.Path) -> int:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
-# Of any file.
+# Mutations of any file.
 
 
 def truncate(path: pathlib.Path, rng: Random) -> None:
@@ -89,7 +89,7 @@ def flip(path: pathlib.Path, rng: Random) -> None:
 ANY_FILE = (truncate, append, delete, rename, overwrite, be_folder, be_pipe, be_link, flip)
 
 
-# Of a Hugging Face folder.
+# Mutations of a Hugging Face folder.
 
 
 def any_file(folder: pathlib.Path, rng: Random) -> None:
@@ -269,7 +269,7 @@ HUGGING_FACE: dict[str, Mutation] = {
 }
 
 
-# Of a converted checkpoint.
+# Mutations of a converted checkpoint.
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
