@@ -104,7 +104,7 @@ def test_the_border_and_the_message():
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_a_runs_state_and_gradients_are_counted(step_config, fsdp, moments):
-    """One device holds weights, gradients and two moments of what trains, and the frozen tower, counts of steps apart."""
+    """One device holds weights, gradients and two moments of what trains, and the frozen tower; counts apart."""
     config = step_config(**{"mesh.fsdp": fsdp, "moments_dtype": moments})
     mesh = make_mesh(config.mesh, jax.devices()[:fsdp]) if fsdp > 1 else None
     objective = make_objective(config, config.model_config(40))
