@@ -28,6 +28,7 @@ from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.generation.settings import Settings
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.tune import Point, Sweep, grid, sweep
+from twotower_jax.outputs import write_file
 from twotower_jax.visualize.tradeoff import plot
 
 flags.adopt_module_key_flags(model_flags)
@@ -100,13 +101,13 @@ def main() -> None:
     except FloatingPointError as error:
         command_line.fail(f"{model_flags.CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
     best = measured.best(_MIN_AGREEMENT.value)
-    _write(output / "results.json", json.dumps(_results(measured, best, len(rows)), indent=2) + "\n")
-    _write(output / "plot.svg", plot(measured, best))
+    write_file(output / "results.json", json.dumps(_results(measured, best, len(rows)), indent=2) + "\n")
+    write_file(output / "plot.svg", plot(measured, best))
     # Beside the results stands what --write would write.
     content = merged(folder, best.sampling, trained)
-    _write(output / FILE, content)
+    write_file(output / FILE, content)
     if _WRITE.value:
-        _write(folder / FILE, content)
+        write_file(folder / FILE, content)
     _show(measured, best)
 
 
@@ -128,16 +129,6 @@ def _results(measured: Sweep, best: Point, prompts: int) -> dict:
         "tokens_per_evaluation_to_break_even": measured.needed,
         "chosen": best.row(),
     }
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _show(measured: Sweep, best: Point) -> None:

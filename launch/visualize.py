@@ -11,13 +11,13 @@ the denoiser used, if it has any.
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
-import os
 import pathlib
 import sys
 
 from absl import flags
 
 from twotower_jax import command_line
+from twotower_jax.outputs import write_file
 from twotower_jax.visualize.charts import expert_map, heat_map, steps_chart
 from twotower_jax.visualize.page import page
 from twotower_jax.visualize.story import TraceError, read_story
@@ -47,9 +47,7 @@ def main() -> None:
     folder = pathlib.Path(_OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+        write_file(folder / name, content)
         print(f"{folder / name}: {len(content):,} bytes", file=sys.stderr)
 
 

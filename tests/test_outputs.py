@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from twotower_jax.jsonl import read_rows, row_writer
-from twotower_jax.outputs import check_apart, output_file
+from twotower_jax.outputs import check_apart, output_file, write_file
 from twotower_jax.paths import local_path
 from twotower_jax.texts import check_text
 
@@ -68,6 +68,15 @@ def test_links_are_written_through(tmp_path, there):
     write(second, {"n": 1})
     assert second.is_symlink() and link.is_symlink() and not target.is_symlink()
     assert read_rows(target) == [{"n": 1}] and os.listdir(tmp_path / "a") == ["real.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["naïve\r\n", b"\x00\xff"])
+def test_a_whole_file_is_written_through_a_link(tmp_path, content):
+    (tmp_path / "link").symlink_to("target")
+    write_file(tmp_path / "link", content)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert sorted(os.listdir(tmp_path)) == ["link", "target"]
 
 
 def test_what_cannot_be_written_is_said_first(tmp_path):

@@ -46,6 +46,12 @@ def output_file(path: str | pathlib.Path) -> Iterator[TextIO]:
             raise
 
 
+def write_file(path: str | pathlib.Path, content: str | bytes) -> None:
+    """Writes a whole file; as `output_file`, with its errors."""
+    with output_file(path) as file:
+        file.buffer.write(content.encode() if isinstance(content, str) else content)
+
+
 def check_apart(paths: Mapping[str, str | None]) -> None:
     """Refuses two outputs of a command that are one file.
 

@@ -7,12 +7,12 @@ itself.
 import datetime
 import importlib.metadata
 import json
-import os
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
 
+from twotower_jax.outputs import write_file
 from twotower_jax.planning import checks
 from twotower_jax.planning.hardware import GIB
 from twotower_jax.planning.plan import HEADROOM, UTILIZATION
@@ -76,9 +76,7 @@ def store(path: pathlib.Path, row: str, figures: dict[str, Any]) -> None:
             continue
     date = datetime.date.today().isoformat()
     results = load(path) | {row: figures | {"date": date, "versions": versions}}
-    new = path.with_name(f"{path.name}.writing")
-    new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    write_file(path, json.dumps(results, indent=1) + "\n")
 
 
 def markdown(results: Results, prices: dict[str, float]) -> str:
