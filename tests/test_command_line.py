@@ -258,6 +258,7 @@ def test_an_interrupted_generation_leaves_nothing(data, tmp_path):
 def test_what_schedulers_send_is_a_wish_to_stop(monkeypatch, number):
     monkeypatch.setattr(stopping, "_received", "")
     before = {each: signal.getsignal(each) for each in stopping.SIGNALS}
+    signal.signal(number, signal.SIG_DFL)  # whatever these tests were started by
     try:
         stopping.listen()
         assert stopping.requested() == ""

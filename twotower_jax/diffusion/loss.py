@@ -58,16 +58,16 @@ def _token_losses(log_probabilities: jax.Array, masked: jax.Array) -> jax.Array:
 
 
 def masked_loss_sum(
-    log_probabilities: Float[Array, "B L"],
-    masked: Bool[Array, "B L"],
-    weight: Float[Array, "B L"] | None = None,
-    counted: Bool[Array, "B L"] | None = None,
+    log_probabilities: Float[Array, "*tokens"],
+    masked: Bool[Array, "*tokens"],
+    weight: Float[Array, "*tokens"] | None = None,
+    counted: Bool[Array, "*tokens"] | None = None,
     axis: int | None = None,
 ) -> LossSum:
     """Sum of −log p over masked positions, as scalars; over an axis alone, 1 for sums of each row, (B,).
 
     Args:
-        log_probabilities: (B, L) float32.
+        log_probabilities: (B, L) float32, or of any shape that the others have.
         masked: (B, L) bool.
         weight: (B, L) float32, of each position; None for 1.
         counted: (B, L) bool, the positions that the mean is over; None for the masked ones.
