@@ -384,7 +384,9 @@ def test_a_slice_of_the_campaign():
 
 def test_a_campaign_needs_the_tests(tmp_path):
     """Which an installation without the repository lacks."""
-    script = shutil.copy(ROOT / "launch/benchmark.py", tmp_path)
+    for name in ("environment.py", "benchmark.py"):
+        shutil.copy(ROOT / "launch" / name, tmp_path)
+    script = str(tmp_path / "benchmark.py")
     out = subprocess.run([sys.executable, script, "kills"], capture_output=True, text=True, timeout=60)
     assert (out.returncode, out.stdout) == (2, "")
     assert out.stderr.startswith("error: kills needs the repository's tests") and out.stderr.count("\n") == 1
