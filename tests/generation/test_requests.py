@@ -35,11 +35,11 @@ def prompt(seed: int) -> list[int]:
     return rng.integers(4, VOCAB, rng.integers(1, 30)).tolist()
 
 
-def request(seed: int = 0, **values) -> Request:
+def request(number: int = 0, /, **values) -> Request:
     sampling = {"block_size": BLOCK, "steps_per_block": 5, "confidence_threshold": 0.3} | values.pop("sampling", {})
     if values.get("mode") in ("ar", "mock_ar"):
         sampling = {name: value for name, value in sampling.items() if name in ("temperature", "top_k", "top_p")}
-    values = {"prompt": prompt(seed), "max_new_tokens": 20, "end_tokens": ()} | values
+    values = {"prompt": prompt(number), "max_new_tokens": 20, "end_tokens": ()} | values
     return Request(sampling=SamplingConfig(**sampling), **values)
 
 
@@ -97,7 +97,8 @@ def test_rows_of_all_kinds_get_what_they_get_alone(tiny):
     while left or engine.busy:
         for _ in range(draw.randrange(3)):
             if left:
-                numbers[engine.submit(left[0])] = left.pop(0)
+                asked = left.pop(0)
+                numbers[engine.submit(asked)] = asked
         for progress in engine.step():
             assert progress.number not in canceled and progress.error is None
             if progress.result is not None:
@@ -124,7 +125,10 @@ def test_rows_of_all_kinds_get_what_they_get_alone(tiny):
 
 @pytest.mark.parametrize("of", [1, SLOTS])
 def test_the_quorum_changes_no_token(tiny, monkeypatch, of):
-    requests = [request(i, mode=mode) for i, mode in enumerate(["diffusion", "speculative"] * 4)]
+    requests = [
+        request(i, mode=mode, sampling={"confidence_threshold": (i * 0.37) % 1.0, "steps_per_block": 8})
+        for i, mode in enumerate(["diffusion", "speculative"] * 4)
+    ]
     expected = results(tiny, requests)
     steps = {r.denoiser_evaluations for r in expected}
     assert len(steps) > 3  # Rows are not equally fast.
@@ -187,7 +191,7 @@ def test_a_start_block_is_where_diffusion_begins(tiny):
     second = next(step for step in result.trace if step.block == 1)
     assert second.xt == [5] + [mask] * 7
     # Given, but not for ever: a strategy that masks again may do so.
-    doubt = {"strategy": "remasking", "strategy_options": {"doubt_threshold": 1.0}, "steps_per_block": 8}
+    doubt = {"strategy": "remasking", "strategy_options": {"doubt_threshold": 1.0}, "confidence_threshold": 0.0}
     (events,) = run(tiny, [request(4, start=begun, sampling=doubt)], record_trace=True)
     assert any(step.tokens[0] == mask for step in events[-1].result.trace if step.block == 0)
     (events,) = run(tiny, [request(4, start=begun, pinned={0: 9}, sampling=doubt)], record_trace=True)
@@ -251,7 +255,8 @@ def test_log_probabilities_of_the_context(tiny, mode):
     assert sum(([*p.logprobs] for p in events if p.tokens), [])[:20] == result.logprobs
     if mode == "speculative":
         assert len(result.step_map) == 20 and result.step_map[0] == 0
-        assert sum(step > 0 for step in result.step_map) == result.accepted_draft_tokens
+        drafted = sum(step > 0 for step in result.step_map)
+        assert result.accepted_draft_tokens - drafted in (0, 1)  # The pinned one may count as drafted.
 
 
 def test_step_maps_of_drafts(tiny):

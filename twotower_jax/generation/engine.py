@@ -242,7 +242,7 @@ class Engine:
             unread=np.zeros(size, np.int32),
             draws=scheduling.draws(places),
             eos=scheduling.end_tokens(places, self._eos_width),
-            given=scheduling.given(places, 1, config),
+            given=scheduling.given(places, [0] * size, 1, config),
         )
         for i, (slot, row) in enumerate(zip(group, rows, strict=True)):
             ids = row.to_read[row.read : row.read + width]

@@ -126,6 +126,11 @@ class Row:
         return self.request.mode in ("ar", "speculative")
 
     @property
+    def position(self) -> int:
+        """Of the next new token. The first one may be chosen already and not yet read."""
+        return max(len(self.tokens), int(self.chooses_first and not self.reading))
+
+    @property
     def given(self) -> int:
         """How many positions of a block are no new tokens."""
         return int(self.request.mode == "speculative")

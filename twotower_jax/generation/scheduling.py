@@ -79,7 +79,7 @@ def call(kind: Kind, rows: Places, eos_width: int, config: ModelConfig) -> Call:
         steps=_column(rows, np.int32, 1, lambda row: row.request.sampling.steps_per_block),
         tolerance=_column(rows, np.float32, 0.0, lambda row: row.request.tolerance),
         fresh=_column(rows, bool, False, lambda row: row.fresh),
-        given=given(rows, _positions(kind), config),
+        given=given(rows, [row.position - row.given if row else 0 for row in rows], _positions(kind), config),
         quorum=np.int32(quorum(int(alive.sum()))),
         most=np.int32(1 if provisional else _NO_LIMIT),
     )
@@ -111,15 +111,15 @@ def end_token_width(row: Row) -> int:
     return len(end_token_array(row.end_tokens))
 
 
-def given(rows: Places, count: int, config: ModelConfig) -> Given:
-    """What callers say of the next `count` positions of their rows; in speculative mode from the newest token on."""
+def given(rows: Places, firsts: Sequence[int], count: int, config: ModelConfig) -> Given:
+    """What callers say of `count` positions of their rows, from those in `firsts` on."""
     tokens = np.full((len(rows), count), config.mask_token_id, np.int32)
     fixed = np.zeros((len(rows), count), bool)
     allowed = None
-    for i, row in enumerate(rows):
+    for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
         if row is None:
             continue
-        request, first = row.request, len(row.tokens) - row.given
+        request = row.request
         for place in range(count):
             position = first + place
             if request.start is not None and 0 <= position < len(request.start):
