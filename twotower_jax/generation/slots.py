@@ -299,7 +299,7 @@ def put_piece(
 @functools.partial(jax.jit, static_argnames="model")
 def take_slots(slots: Slots, rows: Int[Array, " R"], *, model: TwoTower) -> Slots:
     """The slots `rows` (R,) int32 as a table of their own; an index out of range gives the last one."""
-    part = jax.tree.map(lambda v: jnp.take(v, rows, mode="clip"), slots.replace(cache=None))
+    part = jax.tree.map(lambda v: jnp.take(v, rows, axis=0, mode="clip"), slots.replace(cache=None))
     return laid_out(model, part.replace(cache=slots.cache.take_rows(rows)))
 
 
