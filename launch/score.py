@@ -29,6 +29,7 @@ from twotower_jax.generation.prompts import check_prompts, prompt_ids
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
 from twotower_jax.generation.stops import cut
 from twotower_jax.jsonl import read_rows, row_writer
+from twotower_jax.outputs import check_apart
 from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
@@ -82,6 +83,10 @@ def _cut(rows: list[dict]) -> list[dict]:
 
 
 def main() -> None:
+    if _OBJECTIVE.value != "nll_bound":
+        given = _BLOCK_SIZE, _SAMPLES, _SEED
+        command_line.refuse_given(given, f"with --objective={_OBJECTIVE.value}: it is of --objective=nll_bound")
+    check_apart({"--output": _OUTPUT.value}, {"--input": _INPUT.value})
     rows = _cut(_read())
     with row_writer(_OUTPUT.value) as write:
         model, params, folder, placement = model_flags.load_model()

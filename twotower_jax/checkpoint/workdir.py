@@ -250,7 +250,7 @@ def load(
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
     folder = _step_folder(path, step, only=PARAMS)
     single = settings["objective"] == "autoregressive"
-    trained_as = Variant(**settings["variant"])
+    trained_as = _variant(path, settings)
     variant = variant or (Variant() if single else trained_as)
     stored = Backbone(config) if single else TwoTower(config, trained_as)
     table = parameter_table(stored)
@@ -274,7 +274,7 @@ def described(path: pathlib.Path) -> tuple[ModelConfig, Variant, bool]:
     """
     settings = read_settings(path)
     single = settings["objective"] == "autoregressive"
-    return _model_config(path, settings), Variant() if single else Variant(**settings["variant"]), single
+    return _model_config(path, settings), Variant() if single else _variant(path, settings), single
 
 
 def read_settings(path: pathlib.Path) -> Settings:
@@ -316,6 +316,13 @@ def _model_config(path: pathlib.Path, settings: Settings) -> ModelConfig:
         return ModelConfig.from_hf(settings["model"])
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from None
+
+
+def _variant(path: pathlib.Path, settings: Settings) -> Variant:
+    try:
+        return Variant(**settings["variant"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / CONFIG}: variant: {error}") from None
 
 
 def _refuse_differences(path: pathlib.Path, saved: Settings, now: Settings, changeable: tuple[str, ...]) -> None:

@@ -142,7 +142,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
         try:
             chunk = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
         except TypeError:  # the library's word for a string that is no text
-            for number, text in enumerate(chunk, start):
+            for number, text in enumerate(chunk, start + 1):
                 check_text(text, f"text {number}")
             raise
         arrays += [np.array(encoding.ids, np.int32) for encoding in chunk]
