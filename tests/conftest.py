@@ -60,23 +60,23 @@ SMALL = {
 
 # The files that take longest, which start first, so that no worker is left alone with one of them at the end.
 _LONG = (
-    "reference",
-    "ssd",
-    "generation_mesh",
-    "train",
-    "speculative",
-    "tune",
-    "quantization",
-    "train_step",
-    "sharding",
-    "generation",
+    "test_reference",
+    "kernels/ssd/test_ssd",
+    "generation/test_mesh",
+    "train/test_loop",
+    "generation/test_speculative",
+    "generation/test_tune",
+    "test_quantization",
+    "train/test_step",
+    "test_sharding",
+    "generation/test_engine",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders files, and leaves the order of tests in a file."""
-    names = [f"test_{name}" for name in _LONG]
-    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+    places = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -90,7 +90,7 @@ def released_programs():
 
 @pytest.fixture(scope="session")
 def data() -> pathlib.Path:
-    """The folder of recorded data, `tests/data`."""
+    """The folder of recorded data, `tests/recorded`."""
     return DATA
 
 
@@ -286,11 +286,11 @@ def write_backbone_folder(two_tower: pathlib.Path, out: pathlib.Path) -> pathlib
 
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory) -> pathlib.Path:
-    """The context tower of `tests/data/tiny/checkpoint` as a single-tower folder."""
+    """The context tower of `tests/recorded/tiny/checkpoint` as a single-tower folder."""
     return write_backbone_folder(DATA / "tiny" / "checkpoint", tmp_path_factory.mktemp("tiny") / "backbone")
 
 
 @pytest.fixture(scope="session")
 def backbone_folder_bf16(tmp_path_factory) -> pathlib.Path:
-    """The context tower of `tests/data/tiny_bf16/checkpoint` as a single-tower folder."""
+    """The context tower of `tests/recorded/tiny_bf16/checkpoint` as a single-tower folder."""
     return write_backbone_folder(DATA / "tiny_bf16" / "checkpoint", tmp_path_factory.mktemp("tiny_bf16") / "backbone")

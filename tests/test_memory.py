@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from helpers import ROOT
 from twotower_jax import memory
 from twotower_jax.checkpoint.load import contents
 from twotower_jax.generation.placement import TowerMeshes, tower_meshes
@@ -26,7 +26,6 @@ from twotower_jax.train.start import check_memory
 from twotower_jax.train.step import abstract_state, make_optimizer, tables
 from twotower_jax.two_tower import TwoTower
 
-ROOT = pathlib.Path(__file__).parents[1]
 MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\n"}
 VERSION_2 = {"proc/self/cgroup": "0::/a/b\n"}
 VERSION_1 = {"proc/self/cgroup": "5:cpu:/\n4:memory,other:/a\n0::/\n"}

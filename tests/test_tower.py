@@ -1,7 +1,7 @@
 """The towers: whatever is computed in two ways must come out the same.
 
 Training against generation, all blocks at once against one after the other, scanned against unrolled, padded against
-unpadded, one row against a batch. Single layers have met their formulas in test_layers.py.
+unpadded, one row against a batch. Single layers have met their formulas in layers/test_layers.py.
 """
 
 import doctest

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-DATA = ROOT / "tests" / "data"  # Recorded numbers and small checkpoints.
+DATA = ROOT / "tests" / "recorded"  # Recorded numbers and small checkpoints.
 
 
 def run_command(script: str, *arguments: object, cwd: pathlib.Path | None = None, **environment: str):

@@ -1,6 +1,6 @@
 """twotower_jax/checkpoint/huggingface.py: every tensor of a published folder arrives where it belongs, or none does.
 
-Hostile files have tests of their own (test_hostile_checkpoints.py); here each kind of contradiction is met once.
+Hostile files have tests of their own (test_hostile.py); here each kind of contradiction is met once.
 """
 
 import json

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from helpers import ROOT
 from twotower_jax import registry
 from twotower_jax.diffusion import SCHEDULES, WEIGHTS, SamplingConfig
 from twotower_jax.generation import Settings, generate
@@ -18,7 +19,7 @@ from twotower_jax.train.config import DiffusionConfig, freeze, shipped
 from twotower_jax.train.loop import train
 from twotower_jax.two_tower import TwoTower
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(autouse=True)

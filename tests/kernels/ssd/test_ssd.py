@@ -1,7 +1,7 @@
 """Every implementation of kernels/ssd/ against the literal recurrence in float64: values, states, every gradient.
 
 The Pallas kernels run in interpret mode. That they compile for the hardware is a command,
-`launch/benchmark.py kernel_compile`; that they lower for it is tested in test_kernels_dispatch.py, and for Triton here.
+`launch/benchmark.py kernel_compile`; that they lower for it is tested in ../test_dispatch.py, and for Triton here.
 The interpreters of the GPU kernels call Python for every access to memory, and fill memory with NaN first: they get
 fewer and smaller problems, of the same kinds.
 """

@@ -1,13 +1,12 @@
 """twotower_jax/planning: the real step compiled for devices that need not be there; here they are virtual CPUs."""
 
 import math
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from helpers import ROOT, run_command
 from twotower_jax.parameters import Parameter, parameter_table
 from twotower_jax.planning import checks, hardware, report, serving, table
 from twotower_jax.planning.hardware import Hardware
@@ -299,8 +298,8 @@ def test_prices_that_mean_nothing(price):
         table.parse_prices([price])
 
 
-def test_the_docs_show_the_rows_as_they_were_made(data):
-    docs = data.parents[1] / "docs"
+def test_the_docs_show_the_rows_as_they_were_made():
+    docs = ROOT / "docs"
     text = table.markdown(table.load(docs / "reports" / "scale.json"), table.PRICES)
     assert text in (docs / "guide" / "scale.md").read_text(encoding="utf-8")
 
@@ -326,7 +325,6 @@ def test_a_topology_that_means_nothing(name):
 
 
 def test_the_command_refuses_in_one_line():
-    command = [sys.executable, "launch/compile.py", "--config=configs/tiny.py", "--topology=v9:1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command("compile", f"--config={ROOT / 'configs/tiny.py'}", "--topology=v9:1")
     assert done.returncode == 2
     assert done.stderr.startswith("error: topology 'v9:1'") and done.stderr.count("\n") == 1

@@ -13,10 +13,11 @@ import time
 import pytest
 
 from campaigns import kills
+from helpers import ROOT
 from twotower_jax.checkpoint import orbax_steps, workdir
 from twotower_jax.files import CheckpointError
 
-MESHES = pathlib.Path(__file__).parent / "restore_on_meshes.py"
+MESHES = ROOT / "tests/support/restore_on_meshes.py"
 
 
 @pytest.fixture(scope="module")

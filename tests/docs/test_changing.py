@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import ROOT
 from twotower_jax import registry
 from twotower_jax.checkpoint.listing import infer_config
 from twotower_jax.checkpoint.load import load
@@ -27,7 +28,6 @@ from twotower_jax.train.objectives import OBJECTIVES, Autoregressive, NoiseKey, 
 from twotower_jax.train.step import tables
 from twotower_jax.two_tower import Backbone
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 
 pytestmark = pytest.mark.usefixtures("compile_once")

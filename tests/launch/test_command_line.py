@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from absl import flags
 
+from helpers import ROOT
 from twotower_jax import command_line, jax_settings, randomness
 from twotower_jax.diffusion import MaskedDiffusion
 from twotower_jax.generation.slots import row_keys
 from twotower_jax.train import stopping
 from twotower_jax.train.config import freeze
 
-ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = sorted(path.name for path in (ROOT / "launch").glob("*.py") if path.name != "environment.py")
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -12,11 +11,11 @@ import sys
 import numpy as np
 import pytest
 
+from helpers import ROOT
 from twotower_jax.data import load_tokenizer, save_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.generation.conversation import read_conversations, typed_turns
 
-ROOT = pathlib.Path(__file__).parents[1]
 # With blocks that trim, as published ones are written; </s> is a special token of the tokenizer below.
 TURNS = """
 {%- for message in messages %}

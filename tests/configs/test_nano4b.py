@@ -3,13 +3,13 @@
 import gzip
 import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import ROOT
 from twotower_jax.checkpoint import listing
 from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import count, parameter_table
@@ -21,7 +21,6 @@ from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import abstract_state, initial_state, make_optimizer, make_step, split, tables
 from twotower_jax.two_tower import Backbone
 
-ROOT = pathlib.Path(__file__).parents[1]
 PARAMETERS = 3_973_556_832
 MESHES = {"h200": 1, "h100": 1, "v5e-8": 8, "v6e-8": 8, "v5p-64": 64, "": 16}
 

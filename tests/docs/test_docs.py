@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from helpers import ROOT
+
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^(?:```.*?^```|    [^\n]*$)", re.MULTILINE | re.DOTALL)
 

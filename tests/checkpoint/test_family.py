@@ -1,6 +1,6 @@
 """Members of the Nemotron-H family as `transformers` 5.24 saves them: with experts, dense, with latent experts.
 
-`data/family` holds what it computed in float32: logits within 2e-4, greedy tokens equal.
+`recorded/family` holds what it computed in float32: logits within 2e-4, greedy tokens equal.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from helpers import DATA, ROOT
 from twotower_jax.checkpoint import config_file, huggingface, listing
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
@@ -34,7 +35,6 @@ from twotower_jax.train.config import base_config, freeze
 from twotower_jax.train.loop import train
 from twotower_jax.two_tower import Backbone
 
-DATA = pathlib.Path(__file__).parent / "data"
 FAMILY = DATA / "family"
 KINDS = ("moe", "dense", "latent")
 LOGITS = 2e-4
@@ -152,12 +152,11 @@ def test_the_command_s_end_tokens(tmp_path):
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"ids": case["prompt"]}))
     command = [sys.executable, "launch/generate.py", f"--checkpoint={FAMILY / 'moe'}", "--mode=ar"]
     command += [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", "--max_new_tokens=6"]
-    root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run([*command, f"--eos=7,{case['ar'][2]}"], cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, f"--eos=7,{case['ar'][2]}"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "out.jsonl").read_text())
     assert (row["tokens"], row["finish_reason"]) == (case["ar"][:3], "eos")
-    done = subprocess.run([*command, "--eos=300"], cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--eos=300"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (2, "error: eos=300 lies outside vocab_size=300\n")
 
 
