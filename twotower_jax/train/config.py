@@ -301,7 +301,7 @@ def shipped(name: str) -> ConfigDict:
     Raises:
       ValueError: if there is none of that name.
     """
-    folders = [pathlib.Path(__file__).resolve().parents[n] / "configs" for n in (2, 1)]  # A checkout, an installation.
+    folders = [pathlib.Path(__file__).resolve().parents[n] / "configs" for n in (1, 2)]  # An installation, a checkout.
     path = next((file for folder in folders if (file := folder / f"{name}.py").is_file()), None)
     if path is None:
         names = sorted(file.stem for folder in folders for file in folder.glob("*.py"))
