@@ -159,7 +159,7 @@ def together(line: str) -> int:
 def test_no_collective_that_the_design_does_not_expect(objective, gradients, shape):
     """Weights are gathered a layer at a time and gradients summed; rows of tokens move for the sake of three axes only.
 
-    Of "expert" as rows to experts, at most `capacity` to a device. Of "tensor" as sums behind a mixer. Of "sequence" as
+    Of "expert" as rows to experts, at most `capacity` to a device. Of "tensor" as sums after a mixer. Of "sequence" as
     keys and values, the inputs of a convolution, and states.
     """
     sizes = {axis: shape.get(axis, 1) for axis in MESH_AXES}

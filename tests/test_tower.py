@@ -326,7 +326,7 @@ VARIANTS = {
     ],
 )
 def test_training_computes_what_generation_does(make, name, block):
-    """Three blocks, each denoised behind a cache of the clean blocks before it: the first, which has none, the last,
+    """Three blocks, each denoised after a cache of the clean blocks before it: the first, which has none, the last,
     and one between."""
     pattern, variant, changes = VARIANTS[name]
     model = make(pattern, Variant(**variant), **changes)
@@ -412,7 +412,7 @@ UNREAD = {
 
 
 def test_a_gradient_through_the_context_is_that_of_generation(make, quick_jit, training_gradients):
-    """In both towers: the same blocks behind caches, differentiated through their keys, values and states."""
+    """In both towers: the same blocks after caches, differentiated through their keys, values and states."""
     model = make("M*-", Variant(context="trained"))
 
     def loss(params):

@@ -67,7 +67,7 @@ def test_the_command_says_how_near_the_roofline_is():
     run = run_command("benchmark", "generation", *flags, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     assert run.returncode == 0, run.stderr
     rows = re.findall(r"^\| 2 \| (.*?) \| ([\d.,]+) \| ([\d,]+) \| ([\d.]+) \| \d+% \| ([\d.]+) \|$", run.stdout, re.M)
-    assert [row[0] for row in rows] == ["ar", "diffusion, 3.33 tokens an evaluation"]
+    assert [row[0] for row in rows] == ["ar", "diffusion, 3.33 tokens per evaluation"]
     for _, milliseconds, rate, _, _ in rows:
         taken, rate = (float(v.replace(",", "")) for v in (milliseconds, rate))
         assert rate == pytest.approx(2 * 16 / taken * 1000, rel=0.02)

@@ -125,7 +125,7 @@ def test_every_tensor_in_its_place(data, name):
 
 
 def test_layer_by_layer(data):
-    """The other layout of parameters: one array a layer."""
+    """The other layout of parameters: one array per layer."""
     raw = read(data / "tiny/checkpoint")
     _, params = load(data / "tiny/checkpoint", execution=Execution(scan_layers=False))
     found = params["denoiser_tower"]["segment_12"]["layer_0"]["mixer"]["k_proj"]["weight"]

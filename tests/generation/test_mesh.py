@@ -130,7 +130,7 @@ def test_memory_is_counted_by_device(model):
     message = r"8 rows of 128 positions need .* GB on each device, and max_cache_gb .* lower batch_size to 4,"
     with pytest.raises(ValueError, match=message):
         Engine(*model, settings, capacity=128, placement=placement)
-    # Two rows a device of four are six too many; a table is a multiple of the devices.
+    # Two rows per device of four are six too many; a table is a multiple of the devices.
     assert Engine(*model, settings, capacity=128, slots=3, placement=placement).cache_bytes == row
 
 

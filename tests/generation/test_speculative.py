@@ -1,4 +1,4 @@
-"""Speculative decoding: the tokens and the distribution of AR, whatever is drafted, and the cache behind it."""
+"""Speculative decoding: the tokens and the distribution of AR, whatever is drafted, and the cache after it."""
 
 import dataclasses
 import itertools
@@ -197,7 +197,7 @@ def test_keeping_some_tokens_of_a_pass_is_reading_these(small_config, random_par
     np.testing.assert_allclose(logits[np.arange(1, 4), kept[1:] - 1], last[1:], rtol=0, atol=1e-5)
     valid = np.arange(16) < np.asarray(expected.lengths)[:, None]
     for one, other in zip(jax.tree.leaves(found.layers), jax.tree.leaves(expected.layers), strict=True):
-        if one.shape[-2] == 16:  # Keys and values (…, B, K, T, P): what lies behind the length does not count.
+        if one.shape[-2] == 16:  # Keys and values (…, B, K, T, P): what lies beyond the length does not count.
             one, other = (np.where(valid[:, None, :, None], v, 0) for v in (one, other))
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 

@@ -259,7 +259,7 @@ def test_block_scan_lowers_for_a_tpu_at_the_shapes_of_the_30b_model(length, next
     assert kernels_in(run, *arguments, state) == 1
 
 
-def keys_behind(length, keys, dtype=jnp.bfloat16, head_dim=128):
+def keys_after(length, keys, dtype=jnp.bfloat16, head_dim=128):
     """Arguments of `attention` at the shapes of the 30B model: queries, and a source of keys."""
     shape = jax.ShapeDtypeStruct((1, 2, keys, head_dim), dtype)
     source = kernels.Keys(shape, shape, jax.ShapeDtypeStruct((1, 1), jnp.int32))
@@ -274,20 +274,20 @@ def hopper(kind="NVIDIA H200"):
 def test_attention_is_chosen_by_platform_and_arrays():
     with tpu():
         for dtype in (jnp.bfloat16, jnp.float32):
-            assert kernels.chosen("attention", *keys_behind(16, 8192, dtype)).implementation == "pallas_tpu"
-        few = kernels.chosen("attention", *keys_behind(16, 128))
+            assert kernels.chosen("attention", *keys_after(16, 8192, dtype)).implementation == "pallas_tpu"
+        few = kernels.chosen("attention", *keys_after(16, 128))
         assert few == ("xla", "not pallas_tpu: no source has more than 128 keys, which XLA does as well")
-        odd = kernels.chosen("attention", *keys_behind(16, 8192, head_dim=80))
+        odd = kernels.chosen("attention", *keys_after(16, 8192, head_dim=80))
         assert odd == ("xla", "not pallas_tpu: the head dim 80 is not a multiple of 128")
-        q, (source,) = keys_behind(1980, 1980)
+        q, (source,) = keys_after(1980, 1980)
         long = kernels.chosen("attention", q, (source,), own_block=(source.key, source.key), block_size=198)
         assert long == ("xla", "not pallas_tpu: blocks of 198 make tiles of 1584 positions, more than 1024")
     with hopper():
-        assert kernels.chosen("attention", *keys_behind(16, 8192)).implementation == "mosaic_gpu"
-        exact = kernels.chosen("attention", *keys_behind(16, 8192, jnp.float32))
+        assert kernels.chosen("attention", *keys_after(16, 8192)).implementation == "mosaic_gpu"
+        exact = kernels.chosen("attention", *keys_after(16, 8192, jnp.float32))
         assert exact == ("xla", "not mosaic_gpu: queries are float32: the tensor core multiplies bfloat16")
     with hopper("NVIDIA A100-SXM4-80GB"):
-        assert kernels.chosen("attention", *keys_behind(16, 8192)).reason.startswith("not mosaic_gpu: made for")
+        assert kernels.chosen("attention", *keys_after(16, 8192)).reason.startswith("not mosaic_gpu: made for")
 
 
 def test_attention_lowers_for_a_tpu_at_the_shapes_of_the_30b_model():
@@ -296,7 +296,7 @@ def test_attention_lowers_for_a_tpu_at_the_shapes_of_the_30b_model():
         y = kernels.attention(q, (context,), own_block=own, block_size=16)
         return jnp.sum(y.astype(jnp.float32))
 
-    q, (source,) = keys_behind(8192, 8192)
+    q, (source,) = keys_after(8192, 8192)
     arrays = (q, *[source.key] * 4)
     assert kernels_in(loss, *arrays) == 1
     assert kernels_in(jax.grad(loss, argnums=tuple(range(5))), *arrays) == 3

@@ -221,7 +221,7 @@ def test_mamba_blocks_read_the_context(small_config, random_params, quick_jit, b
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_mamba_block_behind_a_cache(small_config, random_params, quick_jit, bidirectional):
+def test_mamba_block_after_a_cache(small_config, random_params, quick_jit, bidirectional):
     config = small_config("M")
     mixer = Mamba(config, SCOPE, bidirectional=bidirectional)
     params = random_params(mixer)
@@ -329,7 +329,7 @@ def test_attention_reaches_devices_with_heads_side_by_side(small_config, random_
         assert v.ndim == (3 if jnp.issubdtype(v.dtype, jnp.floating) else 2)
 
 
-def test_append_writes_behind_each_row():
+def test_append_writes_after_each_row():
     old = AttentionCache(key=draw(0, B, 1, 6, 2), value=draw(1, B, 1, 6, 2))
     new = AttentionMemory(key=draw(2, B, 1, 3, 2), value=draw(3, B, 1, 3, 2))
     out = old.append(new, jnp.array([0, 3]))

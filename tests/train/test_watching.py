@@ -51,7 +51,7 @@ def config_of(**changes) -> TrainConfig:
 def test_the_products_of_a_layer_are_those_of_its_parameters(kind, small_config):
     config = small_config(kind)
     layer = [p for path, p in parameter_table(Backbone(config)).items() if path[0] == "tower" and "layer_0" in path]
-    # Every weight that multiplies does so once a token; of the experts' only the share that a token uses.
+    # Every weight that multiplies does so once per token; of the experts' only the share that a token uses.
     used = 0.0
     for parameter in layer:
         if parameter.decay:  # the matrices, and the convolution

@@ -132,7 +132,7 @@ def test_charts_are_well_formed_and_say_what_happened(trace):
     assert any(HOSTILE.replace("'", "\\'") in n or HOSTILE in n for n in names if "position 1" in n)
     assert sum("step 2, confidence 0.600" in name for name in names) == 1
     bars = [t.text for t in xml.etree.ElementTree.fromstring(steps_chart(story)).iter() if "title" in t.tag]
-    assert bars == ["Denoiser evaluations a block (mean 1.50)", "block 0: 2 steps", "block 1: 1 steps"]
+    assert bars == ["Denoiser evaluations per block (mean 1.50)", "block 0: 2 steps", "block 1: 1 steps"]
 
 
 def test_experts_of_a_step_and_of_a_row(trace):

@@ -100,8 +100,8 @@ def _measure_prepare(text: pathlib.Path, output: pathlib.Path, tokenizer, worker
     tokens = manifest.total("train", "tokens") + manifest.total("validation", "tokens")
     size = sum(file["size"] for file in manifest.inputs)
     print(f"prepare, workers={workers}: {tokens / seconds / 1e6:.2f} M tokens/s, {size / seconds / 1e6:.1f} MB/s, "
-          f"{seconds:.0f} s with starting the processes; {tokens / processor / 1e6:.2f} M tokens a second of processor "
-          "time", flush=True)  # fmt: skip
+          f"{seconds:.0f} s with starting the processes; {tokens / processor / 1e6:.2f} M tokens per processor second",
+          flush=True)  # fmt: skip
 
 
 def _children_seconds() -> float:

@@ -77,7 +77,7 @@ def causal(length, start=None):
     return [(B, K, length, P)] * 2, sources
 
 
-def behind_cache(length, capacity, lengths, own):
+def after_cache(length, capacity, lengths, own):
     """A block that is seen whole, or tokens that are seen causally."""
     cache, new = (B, K, capacity, P), (B, K, length, P)
 
@@ -132,7 +132,7 @@ def test_any_heads_and_blocks(heads, block):
 @pytest.mark.parametrize("length", [1, 5, 20])
 def test_gradients_of_several_sources(length):
     """A cache, whose heads lie apart, and the tokens just read, in one tile with the queries or in several."""
-    compare("tpu", length, behind_cache(length, 40, (33, 0), False))
+    compare("tpu", length, after_cache(length, 40, (33, 0), False))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -156,13 +156,13 @@ def test_causal_and_all_its_gradients(platform, length):
     [(1, 96, (0, 96), False), (5, 80, (32, 33), False), (16, 72, (31, 1), True), (3, 40, (0, 0), True)],
     ids=lambda v: str(v),
 )
-def test_behind_a_cache(platform, length, capacity, lengths, own):
-    compare(platform, length, behind_cache(length, capacity, lengths, own), gradient=False)
+def test_after_a_cache(platform, length, capacity, lengths, own):
+    compare(platform, length, after_cache(length, capacity, lengths, own), gradient=False)
 
 
 _uses = st.one_of(
     st.tuples(st.just(denoiser), st.integers(1, 6), st.sampled_from([1, 3, 8, 16])),
-    st.tuples(st.just(behind_cache), st.integers(1, 20), st.integers(9, 90)),
+    st.tuples(st.just(after_cache), st.integers(1, 20), st.integers(9, 90)),
 )
 
 
@@ -175,12 +175,12 @@ def test_random_shapes_blocks_and_lengths(platform, use, seed, scale, data):
         compare(platform, first * second, denoiser(first * second, second), gradient=False, seed=seed, scale=scale)
     else:
         lengths = data.draw(st.tuples(*[st.integers(0, second)] * B))
-        cache = behind_cache(first, second, lengths, data.draw(st.booleans()))
+        cache = after_cache(first, second, lengths, data.draw(st.booleans()))
         compare(platform, first, cache, gradient=False, seed=seed, scale=scale)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_what_lies_behind_a_caches_length_is_not_read(platform):
+def test_what_lies_beyond_a_caches_length_is_not_read(platform):
     """NaN and huge numbers there leave no trace, within the last tile that is read and beyond it."""
     q, key, value = to(platform, draw(platform, 0, (B, 3, H, P), (B, K, 96, P), (B, K, 96, P)))
     lengths = jnp.array([[5], [40]])

@@ -183,7 +183,7 @@ def test_quantized_experts_as_tpus_store_them():
     )
 
 
-def test_zeros_behind_a_matrix_are_whole_groups():
+def test_zeros_after_a_matrix_are_whole_groups():
     matrix = draw(jnp.float32, 8).down
     with pytest.raises(ValueError, match="32 rows of zeros are no whole groups of 64"):
         padded(matrix, rows=32)
