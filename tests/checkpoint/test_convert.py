@@ -122,7 +122,7 @@ def test_time_conditioning_of_a_backbone(time_init, sources, tmp_path):
         assert abs(tables.std() * 64**0.5 - 1) < 0.1
 
 
-def test_a_converted_backbone_denoises_as_it_reads(small_config, random_params, quick_jit, tmp_path):
+def test_a_converted_backbone_denoises_as_it_reads(small_config, random_params, tmp_path):
     """With the identity conditioning the denoiser is the backbone, whatever t is: a block of one token, causal."""
     model = TwoTower(small_config("M*EM*E-"))
     config = json.dumps(model.config.to_hf()).encode()
@@ -132,7 +132,7 @@ def test_a_converted_backbone_denoises_as_it_reads(small_config, random_params, 
     model, params = store.load(tmp_path / "out")
     ids = np.arange(2 * 8, dtype=np.int32).reshape(2, 8)
 
-    @quick_jit
+    @jax.jit
     def both(params, ids):
         bound = bind(model, params)
         _, cache = bound.prefill(ids[:, :7], np.full(2, 7, np.int32), 8)

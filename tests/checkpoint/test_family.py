@@ -7,15 +7,13 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from helpers import DATA, ROOT
+from helpers import DATA, run_command
 from twotower_jax.checkpoint import config_file, huggingface, listing
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
@@ -39,14 +37,6 @@ FAMILY = DATA / "family"
 KINDS = ("moe", "dense", "latent")
 LOGITS = 2e-4
 CONFIGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Halves the time to compile, which is most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Member:
@@ -150,13 +140,13 @@ def test_the_command_s_end_tokens(tmp_path):
     """--eos in place of the checkpoint's."""
     case, *_ = json.loads((FAMILY / "moe.generation.json").read_text())
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"ids": case["prompt"]}))
-    command = [sys.executable, "launch/generate.py", f"--checkpoint={FAMILY / 'moe'}", "--mode=ar"]
+    command = ["generate", f"--checkpoint={FAMILY / 'moe'}", "--mode=ar"]
     command += [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", "--max_new_tokens=6"]
-    done = subprocess.run([*command, f"--eos=7,{case['ar'][2]}"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_command(*command, f"--eos=7,{case['ar'][2]}")
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "out.jsonl").read_text())
     assert (row["tokens"], row["finish_reason"]) == (case["ar"][:3], "eos")
-    done = subprocess.run([*command, "--eos=300"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_command(*command, "--eos=300")
     assert (done.returncode, done.stderr) == (2, "error: eos=300 lies outside vocab_size=300\n")
 
 
@@ -268,7 +258,7 @@ def test_operations_of_latent_experts():
 
 
 @pytest.mark.parametrize("shape", [{"expert": 2, "tensor": 2}, {"fsdp": 4}], ids=["expert-tensor", "fsdp"])
-def test_latent_experts_on_a_mesh(small_config, random_params, quick_jit, shape):
+def test_latent_experts_on_a_mesh(small_config, random_params, shape):
     """Outputs and every gradient are those of one device."""
     config = small_config("E", hidden_size=16, moe_latent_size=8, mlp_bias=True, moe_shared_expert_intermediate_size=16)
     experts = Experts(config, Scope(("",)))
@@ -279,7 +269,7 @@ def test_latent_experts_on_a_mesh(small_config, random_params, quick_jit, shape)
         y = bind(experts, params)(x)
         return jax.numpy.sum(y * jax.numpy.cos(jax.numpy.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
 
-    gradients = quick_jit(jax.grad(loss, has_aux=True, argnums=(0, 1)))
+    gradients = jax.jit(jax.grad(loss, has_aux=True, argnums=(0, 1)))
     expected = gradients(params, x)
     mesh = make_mesh(MeshShape(**shape), jax.devices()[:4])
     places = unflatten({path: stored_sharding(mesh, p.axes, p.shape) for path, p in table.items()})

@@ -2,16 +2,13 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from helpers import ROOT
+from helpers import run_command
 from twotower_jax.data import load_tokenizer, save_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.generation.conversation import read_conversations, typed_turns
@@ -179,12 +176,8 @@ def chat_model(tmp_path_factory, data):
 
 
 def generate(checkpoint, *flags, typed: str = ""):
-    return subprocess.run(
-        [sys.executable, ROOT / "launch/generate.py", f"--checkpoint={checkpoint}", "--chat", "--mode=ar",
-         "--max_new_tokens=4", "--ignore_eos", *flags],
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True, text=True, input=typed,
-    )  # fmt: skip
+    words = [f"--checkpoint={checkpoint}", "--chat", "--mode=ar", "--max_new_tokens=4", "--ignore_eos", *flags]
+    return run_command("generate", *words, input=typed)
 
 
 def test_the_command_answers_a_file_and_what_is_typed(chat_model, tmp_path):

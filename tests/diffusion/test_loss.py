@@ -16,7 +16,7 @@ from twotower_jax.diffusion import (
     token_log_probabilities,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_arithmetic")
+pytestmark = pytest.mark.usefixtures("strict_arithmetic")
 
 
 def loss_inputs(seed=0, batch=4, length=24, dtype=jnp.float32):

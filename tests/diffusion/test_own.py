@@ -6,7 +6,6 @@ import pathlib
 import runpy
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -31,16 +30,7 @@ def registries_of_their_own(monkeypatch):
         monkeypatch.setattr(each, "_files", {k: v for k, v in each._files.items() if k in ours})
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def test_a_run_with_its_own_schedule_goes_on_only_with_the_same_source(
-    tmp_path, monkeypatch, train_config, quick_compilation
-):
+def test_a_run_with_its_own_schedule_goes_on_only_with_the_same_source(tmp_path, monkeypatch, train_config):
     monkeypatch.chdir(tmp_path)
     own = pathlib.Path(shutil.copy(CONFIGS / "example_schedule.py", tmp_path / "mine.py"))
     config = freeze(runpy.run_path(str(own))["get_config"]())
@@ -68,7 +58,7 @@ def test_the_example_is_its_formulas():
     np.testing.assert_allclose(WEIGHTS["root"](t, level), [4.0, 1.0], rtol=1e-6)
 
 
-def test_a_strategy_of_ones_own_generates(small_config, random_params, quick_compilation):
+def test_a_strategy_of_ones_own_generates(small_config, random_params):
     run_file(CONFIGS / "example_strategy.py")
     # A recurrence tells masked positions apart; where all are alike, all lead by the same margin.
     model = TwoTower(small_config("M-"))

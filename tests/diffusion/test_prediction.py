@@ -10,7 +10,7 @@ import pytest
 from literal_diffusion import MASK, VOCAB, literal_filter, literal_log_softmax
 from twotower_jax.diffusion import predict, prediction, sample_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_arithmetic")
+pytestmark = pytest.mark.usefixtures("strict_arithmetic")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from literal_diffusion import LITERAL_MASK_PROBABILITY, MASK, VOCAB, seeds
 from twotower_jax.diffusion import SCHEDULES, MaskedDiffusion
 from twotower_jax.diffusion.times import Uniform
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_arithmetic")
+pytestmark = pytest.mark.usefixtures("strict_arithmetic")
 
 # Schedules.
 

@@ -22,7 +22,7 @@ from literal_diffusion import (
 )
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig, noise_level, sample_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_arithmetic")
+pytestmark = pytest.mark.usefixtures("strict_arithmetic")
 
 # Every setting at least once, T below, at and above S, S from 1 to 64.
 CONFIGS = [

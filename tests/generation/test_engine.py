@@ -32,14 +32,6 @@ DIFFUSION = Settings(max_new_tokens=20, sampling=SAMPLING, ignore_eos=True, batc
 SAMPLED = dataclasses.replace(SAMPLING, temperature=1.0, top_p=0.9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Halves the time to compile, which is most of these tests' time; test_reference.py runs what users run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def tiny(small_config, random_params):
     """A layer of each kind is enough here, and compiles fast."""

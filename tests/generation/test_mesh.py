@@ -27,13 +27,6 @@ SETTINGS = Settings(max_new_tokens=9, sampling=SAMPLING, batch_size=4, prefill_c
 PROMPTS = [[5 + i] * (1 + 8 * i) for i in range(6)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def model(small_config, random_params):
     model = TwoTower(

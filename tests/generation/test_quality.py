@@ -28,7 +28,7 @@ def tiny(small_config, random_params):
     return model, random_params(model)
 
 
-def test_the_bound_is_what_its_expectation_says(tiny, quick_jit):
+def test_the_bound_is_what_its_expectation_says(tiny):
     """All masks of all counts of two blocks of three, with equal weight for every count and every mask of a count."""
     model, params = tiny
     row = [5, 9, 4, 11, 0, 7]
@@ -37,7 +37,7 @@ def test_the_bound_is_what_its_expectation_says(tiny, quick_jit):
     counts = masked[:, :3].sum(1)
     ids = np.tile(row, (len(masks), 1))
 
-    @quick_jit
+    @jax.jit
     def log_probabilities(params, noisy, t):
         logits, _ = bind(model, params).training_logits(ids, noisy, t, 3)
         return jax.nn.log_softmax(logits.at[..., MASK].set(-jnp.inf))

@@ -19,14 +19,6 @@ SAMPLING = SamplingConfig(block_size=8, steps_per_block=3)
 AR = Settings(mode="ar", max_new_tokens=15, sampling=SAMPLING, batch_size=32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Halves the time to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def tiny(small_config):
     return TwoTower(small_config("MEM*E", vocab_size=24))

@@ -128,7 +128,7 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 def _run(script: str, **flags):
     arguments = [f"--{name}={value}" for name, value in flags.items()]
-    return run_command(script, *arguments, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    return run_command(script, *arguments)
 
 
 def test_the_command_tunes_and_generation_follows(tmp_path, data):

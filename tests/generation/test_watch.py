@@ -107,7 +107,7 @@ def test_the_command_follows_its_flags(tmp_path, data):
     flags = {"prompts": prompts, "output": out, "trace": trace, "checkpoint": checkpoint, "mode": "speculative"}
     flags |= {"block_size": 4, "steps_per_block": 1, "max_new_tokens": 6, "tolerance": 1.0, "stop": "q"}
     arguments = [f"--{k}={v}" for k, v in flags.items()]
-    run = run_command("generate", *arguments, "--watch", "--ignore_eos", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    run = run_command("generate", *arguments, "--watch", "--ignore_eos")
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     for row in rows:

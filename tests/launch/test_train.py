@@ -1,14 +1,11 @@
 """`launch/train.py` as a person runs it: from another folder, with wrong input, and again."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from helpers import ROOT
+from helpers import run_command
 
 CONFIG = """
 from twotower_jax.train.config import base_config
@@ -48,17 +45,9 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def start(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
-    # Little optimization: the step runs a few times only.
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def train(folder: pathlib.Path, *arguments: str) -> tuple[int, str, str]:
+    done = run_command("train", *arguments, cwd=folder, XLA_FLAGS="")
+    return done.returncode, done.stdout, done.stderr
 
 
 REFUSED = [
@@ -88,25 +77,22 @@ REFUSED = [
 
 def test_bad_input_gets_one_line_and_leaves_nothing(folder):
     before = sorted(folder.rglob("*"))
-    # A few at a time: most of their time is spent importing.
-    for first in range(0, len(REFUSED), 3):
-        batch = REFUSED[first : first + 3]
-        results = [finish(process) for process in [start(folder, *arguments) for arguments, _ in batch]]
-        for (status, _, err), (arguments, message) in zip(results, batch, strict=True):
-            assert status != 0, arguments
-            assert err.startswith("error: ") and err.count("\n") == 1 and message in err, (arguments, err)
+    for arguments, message in REFUSED:
+        status, _, err = train(folder, *arguments)
+        assert status != 0, arguments
+        assert err.startswith("error: ") and err.count("\n") == 1 and message in err, (arguments, err)
     assert [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts] == before
 
 
 def test_help_is_no_failure(folder):
-    status, out, _ = finish(start(folder, "--help"))
+    status, out, _ = train(folder, "--help")
     assert status == 0
     assert "--workdir" in out
 
 
 def test_a_run_and_its_continuation(folder):
     arguments = ("--config=config.py", "--workdir=deep/run", "--config.learning_rate=0.01")
-    status, out, err = finish(start(folder, *arguments))
+    status, out, err = train(folder, *arguments)
     assert status == 0, err
     run = folder / "deep" / "run"
     assert {path.name for path in run.iterdir()} >= {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoints"}
@@ -114,12 +100,9 @@ def test_a_run_and_its_continuation(folder):
     assert "memory of each device:" in out and "FLOPs per step" in out and "tokens per step" in out
     assert json.loads((run / "config.json").read_text())["learning_rate"] == 0.01
 
-    other = start(folder, *arguments, "--config.seed=1")
-    longer = start(folder, *arguments, "--config.steps=5", "--config.log_every=2")
-    status, _, err = finish(other)
-    longer = finish(longer)
+    status, _, err = train(folder, *arguments, "--config.seed=1")
     assert status == 2 and "seed 0 -> 1" in err and err.count("\n") == 1
-    status, out, err = longer
+    status, out, err = train(folder, *arguments, "--config.steps=5", "--config.log_every=2")
     assert status == 0 and "resuming at step 3 of 5" in out, err
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]

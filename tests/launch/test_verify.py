@@ -27,7 +27,7 @@ def test_certified(data, tmp_path):
     source = data / "tiny_bf16/checkpoint"
     convert(source, tmp_path / "converted")
     flags = [f"--source={source}", f"--checkpoint={tmp_path / 'converted'}", f"--expected={tmp_path}"]
-    out = run_command("verify", *flags, XLA_FLAGS="--xla_backend_optimization_level=0")
+    out = run_command("verify", *flags)
     assert out.returncode == 0, out.stderr
     lines = out.stdout.splitlines()
     assert "was converted from these very 8 files" in lines[0]

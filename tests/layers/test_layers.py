@@ -164,7 +164,7 @@ MAMBA_CONFIGS = {
 
 
 @pytest.mark.parametrize("changes", MAMBA_CONFIGS.values(), ids=MAMBA_CONFIGS.keys())
-def test_mamba_after_a_cache(small_config, random_params, quick_jit, changes):
+def test_mamba_after_a_cache(small_config, random_params, changes):
     """Rows with 9 and with 21 real tokens of 21: outputs and the cache after them."""
     config = small_config("M", **changes)
     mixer = Mamba(config, SCOPE)
@@ -173,7 +173,7 @@ def test_mamba_after_a_cache(small_config, random_params, quick_jit, changes):
     tail, state = literal.zeros()
     x, tail, state = draw(1, B, 21, D), draw(2, B, *tail.shape), draw(3, B, *state.shape)
     lengths = np.array([9, 21], np.int32)
-    run = quick_jit(lambda p, x, cache, lengths: bind(mixer, p).causal(x, cache, Run(lengths=lengths)))
+    run = jax.jit(lambda p, x, cache, lengths: bind(mixer, p).causal(x, cache, Run(lengths=lengths)))
     y, memory = run(params, x, MambaCache(conv=tail, state=state), lengths)
     for row, length in enumerate(lengths):
         y_expected, tail_expected, state_expected = literal.causal(x[row, :length], tail[row], state[row])
@@ -182,13 +182,13 @@ def test_mamba_after_a_cache(small_config, random_params, quick_jit, changes):
         assert_close(memory.end.state[row], state_expected)
 
 
-def test_mamba_without_a_cache_starts_from_zeros(small_config, random_params, quick_jit):
+def test_mamba_without_a_cache_starts_from_zeros(small_config, random_params):
     config = small_config("M")
     mixer = Mamba(config, SCOPE)
     params = random_params(mixer)
     literal = LiteralMamba(config, params)
     x = draw(1, B, 2, D)  # Shorter than the convolution.
-    y, memory = quick_jit(lambda p, x: bind(mixer, p).causal(x))(params, x)
+    y, memory = jax.jit(lambda p, x: bind(mixer, p).causal(x))(params, x)
     for row in range(B):
         y_expected, tail_expected, state_expected = literal.causal(x[row], *literal.zeros())
         assert_close(y[row], y_expected)
@@ -198,14 +198,14 @@ def test_mamba_without_a_cache_starts_from_zeros(small_config, random_params, qu
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("block, blocks", [(1, 5), (2, 5), (6, 3), (20, 2)])
-def test_mamba_blocks_read_the_context(small_config, random_params, quick_jit, block, blocks, bidirectional):
+def test_mamba_blocks_read_the_context(small_config, random_params, block, blocks, bidirectional):
     """Each block by itself, after the context up to its left edge; the context has weights of its own."""
     config = small_config("M")
     context, denoiser = Mamba(config, SCOPE), Mamba(config, SCOPE, bidirectional=bidirectional)
     context_params, params = random_params(context, 1), random_params(denoiser, 2)
     clean, noisy = draw(1, B, block * blocks, D), draw(2, B, block * blocks, D)
 
-    @quick_jit
+    @jax.jit
     def run(context_params, params, clean, noisy):
         _, memory = bind(context, context_params).causal(clean)
         return bind(denoiser, params).blockwise(noisy, memory, block)[0]
@@ -221,14 +221,14 @@ def test_mamba_blocks_read_the_context(small_config, random_params, quick_jit, b
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_mamba_block_after_a_cache(small_config, random_params, quick_jit, bidirectional):
+def test_mamba_block_after_a_cache(small_config, random_params, bidirectional):
     config = small_config("M")
     mixer = Mamba(config, SCOPE, bidirectional=bidirectional)
     params = random_params(mixer)
     literal = LiteralMamba(config, params)
     tail, state = literal.zeros()
     x, tail, state = draw(1, B, 7, D), draw(2, B, *tail.shape), draw(3, B, *state.shape)
-    run = quick_jit(lambda p, x, cache: bind(mixer, p).blockwise(x, cache, x.shape[1])[0])
+    run = jax.jit(lambda p, x, cache: bind(mixer, p).blockwise(x, cache, x.shape[1])[0])
     y = run(params, x, MambaCache(conv=tail, state=state))
     for row in range(B):
         assert_close(y[row], literal.block(x[row], tail[row], state[row], bidirectional))
@@ -274,7 +274,7 @@ def literal_keys(config, p, x):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_causal_attention_after_a_cache(small_config, random_params, quick_jit, bias):
+def test_causal_attention_after_a_cache(small_config, random_params, bias):
     """The width of all heads, 24, is not that of the model; positions do not matter."""
     config = small_config("*", attention_bias=bias)
     mixer = Attention(config, SCOPE)
@@ -282,7 +282,7 @@ def test_causal_attention_after_a_cache(small_config, random_params, quick_jit, 
     p = to_float64(params)
     x, keys, values = draw(1, B, 5, D), draw(2, B, 7, 2, 4), draw(3, B, 7, 2, 4)
     lengths = np.array([0, 4], np.int32)
-    run = quick_jit(lambda p, x, cache, lengths: bind(mixer, p).causal(x, cache, Run(cache_lengths=lengths)))
+    run = jax.jit(lambda p, x, cache, lengths: bind(mixer, p).causal(x, cache, Run(cache_lengths=lengths)))
     y, memory = run(params, x, AttentionCache(key=heads_first(keys), value=heads_first(values)), lengths)
     for row, length in enumerate(lengths):
         own_keys, own_values = literal_keys(config, p, x[row])
@@ -294,13 +294,13 @@ def test_causal_attention_after_a_cache(small_config, random_params, quick_jit, 
         assert_close(y[row], literal_attention(config, p, x[row], all_keys, all_values, visible))
 
 
-def test_attention_blocks_read_the_context(small_config, random_params, quick_jit):
+def test_attention_blocks_read_the_context(small_config, random_params):
     config = small_config("*")
     mixer = Attention(config, SCOPE)
     params = random_params(mixer)
     p = to_float64(params)
     x, keys, values = draw(1, B, 6, D), draw(2, B, 6, 2, 4), draw(3, B, 6, 2, 4)
-    run = quick_jit(lambda p, x, memory: bind(mixer, p).blockwise(x, memory, 3)[0])
+    run = jax.jit(lambda p, x, memory: bind(mixer, p).blockwise(x, memory, 3)[0])
     y = run(params, x, AttentionMemory(key=heads_first(keys), value=heads_first(values)))
     for row in range(B):
         for edge in (0, 3):
@@ -354,12 +354,12 @@ def test_mlp(small_config, random_params, bias):
 
 
 @pytest.mark.parametrize("changes", [{}, {"mlp_bias": True, "n_group": 2}, {"n_shared_experts": 0}], ids=str)
-def test_experts(small_config, random_params, quick_jit, changes):
+def test_experts(small_config, random_params, changes):
     config = small_config("E", **changes)
     mixer = Experts(config, SCOPE)
     params, x = random_params(mixer), draw(1, B, 9, D)
     p = to_float64(params)
-    y, (load, experts) = quick_jit(lambda p, x: bind(mixer, p).with_routing(x))(params, x)
+    y, (load, experts) = jax.jit(lambda p, x: bind(mixer, p).with_routing(x))(params, x)
     tokens = np.zeros(8)
     for row in range(B):
         for i in range(9):
@@ -384,11 +384,11 @@ def test_experts(small_config, random_params, quick_jit, changes):
     np.testing.assert_allclose(load, tokens / (B * 9 * 3 / 8), rtol=1e-6)
 
 
-def test_a_token_of_nan_stays_alone(small_config, random_params, quick_jit):
+def test_a_token_of_nan_stays_alone(small_config, random_params):
     """No other token may change, and the bad one must not come out looking good."""
     mixer = Experts(small_config("E"), SCOPE)
     params, x = random_params(mixer), draw(1, 1, 9, D)
-    run = quick_jit(lambda p, x: bind(mixer, p)(x))
+    run = jax.jit(lambda p, x: bind(mixer, p)(x))
     y = run(params, x)
     poisoned = run(params, jnp.asarray(x).at[0, 4, 3].set(jnp.nan))
     assert np.all(np.isnan(poisoned[0, 4]))
@@ -484,14 +484,14 @@ def memory_of(config, kind, random_params):
 
 
 @pytest.mark.parametrize("kind", "M*E-")
-def test_norm_and_modulation_come_in_the_order_of_the_kind(small_config, random_params, quick_jit, kind):
+def test_norm_and_modulation_come_in_the_order_of_the_kind(small_config, random_params, kind):
     config = small_config(kind)
     layer, params = make_layer(config, kind, random_params)
     memory = memory_of(config, kind, random_params)
     h, lengths = draw(1, B, 5, D), np.array([4, 2], np.int32)
     shift, scale, gate = (draw(i, B, 1, D) for i in (2, 3, 4))
 
-    @quick_jit
+    @jax.jit
     def run(params, h, memory, shift, scale, gate):
         bound = bind(layer, params)
         run = Run(cache_lengths=lengths)

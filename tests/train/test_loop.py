@@ -147,7 +147,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(backbone_run, tmp_path, qu
     assert same_bits(workdir.load(tmp_path / "run")[1], workdir.load(folder)[1])
 
 
-def test_the_validation_loss_is_that_of_the_held_out_text(backbone_run, quick_jit):
+def test_the_validation_loss_is_that_of_the_held_out_text(backbone_run):
     config, folder, result = backbone_run
     model, params = workdir.load(folder)
     _, held_out = pack_documents(
@@ -160,7 +160,7 @@ def test_the_validation_loss_is_that_of_the_held_out_text(backbone_run, quick_ji
     )
     ids = jnp.asarray(held_out.windows)
     assert len(ids) % config.batch_size != 0, "the last batch is to hold padding"
-    logits = quick_jit(lambda p: bind(model, p).context_logits(ids))(params)
+    logits = jax.jit(lambda p: bind(model, p).context_logits(ids))(params)
     targets, counted = next_tokens(ids, jnp.ones(len(ids), bool))
     loss = masked_loss_sum(token_log_probabilities(logits, targets), counted).mean
     np.testing.assert_allclose(result.metrics["validation_loss"], float(loss), rtol=1e-5)
@@ -286,7 +286,7 @@ def test_arrays_of_another_kind_are_refused(tmp_path):
         orbax_steps.restore_arrays(tmp_path / "nothing", target)
 
 
-def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, tmp_path, quick_jit):
+def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, tmp_path):
     model, params, tokenizer = checkpoint.load(backbone_run[1])
     assert tokenizer == backbone_run[1] and load_tokenizer(tokenizer).get_vocab_size() == 270
     assert same_bits(params["context_tower"], params["denoiser_tower"])
@@ -305,8 +305,8 @@ def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, t
         path: parameter.shape for path, parameter in parameter_table(laid_out).items()
     }
     ids = jnp.arange(8).reshape(1, 8)
-    stacked = quick_jit(lambda p: bind(model, p).context_logits(ids))(params)
-    unrolled = quick_jit(lambda p: bind(laid_out, p).context_logits(ids))(flat)
+    stacked = jax.jit(lambda p: bind(model, p).context_logits(ids))(params)
+    unrolled = jax.jit(lambda p: bind(laid_out, p).context_logits(ids))(flat)
     np.testing.assert_allclose(stacked, unrolled, rtol=1e-5, atol=1e-5)
 
     (tmp_path / workdir.CHECKPOINTS).mkdir()

@@ -68,10 +68,7 @@ def run(folder: pathlib.Path, name: str, processes: int, *flags: str) -> tuple[l
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     started = []
     for i in range(processes):
         command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config=config.py", f"--workdir={name}", *flags]

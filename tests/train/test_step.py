@@ -31,14 +31,14 @@ from twotower_jax.train.step import (
 # Optimizer and step.
 
 
-def test_decay_touches_only_what_the_table_says(train_config, random_params, quick_jit):
+def test_decay_touches_only_what_the_table_says(train_config, random_params):
     config = train_config(objective="denoiser", learning_rate=0.5, weight_decay=0.1, warmup_fraction=0.0)
     objective = make_objective(config, config.model_config(20))
     trained, _ = split(objective, random_params(objective.model))
     table, frozen = tables(objective)
     optimizer = make_optimizer(config, table)
     zeros = jax.tree.map(np.zeros_like, trained)
-    updates, _ = quick_jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(zeros, trained)
+    updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(zeros, trained)
     for path, update in flatten(updates).items():
         factor = -0.5 * 0.1 if table[path].decay else 0.0
         np.testing.assert_allclose(update, factor * np.asarray(flatten(trained)[path]), rtol=1e-5, err_msg=str(path))
@@ -66,14 +66,14 @@ def test_frozen_parameters_are_stored_in_the_compute_dtype(train_config, random_
     assert made == state
 
 
-def test_the_step_is_adamw_on_the_clipped_gradient(train_config, random_params, quick_jit):
+def test_the_step_is_adamw_on_the_clipped_gradient(train_config, random_params):
     config = train_config(clip_norm=0.01, warmup_fraction=0.0)
     config = dataclasses.replace(config, model=dict(config.model) | {"hybrid_override_pattern": "-"})
     objective = make_objective(config, config.model_config(20))
     trained, frozen = split(objective, random_params(objective.model))
     optimizer = make_optimizer(config, tables(objective)[0])
     ids = jax.random.randint(jax.random.key(1), (2, 8), 0, 20)
-    step = quick_jit(make_step(config, objective, optimizer, 8))
+    step = jax.jit(make_step(config, objective, optimizer, 8))
     after, metrics = step(initial_state(optimizer, trained), frozen, ids)
 
     def loss(params):
@@ -92,7 +92,7 @@ def test_the_step_is_adamw_on_the_clipped_gradient(train_config, random_params, 
         np.testing.assert_allclose(flatten(after.params)[path], before - 2e-2 * step, rtol=1e-3, atol=1e-5)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(train_config, random_params, quick_jit):
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(train_config, random_params):
     config = train_config(warmup_fraction=0.5)
     config = dataclasses.replace(config, model=dict(config.model) | {"hybrid_override_pattern": "-"})
     objective = make_objective(config, config.model_config(20))
@@ -101,7 +101,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(train_config, r
     # Token 19 breaks whatever row it is in.
     trained["tower"]["embeddings"] = trained["tower"]["embeddings"].at[19].set(jnp.inf)
     ids = jax.random.randint(jax.random.key(1), (6, 8), 0, 19)
-    step = quick_jit(make_step(config, objective, optimizer, 8))
+    step = jax.jit(make_step(config, objective, optimizer, 8))
     before, metrics = step(initial_state(optimizer, trained), frozen, ids)
     assert not metrics.skipped
     broken = ids.at[2, 3].set(19).at[5, 0].set(19)
@@ -144,7 +144,7 @@ UNREAD = {
     ],
     ids=lambda value: "-".join(map(str, dataclasses.astuple(value))) if isinstance(value, Variant) else "",
 )
-def test_every_variant_trains_what_it_should(variant, frozen, unread, train_config, random_params, quick_jit):
+def test_every_variant_trains_what_it_should(variant, frozen, unread, train_config, random_params):
     config = train_config(objective="denoiser", warmup_fraction=0.0)
     config = dataclasses.replace(config, variant=variant, model=dict(config.model) | TWO_LAYERS)
     objective = make_objective(config, config.model_config(20))
@@ -161,7 +161,7 @@ def test_every_variant_trains_what_it_should(variant, frozen, unread, train_conf
         losses = objective.losses(merge(params, rest), ids, jnp.ones(3, bool), noise, 4)
         return total_loss(objective, losses), losses
 
-    loss_and_gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    loss_and_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, losses), gradients = loss_and_gradients(trained)
     assert {path for path, g in flatten(gradients).items() if not np.any(g)} == unread
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
@@ -181,7 +181,7 @@ def test_every_variant_trains_what_it_should(variant, frozen, unread, train_conf
     np.testing.assert_allclose(slope, norm, rtol=2e-2)
 
 
-def test_rows_of_padding_do_not_count(train_config, random_params, quick_jit):
+def test_rows_of_padding_do_not_count(train_config, random_params):
     config = train_config(objective="denoiser")
     config = dataclasses.replace(config, model=dict(config.model) | {"hybrid_override_pattern": "-"})
     for name in ("denoiser", "autoregressive"):
@@ -192,15 +192,15 @@ def test_rows_of_padding_do_not_count(train_config, random_params, quick_jit):
         def losses(params, ids, counted, objective=objective):
             return objective.losses(params, ids, counted, NoiseKey(1, 0, jnp.arange(len(ids))), 4)
 
-        three = quick_jit(losses)(params, ids[:3], jnp.ones(3, bool))
-        padded = quick_jit(losses)(params, ids, jnp.array([True, True, True, False]))
+        three = jax.jit(losses)(params, ids[:3], jnp.ones(3, bool))
+        padded = jax.jit(losses)(params, ids, jnp.array([True, True, True, False]))
         for part in three:
             np.testing.assert_allclose(padded[part].total, three[part].total, rtol=1e-6)
             np.testing.assert_array_equal(padded[part].count, three[part].count)
 
 
 @pytest.mark.parametrize("block_size", [48, 32])
-def test_documents_of_a_curriculum_do_not_see_one_another(block_size, step_config, random_params, quick_jit, tmp_path):
+def test_documents_of_a_curriculum_do_not_see_one_another(block_size, step_config, random_params, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{word} " * 20}) + "\n" for word in ("a", "b")))
     config = step_config(
         **{
@@ -223,7 +223,7 @@ def test_documents_of_a_curriculum_do_not_see_one_another(block_size, step_confi
     counted = window["counted"]
     assert counted[:second].any() and counted[second:].any()
 
-    @quick_jit
+    @jax.jit
     def outputs(clean, noisy, document_start):
         states = bind(model, params).training_states(clean, noisy, jnp.full(1, 0.5), block_size, document_start)
         return states.denoiser[0], states.context[0]

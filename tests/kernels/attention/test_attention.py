@@ -14,7 +14,6 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 TOLERANCE = 3e-6
 B, H, K, P = 2, 6, 2, 4
-QUICK = {"xla_backend_optimization_level": 0}  # Compiles twice as fast.
 
 
 def draw(seed, *shape):
@@ -32,7 +31,7 @@ def oracle(q, key, value, visible, weights):
     return y, gradients
 
 
-_oracle = jax.jit(oracle, compiler_options=QUICK)
+_oracle = jax.jit(oracle)
 
 
 def masked(q, key, value, visible, weights=None):
@@ -172,7 +171,7 @@ def test_attention_under_a_mask(use, length, tile):
         y = use.run(*arrays, tile)
         return jnp.sum(y * weights), y
 
-    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
     gradients, y = run(*arrays)
     y_expected, gradients_expected = masked(*arrays, use.visible(length), weights)
     assert_close(y, y_expected)

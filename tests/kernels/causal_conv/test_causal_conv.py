@@ -15,7 +15,6 @@ from twotower_jax import kernels
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 TOLERANCE = 3e-6
-QUICK = {"xla_backend_optimization_level": 0}  # Compiles twice as fast.
 
 
 @pytest.fixture(params=["xla", "pallas_tpu_interpret"])
@@ -63,7 +62,7 @@ def gradients(function, *arrays):
         y = function(*arrays)
         return jnp.sum(y * draw(99, *y.shape).astype(np.float32))
 
-    compiled = jax.jit(jax.grad(loss, argnums=tuple(range(len(arrays)))), compiler_options=QUICK)
+    compiled = jax.jit(jax.grad(loss, argnums=tuple(range(len(arrays)))))
     return compiled(*(jnp.asarray(v, jnp.float32) for v in arrays))
 
 
@@ -181,7 +180,7 @@ def check_against_the_reference(seed, blocks, implementation, longest=70, channe
             limits = None if before is None else jnp.asarray(before)
             return convolution(*rest, *([block] if blocks else []), tail, limits)
 
-        return jax.jit(functools.partial(with_gradients, function), compiler_options=QUICK)(*arrays)
+        return jax.jit(functools.partial(with_gradients, function))(*arrays)
 
     def with_gradients(function, *arrays):
         y, back = jax.vjp(function, *arrays)

@@ -18,7 +18,6 @@ from twotower_jax.layers.common import ACTIVATIONS
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 TOLERANCE = 3e-6
-QUICK = {"xla_backend_optimization_level": 0}  # Compiles twice as fast.
 D, F = 5, 7
 LITERAL = "literal"
 
@@ -63,7 +62,7 @@ def compiled(form, activation=relu2):
         gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, gates, weights)
         return y, gradients
 
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(run)
 
 
 def check(x, gates, weights, indices, activation=relu2, form="xla"):

@@ -30,7 +30,6 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 E, D, F = 6, 128, 192  # D and F take several tiles of the GPU kernels, the last not full.
 TPU, GPU, GROUPED = "pallas_tpu_interpret", "mosaic_gpu_interpret", "mosaic_gpu_grouped_interpret"
 FORMS = [(TPU, jnp.float32), (TPU, jnp.bfloat16), (GPU, jnp.bfloat16), (GROUPED, jnp.bfloat16)]
-QUICK = {"xla_backend_optimization_level": 0}  # Compiles twice as fast.
 T, K = 90, 3  # Several tiles an expert, the last not full.
 # Relative to the norm: float32 sums in another order; single numbers rounded to the other neighbor.
 TOLERANCE = {jnp.float32: 1e-6, jnp.bfloat16: 5e-4}
@@ -77,7 +76,7 @@ def one_by_one(x, indices, gates, weights):
 
 @functools.cache
 def compiled(form):
-    return jax.jit(functools.partial(expert_mlp, activation=relu2, implementation=form), compiler_options=QUICK)
+    return jax.jit(functools.partial(expert_mlp, activation=relu2, implementation=form))
 
 
 def distance(found, expected):
@@ -209,7 +208,7 @@ def test_gradients(form, dtype):
 
     mlp = functools.partial(expert_mlp, activation=relu2, implementation=form)
     gradient = jax.grad(functools.partial(loss, mlp=mlp), argnums=(0, 1, 2))
-    found = jax.jit(gradient, compiler_options=QUICK)(x, gates, weights)
+    found = jax.jit(gradient)(x, gates, weights)
 
     def literal(x, indices, gates, weights):
         y = 0
@@ -222,7 +221,7 @@ def test_gradients(form, dtype):
         toward = jnp.asarray(toward, jnp.float64)
         exact = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (x, gates, weights))
         gradient = jax.grad(functools.partial(loss, mlp=literal), argnums=(0, 1, 2))
-        expected = jax.jit(gradient, compiler_options=QUICK)(*exact)
+        expected = jax.jit(gradient)(*exact)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # In bfloat16 three roundings of numbers that are multiplied: of rows, of the hidden layer, of its gradient.
         assert distance(one, np.asarray(other)) < (1e-6 if dtype == jnp.float32 else 1e-2)
@@ -264,7 +263,7 @@ def test_grouped_products(seed, empty):
         np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=2.0**-8, atol=1e-4)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def grouped(a, b, matrices, groups):
     return (
         product(a, matrices, groups, interpret=True),

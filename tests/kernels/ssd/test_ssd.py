@@ -78,8 +78,8 @@ def weighted(outputs):
     return total
 
 
-# Compiles twice as fast. The tests of extreme decays use what users get.
-QUICK = {"xla_backend_optimization_level": 0}
+# What users get, for the tests of extreme decays.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
 def with_gradients(function, compiler_options=None):
@@ -100,7 +100,7 @@ class Oracle:
     """A literal function in float64, with its gradients."""
 
     def __init__(self, function):
-        self._run = with_gradients(function, QUICK)
+        self._run = with_gradients(function)
 
     def __call__(self, *arrays):
         with jax.enable_x64(True):
@@ -168,7 +168,7 @@ def for_each(fast, of_gpu, of_triton=()):
 def test_ssd_equals_the_recurrence(implementation, shape):
     *shape, chunk = shape
     arrays = draw(chunk, *shape)
-    (y, state), gradients = with_gradients(chunked(chunk, implementation), QUICK)(*to_float32(arrays))
+    (y, state), gradients = with_gradients(chunked(chunk, implementation))(*to_float32(arrays))
     (y_expected, state_expected), gradients_expected = recurrence(*arrays)
     assert y.dtype == state.dtype == jnp.float32
     assert difference(y, y_expected) < TOLERANCE
@@ -249,7 +249,7 @@ def test_extreme_decays_stay_finite_and_accurate(form, step):
 
 @functools.cache
 def _chunked_gradients(implementation, chunk):
-    return with_gradients(chunked(chunk, implementation))
+    return with_gradients(chunked(chunk, implementation), OPTIMIZED)
 
 
 @pytest.mark.parametrize(("form", "large"), forms_with([10.0, 50.0, 1e3, 1e6], [50.0, 1e6]), ids=str)
@@ -290,7 +290,7 @@ def test_bfloat16_inputs_are_scanned_in_float32(implementation):
     x, dt, log_decay, b, c, state = to_float32(arrays)
     x, b, c = (v.astype(jnp.bfloat16) for v in (x, b, c))
     rounded = [np.asarray(v, np.float64) for v in (x, dt, log_decay, b, c, state)]
-    (y, last), gradients = with_gradients(chunked(16, implementation), QUICK)(x, dt, log_decay, b, c, state)
+    (y, last), gradients = with_gradients(chunked(16, implementation))(x, dt, log_decay, b, c, state)
     (y_expected, last_expected), gradients_expected = recurrence(*rounded)
     assert y.dtype == last.dtype == jnp.float32
     assert difference(y, y_expected) < TOLERANCE
@@ -356,7 +356,7 @@ TRITON_PAIRS = [(1, 8, 3, 1, 3, 2, 3, 2), (4, 8, 3, 1, 6, 2, 2, 4), *GPU_PAIRS[2
 def test_two_tower_ssd_equals_block_by_block(implementation, pair):
     block, chunk, blocks, batch, heads, head_dim, groups, state = pair
     arrays = draw_two_towers(block, batch, block * blocks, heads, head_dim, groups, state)
-    (y,), gradients = with_gradients(blocks_of(block, chunk, implementation), QUICK)(*to_float32(arrays))
+    (y,), gradients = with_gradients(blocks_of(block, chunk, implementation))(*to_float32(arrays))
     (y_expected,), gradients_expected = blocks_one_by_one(block)(*arrays)
     assert y.dtype == jnp.float32
     assert difference(y, y_expected) < TOLERANCE
@@ -367,7 +367,7 @@ def test_two_tower_ssd_equals_block_by_block(implementation, pair):
 
 def test_the_plain_form_that_stores_a_state_for_each_block():
     arrays = draw_two_towers(0, 2, 33, 4, 3, 2, 2)
-    (y,), gradients = with_gradients(blocks_of(3, 8, "stored_states"), QUICK)(*to_float32(arrays))
+    (y,), gradients = with_gradients(blocks_of(3, 8, "stored_states"))(*to_float32(arrays))
     (y_expected,), gradients_expected = blocks_one_by_one(3)(*arrays)
     assert difference(y, y_expected) < TOLERANCE
     check_gradients(TWO_TOWER_NAMES, gradients, gradients_expected)
@@ -375,7 +375,7 @@ def test_the_plain_form_that_stores_a_state_for_each_block():
 
 @functools.cache
 def _blocks_of_8_gradients(implementation):
-    return with_gradients(blocks_of(8, 32 if implementation in FAST else 16, implementation))
+    return with_gradients(blocks_of(8, 32 if implementation in FAST else 16, implementation), OPTIMIZED)
 
 
 @pytest.mark.parametrize(("implementation", "large"), for_each([0.01, 50.0, 1e6], [50.0], [50.0]), ids=str)
@@ -410,9 +410,9 @@ def test_two_tower_ssd_in_bfloat16(implementation, frozen):
     rounded = [np.asarray(v, np.float64) for v in arrays]
     function = blocks_of(8, 16, implementation)
     if frozen:
-        (y,), gradients = with_gradients(lambda *own: function(*own, *arrays[5:]), QUICK)(*arrays[:5])
+        (y,), gradients = with_gradients(lambda *own: function(*own, *arrays[5:]))(*arrays[:5])
     else:
-        (y,), gradients = with_gradients(function, QUICK)(*arrays)
+        (y,), gradients = with_gradients(function)(*arrays)
     (y_expected,), gradients_expected = blocks_one_by_one(8)(*rounded)
     assert difference(y, y_expected) < TOLERANCE
     for name, array, found, expected in zip(TWO_TOWER_NAMES, arrays, gradients, gradients_expected, strict=False):
@@ -428,7 +428,7 @@ def test_the_tpu_kernels_read_nothing_that_was_not_written():
     def run(*arrays):
         return (two_tower_tpu.two_tower_ssd(*arrays, block_size=4, chunk_size=8, interpret=interpret),)
 
-    (y,), gradients = with_gradients(run, QUICK)(*to_float32(arrays))
+    (y,), gradients = with_gradients(run)(*to_float32(arrays))
     (y_expected,), gradients_expected = blocks_one_by_one(4)(*arrays)
     assert difference(y, y_expected) < TOLERANCE
     check_gradients(TWO_TOWER_NAMES, gradients, gradients_expected)
@@ -444,7 +444,7 @@ def test_the_gpu_kernels_await_what_they_read():
     def run(*arrays):
         return (mosaic_gpu.two_tower_ssd(*arrays, block_size=4, chunk_size=16, interpret=interpret),)
 
-    (y,), gradients = with_gradients(run, QUICK)(*arrays)
+    (y,), gradients = with_gradients(run)(*arrays)
     (y_expected,), gradients_expected = blocks_one_by_one(4)(*rounded)
     assert difference(y, y_expected) < TOLERANCE
     for name, array, found, expected in zip(TWO_TOWER_NAMES, arrays, gradients, gradients_expected, strict=True):
@@ -472,7 +472,7 @@ def test_memory_does_not_grow_as_the_block_shrinks(gradients):
         function = jax.grad(loss, argnums=tuple(range(9))) if gradients else loss
         shapes = [v.shape for v in draw_two_towers(0, batch, length, heads, head_dim, groups, state)]
         abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        return jax.jit(function, compiler_options=QUICK).lower(*abstract).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(function).lower(*abstract).compile().memory_analysis().temp_size_in_bytes
 
     memory = {block: temporaries(block) for block in (16, 8, 4)}
     states_at_4 = length // 4 * heads * head_dim * state * 4
