@@ -13,6 +13,7 @@ from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
 from twotower_jax.checkpoint.listing import infer_config
 from twotower_jax.checkpoint.load import load
+from twotower_jax.config import LayerFields, ModelConfig
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Settings, generate
 from twotower_jax.generation.placement import TowerMeshes
@@ -25,6 +26,7 @@ from twotower_jax.parameters import Scope, bind, constant, flatten, normal, para
 from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.train.loop import train
 from twotower_jax.train.metrics import METRICS
+from twotower_jax.train.setup import look
 from twotower_jax.two_tower import Backbone
 
 pytestmark = pytest.mark.usefixtures("compile_once", "average")
@@ -59,7 +61,7 @@ def recurrence(inputs, rate, state):
 
 
 class Average(Mixer):
-    """A decaying average of what `mix_in` makes of the tokens, one rate per channel."""
+    """A decaying average of what `mix_in` makes of the tokens, one rate per channel, at first a field of the config."""
 
     cache_axes = Kept(("batch", None))
 
@@ -67,7 +69,9 @@ class Average(Mixer):
         shape, std = (config.hidden_size, config.hidden_size), config.hidden_size**-0.5
         self.mix_in = Linear(scope.child("mix_in"), shape, ("embed", "mlp"), normal(std), False)
         self.mix_out = Linear(scope.child("mix_out"), shape, ("mlp", "embed"), normal(std), False)
-        self.rate = scope.declare("rate", shape[:1], (None,), constant(0.5), decay=False, float32=True)
+        self.rate = scope.declare(
+            "rate", shape[:1], (None,), constant(config.layer_fields["rate"]), decay=False, float32=True
+        )
 
     def _enter(self, x, run):
         """What enters the state and how much of it lasts; padding changes nothing."""
@@ -106,6 +110,11 @@ class Average(Mixer):
         return Kept(recurrence(*self._only(memory.inputs, memory.rate, lengths), cache.state)[:, -1])
 
     @classmethod
+    def check_config(cls, config):
+        if "rate" not in config.layer_fields:
+            raise ValueError("layer_fields has no rate")
+
+    @classmethod
     def check_mesh(cls, config, shape, sequence_length):
         if shape.sequence > 1:
             raise ValueError(f"mesh: sequence={shape.sequence}, but this layer reads a sequence on one device")
@@ -116,7 +125,7 @@ class Average(Mixer):
 
     @classmethod
     def infer(cls, shapes):
-        return {} if "mix_in.weight" in shapes else None
+        return {"layer_fields": LayerFields(rate=0.5)} if "mix_in.weight" in shapes else None
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +141,8 @@ def settings(train_config):
 
     def make(**changes):
         config = train_config(batch_size=8, steps=4, checkpoint_every=2, log_every=1, **changes)
-        return dataclasses.replace(config, model=dict(config.model) | {"hybrid_override_pattern": "r-r-*"})
+        own = {"hybrid_override_pattern": "r-r-*", "layer_fields": {"rate": 0.25}}
+        return dataclasses.replace(config, model=dict(config.model) | own)
 
     return make
 
@@ -252,6 +262,24 @@ def test_export_and_conversion_give_every_bit_back(trained, tmp_path):
     export(tmp_path / "converted", tmp_path / "again", "both", 1 << 30)
     for file in (tmp_path / "folder").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_its_field_of_the_config_goes_along(trained, settings, tmp_path):
+    workdir = trained[1] / "denoiser"
+    config = load(workdir).model.config
+    assert config.layer_fields == {"rate": 0.25} and json.loads((workdir / "config.json").read_text())["model"][
+        "layer_fields"
+    ] == {"rate": 0.25}
+    assert ModelConfig.from_hf(config.to_hf()) == config and hash(ModelConfig.from_hf(config.to_hf())) == hash(config)
+    export(workdir, tmp_path / "folder", "both", 1 << 30)
+    convert(tmp_path / "folder", tmp_path / "converted")
+    assert load(tmp_path / "folder").model.config == load(tmp_path / "converted").model.config == config
+    other = dataclasses.replace(settings(), model=dict(settings().model) | {"layer_fields": {"rate": 0.5}})
+    with pytest.raises(ValueError, match=r"model.layer_fields.rate 0.25 -> 0.5"):
+        look(other, trained[1] / "backbone")
+    for fields, message in ({}, "layer_fields has no rate"), ({"rate": [1]}, "layer_fields must name numbers"):
+        with pytest.raises(ValueError, match=message):
+            ModelConfig.from_hf(config.to_hf() | {"layer_fields": fields})
 
 
 def test_its_tensors_tell_its_kind(trained):

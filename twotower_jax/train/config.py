@@ -274,7 +274,7 @@ class TrainConfig:
         Raises:
           ValueError: for a field that `ModelConfig` does not have, or values that contradict each other.
         """
-        if unknown := sorted(set(self.model) - set(_model_fields())):
+        if unknown := sorted(set(self.model) - {*_model_fields(), "layer_fields"}):
             raise ValueError(f"config: model has no field {unknown[0]!r}")
         return ModelConfig.from_hf(dict(self.model) | {"vocab_size": vocab_size})
 
@@ -338,13 +338,13 @@ def freeze(config: ConfigDict) -> TrainConfig:
 
 
 def _model_fields() -> dict[str, Any]:
-    """The fields of `ModelConfig` but vocab_size, with their defaults; a placeholder where there is none."""
+    """The fields of `ModelConfig` that every config has, with their defaults; a placeholder where there is none."""
     return {
         field.name: config_dict.placeholder(tuple if field.name == "time_step_limit" else field.type)
         if field.default is dataclasses.MISSING or field.default is None
         else field.default
         for field in dataclasses.fields(ModelConfig)
-        if field.name != "vocab_size"
+        if field.name not in ("vocab_size", "layer_fields")
     }
 
 
