@@ -69,9 +69,8 @@ class Average(Mixer):
         shape, std = (config.hidden_size, config.hidden_size), config.hidden_size**-0.5
         self.mix_in = Linear(scope.child("mix_in"), shape, ("embed", "mlp"), normal(std), False)
         self.mix_out = Linear(scope.child("mix_out"), shape, ("mlp", "embed"), normal(std), False)
-        self.rate = scope.declare(
-            "rate", shape[:1], (None,), constant(config.layer_fields["rate"]), decay=False, float32=True
-        )
+        start = constant(config.layer_fields["rate"])
+        self.rate = scope.declare("rate", shape[:1], (None,), start, decay=False, float32=True)
 
     def _enter(self, x, run):
         """What enters the state and how much of it lasts; padding changes nothing."""
@@ -267,9 +266,8 @@ def test_export_and_conversion_give_every_bit_back(trained, tmp_path):
 def test_its_field_of_the_config_goes_along(trained, settings, tmp_path):
     workdir = trained[1] / "denoiser"
     config = load(workdir).model.config
-    assert config.layer_fields == {"rate": 0.25} and json.loads((workdir / "config.json").read_text())["model"][
-        "layer_fields"
-    ] == {"rate": 0.25}
+    saved = json.loads((workdir / "config.json").read_text())["model"]
+    assert config.layer_fields == saved["layer_fields"] == {"rate": 0.25}
     assert ModelConfig.from_hf(config.to_hf()) == config and hash(ModelConfig.from_hf(config.to_hf())) == hash(config)
     export(workdir, tmp_path / "folder", "both", 1 << 30)
     convert(tmp_path / "folder", tmp_path / "converted")
