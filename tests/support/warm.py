@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 
 _MOST = 2**17  # Bytes of a request.
 # Not the modules that define flags for whoever imports them.
@@ -77,7 +78,10 @@ def _serve(connection: socket.socket) -> tuple[str, list[str]]:
         if not content:
             sys.exit()
         request = json.loads(content)
-        process = os.fork()
+        with warnings.catch_warnings():
+            # Libraries have a thread or two that only wait; no backend of JAX is there yet.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = os.fork()
         if process == 0:
             connection.close()
             for target, fd in enumerate(fds):
