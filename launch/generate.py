@@ -51,7 +51,7 @@ _OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the resu
 _MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; at most what was trained.")
-_STEPS = flags.DEFINE_integer("steps_per_block", None, "Most denoiser evaluations a block; default: the block size.")
+_STEPS = flags.DEFINE_integer("steps_per_block", None, "Most denoiser evaluations per block; default: the block size.")
 _THRESHOLD = flags.DEFINE_float(
     "confidence_threshold", None, "Commit tokens surer than this (strategies that have it)."
 )
