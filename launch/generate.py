@@ -191,16 +191,13 @@ def _generate(
     loaded = model_flags.load_model(_SEPARATE_TOWERS.value)
     text = _CHAT.value or any("text" in row for row in rows)
     tokenizer = _tokenizer(loaded.folder, bool(settings.stop) or text)
-    _warn_of_unused(settings.mode)
-    _warn_of_large_blocks(settings, loaded.folder)
-    if settings.mode != "ar":
-        advice = "--mode=ar generates with the backbone itself"
-        model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", advice)
     if rows is None:
+        _warn(settings, loaded.folder)
         _converse(loaded, template, tokenizer, settings, write)
         return
     prompts = prompt_ids(rows, tokenizer) if prompts is None else prompts
     results = _results(loaded, prompts, tokenizer, settings, write_trace)
+    _warn(settings, loaded.folder)  # Now, when nothing can be refused any more.
     for done, (row, result) in enumerate(zip(rows, results, strict=True), 1):
         if write is None:
             _show(row, result, tokenizer)
@@ -229,9 +226,13 @@ def _results(
     if write_trace is not None:
         trace = TraceWriter(write_trace, model.config, settings, prompts, decode)
         observers.append(lambda steps: [trace.add(progress) for progress in steps])
-    yield from in_order(_steps(engine, observers))
-    if write_trace is not None:
-        trace.finish()
+
+    def run() -> Iterator[Result]:
+        yield from in_order(_steps(engine, observers))
+        if write_trace is not None:
+            trace.finish()
+
+    return run()
 
 
 def _converse(
@@ -272,6 +273,14 @@ def _output_row(result: Result) -> dict:
     if result.accepted_draft_tokens is not None:
         fields["acceptance_length"] = result.acceptance_length
     return fields | {"evaluations_per_token": result.evaluations_per_token}
+
+
+def _warn(settings: Settings, folder: pathlib.Path) -> None:
+    _warn_of_unused(settings.mode)
+    _warn_of_large_blocks(settings, folder)
+    if settings.mode != "ar":
+        advice = "--mode=ar generates with the backbone itself"
+        model_flags.warn_if_untrained(folder, f"--mode={settings.mode}", advice)
 
 
 def _warn_of_unused(mode: str) -> None:

@@ -63,7 +63,8 @@ def _read() -> list[dict]:
             raise ValueError(f"{_INPUT.value}, row {number}: {', '.join(missing)} missing")
         if objective == "generations":
             fields = row["prompt_ids"], row["tokens"]
-            if not all(isinstance(ids, list) for ids in fields) or not row["prompt_ids"]:
+            lists = all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in fields)
+            if not lists or not row["prompt_ids"]:
                 what = "prompt_ids and tokens must be lists of token ids, with a prompt"
                 raise ValueError(f"{_INPUT.value}, row {number}: {what}")
     return rows
@@ -98,7 +99,12 @@ def main() -> None:
             rows = [row | {"ids": [int(i) for i in ids]} for row, ids in zip(rows, tokens, strict=True)]
         with in_force(placement.context):
             params = placement.context_params(model, params)
-            _SCORERS[_OBJECTIVE.value](model, params, rows, write)
+            try:
+                _SCORERS[_OBJECTIVE.value](model, params, rows, write)
+            except ValueError as error:
+                # The functions know rows, and not where they come from.
+                where = f"{_INPUT.value}, " if str(error).startswith("row ") else ""
+                raise ValueError(f"{where}{error}") from None
 
 
 Write = Callable[[dict], None]

@@ -49,7 +49,11 @@ def enable(chosen: str | None, *, by_default: bool = True) -> pathlib.Path | Non
     if chosen == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    if chosen is None and (jax.config.jax_compilation_cache_dir is not None or not by_default):
+    if chosen is None and (given := jax.config.jax_compilation_cache_dir) is not None:
+        if (path := local_path(given)) != given:  # JAX would make a folder named ~
+            jax.config.update("jax_compilation_cache_dir", path)
+        return None
+    if chosen is None and not by_default:
         return None
     try:
         folder = default_folder() if chosen is None else pathlib.Path(local_path(chosen)).absolute()

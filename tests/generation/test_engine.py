@@ -363,6 +363,8 @@ def test_a_model_that_is_not_a_number_is_an_error(tiny):
     [
         ([], "no prompts"),
         ([[1], []], "prompt 2 is empty"),
+        ([[[1, 2]]], "prompt 1: expected one list of token ids, found lists in it"),
+        ([[1], [[1], [1, 2]]], "prompt 2: expected one list of token ids, found lists in it"),
         ([[1, 512]], "prompt 1: id 512 at position 1"),
         ([[-1]], "id -1"),
         ([[1.5]], "whole numbers"),

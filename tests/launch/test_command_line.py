@@ -149,7 +149,7 @@ def test_an_error_may_have_a_status_of_its_own():
 
 def test_generated_rows_are_checked_before_a_model_is_loaded(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    for prompt, tokens in ("[]", "[3]"), ("[5]", "7"):
+    for prompt, tokens in ("[]", "[3]"), ("[5]", "7"), ("[5]", "[[7]]"), ("[true]", "[7]"):
         bad = f'{{"prompt_ids": {prompt}, "tokens": {tokens}}}'
         rows.write_text(f'{{"prompt_ids": [5], "tokens": []}}\n{bad}\n')
         words = ["--checkpoint=nowhere", f"--input={rows}", f"--output={tmp_path / 'out'}", "--objective=generations"]

@@ -96,7 +96,7 @@ def _converted(path: pathlib.Path):
 
 
 def _workdir(path: pathlib.Path):
-    settings = workdir.read_settings(path)
+    settings, (model, _, _) = workdir.read_settings(path), workdir.described(path)
     step = orbax_steps.latest_step(path / workdir.CHECKPOINTS)
     if step is None:
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
@@ -108,4 +108,4 @@ def _workdir(path: pathlib.Path):
         for label, tree in trees.items()
         for array_path, array in flatten(tree).items()
     ]
-    return "training workdir", {"objective": settings["objective"], "newest step": step}, settings["model"], found
+    return "training workdir", {"objective": settings["objective"], "newest step": step}, model.to_hf(), found

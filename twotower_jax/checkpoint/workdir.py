@@ -321,10 +321,14 @@ def _model_config(path: pathlib.Path, settings: Settings) -> ModelConfig:
 
 
 def _variant(path: pathlib.Path, settings: Settings) -> Variant:
+    given = settings["variant"]
+    known = {field.name for field in dataclasses.fields(Variant)}
+    if not isinstance(given, dict) or not given.keys() <= known:
+        raise CheckpointError(f"{path / CONFIG}: variant={given!r} is not an object of {', '.join(sorted(known))}")
     try:
-        return Variant(**settings["variant"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / CONFIG}: variant: {error}") from None
+        return Variant(**given)
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: {error}") from None
 
 
 def _refuse_differences(path: pathlib.Path, saved: Settings, now: Settings, changeable: tuple[str, ...]) -> None:

@@ -388,7 +388,9 @@ def in_order(steps: Iterable[Progress]) -> Iterator[Result]:
 
 def _checked(model: TwoTower, prompt: Sequence[int], number: int) -> np.ndarray:
     ids = check_ids(prompt, model.config.vocab_size, f"prompt {number + 1}")
-    if ids.ndim != 1 or ids.size == 0:
+    if ids.ndim != 1:
+        raise ValueError(f"prompt {number + 1}: expected one list of token ids, found lists in it")
+    if ids.size == 0:
         raise ValueError(f"prompt {number + 1} is empty; the model continues at least one token")
     return ids
 

@@ -85,7 +85,10 @@ def score_denoiser(
     checked = []
     for i, row in enumerate(rows):
         ids = _checked(row.ids, model, i)
-        masked = np.asarray(row.masked)
+        try:
+            masked = np.asarray(row.masked)
+        except ValueError:  # lists in it
+            masked = np.zeros(0)
         if masked.dtype != bool or masked.shape != ids.shape:
             raise ValueError(f"row {i + 1}: masked must hold {ids.size} true or false values, one per id")
         if not isinstance(row.block_size, int) or isinstance(row.block_size, bool) or row.block_size < 1:
