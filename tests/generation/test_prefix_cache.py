@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,13 +23,6 @@ SETTINGS = Settings(
 SHARED = list(range(5, 31))
 # Two that begin alike for three pieces, one for one piece, one that ends with a piece, and one that is its first part.
 PROMPTS = [SHARED, SHARED[:24] + [33, 34, 35], SHARED[:9] + [36] * 9, SHARED[:16], SHARED[:8], SHARED]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

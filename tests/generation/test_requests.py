@@ -17,13 +17,6 @@ VOCAB, BLOCK, SLOTS = 64, 8, 4
 ENGINE = Settings(batch_size=SLOTS, prefill_chunk=64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def tiny(small_config, random_params):
     model = TwoTower(small_config("M*E", vocab_size=VOCAB))
@@ -300,7 +293,7 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(tiny, mode):
     expected = results(tiny, good)
     told = run(broken, [*good[:2], request(mode=mode, prompt=[5, bad, 6]), *good[2:]])
     (failed,) = told.pop(2)
-    assert failed.error == "prompt 2: the model's logits are not finite; are its weights?"
+    assert failed.error == "prompt 3: the model's logits are not finite; are its weights?"
     assert (failed.result, failed.tokens) == (None, [])
     assert [events[-1].result for events in told] == expected
 
@@ -342,8 +335,8 @@ def test_cancel_frees_a_slot_for_the_next_step(tiny):
         ({"start": [5] * 21}, "start must hold 1 … 20 token ids"),
         ({"end_tokens": (64,)}, "end_tokens: id 64"),
         ({"sampling": {"temperature": 1.0, "top_k": 65}}, "top_k=65 is more than the vocabulary has"),
-        ({"prompt": []}, "prompt 0 is empty"),
-        ({"prompt": [5] * 110}, "prompt 0 needs .* cache positions, and a slot has 128"),
+        ({"prompt": []}, "prompt 1 is empty"),
+        ({"prompt": [5] * 110}, "prompt 1 needs .* cache positions, and a slot has 128"),
     ],
 )
 def test_requests_that_cannot_be_met(tiny, values, message):

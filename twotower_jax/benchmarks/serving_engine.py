@@ -32,7 +32,7 @@ from twotower_jax.generation import Engine, Settings, positions, scheduling
 from twotower_jax.parameters import bind
 from twotower_jax.two_tower import TwoTower
 
-_WORDS = "list str dict int file module function class value error name object type string method argument".split()
+_WORDS = ("list", "str", "dict", "file", "module", "function", "class", "value", "error", "object", "method", "the")
 
 
 def define_flags() -> None:
@@ -145,9 +145,7 @@ def main() -> None:
     print("\n| rows | quorum | evaluations a block | of them wasted | context passes | tokens/s | times that of all |")
     print("|--:|---|--:|--:|--:|--:|--:|")
     for batch in map(int, values.batches):
-        settings = Settings(
-            max_new_tokens=values.new_tokens, sampling=sampling, batch_size=batch, ignore_eos=True
-        )
+        settings = Settings(max_new_tokens=values.new_tokens, sampling=sampling, batch_size=batch, ignore_eos=True)
         prompts = (texts * (1 + batch * values.rows_per_slot // len(texts)))[: batch * values.rows_per_slot]
         capacity = max(positions(len(p), values.new_tokens, settings) for p in prompts)
         rules = {"all rows": lambda alive: alive, "the engine's": scheduling.quorum, "one row": lambda alive: 1}
@@ -172,7 +170,9 @@ def main() -> None:
         recorded += [count for row in runs["all rows"][0].counts for count in row]
         ratios.append(context_cost(model, params, batch, capacity))
     context = values.context_cost if values.context_cost is not None else statistics.median(ratios)
-    print(f"\na pass of the context costs {', '.join(f'{r:.2f}' for r in ratios)} evaluations; simulated: {context:.2f}")
+    print(
+        f"\na pass of the context costs {', '.join(f'{r:.2f}' for r in ratios)} evaluations; simulated: {context:.2f}"
+    )
     report(recorded, context)
 
 

@@ -123,7 +123,7 @@ class Engine:
             try:
                 request = from_settings(self._settings, request, max_new_tokens)
             except ValueError as error:
-                raise ValueError(f"prompt {number}: {error}") from None
+                raise ValueError(f"prompt {number + 1}: {error}") from None
         elif max_new_tokens is not None:
             raise ValueError("max_new_tokens is said by the request")
         ids = _checked(self._model, request.prompt, number)
@@ -133,7 +133,7 @@ class Engine:
             raise ValueError(f"mode {request.mode!r}: the engine was made for mode 'ar', without a denoiser")
         needed = positions(len(ids), request.max_new_tokens, self._settings, request)
         if needed > self.capacity:
-            raise ValueError(f"prompt {number} needs {needed} cache positions, and a slot has {self.capacity}")
+            raise ValueError(f"prompt {number + 1} needs {needed} cache positions, and a slot has {self.capacity}")
         eos = self._eos if request.end_tokens is None else tuple(request.end_tokens)
         ending = Ending(request.max_new_tokens, eos=eos, stop=request.stop, decode=self._decode)
         row = Row(number, request, ids, eos, ending, self._record, self._model.config.mask_token_id)
@@ -377,9 +377,11 @@ def in_order(steps: Iterable[Progress]) -> Iterator[Result]:
 
 
 def _checked(model: TwoTower, prompt: Sequence[int], number: int) -> np.ndarray:
-    ids = check_ids(prompt, model.config.vocab_size, f"prompt {number}")
-    if ids.ndim != 1 or ids.size == 0:
-        raise ValueError(f"prompt {number} is empty; the model continues at least one token")
+    ids = check_ids(prompt, model.config.vocab_size, f"prompt {number + 1}")
+    if ids.ndim != 1:
+        raise ValueError(f"prompt {number + 1}: expected one list of token ids, found lists in it")
+    if ids.size == 0:
+        raise ValueError(f"prompt {number + 1} is empty; the model continues at least one token")
     return ids
 
 

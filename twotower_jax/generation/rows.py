@@ -187,7 +187,7 @@ class Row:
 
     def failed(self) -> Progress:
         """The row cannot go on."""
-        error = f"prompt {self.number}: the model's logits are not finite; are its weights?"
+        error = f"prompt {self.number + 1}: the model's logits are not finite; are its weights?"
         return Progress(self.number, self.blocks, len(self.tokens), [], None, None, None, error=error)
 
     def _provisional(self, emitted: Emitted, slot: int) -> Progress | None:
