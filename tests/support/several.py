@@ -72,7 +72,7 @@ def lead(engine) -> dict[int, list]:
         if steps == 3:
             for request in second:
                 engine.submit(request)
-            engine.cancel(3)
+            engine.cancel(8)
         for progress in engine.step():
             if progress.result is not None:
                 told[progress.number] = [progress.result.tokens, progress.result.denoiser_evaluations]

@@ -120,7 +120,7 @@ def given(rows: Places, firsts: Sequence[int], count: int, config: ModelConfig) 
     fixed = np.zeros((len(rows), count), bool)
     allowed = None
     for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
-        if row is None:
+        if row is None or not row.request.holds:
             continue
         request = row.request
         for place in range(count):
