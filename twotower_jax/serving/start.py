@@ -1,0 +1,136 @@
+"""A service made of a loaded model: the engine, its thread, and what reads bodies and writes answers."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from twotower_jax.data import Decoder, load_tokenizer
+from twotower_jax.data.chat import ChatTemplate
+from twotower_jax.generation.engine import Engine
+from twotower_jax.generation.placement import TowerMeshes
+from twotower_jax.generation.request import Request
+from twotower_jax.generation.settings import Settings
+from twotower_jax.parameters import Params
+from twotower_jax.serving.app import Service
+from twotower_jax.serving.limits import Limits
+from twotower_jax.serving.loop import EngineLoop
+from twotower_jax.serving.metrics import Metrics
+from twotower_jax.serving.schema import Defaults, Reader
+from twotower_jax.serving.scoring import Scorer
+from twotower_jax.serving.text import TokenTexts
+from twotower_jax.two_tower import TwoTower
+
+_KNOBS = ("block_size", "steps_per_block", "strategy", "confidence_threshold", "schedule", "strategy_options")
+
+
+def defaults(settings: Settings, seed: int | None) -> Defaults:
+    """What requests that say nothing get: what `launch/generate.py` would take, but the seed."""
+    values = {name: getattr(settings.sampling, name) for name in (*_KNOBS, "temperature", "top_k", "top_p")}
+    if values["steps_per_block"] == values["block_size"]:
+        del values["steps_per_block"]  # So that it is that of a request's own block size.
+    return Defaults(
+        mode=settings.mode,
+        max_new_tokens=settings.max_new_tokens,
+        sampling=values,
+        tolerance=settings.tolerance,
+        ignore_eos=settings.ignore_eos,
+        seed=seed,
+    )
+
+
+def make_service(
+    model: TwoTower,
+    params: Params,
+    folder: Path,
+    settings: Settings,
+    *,
+    name: str,
+    slots: int,
+    capacity: int,
+    max_waiting: int,
+    placement: TowerMeshes,
+    keys: Sequence[bytes] = (),
+    seed: int | None = None,
+    warm_up: bool = False,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+) -> Callable[[], Service]:
+    """Allocates all that a server needs.
+
+    Args:
+      folder: that holds the tokenizer.
+      settings: the engine's, and the defaults of requests. seed: of requests that name none; None draws one for each.
+      name: of the model. slots: rows computed together. capacity: positions of each. max_waiting: rows more than slots.
+      keys: one of which a client must give. warm_up: compile before the server is ready.
+
+    Returns:
+      makes the service, in the event loop that is to run it.
+
+    Raises:
+      ValueError: if the caches do not fit, or there is no tokenizer.
+    """
+    tokenizer = load_tokenizer(folder)
+    try:
+        template: ChatTemplate | str = ChatTemplate.load(folder, tokenizer)
+    except ValueError as error:
+        template = str(error)
+    decode, texts, metrics = Decoder(tokenizer), TokenTexts(tokenizer), Metrics(name)
+    engine = Engine(model, params, settings, capacity=capacity, slots=slots, decode=decode, placement=placement)
+    scorer = Scorer(model, params, placement)
+    given = defaults(settings, seed)
+    reader = Reader(
+        name=name,
+        config=model.config,
+        tokenizer=tokenizer,
+        template=template,
+        defaults=given,
+        limits=limits,
+        capacity=capacity,
+        places=slots + max_waiting,
+        longest_token=texts.longest(),
+    )
+
+    def begin() -> tuple[Engine, Scorer]:
+        if warm_up:
+            compile_all(engine, settings)
+        return engine, scorer
+
+    def make() -> Service:
+        return Service(
+            loop=EngineLoop(begin, slots + max_waiting, metrics),
+            reader=reader,
+            metrics=metrics,
+            limits=limits,
+            texts=texts,
+            decode=decode,
+            special=decode.special,
+            keys=keys,
+        )
+
+    return make
+
+
+def compile_all(engine: Engine, settings: Settings) -> None:
+    """Has the engine compile what requests with these settings need, by running some.
+
+    Prompts of every width in which they are read, one alone and as many as there are slots.
+    """
+    new = min(settings.max_new_tokens, 2 * settings.sampling.block_size)
+    length = 1
+    while length + new + settings.sampling.block_size <= engine.capacity:
+        for count in {1, engine.slots}:
+            for _ in range(count):
+                engine.submit(
+                    Request(
+                        prompt=[0] * length,
+                        max_new_tokens=new,
+                        mode=settings.mode,
+                        sampling=settings.sampling,
+                        end_tokens=(),
+                    )
+                )
+            while engine.busy:
+                for progress in engine.step():
+                    if progress.error is not None:
+                        raise ValueError(f"warming up: {progress.error}")
+        if length > settings.prefill_chunk:
+            break
+        length = length * 4 if length > 1 else 65
