@@ -82,7 +82,8 @@ class Reader:
 
     Args:
       name: under which the model is served.
-      capacity: positions of a slot. places: rows that may be running or waiting.
+      capacity: tokens of a row, prompt and answer. most_new: the most new tokens that a slot has room for, after a
+        prompt of so many, in a mode, with a block size. places: rows that may be running or waiting.
       template: of conversations; a text says why there is none.
       longest_token: the most characters that a token can stand for.
     """
@@ -97,11 +98,12 @@ class Reader:
         defaults: Defaults,
         limits: Limits,
         capacity: int,
+        most_new: Callable[[int, str, int], int],
         places: int,
         longest_token: int,
     ):
         self.name, self.config, self.defaults, self.limits = name, config, defaults, limits
-        self.capacity = capacity
+        self.capacity, self._most_new = capacity, most_new
         self._tokenizer, self._template = tokenizer, template
         self._places, self._longest_token = places, longest_token
         self._kinds: set[tuple] = set()
@@ -263,13 +265,6 @@ class Reader:
                 f"of {len(prompts)} prompts makes {n * len(prompts)} rows; at most {self._places} are taken together"
             )
             raise refused("n", message)
-        if tokens is None:
-            tokens = min(self.defaults.max_new_tokens, self.capacity - longest)
-        if longest + tokens > self.capacity:
-            message = (
-                f"{tokens} new tokens after a prompt of {longest} are more than the {self.capacity} that are possible"
-            )
-            raise refused(tokens_name, message, code=_TOO_LONG)
         options = fields.take("stream_options", None)
         stream, given_options = fields.boolean("stream"), options is not None
         if given_options and not isinstance(options, dict):
@@ -282,10 +277,13 @@ class Reader:
         stream_steps = fields.boolean("stream_steps")
         if stream_steps and not stream:
             raise refused("stream_steps", "needs stream to be true")
+        mode = fields.word("mode", self.defaults.mode, MODES)
+        sampling = self._sampling(fields)
+        tokens = self._new_tokens(tokens, tokens_name, longest, mode, sampling.block_size)
         seed = fields.integer("seed", self.defaults.seed, 0, 2**32 - 1)
         seed = secrets.randbelow(2**32) if seed is None else seed
         shared = {
-            "mode": fields.word("mode", self.defaults.mode, MODES),
+            "mode": mode,
             "seed": seed,
             "tolerance": fields.number("tolerance", None, 0, 1),
             "stop": self._stop(fields),
@@ -300,7 +298,6 @@ class Reader:
         token_ids, step_map = fields.boolean("return_token_ids"), fields.boolean("return_step_map")
         if step_map and not has_blocks(shared["mode"]):
             raise refused("return_step_map", f"has no meaning in mode {shared['mode']}, which denoises no blocks")
-        sampling = self._sampling(fields)
         fields.finish(NEUTRAL | (NEUTRAL_CHAT if chat else NEUTRAL_COMPLETION))
         requests = []
         try:
@@ -327,6 +324,17 @@ class Reader:
             step_map=step_map,
             stream_steps=stream_steps,
         )
+
+    def _new_tokens(self, tokens: int | None, name: str, longest: int, mode: str, block_size: int) -> int:
+        """The checked number of new tokens, or as many of the default as there is room for."""
+        room = min(self.capacity - longest, self._most_new(longest, mode, block_size))
+        if tokens is not None and longest + tokens > self.capacity:
+            message = f"{tokens} new tokens after a prompt of {longest} are more than the {self.capacity} that can be"
+            raise refused(name, message, code=_TOO_LONG)
+        if room < (1 if tokens is None else tokens):
+            what = f"of {block_size} leaves room for {max(0, room)} new tokens after a prompt of {longest}"
+            raise refused("block_size", what, code=_TOO_LONG)
+        return min(self.defaults.max_new_tokens, room) if tokens is None else tokens
 
     def _stop(self, fields: Fields) -> tuple[str, ...]:
         given = fields.take("stop", [])

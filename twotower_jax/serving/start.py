@@ -1,11 +1,13 @@
 """A service made of a loaded model: the engine, its thread, and what reads bodies and writes answers."""
 
+import bisect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
-from twotower_jax.generation.engine import Engine
+from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.generation.engine import Engine, positions
 from twotower_jax.generation.placement import TowerMeshes
 from twotower_jax.generation.request import Request
 from twotower_jax.generation.settings import Settings
@@ -58,7 +60,7 @@ def make_service(
     Args:
       folder: that holds the tokenizer.
       settings: the engine's, and the defaults of requests. seed: of requests that name none; None draws one for each.
-      name: of the model. slots: rows computed together. capacity: positions of each. max_waiting: rows more than slots.
+      name: of the model. slots: rows computed together. capacity: tokens of each, prompt and answer. max_waiting: rows more than slots.
       keys: one of which a client must give. warm_up: compile before the server is ready.
 
     Returns:
@@ -73,7 +75,18 @@ def make_service(
     except ValueError as error:
         template = str(error)
     decode, texts, metrics = Decoder(tokenizer), TokenTexts(tokenizer), Metrics(name)
-    engine = Engine(model, params, settings, capacity=capacity, slots=slots, decode=decode, placement=placement)
+    # A block is written whole, also where the row ends in it, and room is kept for the next.
+    room = capacity + 2 * settings.sampling.block_size
+    engine = Engine(model, params, settings, capacity=room, slots=slots, decode=decode, placement=placement)
+
+    def most_new(prompt_length: int, mode: str, block_size: int) -> int:
+        probe = Request(prompt=(), max_new_tokens=1, mode=mode, sampling=SamplingConfig(block_size=block_size))
+
+        def fits(new: int) -> bool:
+            return positions(prompt_length, new, settings, probe) <= engine.capacity
+
+        return bisect.bisect_left(range(1, engine.capacity + 1), True, key=lambda new: not fits(new))
+
     scorer = Scorer(model, params, placement)
     given = defaults(settings, seed)
     reader = Reader(
@@ -84,6 +97,7 @@ def make_service(
         defaults=given,
         limits=limits,
         capacity=capacity,
+        most_new=most_new,
         places=slots + max_waiting,
         longest_token=texts.longest(),
     )
