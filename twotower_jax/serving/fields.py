@@ -47,9 +47,9 @@ _NULL = {"guided_json", "guided_regex", "guided_choice", "structured_outputs", "
 
 
 def refused(name: str, what: str, code: str | None = "invalid_value") -> ApiError:
-    """The error for a field."""
+    """The error for a field, or for a part of it: `stop`, `messages[2]`."""
     param = name.partition("[")[0] if name.endswith("]") else name
-    return ApiError(400, what if what.startswith(name) else f"{shown(name, '')} {what}", param=param[:100], code=code)
+    return ApiError(400, f"{shown(name, '')}: {what}", param=param[:100], code=code)
 
 
 class Fields:

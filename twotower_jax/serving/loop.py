@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from twotower_jax.command_line import one_line
-from twotower_jax.generation.engine import Progress
 from twotower_jax.generation.request import Request
+from twotower_jax.generation.rows import Progress
 from twotower_jax.serving.errors import ApiError
 from twotower_jax.serving.scoring import Scored, Scorer
 

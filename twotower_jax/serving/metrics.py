@@ -1,6 +1,13 @@
 """Counts and times for Prometheus, under vLLM's names where it has one."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from twotower_jax.serving.loop import Observer, Ticket
 
@@ -21,6 +28,7 @@ class Metrics(Observer):
     """
 
     def __init__(self, model: str):
+        disable_created_metrics()  # Else each has a second one, with the time of its first.
         self._registry = CollectorRegistry()
 
         def make(kind, name, about, labels=(), **options):

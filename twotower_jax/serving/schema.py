@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -406,7 +406,7 @@ class Reader:
 _TOO_LONG = "context_length_exceeded"
 # Names of fields, as messages from below have them.
 _FIELDS = (
-    "steps_per_block", "block_size", "confidence_threshold", "strategy_options", "strategy", "temperature", "tolerance",
+    "strategy_options", "steps_per_block", "block_size", "confidence_threshold", "strategy", "temperature", "tolerance",
     "top_k", "top_p", "pinned", "logprobs", "stop", "seed", "mode",
 )  # fmt: skip
 
@@ -414,7 +414,8 @@ _FIELDS = (
 def _named(error: Exception) -> ApiError:
     """The error for a field that a message from below is about."""
     text = str(error)
-    return refused(next((name for name in _FIELDS if re.search(rf"\b{name}\b", text)), "strategy_options"), f": {text}")
+    name = next((name for name in _FIELDS if re.search(rf"\b{name}\b", text)), "strategy_options")
+    return ApiError(400, text if name in text else f"{name}: {text}", param=name, code="invalid_value")
 
 
 def _joined(message: Any, number: int) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def make_service(
     Args:
       folder: that holds the tokenizer.
       settings: the engine's, and the defaults of requests. seed: of requests that name none; None draws one for each.
-      name: of the model. slots: rows computed together. capacity: tokens of each, prompt and answer. max_waiting: rows more than slots.
+      name: of the model. slots: rows computed together. capacity: tokens of each, prompt and answer. max_waiting: rows
+        more than slots.
       keys: one of which a client must give. warm_up: compile before the server is ready.
 
     Returns:

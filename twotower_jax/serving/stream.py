@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from twotower_jax.generation.engine import Progress
+from twotower_jax.generation.rows import Progress
 from twotower_jax.serving.answers import Answer, Offsets, finish_reason
 from twotower_jax.serving.errors import ApiError, to_json
 from twotower_jax.serving.loop import Group, Ticket
