@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from twotower_jax.generation.settings import Result, TokenLogprob
-from twotower_jax.generation.stops import Decode
 from twotower_jax.serving.schema import Job
 from twotower_jax.serving.scoring import Scored
 from twotower_jax.serving.text import Incremental, TokenTexts
@@ -18,13 +17,12 @@ class Answer:
     """What all parts of one answer share.
 
     Attributes:
-      model: its name. texts, decode: tokens to text, one by one and together. mask: the mask token.
+      model: its name. mask: the mask token.
     """
 
     job: Job
     model: str
     texts: TokenTexts
-    decode: Decode
     mask: int
     identity: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -111,17 +109,17 @@ class Answer:
         if job.chat:
             choice["message"] = {"role": "assistant", "content": text}
         else:
-            choice["text"] = self.decode(prompt) + text if job.echo else text
+            choice["text"] = self.texts.decode(prompt) + text if job.echo else text
         shown = [*prompt, *tokens] if job.echo else tokens
-        choice["logprobs"] = self.logprobs([*(scored or ()), *told], shown, Offsets(self.decode))
+        choice["logprobs"] = self.logprobs([*(scored or ()), *told], shown, Offsets(self.texts))
         return choice | self.extras(prompt, tokens, None if result is None else result.step_map)
 
 
 class Offsets:
     """Where tokens begin in the text of a choice."""
 
-    def __init__(self, decode: Decode):
-        self._text = Incremental(decode)
+    def __init__(self, texts: TokenTexts):
+        self._text = Incremental(texts)
 
     def of(self, tokens: Sequence[int]) -> list[int]:
         """Of the next tokens. One that completes a character begins where the character does."""

@@ -7,7 +7,7 @@ import hmac
 import importlib.resources
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,7 +22,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from twotower_jax.diffusion import STRATEGIES
 from twotower_jax.diffusion.strategies import knobs
 from twotower_jax.generation.settings import MODES
-from twotower_jax.generation.stops import Decode
 from twotower_jax.serving import metrics, stream
 from twotower_jax.serving.answers import Answer
 from twotower_jax.serving.errors import ApiError, to_json
@@ -46,7 +45,7 @@ class Service:
     """What the routes need.
 
     Attributes:
-      loop: the engine's. reader: of bodies. texts, decode: tokens to text; special: the text of special tokens.
+      loop: the engine's. reader: of bodies. texts: tokens to text.
       keys: one of which a client must give; none where there are none.
       draining: whether no more requests are taken.
     """
@@ -56,8 +55,6 @@ class Service:
     metrics: metrics.Metrics
     limits: Limits
     texts: TokenTexts
-    decode: Decode
-    special: Mapping[int, str]
     keys: Sequence[bytes] = ()
     draining: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -188,7 +185,7 @@ async def _chat(request: Request) -> Response:
 async def _generate(request: Request, read: Callable[[dict], Job]) -> Any:
     service: Service = request.app.state.service
     job: Job = await service.read(request, read)
-    answer = Answer(job, service.name, service.texts, service.decode, service.reader.config.mask_token_id)
+    answer = Answer(job, service.name, service.texts, service.reader.config.mask_token_id)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(service.enter(job))
         done = await _unless_left(request, _begin(job, group))
@@ -197,7 +194,7 @@ async def _generate(request: Request, read: Callable[[dict], Job]) -> Any:
         (scored,) = done
         if job.stream:
             stack.pop_all()
-            return stream.EventStream(group, lambda: stream.events(answer, group, scored, service.special))
+            return stream.EventStream(group, lambda: stream.events(answer, group, scored))
         results = await _unless_left(request, _results(job, group))
         if results is None:
             return Response(status_code=499)
@@ -238,7 +235,7 @@ async def _tokenize(request: Request) -> Response:
 
 async def _detokenize(request: Request) -> Response:
     service: Service = request.app.state.service
-    return _json({"prompt": service.decode(await service.read(request, service.reader.detokenize))})
+    return _json({"prompt": service.texts.decode(await service.read(request, service.reader.detokenize))})
 
 
 # About the server.

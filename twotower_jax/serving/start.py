@@ -3,7 +3,9 @@
 import bisect
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from twotower_jax.config import ModelConfig
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.diffusion import SamplingConfig
@@ -50,10 +52,9 @@ def make_service(
     capacity: int,
     max_waiting: int,
     placement: TowerMeshes,
-    keys: Sequence[bytes] = (),
     seed: int | None = None,
     warm_up: bool = False,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    **options: Any,
 ) -> Callable[[], Service]:
     """Allocates all that a server needs.
 
@@ -62,7 +63,8 @@ def make_service(
       settings: the engine's, and the defaults of requests. seed: of requests that name none; None draws one for each.
       name: of the model. slots: rows computed together. capacity: tokens of each, prompt and answer. max_waiting: rows
         more than slots.
-      keys: one of which a client must give. warm_up: compile before the server is ready.
+      warm_up: compile before the server is ready.
+      options: keys and limits, see `assemble`.
 
     Returns:
       makes the service, in the event loop that is to run it.
@@ -70,15 +72,16 @@ def make_service(
     Raises:
       ValueError: if the caches do not fit, or there is no tokenizer.
     """
-    tokenizer = load_tokenizer(folder)
-    try:
-        template: ChatTemplate | str = ChatTemplate.load(folder, tokenizer)
-    except ValueError as error:
-        template = str(error)
-    decode, texts, metrics = Decoder(tokenizer), TokenTexts(tokenizer), Metrics(name)
+    decode = Decoder(load_tokenizer(folder))
     # A block is written whole, also where the row ends in it, and room is kept for the next.
     room = capacity + 2 * settings.sampling.block_size
     engine = Engine(model, params, settings, capacity=room, slots=slots, decode=decode, placement=placement)
+    scorer = Scorer(model, params, placement)
+
+    def begin() -> tuple[Engine, Scorer]:
+        if warm_up:
+            compile_all(engine, settings)
+        return engine, scorer
 
     def most_new(prompt_length: int, mode: str, block_size: int) -> int:
         probe = Request(prompt=(), max_new_tokens=1, mode=mode, sampling=SamplingConfig(block_size=block_size))
@@ -88,35 +91,66 @@ def make_service(
 
         return bisect.bisect_left(range(1, engine.capacity + 1), True, key=lambda new: not fits(new))
 
-    scorer = Scorer(model, params, placement)
-    given = defaults(settings, seed)
-    reader = Reader(
+    return assemble(
+        begin,
+        model.config,
+        folder,
+        defaults(settings, seed),
         name=name,
-        config=model.config,
-        tokenizer=tokenizer,
-        template=template,
-        defaults=given,
-        limits=limits,
         capacity=capacity,
         most_new=most_new,
-        places=slots + max_waiting,
-        longest_token=texts.longest(),
+        places=engine.slots + max_waiting,
+        **options,
     )
 
-    def begin() -> tuple[Engine, Scorer]:
-        if warm_up:
-            compile_all(engine, settings)
-        return engine, scorer
+
+def assemble(
+    begin: Callable[[], tuple[Any, Any]],
+    config: ModelConfig,
+    folder: Path,
+    given: Defaults,
+    *,
+    name: str,
+    capacity: int,
+    most_new: Callable[[int, str, int], int],
+    places: int,
+    keys: Sequence[bytes] = (),
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+) -> Callable[[], Service]:
+    """A service around any engine.
+
+    Args:
+      begin: gives engine and scorer, in the engine's thread. config: of the model. folder: of the tokenizer.
+      given: defaults of requests. keys: one of which a client must give. limits: of what it may ask for.
+      name, capacity, most_new, places: see `Reader`.
+    """
+    tokenizer = load_tokenizer(folder)
+    try:
+        template: ChatTemplate | str = ChatTemplate.load(folder, tokenizer)
+    except ValueError as error:
+        template = str(error)
+    texts = TokenTexts(tokenizer)
 
     def make() -> Service:
+        metrics = Metrics(name)
+        reader = Reader(
+            name=name,
+            config=config,
+            tokenizer=tokenizer,
+            template=template,
+            defaults=given,
+            limits=limits,
+            capacity=capacity,
+            most_new=most_new,
+            places=places,
+            longest_token=texts.longest(),
+        )
         return Service(
-            loop=EngineLoop(begin, slots + max_waiting, metrics),
+            loop=EngineLoop(begin, places, metrics),
             reader=reader,
             metrics=metrics,
             limits=limits,
             texts=texts,
-            decode=decode,
-            special=decode.special,
             keys=keys,
         )
 

@@ -73,10 +73,10 @@ async def left(receive: Receive) -> None:
         pass
 
 
-async def events(answer: Answer, group: Group, scored: list | None, special: dict[int, str]) -> AsyncIterator[dict]:
+async def events(answer: Answer, group: Group, scored: list | None) -> AsyncIterator[dict]:
     """The parts of a streamed answer, of all its choices as they come."""
     job = answer.job
-    choices = [_Choice(answer, index, ticket, special) for index, ticket in enumerate(group.tickets)]
+    choices = [_Choice(answer, index, ticket) for index, ticket in enumerate(group.tickets)]
     for index in range(len(job.prompts) * job.n):
         if job.chat:
             said = {"role": "assistant", "content": ""}
@@ -95,11 +95,11 @@ async def events(answer: Answer, group: Group, scored: list | None, special: dic
 def _echo(answer: Answer, index: int, scored: list | None, choices: list["_Choice"]) -> dict[str, Any]:
     """The choice with the prompt's text, with which a row that generates nothing also ends."""
     prompt = answer.job.prompts[index // answer.job.n]
-    offsets = choices[index].offsets if choices else Offsets(answer.decode)
+    offsets = choices[index].offsets if choices else Offsets(answer.texts)
     told = None if scored is None else answer.logprobs(scored[index // answer.job.n], prompt, offsets)
     return {
         "index": index,
-        "text": answer.decode(prompt),
+        "text": answer.texts.decode(prompt),
         "logprobs": told,
         "finish_reason": None if choices else finish_reason(None),
     }
@@ -134,15 +134,14 @@ async def _merged(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Progress]]:
 class _Choice:
     """One row of a stream."""
 
-    def __init__(self, answer: Answer, index: int, ticket: Ticket, special: dict[int, str]):
+    def __init__(self, answer: Answer, index: int, ticket: Ticket):
         self._answer, self._index = answer, index
-        self._deltas = Deltas(answer.decode, ticket.request.stop, special)
-        self._size = ticket.request.sampling.block_size
+        self._deltas = Deltas(answer.texts, ticket.request.stop)
         self._prompt: list[int] | None = list(ticket.request.prompt)
         self._told = 0
         self._logprobs: list = []
         self._steps: list[int] = []
-        self.offsets = Offsets(answer.decode)
+        self.offsets = Offsets(answer.texts)
 
     def parts(self, progress: Progress) -> list[dict[str, Any]]:
         """The choices of the events for what the row got."""
