@@ -13,9 +13,10 @@ from twotower_jax import parameters
 from twotower_jax.checkpoint.export import model_tensors, write_folder
 from twotower_jax.config import ModelConfig
 from twotower_jax.data.tokenizer import Decoder, load_tokenizer, save_tokenizer, train_tokenizer
+from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation.request import Request
 from twotower_jax.generation.rows import Progress
-from twotower_jax.generation.settings import Result, TokenLogprob
+from twotower_jax.generation.settings import Result, Settings, TokenLogprob
 from twotower_jax.serving.app import Service, make_app
 from twotower_jax.serving.schema import Defaults
 from twotower_jax.serving.start import assemble
@@ -27,21 +28,19 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 BLOCK = 4
+SETTINGS = Settings(max_new_tokens=12, sampling=SamplingConfig(block_size=BLOCK, steps_per_block=BLOCK))
 
 
-def small_model() -> TwoTower:
+def small_config() -> ModelConfig:
     """Two layers, which compile fast; 300 tokens."""
     shape = {"mamba_num_heads": 2, "mamba_head_dim": 4, "ssm_state_size": 4, "n_groups": 1, "chunk_size": 16}
     attention = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    experts = {"intermediate_size": 12, "n_routed_experts": 0, "num_experts_per_tok": 0}
-    return TwoTower(
-        ModelConfig(vocab_size=300, hidden_size=16, hybrid_override_pattern="M*", **shape, **attention, **experts)
-    )
+    return ModelConfig(vocab_size=300, hidden_size=16, hybrid_override_pattern="M*", **shape, **attention)
 
 
 def write_checkpoint(folder: pathlib.Path, params: Callable[[TwoTower], parameters.Params]) -> pathlib.Path:
     """A Hugging Face folder of the small model, its tokenizer, and a chat template."""
-    model = small_model()
+    model = TwoTower(small_config())
     config = json.dumps(model.config.to_hf()).encode()
     write_folder(folder, model_tensors(model, params(model)), {"config.json": config}, 10**9)
     save_tokenizer(train_tokenizer([_TEXT] * 3, 300), folder)
@@ -69,7 +68,7 @@ def scripted_service(folder: pathlib.Path, engine: "Scripted", places: int = 6, 
 
     make = assemble(
         lambda: (engine, score),
-        small_model().config,
+        small_config(),
         folder,
         Defaults(sampling={"block_size": BLOCK, "strategy": "confidence"}),
         name="scripted",
