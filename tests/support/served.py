@@ -18,6 +18,7 @@ from twotower_jax.generation.request import Request
 from twotower_jax.generation.rows import Progress
 from twotower_jax.generation.settings import Result, Settings, TokenLogprob
 from twotower_jax.serving.app import Service, make_app
+from twotower_jax.serving.connection import Server, bind
 from twotower_jax.serving.schema import Defaults
 from twotower_jax.serving.start import assemble
 from twotower_jax.two_tower import TwoTower
@@ -57,6 +58,20 @@ async def running(service: Service, **options: Any) -> AsyncIterator[httpx.Async
     transport = httpx.ASGITransport(make_app(service, **options))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+    assert await service.loop.stop()
+
+
+@contextlib.asynccontextmanager
+async def listening(service: Service) -> AsyncIterator[tuple[tuple[str, int], Server]]:
+    """A service that listens on a real socket of this machine: where, and its server."""
+    listener, started = bind("127.0.0.1", 0), asyncio.Event()
+    server = Server(make_app(service), service.limits, started.set)
+    service.loop.start()
+    task = asyncio.create_task(server.serve([listener]))
+    await started.wait()
+    yield listener.getsockname(), server
+    server.should_exit = True
+    await task
     assert await service.loop.stop()
 
 

@@ -81,10 +81,24 @@ class Connection(H11Protocol):
             self.transport.abort()
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Leaves signals to `serve`, and says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], object]):
+    def __init__(self, app: Any, limits: Limits, started: Callable[[], object]):
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        config = uvicorn.Config(
+            app,
+            http=functools.partial(Connection, limits=limits),
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=_HEAD_BYTES,
+            timeout_graceful_shutdown=int(limits.write_seconds) + 1,
+        )
         super().__init__(config)
         self._say_started = started
 
@@ -126,24 +140,13 @@ def address(listener: socket.socket) -> str:
 
 async def serve(app: Any, service: Service, listener: socket.socket) -> None:
     """Serves until a signal, and then until what was begun is done; the second signal ends the process at once."""
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    config = uvicorn.Config(
-        app,
-        http=functools.partial(Connection, limits=service.limits),
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        h11_max_incomplete_event_size=_HEAD_BYTES,
-        timeout_graceful_shutdown=int(service.limits.write_seconds) + 1,
-    )
-    server = _Server(config, lambda: print(f"serving {service.name} on {address(listener)}", flush=True))
-    tasks = set()
 
-    async def drain():
+    def started() -> None:
+        print(f"serving {service.name} on {address(listener)}", flush=True)
+
+    server, tasks = Server(app, service.limits, started), set()
+
+    async def drain() -> None:
         await service.loop.drain()
         server.should_exit = True
 
@@ -152,11 +155,8 @@ async def serve(app: Any, service: Service, listener: socket.socket) -> None:
             print("error: ended before all requests were answered", file=sys.stderr, flush=True)
             os._exit(128 + number)
         service.draining = True
-        print(
-            f"ending, once {service.loop.taken} rows are done; a second signal ends at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        rows = service.loop.taken
+        print(f"ending, once {rows} rows are done; a second signal ends at once", file=sys.stderr, flush=True)
         tasks.add(asyncio.create_task(drain()))
 
     loop = asyncio.get_running_loop()

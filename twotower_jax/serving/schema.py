@@ -389,6 +389,8 @@ class Reader:
         try:
             return SamplingConfig(**values | given)
         except (ValueError, TypeError, OverflowError) as error:
+            if knob := next((knob for knob in options if re.search(rf"\b{re.escape(knob)}\b", str(error))), None):
+                raise refused(f"strategy_options[{knob}]", str(error)) from None
             raise _named(error) from None
 
     def _check_kind(self, request: Request) -> None:
@@ -406,7 +408,7 @@ class Reader:
 _TOO_LONG = "context_length_exceeded"
 # Names of fields, as messages from below have them.
 _FIELDS = (
-    "strategy_options", "steps_per_block", "block_size", "confidence_threshold", "strategy", "temperature", "tolerance",
+    "steps_per_block", "block_size", "confidence_threshold", "strategy", "temperature", "tolerance",
     "top_k", "top_p", "pinned", "logprobs", "stop", "seed", "mode",
 )  # fmt: skip
 
