@@ -45,6 +45,30 @@ _CHAT = flags.DEFINE_bool(
     "chat", False, 'Prompts are conversations, {"messages": [...]}; without --prompt and --prompts they are typed.'
 )
 _OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
+<<<<<<< HEAD
+=======
+_MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
+_BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; at most what was trained.")
+_STEPS = flags.DEFINE_integer("steps_per_block", None, "Most denoiser evaluations per block; default: the block size.")
+_THRESHOLD = flags.DEFINE_float(
+    "confidence_threshold", None, "Commit tokens surer than this (strategies that have it)."
+)
+_STRATEGY = flags.DEFINE_string("strategy", "confidence", f"{', '.join(STRATEGIES)}, or one of --register.")
+_STRATEGY_OPTIONS = flags.DEFINE_list(
+    "strategy_options",
+    [],
+    "KNOB=VALUE, several with commas: knobs of the strategy, see twotower_jax/diffusion/strategies.",
+)
+_REGISTER = flags.DEFINE_multi_string(
+    "register", [], "A Python file that registers a strategy or schedule of your own; may be repeated."
+)
+_SCHEDULE = flags.DEFINE_string("schedule", None, f"Of the other strategies: one of {', '.join(SCHEDULES)}.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable tokens; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the most probable tokens that hold this much; 1: all.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+>>>>>>> main
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
 _SEPARATE_TOWERS = flags.DEFINE_bool(

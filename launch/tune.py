@@ -35,7 +35,7 @@ flags.adopt_module_key_flags(model_flags)
 _PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines: {"text": ...} or {"ids": [...]}.', required=True)
 _OUTPUT = command_line.DEFINE_path("output", None, "Folder for the results; made if it does not exist.", required=True)
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.6", "0.8", "0.9"], "Confidence thresholds to try.")
-_STEPS = flags.DEFINE_list("steps", ["4", "8", "16"], "Most evaluations a block to try.")
+_STEPS = flags.DEFINE_list("steps", ["4", "8", "16"], "Most evaluations per block to try.")
 _BLOCKS = flags.DEFINE_list("blocks", ["8", "16"], "Block sizes to try; none above what was trained.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together.")
@@ -132,7 +132,7 @@ def _results(measured: Sweep, best: Point, prompts: int) -> dict:
 
 
 def _show(measured: Sweep, best: Point) -> None:
-    print("| block | steps | threshold | tokens an evaluation | tokens/s | agreement | to first difference | nats | |")
+    print("| block | steps | threshold | tokens per evaluation | tokens/s | agreement | to first difference | nats | |")
     print("|---|---|---|---|---|---|---|---|---|")
     for point in (measured.ar, *measured.points):
         s = point.sampling
@@ -144,7 +144,7 @@ def _show(measured: Sweep, best: Point) -> None:
     print()
     for size, needed in measured.needed.items():
         most = max(p.tokens_per_evaluation for p in measured.points if p.sampling.block_size == size)
-        print(f"blocks of {size}: as fast as AR from {needed:.2f} tokens an evaluation on; the most here is {most:.2f}")
+        print(f"blocks of {size}: as fast as AR from {needed:.2f} tokens per evaluation on; at most here {most:.2f}")
     faster = sum(p.tokens_per_second >= measured.ar.tokens_per_second for p in measured.points)
     print(f"{faster} of {len(measured.points)} settings are at least as fast as AR")
     if best.agreement < _MIN_AGREEMENT.value:

@@ -122,4 +122,5 @@ def _own_file(thing: Any, caller: pathlib.Path) -> tuple[pathlib.Path, ...]:
 
 
 def _is_shipped(file: pathlib.Path) -> bool:
-    return file.is_relative_to(_PACKAGE)
+    """Whether a file is this package's. Configs are not, where installed with it: a user may edit them."""
+    return file.is_relative_to(_PACKAGE) and not file.is_relative_to(_PACKAGE / "configs")

@@ -17,7 +17,6 @@ from twotower_jax.generation import generate
 from twotower_jax.generation.score import score_ar
 from twotower_jax.serving.app import read_keys
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 PROMPTS = ["The list", "naïve café", "日本語", "item by item, so on"]
 
 

@@ -46,7 +46,9 @@ from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
 CONFIG, CHECKPOINTS, FROZEN = "config.json", "checkpoints", "frozen"
 _MODEL_DEFAULTS = {
-    field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING
+    field.name: field.default
+    for field in dataclasses.fields(ModelConfig)
+    if field.default is not dataclasses.MISSING and field.name != "layer_fields"
 }
 # The trees of a step's folder and its JSON values; a frozen folder has params alone.
 PARAMS, OPTIMIZER, RUN = "params", "optimizer", "run"
@@ -133,7 +135,7 @@ class Workdir:
     def write_settings(self, model: ModelConfig) -> None:
         """Writes config.json, all of it or nothing; on process 0."""
         if jax.process_index() == 0:
-            settings = self._settings | {"model": dataclasses.asdict(model)}
+            settings = self._settings | {"model": model.as_json()}
             orbax_steps.write_atomically(self.path / CONFIG, json.dumps(settings, indent=2) + "\n")
 
     def restore(self, params: Params, optimizer: Any, frozen: Params) -> tuple[Params, Any, Params, dict[str, Any]]:

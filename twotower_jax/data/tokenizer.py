@@ -24,7 +24,7 @@ _ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jin
 
 _NUM_BYTES = 256
 
-# Texts encoded at a time. The library's result objects take some 100 bytes a token; ours take 4.
+# Texts encoded at a time. The library's result objects take some 100 bytes per token; ours take 4.
 _ENCODE_CHUNK = 1024
 
 

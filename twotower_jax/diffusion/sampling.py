@@ -30,7 +30,7 @@ class SamplingConfig:
     """How to sample a block. Raises ValueError for values out of range and for settings the strategy would ignore.
 
     block_size            S, tokens in a block; larger than the one trained with, samples collapse
-    steps_per_block       T, the most denoiser evaluations a block may take
+    steps_per_block       T, the most denoiser evaluations that a block may take
     strategy              one of `STRATEGIES`
     confidence_threshold  γ, of strategies that have that knob
     schedule              one of `SCHEDULES`, of strategies that have that knob

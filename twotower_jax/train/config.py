@@ -274,7 +274,7 @@ class TrainConfig:
         Raises:
           ValueError: for a field that `ModelConfig` does not have, or values that contradict each other.
         """
-        if unknown := sorted(set(self.model) - set(_model_fields())):
+        if unknown := sorted(set(self.model) - {*_model_fields(), "layer_fields"}):
             raise ValueError(f"config: model has no field {unknown[0]!r}")
         return ModelConfig.from_hf(dict(self.model) | {"vocab_size": vocab_size})
 
@@ -301,7 +301,7 @@ def shipped(name: str) -> ConfigDict:
     Raises:
       ValueError: if there is none of that name.
     """
-    folders = [pathlib.Path(__file__).resolve().parents[n] / "configs" for n in (2, 1)]  # A checkout, an installation.
+    folders = [pathlib.Path(__file__).resolve().parents[n] / "configs" for n in (1, 2)]  # An installation, a checkout.
     path = next((file for folder in folders if (file := folder / f"{name}.py").is_file()), None)
     if path is None:
         names = sorted(file.stem for folder in folders for file in folder.glob("*.py"))
@@ -338,13 +338,13 @@ def freeze(config: ConfigDict) -> TrainConfig:
 
 
 def _model_fields() -> dict[str, Any]:
-    """The fields of `ModelConfig` but vocab_size, with their defaults; a placeholder where there is none."""
+    """The fields of `ModelConfig` that every config has, with their defaults; a placeholder where there is none."""
     return {
         field.name: config_dict.placeholder(tuple if field.name == "time_step_limit" else field.type)
         if field.default is dataclasses.MISSING or field.default is None
         else field.default
         for field in dataclasses.fields(ModelConfig)
-        if field.name != "vocab_size"
+        if field.name not in ("vocab_size", "layer_fields")
     }
 
 

@@ -275,5 +275,5 @@ def _tokens(line: dict, name: str, count: int | None = None) -> list[int]:
     ):
         raise TraceError(f"{name} must be a list of whole numbers")
     if count is not None and len(values) != count:
-        raise TraceError(f"{name} must hold {count} tokens, one a position of the block, not {len(values)}")
+        raise TraceError(f"{name} must hold {count} tokens, one per position of the block, not {len(values)}")
     return values
