@@ -34,8 +34,8 @@ from twotower_jax.serving.text import TokenTexts
 _SMALL = 16 << 10
 # The page is one file, and asks nobody but this server for anything.
 _POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 
@@ -116,10 +116,14 @@ def read_keys(path: str) -> list[bytes]:
     """The keys of a file, one a line; lines that are empty or begin with # are none.
 
     Raises:
-      ValueError: naming the file, if it holds none or one that no header can carry; OSError if it cannot be read.
+      ValueError: naming the file, if it holds none or one that no header can carry; OSError too, if it cannot be
+        read.
     """
-    with open(path, "rb") as file:
-        lines = [line.strip() for line in file.read(1 << 20).splitlines()]
+    try:
+        with open(path, "rb") as file:
+            lines = [line.strip() for line in file.read(1 << 20).splitlines()]
+    except OSError as error:
+        raise OSError(f"--api_keys={path}: {error.strerror}") from None
     keys = {number: line for number, line in enumerate(lines, 1) if line and not line.startswith(b"#")}
     if not keys:
         raise ValueError(f"--api_keys={path}: holds no key; write one a line")

@@ -1,6 +1,7 @@
 """A service made of a loaded model: the engine, its thread, and what reads bodies and writes answers."""
 
 import bisect
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation.engine import Engine, positions
 from twotower_jax.generation.placement import TowerMeshes
 from twotower_jax.generation.request import Request
+from twotower_jax.generation.scheduling import PIECE
 from twotower_jax.generation.settings import Settings
 from twotower_jax.parameters import Params
 from twotower_jax.serving.app import Service
@@ -73,8 +75,8 @@ def make_service(
       ValueError: if the caches do not fit, or there is no tokenizer.
     """
     decode = Decoder(load_tokenizer(folder))
-    # A block is written whole, also where the row ends in it, and room is kept for the next.
-    room = capacity + 2 * settings.sampling.block_size
+    # What rows of so many tokens may come to use: their last block is written whole, and pieces of prompts are padded.
+    room = max(positions(length, capacity - length, settings) for length in range(1, capacity))
     engine = Engine(model, params, settings, capacity=room, slots=slots, decode=decode, placement=placement)
     scorer = Scorer(model, params, placement)
 
@@ -162,24 +164,22 @@ def compile_all(engine: Engine, settings: Settings) -> None:
 
     Prompts of every width in which they are read, one alone and as many as there are slots.
     """
-    new = min(settings.max_new_tokens, 2 * settings.sampling.block_size)
-    length = 1
-    while length + new + settings.sampling.block_size <= engine.capacity:
-        for count in {1, engine.slots}:
+    request = Request(
+        prompt=[0],
+        max_new_tokens=min(settings.max_new_tokens, 2 * settings.sampling.block_size),
+        mode=settings.mode,
+        sampling=settings.sampling,
+        end_tokens=(),
+    )
+    # One of each width, each four times the one before, and one that takes several pieces.
+    lengths = [PIECE, *(width + 1 for width in (PIECE, 4 * PIECE, 16 * PIECE) if width < settings.prefill_chunk)]
+    for length in [*lengths, settings.prefill_chunk + 1]:
+        if positions(length, request.max_new_tokens, settings, request) > engine.capacity:
+            continue
+        for count in sorted({1, engine.slots}):
             for _ in range(count):
-                engine.submit(
-                    Request(
-                        prompt=[0] * length,
-                        max_new_tokens=new,
-                        mode=settings.mode,
-                        sampling=settings.sampling,
-                        end_tokens=(),
-                    )
-                )
+                engine.submit(dataclasses.replace(request, prompt=[0] * length))
             while engine.busy:
                 for progress in engine.step():
                     if progress.error is not None:
                         raise ValueError(f"warming up: {progress.error}")
-        if length > settings.prefill_chunk:
-            break
-        length = length * 4 if length > 1 else 65

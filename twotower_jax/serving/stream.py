@@ -146,8 +146,10 @@ class _Choice:
     def parts(self, progress: Progress) -> list[dict[str, Any]]:
         """The choices of the events for what the row got."""
         parts = []
-        if progress.provisional is not None and self._answer.job.stream_steps:
-            parts.append(self._part("", [], None) | {"provisional": self._provisional(progress.provisional)})
+        # The last step of a block is its tokens, before the row is cut.
+        block = progress.provisional if progress.provisional is not None else progress.tokens
+        if block and self._answer.job.stream_steps:
+            parts.append(self._part("", [], None) | {"provisional": self._provisional(block)})
         result = progress.result
         if not progress.tokens and result is None:
             return parts
