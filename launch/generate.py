@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 from tokenizers import Tokenizer
 
-from twotower_jax import command_line, generation_flags, model_flags
+from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
@@ -45,30 +45,6 @@ _CHAT = flags.DEFINE_bool(
     "chat", False, 'Prompts are conversations, {"messages": [...]}; without --prompt and --prompts they are typed.'
 )
 _OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
-<<<<<<< HEAD
-=======
-_MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
-_BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; at most what was trained.")
-_STEPS = flags.DEFINE_integer("steps_per_block", None, "Most denoiser evaluations per block; default: the block size.")
-_THRESHOLD = flags.DEFINE_float(
-    "confidence_threshold", None, "Commit tokens surer than this (strategies that have it)."
-)
-_STRATEGY = flags.DEFINE_string("strategy", "confidence", f"{', '.join(STRATEGIES)}, or one of --register.")
-_STRATEGY_OPTIONS = flags.DEFINE_list(
-    "strategy_options",
-    [],
-    "KNOB=VALUE, several with commas: knobs of the strategy, see twotower_jax/diffusion/strategies.",
-)
-_REGISTER = flags.DEFINE_multi_string(
-    "register", [], "A Python file that registers a strategy or schedule of your own; may be repeated."
-)
-_SCHEDULE = flags.DEFINE_string("schedule", None, f"Of the other strategies: one of {', '.join(SCHEDULES)}.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable tokens; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the most probable tokens that hold this much; 1: all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
->>>>>>> main
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
 _SEPARATE_TOWERS = flags.DEFINE_bool(
@@ -108,11 +84,13 @@ def _tokenizer(folder, needed: bool):
 
 
 def main() -> None:
-    generation_flags.register()
-    settings, rows = generation_flags.settings(batch_size=_BATCH_SIZE.value, stop=tuple(_STOP.value)), _rows()
+    strategy_flags.register()
+    settings = generation_flags.settings(batch_size=_BATCH_SIZE.value, stop=tuple(_STOP.value))
+    rows = _rows()
     for text in settings.stop:
         check_text(text, "--stop")
-    check_apart({"--output": _OUTPUT.value, "--trace": _TRACE.value})
+    check_apart({"--output": _OUTPUT.value, "--trace": _TRACE.value}, {"--prompts": _PROMPTS.value})
+    interrupted = None
     with contextlib.ExitStack() as stack:
         # Opened first, so that a path that cannot be written is known before a model is loaded.
         write, trace = (
@@ -123,6 +101,12 @@ def main() -> None:
             _generate(settings, rows, write, trace)
         except FloatingPointError as error:
             command_line.fail(f"{model_flags.CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
+        except KeyboardInterrupt as error:
+            if rows is not None:
+                raise
+            interrupted = error  # Of a conversation that is typed: the turns that were answered stay in the output.
+    if interrupted is not None:
+        raise interrupted
 
 
 def _generate(
@@ -138,15 +122,13 @@ def _generate(
     loaded = model_flags.load_model(_SEPARATE_TOWERS.value)
     text = _CHAT.value or any("text" in row for row in rows)
     tokenizer = _tokenizer(loaded.folder, bool(settings.stop) or text)
-    _warn_of_large_blocks(settings, loaded.folder)
-    if settings.mode != "ar":
-        advice = "--mode=ar generates with the backbone itself"
-        model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", advice)
     if rows is None:
+        _warn(settings, loaded.folder)
         _converse(loaded, template, tokenizer, settings, write)
         return
     prompts = prompt_ids(rows, tokenizer) if prompts is None else prompts
     results = _results(loaded, prompts, tokenizer, settings, write_trace)
+    _warn(settings, loaded.folder)  # Now, when nothing can be refused any more.
     for done, (row, result) in enumerate(zip(rows, results, strict=True), 1):
         if write is None:
             _show(row, result, tokenizer)
@@ -175,9 +157,13 @@ def _results(
     if write_trace is not None:
         trace = TraceWriter(write_trace, model.config, settings, prompts, decode)
         observers.append(lambda steps: [trace.add(progress) for progress in steps])
-    yield from in_order(_steps(engine, observers))
-    if write_trace is not None:
-        trace.finish()
+
+    def run() -> Iterator[Result]:
+        yield from in_order(_steps(engine, observers))
+        if write_trace is not None:
+            trace.finish()
+
+    return run()
 
 
 def _converse(
@@ -218,6 +204,14 @@ def _output_row(result: Result) -> dict:
     if result.accepted_draft_tokens is not None:
         fields["acceptance_length"] = result.acceptance_length
     return fields | {"evaluations_per_token": result.evaluations_per_token}
+
+
+def _warn(settings: Settings, folder: pathlib.Path) -> None:
+    generation_flags.warn_of_unused()
+    _warn_of_large_blocks(settings, folder)
+    if settings.mode != "ar":
+        advice = "--mode=ar generates with the backbone itself"
+        model_flags.warn_if_untrained(folder, f"--mode={settings.mode}", advice)
 
 
 def _warn_of_large_blocks(settings: Settings, folder: pathlib.Path) -> None:

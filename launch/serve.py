@@ -21,7 +21,7 @@ import sys
 
 from absl import flags
 
-from twotower_jax import command_line, generation_flags, model_flags
+from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
@@ -54,13 +54,14 @@ def main() -> None:
     from twotower_jax.serving.connection import bind, serve
     from twotower_jax.serving.start import make_service
 
-    generation_flags.register()
+    strategy_flags.register()
     keys = read_keys(_API_KEYS.value) if _API_KEYS.value is not None else []
     settings = generation_flags.settings(batch_size=_SLOTS.value)
     listener = bind(_HOST.value, _PORT.value)
     if not keys and not _here(_HOST.value):
         print(f"warning: whoever reaches {_HOST.value} may ask: there is no --api_keys=FILE", file=sys.stderr)
     loaded = model_flags.load_model()
+    generation_flags.warn_of_unused()
     if settings.mode != "ar":
         model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", "--mode=ar is the backbone itself")
     make = make_service(

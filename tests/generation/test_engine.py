@@ -260,7 +260,7 @@ def test_caches_that_do_not_fit_are_refused(tiny):
 def test_rows_that_do_not_fit_their_slot_are_refused(tiny):
     engine = Engine(*tiny, DIFFUSION, capacity=positions(40, 20, DIFFUSION), slots=1)
     engine.submit(PROMPTS[2])
-    with pytest.raises(ValueError, match="prompt 1 needs 256 cache positions, and a slot has 128"):
+    with pytest.raises(ValueError, match="prompt 2 needs 256 cache positions, and a slot has 128"):
         engine.submit([4] * 150)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         engine.submit([4], 0)
@@ -354,7 +354,7 @@ def test_a_model_that_is_not_a_number_is_an_error(tiny):
     broken = unflatten(
         flat | {("denoiser_tower", "embeddings"): jnp.full_like(params["denoiser_tower"]["embeddings"], jnp.nan)}
     )
-    with pytest.raises(FloatingPointError, match="prompt 0"):
+    with pytest.raises(FloatingPointError, match="prompt 1"):
         run((model, broken), PROMPTS, DIFFUSION)
 
 
@@ -362,8 +362,10 @@ def test_a_model_that_is_not_a_number_is_an_error(tiny):
     ("prompts", "message"),
     [
         ([], "no prompts"),
-        ([[1], []], "prompt 1 is empty"),
-        ([[1, 512]], "prompt 0: id 512 at position 1"),
+        ([[1], []], "prompt 2 is empty"),
+        ([[[1, 2]]], "prompt 1: expected one list of token ids, found lists in it"),
+        ([[1], [[1], [1, 2]]], "prompt 2: expected one list of token ids, found lists in it"),
+        ([[1, 512]], "prompt 1: id 512 at position 1"),
         ([[-1]], "id -1"),
         ([[1.5]], "whole numbers"),
     ],

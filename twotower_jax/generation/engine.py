@@ -172,10 +172,10 @@ class Engine:
         ids = _checked(self._model, prompt, number)
         limit = self._settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         if limit < 1:
-            raise ValueError(f"prompt {number}: max_new_tokens must be at least 1, not {limit}")
+            raise ValueError(f"prompt {number + 1}: max_new_tokens must be at least 1, not {limit}")
         needed = positions(len(ids), limit, self._settings)
         if needed > self._capacity:
-            raise ValueError(f"prompt {number} needs {needed} cache positions, and a slot has {self._capacity}")
+            raise ValueError(f"prompt {number + 1} needs {needed} cache positions, and a slot has {self._capacity}")
         to_read = ids[:-1] if self._settings.mode == "mock_ar" else ids
         ending = Ending(limit, eos=self._eos, stop=self._settings.stop, decode=self._decode)
         self._waiting.append(_Row(number, ids, limit, to_read, ending))
@@ -387,9 +387,11 @@ def in_order(steps: Iterable[Progress]) -> Iterator[Result]:
 
 
 def _checked(model: TwoTower, prompt: Sequence[int], number: int) -> np.ndarray:
-    ids = check_ids(prompt, model.config.vocab_size, f"prompt {number}")
-    if ids.ndim != 1 or ids.size == 0:
-        raise ValueError(f"prompt {number} is empty; the model continues at least one token")
+    ids = check_ids(prompt, model.config.vocab_size, f"prompt {number + 1}")
+    if ids.ndim != 1:
+        raise ValueError(f"prompt {number + 1}: expected one list of token ids, found lists in it")
+    if ids.size == 0:
+        raise ValueError(f"prompt {number + 1} is empty; the model continues at least one token")
     return ids
 
 
@@ -414,7 +416,7 @@ def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None
 
 
 def _not_finite(row: _Row) -> FloatingPointError:
-    return FloatingPointError(f"prompt {row.number}: the model's logits are not finite; are its weights?")
+    return FloatingPointError(f"prompt {row.number + 1}: the model's logits are not finite; are its weights?")
 
 
 def _round_up(length: int, multiple: int) -> int:
