@@ -134,6 +134,8 @@ def test_fields_that_change_nothing_are_understood(scripted):
     for (path, body), fields in zip(cases, (NEUTRAL_COMPLETION, NEUTRAL_CHAT), strict=True):
         cases = [*cases, *((path, body | {name: v}) for name, values in (NEUTRAL | fields).items() for v in values)]
     cases.append(("/v1/completions", PROMPT | {"best_of": 2, "n": 2, "top_k": -1, "max_tokens": 4.0}))
+    # What the most probable token is does not depend on them.
+    cases.append(("/v1/completions", PROMPT | {"temperature": 0, "top_p": 0.5, "top_k": 3}))
     cases.append(("/v1/chat/completions", MESSAGES | {"max_completion_tokens": 4}))
     # Zero is not false.
     for answer, (_, body) in zip(ask(scripted, [(p, json.dumps(b).encode()) for p, b in cases]), cases, strict=True):

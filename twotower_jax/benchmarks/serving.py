@@ -258,9 +258,15 @@ def broken_bodies(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     names = ["prompt", "messages", "max_tokens", "n", "stop", "stream", "temperature", "top_p", "top_k", "seed", "mode"]
     names += ["logprobs", "echo", "pinned", "block_size", "steps_per_block", "strategy", "strategy_options", "model"]
     names += ["stream_options", "tolerance", "confidence_threshold", "other", "tokens", "return_step_map"]
-    paths = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+    fine: dict[str, dict] = {
+        "/v1/completions": {"prompt": "a", "max_tokens": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+        "/tokenize": {"prompt": "a"},
+        "/detokenize": {"tokens": [1]},
+    }
     for _ in range(count):
-        body: Any = {"prompt": "a", "max_tokens": 2, "messages": [{"role": "user", "content": "a"}], "tokens": [1]}
+        path = draw.choice([*fine, "/v1/completions"])
+        body = dict(fine[path])
         for name in draw.sample(names, draw.randint(1, 3)):
             body[name] = draw.choice(odd)
         data = json.dumps(draw.choice([body, body, body, [body], odd[draw.randrange(len(odd))]])).encode()
@@ -274,7 +280,7 @@ def broken_bodies(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
             data = draw.randbytes(draw.randint(0, 64))
         elif way < 0.28:
             data = draw.choice([b"[", b'{"a":']) * draw.randint(1, 50_000)
-        yield draw.choice(paths), data
+        yield path, data
 
 
 async def _malformed(_: _Server, client: Any, count: int) -> str:

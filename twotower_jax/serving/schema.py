@@ -386,8 +386,11 @@ class Reader:
             del values[name]
         if "steps_per_block" not in given and "steps_per_block" not in values:
             given["steps_per_block"] = given.get("block_size", values.get("block_size", SamplingConfig.block_size))
+        values |= given
+        if not values.get("temperature"):
+            values |= {"top_k": 0, "top_p": 1.0}  # The most probable token is in every one of their sets.
         try:
-            return SamplingConfig(**values | given)
+            return SamplingConfig(**values)
         except (ValueError, TypeError, OverflowError) as error:
             if knob := next((knob for knob in options if re.search(rf"\b{re.escape(knob)}\b", str(error))), None):
                 raise refused(f"strategy_options[{knob}]", str(error)) from None
