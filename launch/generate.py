@@ -27,8 +27,9 @@ from twotower_jax import command_line, generation_flags, model_flags, strategy_f
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
-from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
+from twotower_jax.generation.engine import Engine, in_order, iter_steps, start
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
+from twotower_jax.generation.rows import Progress
 from twotower_jax.generation.settings import Result, Settings
 from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
@@ -200,7 +201,8 @@ def _steps(engine: Engine, observers: list[Callable[[list[Progress]], object]]) 
 def _output_row(result: Result) -> dict:
     """The fields of the row that every mode has, and those of its mode."""
     fields = {name: value for name, value in result._asdict().items() if name == "text" or value is not None}
-    fields.pop("trace", None)
+    for name in ("trace", "step_map"):
+        fields.pop(name, None)
     if result.accepted_draft_tokens is not None:
         fields["acceptance_length"] = result.acceptance_length
     return fields | {"evaluations_per_token": result.evaluations_per_token}
