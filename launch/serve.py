@@ -35,6 +35,9 @@ _NAME = flags.DEFINE_string("served_model_name", None, "What clients call the mo
 _CORS = flags.DEFINE_multi_string(
     "cors_origin", [], "Origin whose web pages may ask, such as https://example.org; may be repeated."
 )
+_PREFIX_CACHE_GB = flags.DEFINE_float(
+    "prefix_cache_gb", 0.0, "Keep so much (GB of 10⁹ bytes) of prompts, for those that begin alike.", lower_bound=0
+)
 _WARMUP = flags.DEFINE_bool("warmup", False, "Compile what the default settings need before /ready says yes.")
 
 
@@ -76,6 +79,7 @@ def main() -> None:
         placement=loaded.placement,
         keys=keys,
         seed=settings.seed if generation_flags.SEED.present else None,
+        prefix_cache_bytes=int(_PREFIX_CACHE_GB.value * 1e9),
         warm_up=_WARMUP.value,
     )
 

@@ -1,6 +1,7 @@
 """The routes on a small model, asked by OpenAI's own client: what they say is what the engine does."""
 
 import asyncio
+import dataclasses
 import json
 import math
 import re
@@ -284,6 +285,21 @@ def test_models_metrics_and_the_page(served):
     assert about["model"] == "small" and about["chat"] is True
     # One file, which asks nobody else for anything.
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)|@import|url\(|https?://", page.text)
+
+
+def test_prompts_that_begin_alike_are_read_once(served):
+    async def work(official, client):
+        prompt = [4 + k for k in range(70)]
+        asked = {"model": "small", "max_tokens": 8, **extra()}
+        rows = [await official.completions.create(prompt=[*prompt, last], **asked) for last in (5, 5, 6)]
+        return [row.choices[0].token_ids for row in rows], (await client.get("/metrics")).text
+
+    settings = dataclasses.replace(SETTINGS, prefill_chunk=64)
+    kept, metrics = ask(served, work, settings=settings, prefix_cache_bytes=10**7)
+    plain, _ = ask(served, work, settings=settings)
+    assert kept == plain
+    assert 'vllm:prefix_cache_queries_total{model_name="small"} 213.0' in metrics
+    assert 'vllm:prefix_cache_hits_total{model_name="small"} 128.0' in metrics
 
 
 def test_keys_are_asked_for(served, tmp_path):

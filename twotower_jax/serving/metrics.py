@@ -1,5 +1,7 @@
 """Counts and times for Prometheus, under vLLM's names where it has one."""
 
+from collections.abc import Iterator
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -8,7 +10,9 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
+from twotower_jax.generation.prefix_cache import PrefixCache
 from twotower_jax.serving.loop import Observer, Ticket
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -19,17 +23,37 @@ _STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 24, 32, 64)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
+class _Prefixes:
+    """What a prefix cache counts, read when it is asked for."""
+
+    def __init__(self, model: str, cache: PrefixCache):
+        self._model, self._cache = model, cache
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        told = (
+            (CounterMetricFamily, "vllm:prefix_cache_queries", "Tokens of prompts.", self._cache.queries),
+            (CounterMetricFamily, "vllm:prefix_cache_hits", "Tokens of prompts that were kept.", self._cache.hits),
+            (GaugeMetricFamily, "twotower:prefix_cache_bytes", "What is kept takes.", self._cache.bytes),
+        )
+        for kind, name, about, value in told:
+            family = kind(name, about, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family
+
+
 class Metrics(Observer):
     """What one server counts.
 
     Args:
       model: the label `model_name`.
-      places: rows that may be running or waiting.
+      prefixes: the engine's cache, if it has one.
     """
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, prefixes: PrefixCache | None = None):
         disable_created_metrics()  # Else each has a second one, with the time of its first.
         self._registry = CollectorRegistry()
+        if prefixes is not None:
+            self._registry.register(_Prefixes(model, prefixes))
 
         def make(kind, name, about, labels=(), **options):
             metric = kind(name, about, ["model_name", *labels], registry=self._registry, **options)

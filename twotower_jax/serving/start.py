@@ -12,6 +12,7 @@ from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation.engine import Engine, positions
 from twotower_jax.generation.placement import TowerMeshes
+from twotower_jax.generation.prefix_cache import PrefixCache
 from twotower_jax.generation.request import Request
 from twotower_jax.generation.scheduling import PIECE
 from twotower_jax.generation.settings import Settings
@@ -55,6 +56,7 @@ def make_service(
     max_waiting: int,
     placement: TowerMeshes,
     seed: int | None = None,
+    prefix_cache_bytes: int = 0,
     warm_up: bool = False,
     **options: Any,
 ) -> Callable[[], Service]:
@@ -65,6 +67,7 @@ def make_service(
       settings: the engine's, and the defaults of requests. seed: of requests that name none; None draws one for each.
       name: of the model. slots: rows computed together. capacity: tokens of each, prompt and answer. max_waiting: rows
         more than slots.
+      prefix_cache_bytes: what may be kept of prompts, on all devices together; 0 keeps nothing.
       warm_up: compile before the server is ready.
       options: keys and limits, see `assemble`.
 
@@ -77,7 +80,17 @@ def make_service(
     decode = Decoder(load_tokenizer(folder))
     # What rows of so many tokens may come to use: their last block is written whole, and pieces of prompts are padded.
     room = max(positions(length, capacity - length, settings) for length in range(1, capacity))
-    engine = Engine(model, params, settings, capacity=room, slots=slots, decode=decode, placement=placement)
+    prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+    engine = Engine(
+        model,
+        params,
+        settings,
+        capacity=room,
+        slots=slots,
+        decode=decode,
+        placement=placement,
+        prefix_cache=prefixes,
+    )
     scorer = Scorer(model, params, placement)
 
     def begin() -> tuple[Engine, Scorer]:
@@ -102,6 +115,7 @@ def make_service(
         capacity=capacity,
         most_new=most_new,
         places=engine.slots + max_waiting,
+        prefixes=prefixes,
         **options,
     )
 
@@ -116,6 +130,7 @@ def assemble(
     capacity: int,
     most_new: Callable[[int, str, int], int],
     places: int,
+    prefixes: PrefixCache | None = None,
     keys: Sequence[bytes] = (),
     limits: Limits = Limits(),  # noqa: B008 (frozen)
 ) -> Callable[[], Service]:
@@ -124,7 +139,7 @@ def assemble(
     Args:
       begin: gives engine and scorer, in the engine's thread. config: of the model. folder: of the tokenizer.
       given: defaults of requests. keys: one of which a client must give. limits: of what it may ask for.
-      name, capacity, most_new, places: see `Reader`.
+      name, capacity, most_new, places: see `Reader`. prefixes: the engine's, for the metrics.
     """
     tokenizer = load_tokenizer(folder)
     try:
@@ -134,7 +149,7 @@ def assemble(
     texts = TokenTexts(tokenizer)
 
     def make() -> Service:
-        metrics = Metrics(name)
+        metrics = Metrics(name, prefixes)
         reader = Reader(
             name=name,
             config=config,
