@@ -30,8 +30,8 @@ def scripted(checkpoint):
 
 @pytest.fixture(scope="package")
 def loaded(checkpoint):
-    """The small model, its parameters, and the folder."""
-    return load(checkpoint, execution=Execution(scan_layers=False))
+    """The small model, as the command computes it, its parameters, and the folder."""
+    return load(checkpoint, execution=Execution(scan_layers=True))
 
 
 @pytest.fixture(scope="package")

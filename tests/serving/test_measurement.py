@@ -2,6 +2,8 @@
 
 import re
 
+from served import SHAPE
+
 from helpers import run_command
 from twotower_jax.benchmarks.serving import broken_bodies
 
@@ -9,9 +11,7 @@ from twotower_jax.benchmarks.serving import broken_bodies
 def test_a_small_server_bears_what_it_is_measured_with(checkpoint):
     sizes = {"mixed": 12, "malformed": 60, "disconnects": 6, "slow": 0, "memory": 0, "requests": 1, "new_tokens": 8}
     flags = [f"--{name}={value}" for name, value in sizes.items()]
-    done = run_command(
-        "benchmark", "serving", f"--checkpoint={checkpoint}", *flags, "--clients=2", "--block_size=4", "--slots=4"
-    )
+    done = run_command("benchmark", "serving", f"--checkpoint={checkpoint}", *flags, "--clients=2", *SHAPE)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"mixed +12 requests at once, \d+ tokens in [\d.]+ s; none lost, each as it is alone", lines[2])

@@ -13,6 +13,7 @@ import urllib.request
 
 import browser
 import pytest
+from served import SHAPE
 
 from helpers import ROOT, run_command
 
@@ -32,7 +33,7 @@ def ask_in_vain(url: str, body: dict) -> None:
 @pytest.fixture(scope="module")
 def process(checkpoint):
     """The running command and its address. The last test ends it."""
-    flags = ["--port=0", "--slots=2", "--capacity=120", "--block_size=4", "--max_new_tokens=12", "--warmup"]
+    flags = ["--port=0", *SHAPE, "--max_new_tokens=12", "--warmup"]
     command = [sys.executable, str(ROOT / "launch" / "serve.py"), f"--checkpoint={checkpoint}", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -99,7 +100,7 @@ def test_the_page_shows_blocks_resolving(process):
 def test_a_signal_lets_what_was_begun_be_finished(process):
     running, url = process
     host, port = url.removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "a", "max_tokens": 100, "ignore_eos": True, "stream": True, "mode": "ar"}).encode()
+    body = json.dumps({"prompt": "a", "max_tokens": 90, "ignore_eos": True, "stream": True, "mode": "ar"}).encode()
     with socket.create_connection((host, int(port)), 120) as client:
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -116,20 +117,32 @@ def test_a_signal_lets_what_was_begun_be_finished(process):
     assert running.stderr.read() == ""
 
 
+HELD = """
+import asyncio, sys
+from pathlib import Path
+from served import Scripted, scripted_service
+from twotower_jax.serving.app import make_app
+from twotower_jax.serving.connection import bind, serve
+async def main():
+    engine = Scripted(Path(sys.argv[1]))
+    engine.hold = True
+    service = scripted_service(Path(sys.argv[1]), engine)
+    await serve(make_app(service), service, bind("127.0.0.1", 0))
+asyncio.run(main())
+"""
+
+
 def test_a_second_signal_ends_at_once(checkpoint):
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "serve.py"),
-        f"--checkpoint={checkpoint}",
-        "--port=0",
-        "--capacity=64",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    path = os.pathsep.join([str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command, environment = [sys.executable, "-c", HELD, str(checkpoint)], os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         url = process.stdout.readline().split()[-1]
-        body = {"prompt": "a", "max_tokens": 40, "ignore_eos": True, "stream": True}
+        body = {"prompt": "a", "max_tokens": 40, "stream": True}
         thread = threading.Thread(target=ask_in_vain, args=(f"{url}/v1/completions", body))
         thread.start()
-        while b'num_requests_running{model_name="small"} 1.0' not in ask(f"{url}/metrics"):
+        while b'num_requests_running{model_name="scripted"} 1.0' not in ask(f"{url}/metrics"):
             pass
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline().startswith("ending, once 1 rows are done")

@@ -31,6 +31,9 @@ _TEMPLATE = (
 BLOCK = 4
 SETTINGS = Settings(max_new_tokens=12, sampling=SamplingConfig(block_size=BLOCK, steps_per_block=BLOCK))
 
+# Flags of commands whose compiled functions are those of the services here.
+SHAPE = ("--slots=4", "--capacity=100", "--block_size=4")
+
 
 def small_config() -> ModelConfig:
     """Two layers, which compile fast; 300 tokens."""

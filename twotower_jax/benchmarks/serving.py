@@ -44,16 +44,17 @@ from twotower_jax.execution import Execution
 from twotower_jax.generation.engine import Engine
 from twotower_jax.generation.request import Request
 from twotower_jax.generation.settings import Settings
+from twotower_jax.serving.start import slot_size
 from twotower_jax.two_tower import TwoTower
 
 _NAME = "benchmark"
 _HEADERS = {"content-type": "application/json"}
-_CAPACITY = 512
 
 
 def define_flags() -> None:
     command_line.DEFINE_path("checkpoint", None, "A checkpoint of any kind; a random model without it.")
     flags.DEFINE_integer("slots", 8, "Rows that the server computes together.", lower_bound=1)
+    flags.DEFINE_integer("capacity", 512, "Tokens of each, prompt and answer.", lower_bound=96)
     flags.DEFINE_integer("mixed", 300, "Requests at once.", lower_bound=0)
     flags.DEFINE_integer("malformed", 2000, "Broken bodies.", lower_bound=0)
     flags.DEFINE_integer("disconnects", 100, "Clients that leave.", lower_bound=0)
@@ -110,7 +111,7 @@ def _server(checkpoint: pathlib.Path) -> Iterator[_Server]:
         "checkpoint": checkpoint,
         "port": 0,
         "slots": values.slots,
-        "capacity": _CAPACITY,
+        "capacity": values.capacity,
         "max_waiting": most,
         "served_model_name": _NAME,
         "block_size": values.block_size,
@@ -167,13 +168,13 @@ async def _check_alive(client: Any) -> None:
 
 def _requests(count: int) -> list[dict]:
     """Bodies of every kind, each with all that its answer depends on."""
-    draw = random.Random(flags.FLAGS.seed)
+    draw, capacity = random.Random(flags.FLAGS.seed), flags.FLAGS.capacity
     words = ["def", "return", "self", "list", "of", "naïve", "日本", "(x)", "\n", "tokens"]
     bodies = []
     for number in range(count):
         body: dict[str, Any] = {
-            "prompt": " ".join(draw.choices(words, k=draw.randint(1, 60))),
-            "max_tokens": draw.randint(1, 40),
+            "prompt": " ".join(draw.choices(words, k=draw.randint(1, capacity // 12))),
+            "max_tokens": draw.randint(1, capacity // 12),
             "temperature": draw.choice([0, 0.7, 1]),
             "seed": number,
             "return_token_ids": True,
@@ -293,7 +294,7 @@ async def _malformed(_: _Server, client: Any, count: int) -> str:
 
 
 async def _disconnects(_: _Server, client: Any, count: int) -> str:
-    body = {"prompt": "def", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"prompt": "def", "max_tokens": flags.FLAGS.capacity // 2, "ignore_eos": True, "stream": True}
     draw = random.Random(flags.FLAGS.seed)
 
     async def leave(number: int) -> None:
@@ -423,7 +424,7 @@ def _bare_engine(checkpoint: pathlib.Path, counts: list[int]) -> list[tuple[floa
     model, params, _ = load(checkpoint, execution=Execution(scan_layers=is_small(checkpoint)))
     sampling = SamplingConfig(block_size=values.block_size, steps_per_block=values.block_size)
     settings = Settings(sampling=sampling, batch_size=values.slots)
-    engine = Engine(model, params, settings, capacity=_CAPACITY + 64, slots=values.slots)
+    engine = Engine(model, params, settings, capacity=slot_size(values.capacity, settings), slots=values.slots)
     found = []
     for count in counts:
         rows = [

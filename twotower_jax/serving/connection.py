@@ -160,7 +160,7 @@ async def serve(app: Any, service: Service, listener: socket.socket) -> None:
         tasks.add(asyncio.create_task(drain()))
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, end, number)
     service.loop.start()
     await server.serve([listener])

@@ -44,6 +44,12 @@ def defaults(settings: Settings, seed: int | None) -> Defaults:
     )
 
 
+def slot_size(capacity: int, settings: Settings) -> int:
+    """The positions that rows of `capacity` tokens may come to use, with these settings: their last block is written
+    whole, and pieces of prompts are padded."""
+    return max(positions(length, capacity - length, settings) for length in range(1, capacity))
+
+
 def make_service(
     model: TwoTower,
     params: Params,
@@ -78,14 +84,12 @@ def make_service(
       ValueError: if the caches do not fit, or there is no tokenizer.
     """
     decode = Decoder(load_tokenizer(folder))
-    # What rows of so many tokens may come to use: their last block is written whole, and pieces of prompts are padded.
-    room = max(positions(length, capacity - length, settings) for length in range(1, capacity))
     prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
     engine = Engine(
         model,
         params,
         settings,
-        capacity=room,
+        capacity=slot_size(capacity, settings),
         slots=slots,
         decode=decode,
         placement=placement,
