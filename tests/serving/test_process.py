@@ -25,6 +25,15 @@ def ask(url: str, body: dict | None = None) -> bytes:
         return answer.read()
 
 
+def until_ready(url: str) -> None:
+    while True:
+        try:
+            assert json.loads(ask(f"{url}/ready")) == {"status": "ready"}
+            return
+        except urllib.error.HTTPError as error:
+            assert error.code == 503 and json.loads(error.read()) == {"status": "starting"}
+
+
 def ask_in_vain(url: str, body: dict) -> None:
     with pytest.raises((OSError, http.client.HTTPException)):
         ask(url, body)
@@ -48,12 +57,7 @@ def process(checkpoint):
 def test_it_says_when_it_is_ready(process):
     _, url = process
     assert json.loads(ask(f"{url}/health")) == {"status": "ok"}
-    answer = {}
-    while answer != {"status": "ready"}:
-        try:
-            answer = json.loads(ask(f"{url}/ready"))
-        except urllib.error.HTTPError as error:
-            assert error.code == 503 and json.loads(error.read()) == {"status": "starting"}
+    until_ready(url)
 
 
 @pytest.mark.skipif(browser.PROGRAM is None, reason="there is no Chromium here")
@@ -141,6 +145,7 @@ def test_a_second_signal_ends_at_once(checkpoint):
         url = process.stdout.readline().split()[-1]
         body = {"prompt": "a", "max_tokens": 40, "stream": True}
         thread = threading.Thread(target=ask_in_vain, args=(f"{url}/v1/completions", body))
+        until_ready(url)
         thread.start()
         while b'num_requests_running{model_name="scripted"} 1.0' not in ask(f"{url}/metrics"):
             pass

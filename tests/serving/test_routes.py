@@ -229,6 +229,22 @@ def test_given_tokens_stand_where_they_are_pinned(served):
     assert [choice.step_map[k] for k in (0, 5, 6)] == [0, 0, 0]
 
 
+def test_requests_say_whether_they_go_on_after_an_end_token(served):
+    async def work(official, _):
+        asked = {"model": "small", "prompt": "The", "max_tokens": 8}
+        bodies = (
+            extra(pinned={"1": 2}),
+            extra(pinned={"1": 2}, ignore_eos=False),
+            extra(pinned={"1": 2}, ignore_eos=True),
+        )
+        return [(await official.completions.create(**asked, **body)).choices[0] for body in bodies]
+
+    for default, reasons in ((False, ["stop", "stop", "length"]), (True, ["length", "stop", "length"])):
+        choices = ask(served, work, settings=dataclasses.replace(SETTINGS, ignore_eos=default))
+        assert [choice.finish_reason for choice in choices] == reasons
+        assert [len(choice.token_ids) for choice in choices] == [2 if reason == "stop" else 8 for reason in reasons]
+
+
 def test_conversations_go_through_the_template(served, checkpoint, tokenizer):
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     plain = [messages[0], {"role": "user", "content": "hi"}]

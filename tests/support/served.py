@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import pathlib
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -153,6 +154,7 @@ class Scripted:
         while self._queue and len(self._table) < self.slots:
             self._table.append(self._queue.pop(0))
         if self.hold:
+            time.sleep(0.001)
             return []
         return [self._advance(number) for number in list(self._table)]
 

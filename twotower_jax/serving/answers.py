@@ -42,7 +42,9 @@ class Answer:
             self._choice(index, job.prompts[index // job.n], result, None if scored is None else scored[index // job.n])
             for index, result in enumerate(results)
         ]
-        return self.envelope(choices) | {"usage": self.usage(results), "seed": job.seed}
+        answer = self.envelope(choices) | {"usage": self.usage(results), "seed": job.seed}
+        # Where vLLM's clients look for it in conversations.
+        return answer | {"prompt_token_ids": job.prompts[0]} if job.token_ids and len(job.prompts) == 1 else answer
 
     def usage(self, results: Iterable[Result | None]) -> dict[str, Any]:
         """Counts of tokens and evaluations."""

@@ -83,6 +83,9 @@ def make_service(
     Raises:
       ValueError: if the caches do not fit, or there is no tokenizer.
     """
+    given = defaults(settings, seed)
+    # Requests say whether they go on after an end token; the engine knows which those are.
+    settings = dataclasses.replace(settings, ignore_eos=False)
     decode = Decoder(load_tokenizer(folder))
     prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
     engine = Engine(
@@ -114,7 +117,7 @@ def make_service(
         begin,
         model.config,
         folder,
-        defaults(settings, seed),
+        given,
         name=name,
         capacity=capacity,
         most_new=most_new,
