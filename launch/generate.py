@@ -29,9 +29,10 @@ from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.diffusion import SCHEDULES, SamplingConfig
 from twotower_jax.diffusion.strategies import knobs
 from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
-from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
+from twotower_jax.generation.engine import Engine, in_order, iter_steps, start
 from twotower_jax.generation.operating_point import FILE, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
+from twotower_jax.generation.rows import Progress
 from twotower_jax.generation.settings import MODES, Result, Settings
 from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
@@ -269,7 +270,8 @@ def _steps(engine: Engine, observers: list[Callable[[list[Progress]], object]]) 
 def _output_row(result: Result) -> dict:
     """The fields of the row that every mode has, and those of its mode."""
     fields = {name: value for name, value in result._asdict().items() if name == "text" or value is not None}
-    fields.pop("trace", None)
+    for name in ("trace", "step_map"):
+        fields.pop(name, None)
     if result.accepted_draft_tokens is not None:
         fields["acceptance_length"] = result.acceptance_length
     return fields | {"evaluations_per_token": result.evaluations_per_token}
