@@ -52,6 +52,7 @@ def results(tiny, requests, **options) -> list:
 
 
 def mixture(count: int, seed: int) -> list[Request]:
+    """Requests of four programs."""
     draw = random.Random(seed)
     out = []
     for _ in range(count):
@@ -71,11 +72,11 @@ def mixture(count: int, seed: int) -> list[Request]:
                 sampling=sampling,
                 end_tokens=draw.choice([(), (7,), (4, 9, 21), tuple(range(30, 36))]),
                 tolerance=draw.choice([0.0, 0.5]) if mode == "speculative" else 0.0,
-                logprobs=draw.choice([None, 0, 3]),
-                context_logprobs=draw.random() < 0.5,
+                logprobs=3,
+                context_logprobs=mode != "diffusion" and draw.random() < 0.5,
                 provisional=draw.random() < 0.2,
                 pinned={0: 11} if draw.random() < 0.3 else {},
-                allowed={0: range(10, 20)} if draw.random() < 0.3 else None,
+                allowed={0: range(10, 20) if draw.random() < 0.3 else range(VOCAB)},
             )
         )
     return out
