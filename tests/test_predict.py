@@ -109,6 +109,17 @@ def test_what_is_not_known_is_counted():
         predict("", RING, PEAK)
 
 
+def test_what_a_kernel_computes_is_given():
+    """It reads and writes 2 MB, in 40 µs; 20 GFLOP take 20 ms and cover the collective, 1 MFLOP takes no time."""
+    text = ASYNC.replace("MIDDLE", '%k = bf16[1000,1000]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"')
+    plain = predict(text, RING, PEAK)
+    assert plain.kernel_traffic == plain.memory == pytest.approx(4e6 / 1e11)
+    long = predict(text, RING, PEAK, kernel_flops=2e10)
+    assert (long.flops, long.arithmetic, long.memory) == (2e10, 2e10 / PEAK, pytest.approx(0))
+    assert predict(text, RING, PEAK, kernel_flops=1e6) == plain._replace(flops=1e6)
+    assert predict(ASYNC.replace("MIDDLE", ""), RING, PEAK, kernel_flops=2e10).flops == 0
+
+
 def test_far_links_are_slower():
     assert RATES["h200"].link_rate(8) == 9 * RATES["h200"].link_rate(16)
     assert RATES["v5p"].link_rate(8) == RATES["v5p"].link_rate(256)
