@@ -13,7 +13,7 @@ from twotower_jax.planning import checks, hardware, report, serving, table
 from twotower_jax.planning.hardware import Hardware
 from twotower_jax.planning.plan import compile_or_refuse, plan_step
 from twotower_jax.sharding import MeshShape
-from twotower_jax.train.flops import step_kernel_flops
+from twotower_jax.train.flops import step_flops
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import tables
 from twotower_jax.two_tower import TwoTower
@@ -347,17 +347,16 @@ def test_a_step_that_the_compiler_refuses(plan, tmp_path):
 
 
 def test_what_kernels_compute_of_a_step(step_config):
-    """Scans, convolutions and attention over what is seen; each trained tower three times."""
+    """Scans, convolutions, attention over what is seen, routed experts; each trained tower three times."""
     config = step_config()
     model = config.model_config(40)
-    inner, channels = model.mamba_inner, model.conv_channels
-    scan = 2 * model.conv_kernel * channels + 4 * inner * model.ssm_state_size
+    scan = 2 * model.conv_kernel * model.conv_channels + 4 * model.mamba_inner * model.ssm_state_size
     heads = 4 * model.num_attention_heads * model.head_dim
-    pattern, length = model.hybrid_override_pattern, config.sequence_length
-    trained = 3 if config.variant.context != "frozen" else 1
-    keys = trained * (length + 1) / 2 + 3 * (length + 4) / 2
-    a_token = (trained + 3) * pattern.count("M") * scan + pattern.count("*") * heads * keys
-    assert step_kernel_flops(config, model, 4) == pytest.approx(config.batch_size * length * a_token)
+    routed = 4 * model.hidden_size * model.num_experts_per_tok * model.moe_intermediate_size
+    length = config.sequence_length
+    keys = (length + 1) / 2 + 3 * (length + 4) / 2
+    a_token = (1 + 3) * (2 * scan + 2 * routed) + heads * keys
+    assert step_flops(config, model, 4, in_kernels=True) == pytest.approx(config.batch_size * length * a_token)
 
 
 def test_serving_on_one_device(step_config):

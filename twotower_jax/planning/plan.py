@@ -19,7 +19,7 @@ from twotower_jax.planning.predict import Prediction, predict
 from twotower_jax.planning.rates import RATES
 from twotower_jax.sharding import batch_sharding, make_mesh
 from twotower_jax.train.config import TrainConfig
-from twotower_jax.train.flops import step_flops, step_kernel_flops
+from twotower_jax.train.flops import step_flops
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.schedule import block_stages
 from twotower_jax.train.step import abstract_state, make_optimizer, make_step, tables
@@ -129,7 +129,7 @@ def plan_step(config: TrainConfig, hardware: Hardware, keep: Callable[[str], Non
     keep(program)
     table = [*trained.values(), *frozen_table.values()]
     rates = RATES.get(hardware.name.partition(":")[0])
-    kernel_flops = step_kernel_flops(config, model, block_size) / len(hardware.devices)
+    kernel_flops = step_flops(config, model, block_size, in_kernels=True) / len(hardware.devices)
     return StepPlan(
         hardware=hardware.name,
         chips=hardware.chips,

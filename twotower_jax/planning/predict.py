@@ -37,7 +37,11 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _ARRAY = re.compile(r"\w+\[[\d,]*\](?:\{[^}]*\})?")
 # An array in a TPU's memory on the chip: its layout ends with a memory space, of which 0 is the device's.
-_ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([1-4]\)\}")
+_ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\((?:[1-46-9]|\d\d)\)\}")  # 5 is the host's.
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton")  # How the targets of kernels begin.
+_NO_WORK = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
+_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "fusion-start", "async-start")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -169,6 +173,10 @@ class _Program:
                     parts.append(moving.end())
                 elif moving:
                     under_way[one.name] = moving
+                elif one.opcode in ("call-done", "custom-call-done"):
+                    # What another kind of core fetches, as the tables of a TPU's gathers.
+                    size = 2 * _size(one.shape)
+                    parts.append(_sum([])._replace(bytes=size, memory=size / self._rates.memory))
             elif kind is not None:
                 sent, group = self._sent(one, kind, shapes)
                 moving = _Moving(links, sent / self._rates.link_rate(group), kind, sent)
@@ -187,26 +195,27 @@ class _Program:
 
     def _copied(self, one: _Instruction, shapes: dict[str, str]) -> float:
         """Bytes that a copy in two instructions moves, which goes on beside other work; 0 if it is none."""
-        if not one.opcode.endswith("-start") or self._instruction_flops(one, shapes):
+        if one.opcode not in _COPIES or self._instruction_flops(one, shapes):
             return 0.0
         return self._traffic(one, shapes)
 
     def _one(self, one: _Instruction, shapes: dict[str, str]) -> Prediction:
         if one.opcode == "while":
-            trips = _TRIPS.search(one.rest)
+            trips = self._trips(one)
             inside = _sum([self._sequence(called) for called in _CALLED.findall(one.rest)])
-            times = _times(inside, int(trips[1]) if trips else 1)
+            times = _times(inside, trips or 1)
             return times if trips else _sum([times, _sum([])._replace(uncounted={"loops": 1})])
         if one.opcode == "call":
             return _sum([self._sequence(called) for called in _CALLED.findall(one.rest)])
         if one.opcode == "conditional":
             names = [n for many, single in _BRANCHES.findall(one.rest) for n in re.findall(r"[\w.\-]+", many or single)]
             return max((self._sequence(called) for called in names), key=lambda part: part.seconds, default=_sum([]))
-        if one.opcode in _FREE or one.opcode.endswith("-done"):
+        target = _TARGET.search(one.rest)[1] if one.opcode == "custom-call" else ""
+        if one.opcode in _FREE or one.opcode.endswith("-start") or target in _NO_WORK:
             return _sum([])
         flops, size = self._instruction_flops(one, shapes), self._traffic(one, shapes)
         arithmetic, memory = flops / self._peak, size / self._rates.memory
-        hidden_kernel = one.opcode == "custom-call" and not flops
+        hidden_kernel = target.startswith(_KERNELS)
         return _sum([])._replace(
             flops=flops,
             bytes=size,
@@ -215,6 +224,19 @@ class _Program:
             uncounted={"kernels": 1} if hidden_kernel else {},
             kernel_traffic=memory if hidden_kernel else 0.0,
         )
+
+    def _trips(self, one: _Instruction) -> int | None:
+        """How often a loop runs, as the compiler or its condition, a number below a constant, says; None if neither."""
+        if known := _TRIPS.search(one.rest):
+            return int(known[1])
+        named = re.search(r"condition=%?([\w.\-]+)", one.rest)
+        body = {line.name: line for line in self._bodies.get(named[1] if named else "", ())}
+        last = next(reversed(body.values()), None)
+        if last is None or last.opcode != "compare" or "direction=LT" not in last.rest:
+            return None
+        bound = body.get(last.operands[-1])
+        constant = re.match(r"(\d+)\)", bound.rest) if bound and bound.opcode == "constant" else None
+        return constant and int(constant[1])
 
     def _instruction_flops(self, one: _Instruction, shapes: dict[str, str]) -> float:
         if one.opcode == "dot":
@@ -293,7 +315,7 @@ class _Program:
         if within:
             one, shapes = within[0], {i.name: i.shape for i in self._bodies[called]}
         group = _group_size(one.rest)
-        given = sum(_size(shapes.get(operand, "")) for operand in one.operands)
+        given = sum(_size(shapes.get(operand, ""), on_chip=True) for operand in one.operands)
         if kind == "all-gather":
             return given * (group - 1), group
         if kind == "all-reduce":

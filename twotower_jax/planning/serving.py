@@ -138,7 +138,7 @@ def plan_serving(
             seconds, program = time.monotonic() - started, compiled.as_text() if compiled else ""
             keep(program)
             tokens = arguments[0].shape[0] * arguments[0].shape[1]
-            kernel_flops = tokens * (tower_flops(model_config, capacity, 1) - tower_flops(model_config, 0, 0))
+            kernel_flops = tokens * tower_flops(model_config, capacity, in_kernels=True)
             predicted = predict(program, rates, hardware.peak_flops, kernel_flops) if program and rates else None
             copies += checks.weight_copies(program, table.values(), mesh.shape).found
             if compiled:
