@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -9,6 +10,8 @@ import pathlib
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 # All processes of a session, pytest's workers and the commands that tests start, share what they compile. Set before
 # JAX is imported; a bound, though never reached, makes JAX lock the folder. A folder given from outside is kept.
@@ -17,6 +20,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Nearly all of the time goes into compiling programs that run once or twice, half of that into optimizing them; so it
+# does in the commands that tests start. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs every test as users compile; the tests
+# that ask for `optimized` always do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import shapes
 
@@ -60,23 +67,23 @@ SMALL = {
 
 # The files that take longest, which start first, so that no worker is left alone with one of them at the end.
 _LONG = (
-    "reference",
-    "ssd",
-    "generation_mesh",
-    "train",
-    "speculative",
-    "tune",
-    "quantization",
-    "train_step",
-    "sharding",
-    "generation",
+    "test_reference",
+    "kernels/ssd/test_ssd",
+    "generation/test_mesh",
+    "train/test_loop",
+    "generation/test_speculative",
+    "generation/test_tune",
+    "test_quantization",
+    "train/test_step",
+    "test_sharding",
+    "generation/test_engine",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders files, and leaves the order of tests in a file."""
-    names = [f"test_{name}" for name in _LONG]
-    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+    places = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -90,7 +97,7 @@ def released_programs():
 
 @pytest.fixture(scope="session")
 def data() -> pathlib.Path:
-    """The folder of recorded data, `tests/data`."""
+    """The folder of recorded data, `tests/recorded`."""
     return DATA
 
 
@@ -101,14 +108,18 @@ def strict_dtypes():
         yield
 
 
-@pytest.fixture(scope="session")
-def quick_jit():
-    """`jax.jit` that compiles twice as fast, for whole models, whose arithmetic the kernels' own tests have checked."""
+@pytest.fixture
+def strict_arithmetic(strict_dtypes):
+    """Nor of rank."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
 
-    def jit(function, **options):
-        return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
-    return jit
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs as users compile them."""
+    with _settings(jax_disable_most_optimizations=False):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -172,10 +183,15 @@ def step_config():
 
 @pytest.fixture(scope="module")
 def compile_once():
-    """Runs of the same step, in the tests of a file, share one quick compilation."""
-    settings = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
+    """Runs of the same step, in the tests of a file, share one compilation, however short."""
+    with _settings(jax_persistent_cache_min_compile_time_secs=0.0):
+        yield
+
+
+@contextlib.contextmanager
+def _settings(**values: Any) -> Iterator[None]:
+    before = {name: jax.config.values[name] for name in values}
+    for name, value in values.items():
         jax.config.update(name, value)
     yield
     for name, value in before.items():
@@ -286,11 +302,11 @@ def write_backbone_folder(two_tower: pathlib.Path, out: pathlib.Path) -> pathlib
 
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory) -> pathlib.Path:
-    """The context tower of `tests/data/tiny/checkpoint` as a single-tower folder."""
+    """The context tower of `tests/recorded/tiny/checkpoint` as a single-tower folder."""
     return write_backbone_folder(DATA / "tiny" / "checkpoint", tmp_path_factory.mktemp("tiny") / "backbone")
 
 
 @pytest.fixture(scope="session")
 def backbone_folder_bf16(tmp_path_factory) -> pathlib.Path:
-    """The context tower of `tests/data/tiny_bf16/checkpoint` as a single-tower folder."""
+    """The context tower of `tests/recorded/tiny_bf16/checkpoint` as a single-tower folder."""
     return write_backbone_folder(DATA / "tiny_bf16" / "checkpoint", tmp_path_factory.mktemp("tiny_bf16") / "backbone")

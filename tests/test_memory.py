@@ -3,16 +3,13 @@
 import dataclasses
 import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from helpers import ROOT, run_command
 from twotower_jax import memory
 from twotower_jax.checkpoint.load import contents
 from twotower_jax.generation.placement import TowerMeshes, tower_meshes
@@ -26,7 +23,6 @@ from twotower_jax.train.start import check_memory
 from twotower_jax.train.step import abstract_state, make_optimizer, tables
 from twotower_jax.two_tower import TwoTower
 
-ROOT = pathlib.Path(__file__).parents[1]
 MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\n"}
 VERSION_2 = {"proc/self/cgroup": "0::/a/b\n"}
 VERSION_1 = {"proc/self/cgroup": "5:cpu:/\n4:memory,other:/a\n0::/\n"}
@@ -144,7 +140,7 @@ def test_a_folder_says_what_it_holds(data, backbone_folder):
 
 def command(*words, **settings):
     """A command on a machine whose address space hides nothing: only what it says counts."""
-    run = subprocess.run([sys.executable, *words], env=os.environ | settings, capture_output=True, text=True)
+    run = run_command(*words, **settings)
     (line,) = [line for line in run.stderr.splitlines() if line]
     return run.returncode, line
 
@@ -152,7 +148,7 @@ def command(*words, **settings):
 def test_the_published_model_on_one_small_machine(tmp_path, data, train_text):
     """Exits with 2, and writes nothing."""
     status, line = command(
-        ROOT / "launch/train.py",
+        "train",
         f"--config={ROOT / 'configs/nano30b.py'}",
         f"--workdir={tmp_path / 'run'}",
         f"--config.data={train_text}",
@@ -181,8 +177,8 @@ def test_a_checkpoint_that_is_larger_than_the_machine(tmp_path, small_config):
     flags = [f"--checkpoint={tmp_path}", "--dtype=bfloat16"]
     (tmp_path / "rows.jsonl").write_text('{"ids": [7, 8]}\n')
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    for words in (["generate.py", f"--prompts={rows}"], ["score.py", f"--input={rows}"]):
-        status, line = command(ROOT / "launch" / words[0], *words[1:], *flags, f"--output={out}")
+    for words in (["generate", f"--prompts={rows}"], ["score", f"--input={rows}"]):
+        status, line = command(*words, *flags, f"--output={out}")
         assert status == 2
         assert "weights of 138,519,707,648 parameters in bfloat16 258.0" in line and "take --quantize=int8" in line
         assert not out.exists()

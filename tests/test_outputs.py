@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from twotower_jax.jsonl import read_rows, row_writer
-from twotower_jax.outputs import check_apart, output_file, write_file
+from twotower_jax.outputs import check_apart, output_file, output_folder, write_file
 from twotower_jax.paths import local_path
 from twotower_jax.texts import check_text
 
@@ -102,6 +102,23 @@ def test_one_writer_at_a_time(tmp_path):
     assert target.read_text() == "first"
 
 
+def test_a_folder_for_results_goes_again_where_nothing_came_into_it(tmp_path):
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "a" / "b") as folder:
+        assert folder.is_dir()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "a" / "b") as folder:
+        (folder / "result").touch()
+        raise KeyboardInterrupt
+    assert (tmp_path / "a" / "b" / "result").exists()
+    with pytest.raises(ValueError, match="stays"), output_folder(tmp_path / "a"):
+        raise ValueError("a folder that was there stays")
+    assert (tmp_path / "a").is_dir()
+    for path in ("a/b/result", "a/b/result/c"):
+        with pytest.raises(ValueError, match="a/b/result is a file, not a folder"), output_folder(tmp_path / path):
+            pytest.fail("it began")
+
+
 def test_outputs_of_a_command_are_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("there").touch()
@@ -109,6 +126,12 @@ def test_outputs_of_a_command_are_apart(tmp_path, monkeypatch):
     os.link("there", "hard")
     check_apart({"--output": "a", "--trace": "b", "--json": None})
     check_apart({"--output": "/dev/null", "--trace": "/dev/null"})
+    check_apart({"--output": "new"}, {"--input": "there", "--prompts": None, "--sha256": "nowhere"})
+    for path in ("there", "link", "hard"):
+        with pytest.raises(ValueError, match=f"--input and --output are both {path}"):
+            check_apart({"--output": path}, {"--input": "there"})
+    os.mkfifo("pipe")
+    check_apart({"--output": "pipe"}, {"--input": "pipe"})
     for first, second in (("a", "./a"), ("there", "link"), ("there", "hard"), ("a", str(tmp_path / "x" / ".." / "a"))):
         with pytest.raises(ValueError, match="--output and --trace are both"):
             check_apart({"--output": first, "--trace": second})

@@ -36,13 +36,6 @@ from twotower_jax.train import start
 from twotower_jax.two_tower import TwoTower
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def sources(data, backbone_folder_bf16) -> dict[str, pathlib.Path]:
     return {"two_tower": data / "tiny/checkpoint", "backbone_bf16": backbone_folder_bf16}
@@ -359,7 +352,7 @@ def test_commands(converted, sources, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "pattern"), [("int8", "M*E-"), ("int4", "E-E-")])
-def test_computes_what_its_weights_say(method, pattern, small_config, random_params, quick_jit):
+def test_computes_what_its_weights_say(method, pattern, small_config, random_params):
     """The model of the quantized matrices' numbers in float32 arrays: the same to rounding, in every pass.
 
     E-E- is scanned.
@@ -368,7 +361,7 @@ def test_computes_what_its_weights_say(method, pattern, small_config, random_par
     params = quantize_params(parameter_table(model), random_params(model), METHODS[method])
     ids = np.random.default_rng(0).integers(4, 40, (2, 16)).astype(np.int32)
 
-    @quick_jit
+    @jax.jit
     def outputs(params):
         bound = bind(model, params)
         last, cache = bound.prefill(ids[:, :12], np.array([12, 9]), 16)
@@ -386,7 +379,7 @@ def test_computes_what_its_weights_say(method, pattern, small_config, random_par
     assert np.max(np.abs(denoised - outputs(random_params(model))[1])) > 0.01
 
 
-def test_in_bfloat16_only_results_are_rounded(quick_jit):
+def test_in_bfloat16_only_results_are_rounded():
     """x · values · scale against float64: nearer than rounding the matrix to bfloat16 first would come."""
     from twotower_jax.layers.common import matmul
 
@@ -395,13 +388,13 @@ def test_in_bfloat16_only_results_are_rounded(quick_jit):
     q = Quantized(*map(jnp.asarray, quantize(w, 8, 512)), 8)
     x = jnp.asarray(rng.standard_normal((32, 512)), jnp.bfloat16)
     exact = np.asarray(x, np.float64) @ np.asarray(dequantize(q, jnp.float32), np.float64)
-    product = quick_jit(lambda x, w: matmul(x, w, jnp.float32))
+    product = jax.jit(lambda x, w: matmul(x, w, jnp.float32))
     error = np.abs(product(x, q) - exact).max()
     assert error < 1e-4 < np.abs(product(x, dequantize(q, jnp.bfloat16)) - exact).max()
     assert matmul(x, q).dtype == jnp.bfloat16
 
 
-def test_agreement_with_the_recorded_model(sources, quick_jit):
+def test_agreement_with_the_recorded_model(sources):
     """Log-probabilities and most probable tokens against float32, measured by what bfloat16 alone does to them.
 
     The recorded model has random weights of which every one matters, so that a rounded weight turns choices of experts:
@@ -415,7 +408,7 @@ def test_agreement_with_the_recorded_model(sources, quick_jit):
     def log_probabilities(dtype, method):
         model, params, _ = load.load(sources["two_tower"], execution=Execution(dtype=dtype), quantize=method)
         params = cast(parameter_table(model), params, dtype)
-        return np.asarray(quick_jit(lambda p: jax.nn.log_softmax(bind(model, p).context_logits(ids)))(params))
+        return np.asarray(jax.jit(lambda p: jax.nn.log_softmax(bind(model, p).context_logits(ids)))(params))
 
     exact = log_probabilities(jnp.float32, None)
 
@@ -448,7 +441,7 @@ def test_generation_in_all_modes(small_config, random_params):
     assert len({str(rows) for rows in found.values()}) == 3
 
 
-def test_experts_as_tpus_read_them(nano30b, step_config, random_params, quick_jit):
+def test_experts_as_tpus_read_them(nano30b, step_config, random_params):
     """1920 wide in the release, and no other matrix changed; a small model computes what it did."""
     changed = set()
     for parameter in nano30b.values():
@@ -468,7 +461,7 @@ def test_experts_as_tpus_read_them(nano30b, step_config, random_params, quick_ji
     widths = {leaf.shape[-1] for path, leaf in flatten(read).items() if path[-1] == "up"}
     assert widths == {128}
     ids = np.random.default_rng(0).integers(4, 40, (2, 16)).astype(np.int32)
-    logits = quick_jit(lambda params: bind(model, params).context_logits(ids))
+    logits = jax.jit(lambda params: bind(model, params).context_logits(ids))
     np.testing.assert_allclose(logits(read), logits(params), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="tensor=2 cuts the groups of 64 rows"):
         check_mesh(table, read, make_mesh(MeshShape(tensor=2), jax.devices()[:2]))
@@ -481,7 +474,7 @@ def test_experts_as_tpus_read_them(nano30b, step_config, random_params, quick_ji
     assert as_read(table[path], divided, "tpu") is divided
 
 
-def test_on_a_mesh(step_config, random_params, quick_jit, tmp_path):
+def test_on_a_mesh(step_config, random_params, tmp_path):
     """Eight devices: each holds its part of values and scales, and the model computes what one device does."""
     from twotower_jax.checkpoint.export import model_tensors, write_folder
 
@@ -496,7 +489,7 @@ def test_on_a_mesh(step_config, random_params, quick_jit, tmp_path):
         return bind(model, params).context_logits(ids)
 
     one = load.load(tmp_path / "source", quantize="int4").params
-    expected = quick_jit(logits)(one)
+    expected = jax.jit(logits)(one)
     mesh = make_mesh(MeshShape(fsdp=2, expert=2, tensor=2))
     with pytest.raises(ValueError, match="tensor=2 cuts the groups of 24 rows"):
         load.load(tmp_path / "source", quantize="int4", mesh=mesh)
@@ -508,4 +501,4 @@ def test_on_a_mesh(step_config, random_params, quick_jit, tmp_path):
         for array in (up.values, up.scales):
             assert array.addressable_shards[0].data.size * 8 == array.size
         with jax.set_mesh(mesh):
-            np.testing.assert_allclose(quick_jit(logits)(params), expected, atol=2e-4)
+            np.testing.assert_allclose(jax.jit(logits)(params), expected, atol=2e-4)

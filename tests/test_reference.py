@@ -1,7 +1,7 @@
 """Parity with the published PyTorch code, from numbers recorded by running it on tiny random weights.
 
 `data/README.md` says what each recorded array is. The tolerances are those that an exact float32 implementation
-meets: logits 2e-4 absolute, loss 1e-5, gradients 1e-3 relative a tensor, every token and count equal.
+meets: logits 2e-4 absolute, loss 1e-5, gradients 1e-3 relative per tensor, every token and count equal.
 """
 
 import dataclasses
@@ -229,7 +229,7 @@ def test_bfloat16_end_to_end_stays_close_to_float32(recorded):
     """Weights, activations and caches in bfloat16.
 
     The measure is the relative difference of a position's logits from the float32 numbers, at the median position:
-    8 bits a layer, adding up over 16 layers, give some 2 %. (At the few positions where bfloat16 activations choose
+    8 bits per layer, adding up over 16 layers, give some 2 %. (At the few positions where bfloat16 activations choose
     another expert, random weights give other logits altogether; the correlation over all positions bounds them.)
     """
     model = TwoTower(recorded.model.config, execution=Execution(dtype=jnp.bfloat16))

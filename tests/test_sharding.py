@@ -90,7 +90,7 @@ def gradients(objective, ids, random_params):
 
     def run(params, ids, places=None):
         function = jax.jit(jax.value_and_grad(loss), out_shardings=(None, places))
-        compiled = function.lower(params, ids).compile({"xla_backend_optimization_level": 0})
+        compiled = function.lower(params, ids).compile()
         value, found = compiled(params, ids)
         by_path = {path: np.asarray(g, np.float64) for path, g in flatten(found).items()}
         return Gradients(float(value), by_path, compiled.as_text())
@@ -159,7 +159,7 @@ def together(line: str) -> int:
 def test_no_collective_that_the_design_does_not_expect(objective, gradients, shape):
     """Weights are gathered a layer at a time and gradients summed; rows of tokens move for the sake of three axes only.
 
-    Of "expert" as rows to experts, at most `capacity` to a device. Of "tensor" as sums behind a mixer. Of "sequence" as
+    Of "expert" as rows to experts, at most `capacity` to a device. Of "tensor" as sums after a mixer. Of "sequence" as
     keys and values, the inputs of a convolution, and states.
     """
     sizes = {axis: shape.get(axis, 1) for axis in MESH_AXES}
@@ -206,7 +206,7 @@ def run_steps(ids):
             state, frozen = start_state(objective, optimizer, params, mesh)
             step = jax.jit(make_step(config, objective, optimizer, BLOCK), donate_argnums=0)
             batch = ids if mesh is None else jax.device_put(ids, batch_sharding(mesh))
-            compiled = step.lower(state, frozen, batch).compile({"xla_backend_optimization_level": 0})
+            compiled = step.lower(state, frozen, batch).compile()
             for _ in range(2):
                 state, metrics = compiled(state, frozen, batch)
             return state, metrics, compiled
@@ -296,7 +296,7 @@ def test_whole_experts_lie_on_a_device_where_there_are_enough():
         (2, ("expert", ("fsdp", "sequence"))),
     ],
 )
-def test_experts_are_gathered_in_order_and_gradients_summed(quick_jit, experts, stored):
+def test_experts_are_gathered_in_order_and_gradients_summed(experts, stored):
     """Whole experts, experts and rows, or rows alone at rest: each device gets its own of them, and what all devices
     say of one is added up where it lies."""
     mesh = make_mesh(MeshShape(expert=2, fsdp=2, sequence=2))
@@ -322,7 +322,7 @@ def test_experts_are_gathered_in_order_and_gradients_summed(quick_jit, experts, 
     expected, expected_y = jax.grad(loss, has_aux=True)(weights, multiplied)
     with jax.set_mesh(mesh):
         divided = local(on_a_device, (tokens, AtRest(axes), ("experts",)), (*tokens, None))
-        found, y = quick_jit(lambda w: jax.grad(loss, has_aux=True)(w, divided))(jax.device_put(weights, place))
+        found, y = jax.jit(lambda w: jax.grad(loss, has_aux=True)(w, divided))(jax.device_put(weights, place))
     np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -374,7 +374,7 @@ def test_a_checkpoint_loads_onto_a_mesh(data):
 
 
 @pytest.mark.parametrize("shape", [{"expert": 4}, {"expert": 2, "tensor": 2}], ids=["expert", "tensor"])
-def test_no_row_is_dropped_when_all_go_to_one_device(quick_jit, shape):
+def test_no_row_is_dropped_when_all_go_to_one_device(shape):
     """All rows of every device to experts 0 and 1: several rounds, and the outputs and gradients of one device."""
     rng = np.random.default_rng(0)
     x, gates = rng.standard_normal((64, 6)), rng.uniform(0.1, 1, (64, 2))
@@ -392,7 +392,7 @@ def test_no_row_is_dropped_when_all_go_to_one_device(quick_jit, shape):
             y = function(x, indices, gates, weights)
             return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
 
-        return quick_jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(x, gates, weights)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(x, gates, weights)
 
     def on_a_mesh(*args):
         mlp = functools.partial(expert_parallel.expert_mlp, activation=relu2, implementation=None)

@@ -1,7 +1,7 @@
 """The towers: whatever is computed in two ways must come out the same.
 
 Training against generation, all blocks at once against one after the other, scanned against unrolled, padded against
-unpadded, one row against a batch. Single layers have met their formulas in test_layers.py.
+unpadded, one row against a batch. Single layers have met their formulas in layers/test_layers.py.
 """
 
 import doctest
@@ -55,12 +55,12 @@ def zip_trees(one, other):
 class Model:
     """A two-tower model with random parameters and its compiled functions."""
 
-    def __init__(self, config, variant, execution, random_params, quick_jit):
+    def __init__(self, config, variant, execution, random_params):
         self.model = model = TwoTower(config, variant, execution)
         self.params = random_params(model)
 
         def method(name, static=()):
-            function = quick_jit(
+            function = jax.jit(
                 lambda params, *args, **options: getattr(bind(model, params), name)(*args, **options),
                 static_argnames=static,
             )
@@ -75,12 +75,12 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def make(small_config, random_params, quick_jit):
+def make(small_config, random_params):
     """Makes a `Model`, the same one for the same arguments."""
 
     @functools.cache
     def make(pattern=PATTERN, variant=Variant(), execution=Execution(), **changes):  # noqa: B008 (frozen)
-        return Model(small_config(pattern, **changes), variant, execution, random_params, quick_jit)
+        return Model(small_config(pattern, **changes), variant, execution, random_params)
 
     return make
 
@@ -137,10 +137,10 @@ def test_per_layer_and_by_layer_are_inverse(make):
     np.testing.assert_array_equal(entries.stack(), stacked)
 
 
-def test_layer_outputs_of_a_scanned_tower(make, quick_jit):
+def test_layer_outputs_of_a_scanned_tower(make):
     model = make()
     ids = tokens(0, 2, 32)
-    run = quick_jit(lambda p, ids: bind(model.model, p).context_tower.layer_outputs(ids))
+    run = jax.jit(lambda p, ids: bind(model.model, p).context_tower.layer_outputs(ids))
     outputs = run(model.params, ids)
     assert len(outputs) == 8
     np.testing.assert_array_equal(outputs[0], model.params["context_tower"]["embeddings"][ids])
@@ -326,7 +326,7 @@ VARIANTS = {
     ],
 )
 def test_training_computes_what_generation_does(make, name, block):
-    """Three blocks, each denoised behind a cache of the clean blocks before it: the first, which has none, the last,
+    """Three blocks, each denoised after a cache of the clean blocks before it: the first, which has none, the last,
     and one between."""
     pattern, variant, changes = VARIANTS[name]
     model = make(pattern, Variant(**variant), **changes)
@@ -387,7 +387,7 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def training_gradients(make, quick_jit):
+def training_gradients(make):
     """(variant's context, …) → (loss, gradients), functions of the parameters, of training in blocks of 4."""
 
     @functools.cache
@@ -397,7 +397,7 @@ def training_gradients(make, quick_jit):
         def loss(params):
             return weighted(bind(model, params).training_logits(*batch(), 4)[0])
 
-        return quick_jit(loss), quick_jit(jax.grad(loss))
+        return jax.jit(loss), jax.jit(jax.grad(loss))
 
     return functions
 
@@ -411,8 +411,8 @@ UNREAD = {
 }
 
 
-def test_a_gradient_through_the_context_is_that_of_generation(make, quick_jit, training_gradients):
-    """In both towers: the same blocks behind caches, differentiated through their keys, values and states."""
+def test_a_gradient_through_the_context_is_that_of_generation(make, training_gradients):
+    """In both towers: the same blocks after caches, differentiated through their keys, values and states."""
     model = make("M*-", Variant(context="trained"))
 
     def loss(params):
@@ -422,7 +422,7 @@ def test_a_gradient_through_the_context_is_that_of_generation(make, quick_jit, t
         return weighted(bound.denoise(noisy.reshape(-1, 4), jnp.repeat(t, 4), cache).reshape(2, 16, -1))
 
     found = training_gradients("trained")[1](model.params)
-    assert_trees_close(found, quick_jit(jax.grad(loss))(model.params), 1e-4)
+    assert_trees_close(found, jax.jit(jax.grad(loss))(model.params), 1e-4)
     for path, gradient in flatten(found).items():
         unread = path in UNREAD or path[:3] == ("context_tower", "segment_0", "layer_2")
         assert np.any(gradient) != unread, path
@@ -447,13 +447,13 @@ def test_a_frozen_context_gets_no_gradient(make, training_gradients):
     assert_trees_close(frozen | {"context_tower": trained["context_tower"]}, trained, 1e-6)
 
 
-def test_expert_load_comes_in_the_order_of_the_layers(make, quick_jit):
+def test_expert_load_comes_in_the_order_of_the_layers(make):
     """For a pattern with repeats: the same as laid out layer by layer, and on average 1."""
     clean, noisy, t = batch()
     scanned, flat = make("MEE" * 2 + "E"), make("MEE" * 2 + "E", execution=Execution(scan_layers=False))
     params = move(scanned.params, parameter_table(scanned.model), parameter_table(flat.model))
     found, expected = (
-        quick_jit(lambda p, m=m: bind(m.model, p).training_states(clean, noisy, t, 4).expert_load)(p)
+        jax.jit(lambda p, m=m: bind(m.model, p).training_states(clean, noisy, t, 4).expert_load)(p)
         for m, p in ((scanned, scanned.params), (flat, params))
     )
     assert found.shape == (5, 8)
@@ -515,7 +515,7 @@ def test_what_is_trainable():
 # From a backbone
 
 
-def test_a_fresh_denoiser_is_the_backbone(make, small_config, random_params, quick_jit):
+def test_a_fresh_denoiser_is_the_backbone(make, small_config, random_params):
     """Fresh time conditioning changes nothing at any t; used causally, the denoiser says what the context says."""
     backbone = Backbone(small_config("M*-"))
     params_of_one = random_params(backbone)
@@ -529,7 +529,7 @@ def test_a_fresh_denoiser_is_the_backbone(make, small_config, random_params, qui
     )
 
     ids = tokens(0, 2, 32)
-    expected = quick_jit(lambda p, ids: bind(backbone, p).logits(ids))(params_of_one, ids)
+    expected = jax.jit(lambda p, ids: bind(backbone, p).logits(ids))(params_of_one, ids)
     np.testing.assert_array_equal(model.context_logits(ids, params=params), expected)
     _, cache = model.prefill(ids[:, :8], np.array([8, 8], np.int32), capacity=40, params=params)
     assert_close(model.mock_ar_logits(ids[:, 8:11], cache, params=params), expected[:, 8:11])

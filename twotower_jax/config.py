@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from twotower_jax import config_reading
@@ -18,12 +19,21 @@ ACTIVATIONS = ("relu2", "relu", "silu", "gelu")
 MASK_TOKEN_ID = 3  # The release keeps it out of config.json.
 
 
+class LayerFields(dict[str, bool | int | float | str]):
+    """What a layer kind of one's own reads of the config, by names of its own; hashable, and not to be changed."""
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of one tower; both towers share it.
 
     `eos_token_id` may be one id or several, each of which ends a text; see `eos_token_ids`. With `moe_latent_size` (0:
     without) the routed experts work in a space of that width, between two projections that all of a layer share.
+    `layer_fields` is for layer kinds that are registered outside this package; each checks what it reads
+    (`Mixer.check_config`).
 
     Raises:
       ValueError: at construction, for values that contradict each other; the message names both.
@@ -74,6 +84,7 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] = 2
     pad_token_id: int = 0
     mask_token_id: int = MASK_TOKEN_ID
+    layer_fields: LayerFields = LayerFields()
 
     def __post_init__(self):
         def check(ok: bool, message: str):
@@ -153,10 +164,17 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary that `from_hf` reads back to an equal config."""
-        values = dataclasses.asdict(self) | {"num_hidden_layers": self.num_hidden_layers, "model_type": "nemotron_h"}
+        values = self.as_json() | {"num_hidden_layers": self.num_hidden_layers, "model_type": "nemotron_h"}
         for name, absent in (("time_step_limit", None), ("moe_latent_size", 0)):
             if values[name] == absent:
                 del values[name]
+        return values
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, as config.json of a run has them: without `layer_fields` where there are none."""
+        values = dataclasses.asdict(self)
+        if not self.layer_fields:
+            del values["layer_fields"]
         return values
 
 
@@ -167,6 +185,10 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
         if len(limits) != 2 or None in limits:
             raise ValueError(f"model config: time_step_limit must be two numbers, found {value!r}")
         return tuple(limits)
+    if field.name == "layer_fields":
+        if not isinstance(value, Mapping) or not all(isinstance(v, bool | int | float | str) for v in value.values()):
+            raise ValueError(f"model config: layer_fields must name numbers, texts and truth values, found {value!r}")
+        return LayerFields(value)
     if field.name == "eos_token_id":
         ids = config_reading.token_ids(value, "model config: eos_token_id")
         return ids if len(ids) > 1 else ids[0]

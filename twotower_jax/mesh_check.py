@@ -2,7 +2,7 @@
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.layers import registry
-from twotower_jax.sharding import BATCH, MeshShape, check_divides
+from twotower_jax.sharding import BATCH, SEQUENCE, TENSOR, MeshShape, check_divides
 
 
 def check_fits(shape: MeshShape, model: ModelConfig, batch_size: int, sequence_length: int, block_size: int) -> None:
@@ -12,9 +12,9 @@ def check_fits(shape: MeshShape, model: ModelConfig, batch_size: int, sequence_l
       ValueError: naming the axis and what it does not divide.
     """
     check_divides(" × ".join(BATCH), shape.batch_shards, batch_size, "the batch, or the part of it taken at once,")
-    check_divides("sequence", shape.sequence, sequence_length, "sequence_length")
+    check_divides(SEQUENCE, shape.sequence, sequence_length, "sequence_length")
     if shape.sequence > 1:
-        check_divides("sequence × block_size", shape.sequence * block_size, sequence_length, "sequence_length")
-    check_divides("tensor", shape.tensor, model.vocab_size, "vocab_size")
+        check_divides(f"{SEQUENCE} × block_size", shape.sequence * block_size, sequence_length, "sequence_length")
+    check_divides(TENSOR, shape.tensor, model.vocab_size, "vocab_size")
     for letter in sorted(set(model.hybrid_override_pattern), key=model.hybrid_override_pattern.index):
         registry.kind(letter).check_mesh(model, shape, sequence_length)

@@ -23,8 +23,9 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
-BATCH = ("data", "fsdp", "expert")
+# The names that a config, a flag and a message use; code says the constants. `MeshShape` has a field of each name.
+MESH_AXES = DATA, FSDP, SEQUENCE, EXPERT, TENSOR = "data", "fsdp", "sequence", "expert", "tensor"
+BATCH = (DATA, FSDP, EXPERT)
 # An axis of one device; a mesh that has it leaves the axes of activations named here whole. See `with_whole_rows`.
 _WHOLE_ROWS = "whole_rows"
 _OF_ROWS = ("batch", "length", "shard")
@@ -47,20 +48,20 @@ RULES: Mapping[str, Rule] = {
     # there are enough of them. Whole experts are then what is gathered, along the first axis of what a device holds,
     # and lie next to one another as they are used, whatever their matrices' sides.
     "layers": Rule((), ()),
-    "experts": Rule(("expert", "fsdp", "sequence"), ("expert",)),
-    "embed": Rule(("fsdp", "sequence", "expert"), ()),
-    "vocab": Rule(("tensor",), ("tensor",)),
-    "heads": Rule(("tensor",), ("tensor",)),
-    "kv_heads": Rule(("tensor",), ()),  # few: computed everywhere
-    "mamba_in": Rule(("tensor",), ()),  # z, x, B, C and dt side by side: divided once they are apart
-    "mamba_inner": Rule(("tensor",), ("tensor",)),
-    "mamba_heads": Rule(("tensor",), ("tensor",)),
-    "mlp": Rule(("tensor",), ("tensor",)),
-    "expert_mlp": Rule(("tensor",), ("tensor",)),
+    "experts": Rule((EXPERT, FSDP, SEQUENCE), (EXPERT,)),
+    "embed": Rule((FSDP, SEQUENCE, EXPERT), ()),
+    "vocab": Rule((TENSOR,), (TENSOR,)),
+    "heads": Rule((TENSOR,), (TENSOR,)),
+    "kv_heads": Rule((TENSOR,), ()),  # few: computed everywhere
+    "mamba_in": Rule((TENSOR,), ()),  # z, x, B, C and dt side by side: divided once they are apart
+    "mamba_inner": Rule((TENSOR,), (TENSOR,)),
+    "mamba_heads": Rule((TENSOR,), (TENSOR,)),
+    "mlp": Rule((TENSOR,), (TENSOR,)),
+    "expert_mlp": Rule((TENSOR,), (TENSOR,)),
     # Axes of activations.
     "batch": Rule((), BATCH),
-    "length": Rule((), ("sequence",)),
-    "shard": Rule((), ("sequence",)),  # one entry for each part of a sequence
+    "length": Rule((), (SEQUENCE,)),
+    "shard": Rule((), (SEQUENCE,)),  # one entry for each part of a sequence
 }
 
 
@@ -202,7 +203,7 @@ def stored_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedShar
 
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     """Where a batch of token ids (B, L) lies, or of (B,) anything."""
-    return NamedSharding(mesh, PartitionSpec(BATCH, *(("sequence",) if ndim > 1 else ())))
+    return NamedSharding(mesh, PartitionSpec(BATCH, *((SEQUENCE,) if ndim > 1 else ())))
 
 
 def whole(tree: Any) -> Any:

@@ -10,13 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twotower_jax.kernels.causal_conv.operands import operands
+from twotower_jax.kernels.causal_conv.operands import operands, with_gradients
 from twotower_jax.kernels.hardware.hopper import not_hopper
 
 _LANES = 128  # Threads of a program.
@@ -142,7 +140,7 @@ def _forward_kernel(*refs, cut: ProgramTiles):
     program.walk(cut.positions, (), 0, visit)
 
 
-def _backward_kernel(*refs, cut: ProgramTiles, wanted: bool):
+def _backward_kernel(*refs, cut: ProgramTiles):
     source_refs, (tail_ref, weight_ref, reach_ref, dy_ref, dx_ref, dweight_ref, *before_refs) = (
         refs[: cut.sources],
         refs[cut.sources :],
@@ -210,8 +208,7 @@ def _call(cut: ProgramTiles, kernel, x, inputs, outputs):
     )(*inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(cut: ProgramTiles, x, before, weight, reach):
+def _forward(cut: ProgramTiles, x, before, weight, reach):
     """(B, L, C) of x (B, L, C); before: the context if there are blocks, and the tail (B, ≥ 1, C).
 
     weight: (W + 1, C) float32, by distance, then the bias. reach: (B, 2, L) int32, own and seen.
@@ -222,34 +219,17 @@ def _conv(cut: ProgramTiles, x, before, weight, reach):
     return out
 
 
-def _conv_forward(cut, x, before, weight, reach):
-    values = jax.tree.map(lambda v: v.value, (x, before, weight, reach), is_leaf=lambda v: hasattr(v, "perturbed"))
-    # Whether these gradients are wanted is a fact of the trace, which only a structure can carry.
-    before_too = () if any(v.perturbed for v in before) else None
-    return _conv(cut, *values), (values, before_too)
-
-
-def _conv_backward(cut, residuals, dy):
-    (x, before, weight, reach), before_too = residuals
-    if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.aval.shape, dy.aval.dtype)
+def _backward(cut, x, before, weight, reach, dy, wanted):
     *context, tail = before
-    wanted = before_too is not None
     steps = pl.cdiv(x.shape[1], cut.positions)
     outputs = [(x.shape, x.dtype), ((x.shape[0], steps, *weight.shape), jnp.float32)]
     if wanted:
         outputs += [(tail.shape, jnp.float32), *((v.shape, v.dtype) for v in context)]
-    kernel = functools.partial(_backward_kernel, cut=cut, wanted=wanted)
-    dx, dweight, *dbefore = _call(cut, kernel, x, (x, *context, tail, weight, reach, dy), outputs)
-    if wanted:
-        dtail, *dcontext = dbefore
-        dbefore = (*dcontext, dtail.astype(tail.dtype))
-    else:
-        dbefore = jax.tree.map(jnp.zeros_like, before)
-    return dx, dbefore, jnp.sum(dweight, axis=(0, 1)), np.zeros(reach.shape, jax.dtypes.float0)
+    kernel = functools.partial(_backward_kernel, cut=cut)
+    return _call(cut, kernel, x, (x, *context, tail, weight, reach, dy), outputs)
 
 
-_conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
+_conv = with_gradients(_forward, _backward)
 
 
 def _run(x, context, weight, bias, block_size, tail, before, positions, interpret):

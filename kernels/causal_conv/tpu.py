@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from twotower_jax.kernels.causal_conv.operands import operands
+from twotower_jax.kernels.causal_conv.operands import operands, with_gradients
 from twotower_jax.kernels.hardware import tpu
 from twotower_jax.kernels.hardware.tpu_layout import LANES, VMEM_BYTES
 
@@ -216,8 +215,7 @@ def _sources(cut: StepTiles, sources, *specs):
     return [(spec, v) for spec in specs for v in sources]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(cut: StepTiles, x, before, weight, reach):
+def _forward(cut: StepTiles, x, before, weight, reach):
     """(B, L, C) of x (B, L, C); before: the context if there are blocks, and the tail (B, halo, C).
 
     weight: (8, C) float32, by distance, then the bias. reach: (B, 2, L) float32, own and seen, or None.
@@ -231,20 +229,9 @@ def _conv(cut: StepTiles, x, before, weight, reach):
     return out
 
 
-def _conv_forward(cut, x, before, weight, reach):
-    values = jax.tree.map(lambda v: v.value, (x, before, weight, reach), is_leaf=lambda v: hasattr(v, "perturbed"))
-    # Whether these gradients are wanted is a fact of the trace, which only a structure can carry.
-    before_too = () if any(v.perturbed for v in before) else None
-    return _conv(cut, *values), (values, before_too)
-
-
-def _conv_backward(cut, residuals, dy):
-    (x, before, weight, reach), before_too = residuals
-    if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.aval.shape, dy.aval.dtype)
+def _backward(cut, x, before, weight, reach, dy, wanted):
     *context, tail = before
     batch, _, channels = x.shape
-    wanted = before_too is not None
     inputs = _sources(cut, (x, *context), cut.main(), cut.left(), cut.right())
     inputs += [(cut.first(), tail), (cut.weights(), weight), (cut.main(), dy), (cut.right(), dy)]
     inputs += [(cut.reach(), reach), (cut.reach_right(), reach)] if cut.limited else []
@@ -255,16 +242,10 @@ def _conv_backward(cut, residuals, dy):
     outputs += [(cut.first(), tail.shape, jnp.float32)] if wanted else []
     outputs += [(cut.main(), v.shape, v.dtype) for v in context] if wanted else []
     kernel = functools.partial(_backward_kernel, cut=cut, with_context=wanted)
-    dx, dweight, *dbefore = _call(cut, kernel, batch, channels, inputs, outputs)
-    if wanted:
-        dtail, *dcontext = dbefore
-        dbefore = (*dcontext, dtail.astype(tail.dtype))
-    else:
-        dbefore = jax.tree.map(jnp.zeros_like, before)
-    return dx, dbefore, jnp.sum(dweight, axis=(0, 1)), jax.tree.map(jnp.zeros_like, reach)
+    return _call(cut, kernel, batch, channels, inputs, outputs)
 
 
-_conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
+_conv = with_gradients(_forward, _backward)
 
 
 def _run(x, context, weight, bias, block_size, tail, before, positions, interpret):

@@ -17,7 +17,8 @@ Who waits for whom, in the one order that all kernels follow:
   awaited; the first copy into them again waits for the whole warpgroup.
 * Blocks never write where another reads or writes.
 
-The interpreter's `detect_races` follows copies, loads and stores (tests/test_ssd.py), but not the tensor core's reads.
+The interpreter's `detect_races` follows copies, loads and stores (tests/kernels/ssd/test_ssd.py), but not the tensor
+core's reads.
 """
 
 from collections.abc import Callable

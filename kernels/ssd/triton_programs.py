@@ -106,6 +106,23 @@ def _of_head(array, row, head, p, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def _edge(
+    edges,
+    of_head,
+    chunk,
+    p,
+    n,
+    LENGTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """The state (or its gradient) at a chunk's edge, of one head; zeros beyond its P rows."""
+    of_chunk = (of_head * (LENGTH // CHUNK) + chunk) * (HEAD_DIM * STATE)
+    return tl.load(edges + of_chunk + p[:, None] * STATE + n[None, :], mask=p[:, None] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
 def states(
     values,
     keys,
@@ -196,8 +213,7 @@ def outputs(
     else:
         total = tl.full((TILE, PADDED_DIM), 0.0, tl.float32)
     if THROUGH:
-        of_chunk = (of_head * (LENGTH // CHUNK) + chunk) * (HEAD_DIM * STATE)
-        edge = tl.load(edges + of_chunk + p[:, None] * STATE + n[None, :], mask=p[:, None] < HEAD_DIM, other=0.0)
+        edge = _edge(edges, of_head, chunk, p, n, LENGTH, CHUNK, HEAD_DIM, STATE)
         scale = tl.load(scales + of_head * LENGTH + rows)[:, None]
         total += scale * tl.dot(query.to(tl.float32), tl.trans(edge), input_precision="tf32x3")
     if not EXACT_AS_IS:
@@ -226,6 +242,33 @@ def outputs(
         mixed = tl.dot(query, tl.trans(key), input_precision="tf32x3") * decay
         total = tl.dot(mixed, value, total, input_precision="tf32x3")
     tl.store(output + place, total, mask=p[None, :] < HEAD_DIM)
+
+
+@triton.jit
+def _pulled_through_edge(
+    up,
+    edge,
+    query,
+    scales,
+    crossed,
+    of_head,
+    rows,
+    LENGTH: tl.constexpr,
+):
+    """Phase 1, of a head: what the state at the chunk's edge adds to the gradient. Stores `crossed`."""
+    pulled = tl.dot(up, edge, input_precision="tf32x3")
+    tl.store(crossed + of_head * LENGTH + rows, tl.reduce(pulled * query.to(tl.float32), 1, _ADD))
+    return pulled * tl.load(scales + of_head * LENGTH + rows)[:, None]
+
+
+@triton.jit
+def _pair_gradients(up, value, scores, decay, step_size, reader, writer):
+    """Phase 2, of a head and a tile of columns: what it adds to dscores, and its row sums for steps and for decays."""
+    mixed = tl.dot(up, tl.trans(value), input_precision="tf32x3") * decay
+    step_terms = mixed * scores
+    # The diagonal does not decay: left out rather than left to cancel.
+    decay_terms = tl.where(writer < reader, step_terms * step_size, 0.0)
+    return mixed * step_size, tl.reduce(step_terms, 1, _ADD), tl.reduce(decay_terms, 1, _ADD)
 
 
 @triton.jit
@@ -274,21 +317,17 @@ def group_gradients(
     place = row * (GROUPS * STATE) + group * STATE + n[None, :]
     query = tl.load(queries + place)
     total = tl.load(before + place) if ADDED else tl.full((TILE, STATE), 0.0, tl.float32)
-    # Through the state at the chunk's edge, head by head.
     if THROUGH:
         for r in range(HEADS // GROUPS):
             head = group * (HEADS // GROUPS) + r
             of_head = batch * HEADS + head
             up = _of_head(upstream, row, head, p, HEADS, HEAD_DIM)
-            of_chunk = (of_head * (LENGTH // CHUNK) + chunk) * (HEAD_DIM * STATE)
-            edge = tl.load(edges + of_chunk + p[:, None] * STATE + n[None, :], mask=p[:, None] < HEAD_DIM, other=0.0)
-            pulled = tl.dot(up, edge, input_precision="tf32x3")
-            total += pulled * tl.load(scales + of_head * LENGTH + rows)[:, None]
-            tl.store(crossed + of_head * LENGTH + rows, tl.reduce(pulled * query.to(tl.float32), 1, _ADD))
+            edge = _edge(edges, of_head, chunk, p, n, LENGTH, CHUNK, HEAD_DIM, STATE)
+            total += _pulled_through_edge(up, edge, query, scales, crossed, of_head, rows, LENGTH)
     if not EXACT_AS_IS:
         query = query.to(tl.float32)
 
-    # From the tiles of columns. Sums have a row for every head, in registers; heads are padded to a power of two.
+    # Sums have a row for every head, in registers; heads are padded to a power of two.
     heads = tl.arange(0, PADDED_HEADS)
     decay_sums = tl.full((PADDED_HEADS, TILE), 0.0, tl.float32)
     step_sums = tl.full((PADDED_HEADS, TILE), 0.0, tl.float32)
@@ -320,14 +359,11 @@ def group_gradients(
                 READERS_IN_ROWS,
             )
             step_size = _step_size(dt, of_head * LENGTH + rows, of_head * LENGTH + columns, READERS_IN_ROWS)
-            mixed = tl.dot(up, tl.trans(value), input_precision="tf32x3") * decay
-            step_terms = mixed * scores
-            # The diagonal does not decay: left out rather than left to cancel.
-            decay_terms = tl.where(writer < reader, step_terms * step_size, 0.0)
+            own, by_steps, by_decays = _pair_gradients(up, value, scores, decay, step_size, reader, writer)
             of_this = heads[:, None] == r
-            step_sums += tl.where(of_this, tl.reduce(step_terms, 1, _ADD)[None, :], 0.0)
-            decay_sums += tl.where(of_this, tl.reduce(decay_terms, 1, _ADD)[None, :], 0.0)
-            dscores += mixed * step_size
+            step_sums += tl.where(of_this, by_steps[None, :], 0.0)
+            decay_sums += tl.where(of_this, by_decays[None, :], 0.0)
+            dscores += own
         total = tl.dot(dscores, key.to(tl.float32), total, input_precision="tf32x3")
     tl.store(gradient + place, total)
     of_heads = (batch * HEADS + group * (HEADS // GROUPS) + heads)[:, None] * LENGTH + rows[None, :]

@@ -55,7 +55,7 @@ def cases(layer: LayerShape, dtype: jnp.dtype, name: str) -> Iterator[tuple[str,
         cache = kernels.Keys(key, value, lengths[:, None])
         return attention(q, (cache, kernels.Keys(*heads_first(*own), jnp.arange(1, q.shape[1] + 1))))
 
-    def behind_cache(batch, length):
+    def after_cache(batch, length):
         cache, lengths = ((batch, layer.kv_heads, _LENGTH, layer.query_dim), dtype), ((batch,), jnp.dtype(jnp.int32))
         return [side_by_side(layer.query_heads, batch, length), cache, cache, lengths, *keys(batch, length)]
 
@@ -72,6 +72,6 @@ def cases(layer: LayerShape, dtype: jnp.dtype, name: str) -> Iterator[tuple[str,
     yield f"attention, blocks of {_BLOCK}, {_LENGTH} tokens", blocks, both
     yield f"attention, blocks of {_BLOCK}, {_LENGTH} tokens, gradient", gradient(blocks), both
     for batch, length in ((1, _BLOCK), (64, _BLOCK), (1, 64)):
-        yield f"attention, {batch} × {length} tokens behind {_LENGTH}", one_block, behind_cache(batch, length)
+        yield f"attention, {batch} × {length} tokens after {_LENGTH}", one_block, after_cache(batch, length)
     for batch in (1, 64):
-        yield f"attention, {batch} × 1 token behind {_LENGTH}", extension, behind_cache(batch, 1)
+        yield f"attention, {batch} × 1 token after {_LENGTH}", extension, after_cache(batch, 1)

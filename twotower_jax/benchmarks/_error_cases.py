@@ -200,12 +200,12 @@ def _attention() -> Iterator[Case]:
         (", documents", 1.0, documents),
         (", scores of 50", 50.0, None),
     ):
-        for name, run in ("causal", causal), ("blocks behind the context", blocks):
+        for name, run in ("causal", causal), ("blocks after the context", blocks):
             made = functools.partial(arrays, length, scale)
             yield Case("attention", name + kind, made, functools.partial(run, start), implementations=implementations)
     made = functools.partial(arrays, _BLOCK, 1.0)
     yield Case(
-        "attention", "a block behind a cache", made, cached, implementations=implementations, gradients=(),
+        "attention", "a block after a cache", made, cached, implementations=implementations, gradients=(),
     )  # fmt: skip
 
 

@@ -247,8 +247,8 @@ def _attention(s: Shape, dtype, names: _Names) -> Iterator[Form]:
             return kernels.attention(q, sources, own_block=own, block_size=s.block, implementation=name)
 
         arrays = q, own_key, own_value, key, value
-        yield Form("attention, blocks behind their context", name, two, arrays, 4 * pairs)
-        yield Form("attention, blocks behind their context, gradient", name, gradient(two, 5), arrays, 12 * pairs)
+        yield Form("attention, blocks after their context", name, two, arrays, 4 * pairs)
+        yield Form("attention, blocks after their context, gradient", name, gradient(two, 5), arrays, 12 * pairs)
     rows = 8
     q = _normal(rng, dtype, rows, s.block, s.query_heads, s.query_dim)
     cache = tuple(_normal(rng, dtype, rows, s.kv_heads, s.cache, s.query_dim) for _ in range(2))
@@ -262,7 +262,7 @@ def _attention(s: Shape, dtype, names: _Names) -> Iterator[Form]:
             sources = (kernels.Keys(*cache, lengths),)
             return kernels.attention(q, sources, own_block=own_pair, block_size=s.block, implementation=name)
 
-        case = f"attention, {rows} rows, {s.block} tokens behind {s.cache}"
+        case = f"attention, {rows} rows, {s.block} tokens after {s.cache}"
         yield Form(case, name, block, (q, cache, own_pair, lengths), operations)
 
 

@@ -6,8 +6,8 @@ the time that these bytes take at that bandwidth over the time that the block to
 
 Weights are random, and what a router chooses is replaced by even routing: token n goes to experts n·k … n·k + k − 1,
 modulo E. With random weights all mask tokens of a block would go to the same experts. The router's own choice is
-computed all the same. Diffusion is forced to 5 and to 4 evaluations a block of 16, and four blocks of the one kind with
-one of the other give 3.33 tokens an evaluation, which is what the published model reaches.
+computed all the same. Diffusion is forced to 5 and to 4 evaluations per block of 16, and four blocks of the one kind
+with one of the other give 3.33 tokens per evaluation, which is what the published model reaches.
 """
 
 import contextlib
@@ -137,7 +137,7 @@ def run(model: TwoTower, dtype: jnp.dtype, batches: list[int], prompt: int, new:
     lines = [
         f"{jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}: a copy moves {bandwidth / 1e9:,.0f} GB/s",
         "",
-        "| batch | mode | ms a block of 16 | tokens/s | GB a block | of the roofline | times AR |",
+        "| batch | mode | ms per block of 16 | tokens/s | GB per block | of the roofline | times AR |",
         "|---|---|---|---|---|---|---|",
     ]
     settings = Settings(max_new_tokens=new, ignore_eos=True)
@@ -158,7 +158,7 @@ def run(model: TwoTower, dtype: jnp.dtype, batches: list[int], prompt: int, new:
         diffusion = sum(share * taken for share, _, taken in parts)
         evaluations = sum(share * count for share, count, _ in parts)
         diffusion_bytes = evaluations * pass_bytes(model, dtype, evaluation) + pass_bytes(model, dtype, extension)
-        name = f"diffusion, {_BLOCK / evaluations:.2f} tokens an evaluation"
+        name = f"diffusion, {_BLOCK / evaluations:.2f} tokens per evaluation"
         for mode, taken, moved in (("ar", ar, ar_bytes), (name, diffusion, diffusion_bytes)):
             speed = f"{taken * 1e3:,.2f} | {_BLOCK * batch / taken:,.0f}"
             roofline = f"{moved / 1e9:,.3f} | {moved / bandwidth / taken:.0%}"

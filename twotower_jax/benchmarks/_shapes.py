@@ -1,19 +1,14 @@
 """Models that several measurements share, without arrays."""
 
-import importlib.util
-import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import Params, parameter_table, unflatten
-from twotower_jax.train.config import freeze
-
-_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+from twotower_jax.train.config import freeze, shipped
 
 NANO_PATTERN = "MEMEM*E" * 5 + "MEMEMEM*E" + "ME" * 4
 
@@ -91,18 +86,9 @@ def nano_config() -> ModelConfig:
     return _of_file("nano30b")
 
 
-def train_config(name: str) -> ConfigDict:
-    """`get_config()` of a file of configs/."""
-    file = _CONFIGS / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def _of_file(name: str) -> ModelConfig:
     """A config's model, over all of its vocabulary."""
-    config = freeze(train_config(name))
+    config = freeze(shipped(name))
     return config.model_config(config.vocab_size)
 
 

@@ -27,7 +27,7 @@ def main() -> None:
     mamba_layers = config.hybrid_override_pattern.count("M")
     state = config.mamba_inner * config.ssm_state_size * 4
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {_LENGTH} tokens, {mamba_layers} Mamba layers\n")
-    print("| block | temporaries of the train step | for comparison: one state a block and Mamba layer |")
+    print("| block | temporaries of the train step | for comparison: one state per block and Mamba layer |")
     print("|---|---|---|")
     for block_size in (64, 32, 16, 8, 4):
         temporaries = _temporaries(model, block_size)

@@ -18,13 +18,12 @@ import numpy as np
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.benchmarks._shapes import train_config
 from twotower_jax.data import TrainingData, python_documentation, save_tokenizer, train_tokenizer
 from twotower_jax.data.opening import Data, Packing
 from twotower_jax.data.prepare import Settings, prepare
 from twotower_jax.data.prepared import PreparedDocuments
 from twotower_jax.planning.plan import UTILIZATION
-from twotower_jax.train.config import freeze
+from twotower_jax.train.config import freeze, shipped
 from twotower_jax.train.flops import PEAK_FLOPS, step_flops
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -73,7 +72,7 @@ def main() -> None:
                       "second of processor time", flush=True)  # fmt: skip
         if flags.FLAGS.train:
             print(f"train, configs/tiny.py on this machine: {_training_rate(folder):,.0f} tokens/s", flush=True)
-    config = freeze(train_config("nano30b"))
+    config = freeze(shipped("nano30b"))
     flops = step_flops(config, config.model_config(config.vocab_size), config.block_sizes[-1])
     a_token = flops / (config.batch_size * config.sequence_length)
     for kind, devices in _HOSTS.items():
@@ -101,8 +100,8 @@ def _measure_prepare(text: pathlib.Path, output: pathlib.Path, tokenizer, worker
     tokens = manifest.total("train", "tokens") + manifest.total("validation", "tokens")
     size = sum(file["size"] for file in manifest.inputs)
     print(f"prepare, workers={workers}: {tokens / seconds / 1e6:.2f} M tokens/s, {size / seconds / 1e6:.1f} MB/s, "
-          f"{seconds:.0f} s with starting the processes; {tokens / processor / 1e6:.2f} M tokens a second of processor "
-          "time", flush=True)  # fmt: skip
+          f"{seconds:.0f} s with starting the processes; {tokens / processor / 1e6:.2f} M tokens per processor second",
+          flush=True)  # fmt: skip
 
 
 def _children_seconds() -> float:

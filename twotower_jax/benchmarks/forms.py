@@ -18,11 +18,11 @@ from absl import flags
 
 from twotower_jax import kernels, randomness
 from twotower_jax.benchmarks._one_thread import use_one_thread
-from twotower_jax.benchmarks._shapes import tiny_config, train_config
+from twotower_jax.benchmarks._shapes import tiny_config
 from twotower_jax.execution import Execution
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import bind, initialize, parameter_table
-from twotower_jax.train.config import freeze
+from twotower_jax.train.config import freeze, shipped
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import make_optimizer, make_step, start_state, tables
 from twotower_jax.two_tower import TwoTower
@@ -72,7 +72,7 @@ def _simple(op: str) -> list[str]:
 
 def _train_step(backends: Backends, objective: str = "denoiser"):
     """A function without arguments that makes one more step."""
-    config = train_config("tiny")
+    config = shipped("tiny")
     config.objective, config.block_size = objective, _BLOCK
     config.kernels.update(dataclasses.asdict(backends))
     config = freeze(config)

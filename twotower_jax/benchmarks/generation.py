@@ -7,15 +7,15 @@
 
 Speed is counted by the clock, and in processor seconds, which other work on the machine changes less; they are those of
 all threads. Weights are random: the time of an evaluation does not depend on what they are, and how many evaluations a
-block takes is forced, so that all loops do the same work. Diffusion takes `--steps` evaluations a block (a threshold of
-1 commits by count alone), and `--tolerance=1` keeps every draft. --roofline is described in _roofline.py.
+block takes is forced, so that all loops do the same work. Diffusion takes `--steps` evaluations per block (a threshold
+of 1 commits by count alone), and `--tolerance=1` keeps every draft. --roofline is described in _roofline.py.
 
 Four plain loops do the evaluations of diffusion at batch 1, look at the block on the host after each step, and sample
 a step with the library's own `sample_step`:
 
     jitted, cache          `denoise`, `sample_step` and `extend` are compiled, and called one after another from Python
-    jitted, read a block   the same, but for each block the context reads the whole text again
-    jitted, read a step    the same, but for each step, as a loop of nothing but forward passes does; texts are padded
+    jitted, read per block   the same, but for each block the context reads the whole text again
+    jitted, read per step    the same, but for each step, as a loop of nothing but forward passes does; texts are padded
                            to one length, so that each function is compiled once
     eager, cache           nothing is compiled: every operation is dispatched by itself, as a first port of the
                            published code would
@@ -53,7 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_list("modes", [], "Only these modes, and no plain loops; default: all, and the loops.")
     flags.DEFINE_list("batches", ["1", "8", "64"], "Rows together.")
     flags.DEFINE_integer("new_tokens", 128, "New tokens of each row.", lower_bound=16)
-    flags.DEFINE_integer("steps", 4, "Denoiser evaluations a block of 16.", lower_bound=1, upper_bound=16)
+    flags.DEFINE_integer("steps", 4, "Denoiser evaluations per block of 16.", lower_bound=1, upper_bound=16)
     flags.DEFINE_integer("eager_tokens", 16, "New tokens of the eager loop, which is slow.", lower_bound=16)
     flags.DEFINE_integer("repeats", 3, "Runs of each, of which the fastest counts.", lower_bound=1)
 
@@ -76,9 +76,9 @@ def main() -> None:
     params = _roofline.random_params(model, dtype)
     sampling = SamplingConfig(block_size=16, steps_per_block=values.steps, confidence_threshold=1.0)
     settings = Settings(max_new_tokens=values.new_tokens, sampling=sampling, ignore_eos=True)
-    print(f"{values.steps} evaluations a block of 16\n")
+    print(f"{values.steps} evaluations per block of 16\n")
     columns = "tokens/s | times batch 1 | tokens a processor second | times batch 1"
-    print(f"| mode | batch | evaluations a token, denoiser + context | {columns} |")
+    print(f"| mode | batch | evaluations per token, denoiser + context | {columns} |")
     print("|---|--:|---|--:|--:|--:|--:|")
     alone = {}
     for mode, tolerance in _RUNS:
@@ -107,8 +107,8 @@ def _against_loops(model, params, settings: Settings, eager_tokens: int, repeats
         {
             "engine": lambda: _tokens(generate(model, params, _prompts(model, 1), alone)),
             "plain loop, jitted, cache": lambda: _plain(model, params, settings, jax.jit),
-            "plain loop, jitted, read a block": lambda: _plain(model, params, settings, jax.jit, read_every="block"),
-            "plain loop, jitted, read a step": lambda: _plain(model, params, settings, jax.jit, read_every="step"),
+            "plain loop, jitted, read per block": lambda: _plain(model, params, settings, jax.jit, read_every="block"),
+            "plain loop, jitted, read per step": lambda: _plain(model, params, settings, jax.jit, read_every="step"),
         },
         repeats,
     ) | _best({"plain loop, eager, cache": lambda: _plain(flat, flat_params, short, lambda function: function)}, 1)
@@ -131,7 +131,7 @@ def _prompts(model: TwoTower, batch: int) -> list[list[int]]:
 
 
 def _engine(model, params, settings: Settings, batch: int, repeats: int) -> tuple[Rates, str]:
-    """Speed and evaluations a token."""
+    """Speed and evaluations per token."""
     results = []
 
     def run() -> int:

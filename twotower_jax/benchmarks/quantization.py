@@ -11,7 +11,7 @@ into windows. Against the float32 model's, for each way to store weights,
 
 Without --checkpoint: size and speed of a random model whose weights do not fit a processor's caches.
 
-Speed is of generation in batches of one and of all prompts, in tokens a second of the clock and of the processor, the
+Speed is of generation in batches of one and of all prompts, in tokens per second of the clock and of the processor, the
 best of --repeats runs after a first one.
 """
 
@@ -66,7 +66,7 @@ def main() -> None:
     ways += [Stored(f"{name}, computed in {values.dtype}", values.dtype, name) for name in METHODS]
     windows = _windows() if values.checkpoint else None
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}\n")
-    header = ["weights", "MB", "bits a parameter"]
+    header = ["weights", "MB", "bits per parameter"]
     if windows is not None:
         print(f"{len(windows)} windows of {values.window} tokens\n")
         header += ["context: nats", "Δ", "same", "denoiser: nats", "Δ", "same", "AR: same tokens", "diffusion"]
@@ -176,7 +176,7 @@ def _generated(model: TwoTower, params: Params, windows: np.ndarray | None) -> t
     values = flags.FLAGS
     given = np.random.default_rng(0).integers(4, model.config.vocab_size, (values.prompts, 32))
     prompts = (given if windows is None else windows[: values.prompts, :32]).tolist()
-    # A threshold of 1 commits by count alone where speed is what counts: four evaluations a block.
+    # A threshold of 1 commits by count alone where speed is what counts: four evaluations per block.
     steps, threshold = (4, 1.0) if windows is None else (_BLOCK, 0.9)
     sampling = SamplingConfig(block_size=_BLOCK, steps_per_block=steps, confidence_threshold=threshold)
     tokens, speeds = [], []

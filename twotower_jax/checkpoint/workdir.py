@@ -46,7 +46,9 @@ from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
 CONFIG, CHECKPOINTS, FROZEN = "config.json", "checkpoints", "frozen"
 _MODEL_DEFAULTS = {
-    field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING
+    field.name: field.default
+    for field in dataclasses.fields(ModelConfig)
+    if field.default is not dataclasses.MISSING and field.name != "layer_fields"
 }
 # The trees of a step's folder and its JSON values; a frozen folder has params alone.
 PARAMS, OPTIMIZER, RUN = "params", "optimizer", "run"
@@ -133,7 +135,7 @@ class Workdir:
     def write_settings(self, model: ModelConfig) -> None:
         """Writes config.json, all of it or nothing; on process 0."""
         if jax.process_index() == 0:
-            settings = self._settings | {"model": dataclasses.asdict(model)}
+            settings = self._settings | {"model": model.as_json()}
             orbax_steps.write_atomically(self.path / CONFIG, json.dumps(settings, indent=2) + "\n")
 
     def restore(self, params: Params, optimizer: Any, frozen: Params) -> tuple[Params, Any, Params, dict[str, Any]]:
@@ -250,7 +252,7 @@ def load(
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
     folder = _step_folder(path, step, only=PARAMS)
     single = settings["objective"] == "autoregressive"
-    trained_as = Variant(**settings["variant"])
+    trained_as = _variant(path, settings)
     variant = variant or (Variant() if single else trained_as)
     stored = Backbone(config) if single else TwoTower(config, trained_as)
     table = parameter_table(stored)
@@ -274,7 +276,7 @@ def described(path: pathlib.Path) -> tuple[ModelConfig, Variant, bool]:
     """
     settings = read_settings(path)
     single = settings["objective"] == "autoregressive"
-    return _model_config(path, settings), Variant() if single else Variant(**settings["variant"]), single
+    return _model_config(path, settings), Variant() if single else _variant(path, settings), single
 
 
 def read_settings(path: pathlib.Path) -> Settings:
@@ -314,6 +316,17 @@ def identity(settings: Settings, changeable: tuple[str, ...], added: Mapping[str
 def _model_config(path: pathlib.Path, settings: Settings) -> ModelConfig:
     try:
         return ModelConfig.from_hf(settings["model"])
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: {error}") from None
+
+
+def _variant(path: pathlib.Path, settings: Settings) -> Variant:
+    given = settings["variant"]
+    known = {field.name for field in dataclasses.fields(Variant)}
+    if not isinstance(given, dict) or not given.keys() <= known:
+        raise CheckpointError(f"{path / CONFIG}: variant={given!r} is not an object of {', '.join(sorted(known))}")
+    try:
+        return Variant(**given)
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from None
 

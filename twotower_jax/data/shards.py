@@ -1,6 +1,6 @@
 """One shard of prepared data: an ArrayRecord file with the tokens of documents, and their lengths.
 
-Its records are, in order: the documents end to end, `RECORD_TOKENS` tokens a record; then the documents' lengths as
+Its records are, in order: the documents end to end, `RECORD_TOKENS` tokens per record; then the documents' lengths as
 uint32, `RECORD_TOKENS` a record. The last record of each kind is shorter. Records are neither grouped nor compressed,
 so that any window is read without the rest. How many tokens and documents there are stands in the data set's manifest.
 """

@@ -115,9 +115,9 @@ def _resting(mesh: Mesh, parameter: Parameter) -> NamedSharding:
     """As the parameter is used, but for "fsdp", which divides it at rest."""
     sizes = dict(mesh.shape)
     if "experts" not in parameter.axes:
-        del sizes["expert"]
+        del sizes[sharding.EXPERT]
     if {"kv_heads", "mamba_in"} & set(parameter.axes):
-        del sizes["tensor"]  # Used whole.
+        del sizes[sharding.TENSOR]  # Used whole.
     return NamedSharding(mesh, sharding.spec(parameter.axes, parameter.shape, sizes, stored=True))
 
 

@@ -9,6 +9,11 @@ from twotower_jax.diffusion import SamplingConfig
 MODES = ("diffusion", "ar", "mock_ar", "speculative")
 
 
+def has_blocks(mode: str) -> bool:
+    """Whether the mode makes blocks with the denoiser, and not one token at a time."""
+    return mode in ("diffusion", "speculative")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How to generate.
@@ -81,6 +86,20 @@ class Settings:
         return self.eos
 
 
+class TokenLogprob(NamedTuple):
+    """What the tower that said a token thought of it then.
+
+    Attributes:
+      token: its id.
+      logprob: its log-probability, natural, without temperature and filters.
+      top: the most probable tokens there, best first, and their log-probabilities.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
 class Step(NamedTuple):
     """One evaluation of the denoiser on one row.
 
@@ -122,6 +141,11 @@ class Result(NamedTuple):
       blocks: of diffusion and speculative, how many were denoised.
       accepted_draft_tokens: of speculative, how many of `tokens` were drafted by the denoiser and kept.
       trace: the denoiser's steps, if asked for.
+      logprobs: of each of `tokens`, if the request asked for them: under the tower that said it, in diffusion of the
+        step that committed it; of a token that was given, under the tower that would have said it, or 0 in diffusion.
+      step_map: of diffusion and speculative, for each token the evaluation of its block that committed it, from 1; 0
+        for one that was given, or that the context said.
+      context_logprobs: of each token, under the context given all before it, if asked for.
     """
 
     prompt_ids: list[int]
@@ -133,6 +157,9 @@ class Result(NamedTuple):
     blocks: int | None = None
     accepted_draft_tokens: int | None = None
     trace: list[Step] | None = None
+    logprobs: list[TokenLogprob] | None = None
+    step_map: list[int] | None = None
+    context_logprobs: list[float] | None = None
 
     @property
     def evaluations_per_token(self) -> float:

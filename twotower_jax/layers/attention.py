@@ -165,7 +165,7 @@ class Attention(Mixer):
     @classmethod
     def check_mesh(cls, config: ModelConfig, shape: sharding.MeshShape, sequence_length: int) -> None:
         tensor = shape.tensor
-        sharding.check_divides("tensor", tensor, config.num_attention_heads, "num_attention_heads")
+        sharding.check_divides(sharding.TENSOR, tensor, config.num_attention_heads, "num_attention_heads")
         ratio, heads = config.num_attention_heads // config.num_key_value_heads, config.num_attention_heads // tensor
         if heads % ratio and ratio % heads:
             raise ValueError(f"mesh: tensor={tensor} gives a device {heads} heads, which do not read whole key heads")
@@ -267,7 +267,7 @@ def _side_by_side(v: jax.Array) -> jax.Array:
 
 def _heads_read(v: jax.Array, heads: int, ratio: int) -> jax.Array:
     """Those of (B, K, T, P) keys or values that this device's `heads` query heads read; `ratio` of them share one."""
-    if sharding.shards("tensor") == 1:
+    if sharding.shards(sharding.TENSOR) == 1:
         return v
-    first = jax.lax.axis_index("tensor") * heads // ratio
+    first = jax.lax.axis_index(sharding.TENSOR) * heads // ratio
     return jax.lax.dynamic_slice_in_dim(v, first, max(1, heads // ratio), axis=1)

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from twotower_jax import kernels, sharding
 from twotower_jax.kernels.experts import Activation, Weights, sort_by_expert
+from twotower_jax.sharding import EXPERT, TENSOR
 
-AXIS = "expert"
 # Room for a pair of devices, as a multiple of its even share of the rows.
 _SLACK = 1.5
 
@@ -41,13 +41,13 @@ def expert_mlp(
     Returns:
       (T, D), complete.
     """
-    if sharding.shards("tensor") > 1 and weights.down_bias is not None:
+    if sharding.shards(TENSOR) > 1 and weights.down_bias is not None:
         # The sum over "tensor" is to hold it once.
-        first = jax.lax.axis_index("tensor") == 0
+        first = jax.lax.axis_index(TENSOR) == 0
         weights = weights._replace(down_bias=jnp.where(first, weights.down_bias, 0))
     mlp = functools.partial(kernels.expert_mlp, activation=activation, implementation=implementation)
-    y = mlp(x, indices, gates, weights) if sharding.shards(AXIS) == 1 else _exchanged(mlp, x, indices, gates, weights)
-    return jax.lax.psum(y, "tensor") if sharding.shards("tensor") > 1 else y
+    y = mlp(x, indices, gates, weights) if sharding.shards(EXPERT) == 1 else _exchanged(mlp, x, indices, gates, weights)
+    return jax.lax.psum(y, TENSOR) if sharding.shards(TENSOR) > 1 else y
 
 
 class _Plan(NamedTuple):
@@ -66,7 +66,7 @@ class _Plan(NamedTuple):
 
 
 def _exchanged(mlp, x, indices, gates, weights):
-    shards, here = sharding.shards(AXIS), weights.up.shape[0]
+    shards, here = sharding.shards(EXPERT), weights.up.shape[0]
     tokens, choices = indices.shape
     expert = indices.reshape(-1)
     by_expert = sort_by_expert(expert, shards * here)
@@ -82,17 +82,17 @@ def _exchanged(mlp, x, indices, gates, weights):
 
 def _one_round(mlp, capacity, plan, number, x, weights):
     """What round `number` adds to the rows (T·k, D): the outputs of the rows that it takes, zeros elsewhere."""
-    shards, here, total = sharding.shards(AXIS), weights.up.shape[0], plan.expert.size
+    shards, here, total = sharding.shards(EXPERT), weights.up.shape[0], plan.expert.size
     place = number * capacity + jnp.arange(capacity)  # among the rows of one pair of devices
     taken = place[None] < plan.count[:, None]
     row = plan.order[jnp.where(taken, plan.first[:, None] + place[None], 0)]  # (n, capacity)
     choices = total // x.shape[0]
     sent = jnp.where(taken[..., None], x[row // choices], 0)
     expert = jnp.where(taken, plan.expert[row] % here, here)  # `here`: no row
-    received, expert = (jax.lax.all_to_all(v, AXIS, 0, 0, tiled=True) for v in (sent, expert))
+    received, expert = (jax.lax.all_to_all(v, EXPERT, 0, 0, tiled=True) for v in (sent, expert))
     ones = jnp.ones((shards * capacity, 1), jnp.float32)
     y = mlp(received.reshape(-1, x.shape[1]), expert.reshape(-1, 1), ones, weights)
-    back = jax.lax.all_to_all(y.reshape(received.shape), AXIS, 0, 0, tiled=True)
+    back = jax.lax.all_to_all(y.reshape(received.shape), EXPERT, 0, 0, tiled=True)
     row = jnp.where(taken, row, total)
     return jnp.zeros((total, x.shape[1]), x.dtype).at[row].set(back, mode="drop")
 

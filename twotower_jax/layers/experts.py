@@ -221,11 +221,11 @@ class Experts(Pointwise):
 
     @classmethod
     def check_mesh(cls, config: ModelConfig, shape: sharding.MeshShape, sequence_length: int) -> None:
-        sharding.check_divides("expert", shape.expert, config.n_routed_experts, "n_routed_experts")
-        sharding.check_divides("tensor", shape.tensor, config.moe_intermediate_size, "moe_intermediate_size")
+        sharding.check_divides(sharding.EXPERT, shape.expert, config.n_routed_experts, "n_routed_experts")
+        sharding.check_divides(sharding.TENSOR, shape.tensor, config.moe_intermediate_size, "moe_intermediate_size")
         if config.n_shared_experts:
             name = "moe_shared_expert_intermediate_size"
-            sharding.check_divides("tensor", shape.tensor, getattr(config, name), name)
+            sharding.check_divides(sharding.TENSOR, shape.tensor, getattr(config, name), name)
 
     @classmethod
     def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:

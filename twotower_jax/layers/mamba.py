@@ -299,7 +299,7 @@ class Mamba(Mixer):
     def check_mesh(cls, config: ModelConfig, shape: sharding.MeshShape, sequence_length: int) -> None:
         if shape.sequence > 1 and sequence_length // shape.sequence < config.conv_kernel:
             raise ValueError(f"mesh: sequence={shape.sequence} leaves a device fewer than {config.conv_kernel} tokens")
-        sharding.check_divides("tensor", shape.tensor, config.n_groups, "n_groups")
+        sharding.check_divides(sharding.TENSOR, shape.tensor, config.n_groups, "n_groups")
 
     @classmethod
     def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
@@ -428,7 +428,7 @@ def _decay_through_context(log_decay: jax.Array, context_log_decay: jax.Array, b
 
 def _by_device(*widths: int) -> Callable[[jax.Array], jax.Array]:
     """Reorders columns of parts of these widths so that a device along "tensor" has an equal share of every part."""
-    shards = sharding.shards("tensor")
+    shards = sharding.shards(sharding.TENSOR)
 
     def arrange(columns):
         if shards == 1:

@@ -56,7 +56,7 @@ class DenseMLP(MLP, Pointwise):
 
     @classmethod
     def check_mesh(cls, config: ModelConfig, shape: sharding.MeshShape, sequence_length: int) -> None:
-        sharding.check_divides("tensor", shape.tensor, config.intermediate_size, "intermediate_size")
+        sharding.check_divides(sharding.TENSOR, shape.tensor, config.intermediate_size, "intermediate_size")
 
     @classmethod
     def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:

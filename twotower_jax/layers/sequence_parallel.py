@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twotower_jax import sharding
-
-AXIS = "sequence"
+from twotower_jax.sharding import SEQUENCE
 
 
 def divided() -> bool:
@@ -28,8 +27,8 @@ def inputs_before(x: Float[Array, "B L C"], count: int) -> Float[Array, "B {coun
     """The `count` positions before this device's part of (B, L, C): (B, count, C), zeros before the first part."""
     if x.shape[1] < count:
         raise ValueError(f"a device holds {x.shape[1]} positions, fewer than the {count} its neighbor needs of it")
-    shards = sharding.shards(AXIS)
-    return jax.lax.ppermute(x[:, -count:], AXIS, [(i, i + 1) for i in range(shards - 1)])
+    shards = sharding.shards(SEQUENCE)
+    return jax.lax.ppermute(x[:, -count:], SEQUENCE, [(i, i + 1) for i in range(shards - 1)])
 
 
 def state_before(last: Float[Array, "B H P N"], log_decay: Float[Array, "B L H"]) -> Float[Array, "B H P N"]:
@@ -39,11 +38,11 @@ def state_before(last: Float[Array, "B H P N"], log_decay: Float[Array, "B L H"]
       last: (B, H, P, N), the state that the part reaches from zero.
       log_decay: (B, L, H), dt·A of the part.
     """
-    lasts = jax.lax.all_gather(last, AXIS)
-    decays = jnp.exp(jax.lax.all_gather(jnp.sum(log_decay, axis=1), AXIS))
-    part = jax.lax.axis_index(AXIS)
+    lasts = jax.lax.all_gather(last, SEQUENCE)
+    decays = jnp.exp(jax.lax.all_gather(jnp.sum(log_decay, axis=1), SEQUENCE))
+    part = jax.lax.axis_index(SEQUENCE)
     state = jnp.zeros_like(last)
-    for j in range(sharding.shards(AXIS) - 1):
+    for j in range(sharding.shards(SEQUENCE) - 1):
         state = jnp.where(j < part, decays[j][..., None, None] * state + lasts[j], state)
     return state
 

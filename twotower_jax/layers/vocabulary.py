@@ -15,6 +15,7 @@ from twotower_jax.config import ModelConfig
 from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.layers.common import matmul
 from twotower_jax.parameters import COLUMNS, LINEAR, Scope, at_rest, normal, use
+from twotower_jax.sharding import TENSOR
 
 _TOKENS = ("batch", "length")
 # Logits that may exist at once on a device, 1 GiB in float32.
@@ -33,10 +34,10 @@ def lookup(table: Float[Array, "V D"] | Quantized, ids: Int[Array, "B L"]) -> Fl
         return _take(table, ids)
 
     def take(table, ids):
-        if sharding.shards("tensor") == 1:
+        if sharding.shards(TENSOR) == 1:
             return rows(table, ids)
         place, here = _place_here(table.shape[0], ids)
-        return jax.lax.psum(jnp.where(here[..., None], rows(table, place), 0), "tensor")
+        return jax.lax.psum(jnp.where(here[..., None], rows(table, place), 0), TENSOR)
 
     return sharding.local(take, (("vocab", None), _TOKENS), (*_TOKENS, None))(table, ids)
 
@@ -62,7 +63,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 def _place_here(size: int, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The places of ids in this device's share of the vocabulary, and whether they are in it."""
-    place = ids - (jax.lax.axis_index("tensor") * size if sharding.shards("tensor") > 1 else 0)
+    place = ids - (jax.lax.axis_index(TENSOR) * size if sharding.shards(TENSOR) > 1 else 0)
     return place, (place >= 0) & (place < size)
 
 
@@ -135,6 +136,6 @@ def _tile_log_probabilities(h: jax.Array, ids: jax.Array, weight: jax.Array | Qu
 
 def _over_vocabulary():
     """Sum and maximum over the devices that share the vocabulary."""
-    if sharding.shards("tensor") == 1:
+    if sharding.shards(TENSOR) == 1:
         return (lambda v: v), (lambda v: v)
-    return functools.partial(jax.lax.psum, axis_name="tensor"), functools.partial(jax.lax.pmax, axis_name="tensor")
+    return functools.partial(jax.lax.psum, axis_name=TENSOR), functools.partial(jax.lax.pmax, axis_name=TENSOR)

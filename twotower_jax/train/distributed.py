@@ -87,7 +87,7 @@ def noticing_loss() -> Iterator[None]:
 
 
 class Agreement:
-    """Lets every process know the largest of a small number that each gives, once a step, without waiting for it."""
+    """Lets every process know the largest of a small number that each gives, once per step, without waiting for it."""
 
     def __init__(self):
         self._several = jax.process_count() > 1

@@ -3,7 +3,7 @@
 Counted for one token of a sequence of L, two operations a multiply-add; norms, activations, gates and softmax are left
 out, and so is what a program computes twice (rematerialization) or in another form (a scan in chunks). With the
 alphabet of the layers (D model, H heads of P with states N in G groups, W convolution width, F width of an MLP or
-expert, k of E experts a token, S block, V vocabulary):
+expert, k of E experts per token, S block, V vocabulary):
 
     Mamba-2     2 D (2 H P + 2 G N + H) + 2 W (H P + 2 G N) + 4 H P N + 2 H P D
                 in_proj, convolution, recurrence (state += x Bᵀ, y = state C), out_proj

@@ -1,4 +1,4 @@
-"""Charts of a story as SVG, for a page or as files of their own: the order of commits, steps a block, experts used."""
+"""Charts of a story as SVG, for a page or as own files: the order of commits, steps per block, experts used."""
 
 import html
 
@@ -43,7 +43,7 @@ def svg(width: int, height: int, title: str, parts: list[str]) -> str:
 
 
 def heat_map(story: Story) -> str:
-    """A line a block, a column a position: the step (from 1) that decided it. Drafts that were not kept are paler."""
+    """A line per block, a column per position: the step (from 1) that decided it. Drafts not kept are paler."""
     size, most = story.header["block_size"], story.most_steps
     large = len(story.blocks) <= 64
     side = 22 if large else 8
@@ -89,7 +89,7 @@ def steps_chart(story: Story) -> str:
             parts.append(f'<text class="tt-ink" {place} y="{bottom + 15}">{block.number}</text>')
     parts.append(f'<text class="tt-ink" x="8" y="{bottom + 15}">block</text>')
     mean = sum(block.steps for block in story.blocks) / max(1, len(story.blocks))
-    title = f"Denoiser evaluations a block (mean {mean:.2f})"
+    title = f"Denoiser evaluations per block (mean {mean:.2f})"
     return svg(max(300, _LEFT + len(story.blocks) * step + 12), bottom + 26, title, parts)
 
 
@@ -100,7 +100,7 @@ def load_part(load: float) -> float:
 
 
 def expert_map(story: Story) -> str:
-    """A line a layer with experts, a column an expert: the denoiser's tokens that went to it in all steps of the row.
+    """A line per layer with experts, a column per expert: the denoiser's tokens that it got in all steps of the row.
 
     The squares are in the order of `Story.load`, with the class tt-load, so that a page can color them by a step.
     """

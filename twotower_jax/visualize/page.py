@@ -136,7 +136,7 @@ def page(story: Story) -> str:
     header, count = story.header, max(1, len(story.blocks))
     settings = [f"{name} {header[name]}" for name in _SETTINGS if header.get(name) is not None]
     mean = sum(block.steps for block in story.blocks) / count
-    settings.append(f"{story.length} tokens, ended by {story.reason}, {mean:.2f} steps a block")
+    settings.append(f"{story.length} tokens, ended by {story.reason}, {mean:.2f} steps per block")
     data = {
         "prompt": story.prompt_text,
         "texts": story.texts,

@@ -1,4 +1,4 @@
-"""A sweep as an SVG: agreement with AR and likelihood, over tokens an evaluation and over tokens a second."""
+"""A sweep as an SVG: agreement with AR and likelihood, over tokens per evaluation and over tokens per second."""
 
 import html
 
@@ -6,14 +6,14 @@ from twotower_jax.generation.tune import Point, Sweep
 from twotower_jax.visualize.charts import color, svg
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP_X, _GAP_Y = 300, 220, 62, 40, 78, 62
-_ACROSS = (("tokens_per_evaluation", "tokens an evaluation"), ("tokens_per_second", "tokens a second"))
+_ACROSS = (("tokens_per_evaluation", "tokens per evaluation"), ("tokens_per_second", "tokens per second"))
 _UP = (("agreement", "agreement with AR"), ("log_likelihood", "log-likelihood, nats a token"))
 
 
 def plot(sweep: Sweep, chosen: Point) -> str:
     """Circles are settings, colored by block size. Those with a gray ring are on the Pareto front of agreement and
-    tokens a second, the one with a red ring is `chosen`. The diamond is AR, the dashed line its speed: diffusion breaks
-    even to the right of it."""
+    tokens per second, the one with a red ring is `chosen`. The diamond is AR, the dashed line its speed: diffusion
+    breaks even to the right of it."""
     sizes = list(sweep.needed)
     fills = {size: f"rgb{color(0.15 + 0.7 * i / max(1, len(sizes) - 1))}" for i, size in enumerate(sizes)}
     parts = []
@@ -59,14 +59,14 @@ def _panel(sweep: Sweep, chosen: Point, fills: dict[int, str], x_axis, y_axis, l
     parts.append(_diamond(ar_x, ar_y))
     for point in sweep.points:
         x, y = place(point)
-        s = point.sampling
+        block, steps, threshold = point.setting()
         about = (
-            f"block {s.block_size}, steps {s.steps_per_block}, threshold {s.confidence_threshold:g}: "
-            f"{point.tokens_per_evaluation:.2f} tokens an evaluation, {point.tokens_per_second:,.0f} tokens/s, "
+            f"block {block}, steps {steps}{threshold and f', threshold {threshold}'}: "
+            f"{point.tokens_per_evaluation:.2f} tokens per evaluation, {point.tokens_per_second:,.0f} tokens/s, "
             f"agreement {point.agreement:.3f}, log-likelihood {point.log_likelihood:.3f}"
         )
         ring = "#e11d48" if point is chosen else "#888" if point.pareto else "none"
-        circle = f'cx="{x}" cy="{y}" r="6" fill="{fills[s.block_size]}" stroke="{ring}" stroke-width="2"'
+        circle = f'cx="{x}" cy="{y}" r="6" fill="{fills[point.sampling.block_size]}" stroke="{ring}" stroke-width="2"'
         parts.append(f"<circle {circle}><title>{html.escape(about)}</title></circle>")
     return "".join(parts)
 

@@ -1,0 +1,69 @@
+"""The documents: what they link to, and the files that they name, are there."""
+
+import pathlib
+import re
+
+import pytest
+
+from helpers import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = re.compile(r"^(?:```.*?^```|    [^\n]*$)", re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: pathlib.Path, text: str) -> list[str]:
+    """The relative targets of links and images in a page's text that are not there."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", text)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+            broken.append(target)
+    return broken
+
+
+def missing_files(text: str) -> list[str]:
+    """Files of the repository that a text names by their paths, and that are not there."""
+    folders = "docs|configs|launch|kernels|tests|twotower_jax"
+    named = re.findall(rf"(?<![\w/.])(?:{folders})/[\w/]+\.(?:md|py|json|gif|svg)\b(?!\.gz)", text)
+    return [name for name in named if not (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_a_page_names_only_what_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    assert broken_links(page, text) == []
+    assert [name for name in missing_files(text) if "NAME" not in name] == []
+
+
+def test_code_names_only_documents_that_are_there():
+    sources = [
+        file for folder in ("twotower_jax", "kernels", "launch", "configs") for file in (ROOT / folder).rglob("*.py")
+    ]
+    found = {str(file): re.findall(r"docs/[\w/]+\.md", file.read_text(encoding="utf-8")) for file in sources}
+    assert [(file, name) for file, names in found.items() for name in names if not (ROOT / name).is_file()] == []
+    assert sum(map(len, found.values())) > 5
+
+
+def test_every_document_is_reached_from_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\((docs/[^)#]+\.md)\)", text)}
+    assert set(PAGES[2:]) - linked == set()
+
+
+def test_what_is_broken_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    text = (
+        "# One two\n\n[a](#one-two) [b](#three) [c](gone.md) [d](https://x.y/z)\n\n    [e](code.md)\n\n![f](no.svg)\n"
+    )
+    page.write_text(text)
+    assert broken_links(page, text) == ["#three", "gone.md", "no.svg"]
+    assert missing_files("see `docs/gone.md` and launch/train.py, ours/docs/gone.md") == ["docs/gone.md"]

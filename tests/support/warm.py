@@ -1,0 +1,106 @@
+"""A process that has imported what the commands import, and forks for each command that a test runs.
+
+Importing takes seconds of the processor, a command often less than one. The forked process is the command's own: its
+arguments, folder, environment, output, signals and exit status. What it cannot have anew are the settings that JAX
+reads while it is imported, so that `run_command` starts a real one for those; so does every test of starting itself.
+
+    python warm.py FD      FD: one end of a socket; see `Server` for the other
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+
+_MOST = 2**17  # Bytes of a request.
+# Not the modules that define flags for whoever imports them.
+_MODULES = (
+    "optax",
+    "ml_collections.config_flags",
+    "tensorboardX",
+    "twotower_jax.command_line",
+    "twotower_jax.certify",
+    "twotower_jax.checkpoint.export",
+    "twotower_jax.checkpoint.hub",
+    "twotower_jax.checkpoint.inspection",
+    "twotower_jax.data.chat",
+    "twotower_jax.data.prepare",
+    "twotower_jax.generation.placement",
+    "twotower_jax.generation.quality",
+    "twotower_jax.generation.tune",
+    "twotower_jax.generation.watch",
+    "twotower_jax.train.loop",
+    "twotower_jax.visualize.page",
+    "twotower_jax.visualize.tradeoff",
+)
+
+
+class Server:
+    """The process, started with the environment of this one; it ends with this one."""
+
+    def __init__(self):
+        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Its memory is what commands begin with; an import that warns is no concern of theirs.
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(other.fileno())], pass_fds=[other.fileno()], stdin=subprocess.DEVNULL
+        )
+        other.close()
+
+    def run(self, script: str, arguments: list[str], *, cwd, env, stdin, stdout, stderr, timeout: float) -> int:
+        """The exit status of a command, negative for a signal; the streams are file descriptors.
+
+        Raises:
+          TimeoutError: after `timeout` seconds; the command is killed.
+        """
+        request = {"script": script, "arguments": arguments, "cwd": str(cwd), "env": env}
+        socket.send_fds(self._socket, [json.dumps(request).encode()], [stdin, stdout, stderr])
+        process = int(self._socket.recv(_MOST))
+        self._socket.settimeout(timeout)
+        try:
+            return os.waitstatus_to_exitcode(int(self._socket.recv(_MOST)))
+        except TimeoutError:
+            os.kill(process, signal.SIGKILL)
+            self._socket.settimeout(None)
+            self._socket.recv(_MOST)
+            raise
+        finally:
+            self._socket.settimeout(None)
+
+
+def _serve(connection: socket.socket) -> tuple[str, list[str]]:
+    """Returns in the processes that are to run a command: its script and arguments."""
+    while True:
+        content, fds, _, _ = socket.recv_fds(connection, _MOST, 3)
+        if not content:
+            sys.exit()
+        request = json.loads(content)
+        with warnings.catch_warnings():
+            # Libraries have a thread or two that only wait; no backend of JAX is there yet.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = os.fork()
+        if process == 0:
+            connection.close()
+            for target, fd in enumerate(fds):
+                os.dup2(fd, target)
+                os.close(fd)
+            os.chdir(request["cwd"])
+            os.environ.clear()
+            os.environ.update(request["env"])
+            return request["script"], request["arguments"]
+        for fd in fds:
+            os.close(fd)
+        connection.send(str(process).encode())
+        connection.send(str(os.waitpid(process, 0)[1]).encode())
+
+
+if __name__ == "__main__":
+    for module in _MODULES:
+        __import__(module)
+    script, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
+    sys.argv = [script, *arguments]
+    sys.path[0] = os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")

@@ -1,0 +1,107 @@
+"""Several processes with a mesh across them give the run that one process gives."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+
+CONFIG = """
+from twotower_jax.train.config import base_config
+
+
+def get_config():
+    config = base_config(
+        {
+            "hidden_size": 16,
+            "hybrid_override_pattern": "ME*",
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 4,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "moe_shared_expert_intermediate_size": 8,
+        }
+    )
+    config.objective = "denoiser"
+    config.data = "text"
+    config.vocab_size = 266
+    config.sequence_length = 32
+    config.block_size = 8
+    config.batch_size = 8
+    config.steps = 2
+    config.log_every = 1
+    config.learning_rate = 1e-2
+    config.validation_fraction = 0.3
+    config.reset_at_documents = True
+    config.remat = "layer"
+    config.sample_every = 2
+    config.sample_prompts = ("64 125", "3")
+    config.sample_tokens = 16
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("processes")
+    (out / "config.py").write_text(CONFIG)
+    (out / "text").mkdir()
+    for i in range(24):
+        (out / "text" / f"{i}.txt").write_text(" ".join(str((i + 3) * n * n) for n in range(20 + 5 * i)))
+    return out
+
+
+def run(folder: pathlib.Path, name: str, processes: int, *flags: str) -> tuple[list[dict], list[dict]]:
+    """Trains with so many processes of one device each; returns the rows of metrics.jsonl and of samples.jsonl."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    started = []
+    for i in range(processes):
+        command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config=config.py", f"--workdir={name}", *flags]
+        if processes > 1:
+            command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True))
+    try:
+        for process in started:
+            _, said = process.communicate(timeout=400)
+            assert process.returncode == 0, said[-2000:]
+    finally:
+        for process in started:
+            process.kill()
+    files = (folder / name / f"{what}.jsonl" for what in ("metrics", "samples"))
+    metrics, samples = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    return metrics, samples
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> tuple[list[dict], list[dict]]:
+    return run(folder, "alone", 1)
+
+
+# Rows divided between the processes; then rows, experts, and the positions of a row.
+@pytest.mark.parametrize("processes, mesh", [(2, ("fsdp=-1",)), (4, ("sequence=2", "expert=2"))], ids=["two", "four"])
+def test_several_processes_are_one_run(folder, alone, processes, mesh):
+    name = "-".join(mesh)
+    rows, samples = run(folder, name, processes, *(f"--config.mesh.{axis}" for axis in mesh))
+    expected_rows, expected_samples = alone
+    assert len(rows) == len(expected_rows) == 2 and "validation_loss" in expected_rows[-1]
+    assert samples == expected_samples and [len(sample["text"]) > 0 for sample in samples] == [True, True]
+    for found, expected in zip(rows, expected_rows, strict=True):
+        assert found.keys() == expected.keys()
+        for field in {"loss", "grad_norm", "validation_loss"} & expected.keys():
+            assert found[field] == pytest.approx(expected[field], rel=2e-5), (field, found["step"])
