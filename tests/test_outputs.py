@@ -1,5 +1,6 @@
 """Files that commands write: whole or not at all, into pipes and through links, by one writer at a time; and paths."""
 
+import fcntl
 import os
 import pathlib
 import socket
@@ -8,6 +9,7 @@ import threading
 
 import pytest
 
+from twotower_jax.atomic import new_folder
 from twotower_jax.jsonl import read_rows, row_writer
 from twotower_jax.outputs import check_apart, output_file, output_folder, write_file
 from twotower_jax.paths import local_path
@@ -89,6 +91,18 @@ def test_what_cannot_be_written_is_said_first(tmp_path):
         ):
             with pytest.raises(ValueError, match=message), output_file(path):
                 pytest.fail("it began")
+
+
+@pytest.mark.parametrize("write", [output_file, new_folder])
+def test_an_interruption_at_the_very_beginning_leaves_nothing(tmp_path, monkeypatch, write):
+    def interrupted(*_):
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", interrupted)
+    with pytest.raises(KeyboardInterrupt), write(tmp_path / "out"):
+        pytest.fail("it began")
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_writer_at_a_time(tmp_path):

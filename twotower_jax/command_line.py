@@ -94,8 +94,8 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
         except (ValueError, OSError) as error:
             logging.debug("traceback", exc_info=True)
             fail(said(error), USAGE)
-        except (RuntimeError, AssertionError):
-            if reason := _no_devices():
+        except (RuntimeError, AssertionError) as error:
+            if reason := _out_of_memory(error) or _no_devices():
                 logging.debug("traceback", exc_info=True)
                 fail(reason, USAGE)
             raise
@@ -113,14 +113,29 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
         for number in _INTERRUPTIONS:
             signal.signal(number, signal.SIG_IGN)
     except BrokenPipeError:
-        _drop_output()
-        sys.exit(CLOSED_PIPE)
+        _leave_closed_pipe()
     # Only here does nothing hold what the interrupted frames had: semaphores, for one, which would be reported as lost.
     gc.collect()
     with contextlib.suppress(OSError):  # of a terminal that is gone
         print("error: interrupted; nothing was left half-written", file=sys.stderr, flush=True)
     # Not sys.exit, which waits for threads of JAX that may wait for an accelerator.
     os._exit(INTERRUPTED)
+
+
+def show(text: str, status: int) -> None:
+    """Prints what a command shows of itself before it has flags, and exits."""
+    try:
+        print(text)
+        if problem := _unwritten():
+            fail(problem, USAGE)
+    except BrokenPipeError:
+        _leave_closed_pipe()
+    sys.exit(status)
+
+
+def _leave_closed_pipe() -> None:
+    _drop_output()
+    sys.exit(CLOSED_PIPE)
 
 
 def fail(message: str, status: int) -> None:
@@ -182,6 +197,14 @@ def _unwritten() -> str:
 def _drop_output() -> None:
     """Sends standard output nowhere: Python flushes once more at its end, and would complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What JAX says of memory that it could not get, or "" if the error is another one."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    reason = str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().splitlines()[0]
+    return f"{reason} More devices would hold it, or fewer rows at a time, shorter ones, or smaller blocks"
 
 
 def _no_devices() -> str:

@@ -50,16 +50,23 @@ def _output_file(path: pathlib.Path) -> Iterator[TextIO]:
     if not target.parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist")
     partial = target.with_name(f".{target.name}.partial")
-    with _locked(partial, path) as file:
-        try:
-            file.truncate()
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            partial.replace(target)
-        except BaseException:
+    left_behind = partial.exists()
+    try:
+        with _locked(partial, path) as file:
+            try:
+                file.truncate()
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                partial.replace(target)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except KeyboardInterrupt:
+        # It may have come before the file was locked.
+        if not left_behind:
             partial.unlink(missing_ok=True)
-            raise
+        raise
 
 
 def write_file(path: str | pathlib.Path, content: str | bytes) -> None:
@@ -82,10 +89,10 @@ def output_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"{path}: {parent} is a file, not a folder")
     made = [parent for parent in (path, *path.parents) if not parent.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: this folder cannot be written in")
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ValueError(f"{path}: this folder cannot be written in")
         yield path
     except BaseException:
         with contextlib.suppress(OSError):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from calls import call_of
 
+from twotower_jax import memory
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import (
@@ -259,6 +260,14 @@ def test_caches_that_do_not_fit_are_refused(tiny):
     generate(*tiny, PROMPTS, dataclasses.replace(settings, batch_size=3))
 
 
+def test_a_machine_that_cannot_hold_the_caches_is_asked_first(tiny, monkeypatch):
+    """Processors too, which share their memory; their allocator would fail, or the system end the process."""
+    with pytest.raises(ValueError, match=r"need .* GB, and this machine has free .* GB; .* max_new_tokens"):
+        generate(*tiny, PROMPTS, dataclasses.replace(DIFFUSION, max_new_tokens=2**31 - 1))
+    monkeypatch.setattr(memory, "room", lambda devices: None)  # Nothing says.
+    generate(*tiny, PROMPTS, DIFFUSION)
+
+
 def test_rows_that_do_not_fit_their_slot_are_refused(tiny):
     engine = Engine(*tiny, DIFFUSION, capacity=positions(40, 20, DIFFUSION), slots=1)
     engine.submit(PROMPTS[2])
@@ -387,6 +396,9 @@ def test_prompts_that_cannot_be_used(tiny, prompts, message):
         {"seed": -1},
         {"seed": 2**32},
         {"max_cache_gb": 0.0},
+        {"max_cache_gb": float("inf")},
+        {"max_new_tokens": 2**31},
+        {"batch_size": 2**31},
         {"stop": ("",)},
     ],
 )

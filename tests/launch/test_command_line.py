@@ -113,6 +113,11 @@ _ENDED = "import os, signal, time\nos.kill(os.getpid(), signal.{0})\ntime.sleep(
     [
         ("raise ValueError('so\\nso')", 2, "error: so so\n"),
         ("raise OSError(38, 'Function not implemented', 'x')", 2, "error: x: Function not implemented\n"),
+        (
+            "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\\nmore')",
+            2,
+            "error: Out of memory allocating 99 bytes. More devices would hold it, or fewer rows at a time",
+        ),
         ("raise KeyboardInterrupt", 130, "error: interrupted; nothing was left half-written\n"),
         ("raise BrokenPipeError(32, 'Broken pipe')", 141, ""),
         (f"{_INTERRUPTED}\ntime.sleep(9)", 130, "error: interrupted; nothing was left half-written\n"),
@@ -163,7 +168,7 @@ def test_a_bug_keeps_its_traceback():
     assert code == 1 and "Traceback" in err and "TypeError: wrong" in err
 
 
-@pytest.mark.parametrize("body", ["print('x\\n' * 100_000)", "print('x')"])
+@pytest.mark.parametrize("body", ["print('x\\n' * 100_000)", "print('x')", "command_line.show('x' * 100_000, 0)"])
 def test_who_closes_the_pipe_is_not_complained_to(body):
     code = f"from twotower_jax import command_line\ndef main():\n    {body}\ncommand_line.run(main)"
     command = f'set -o pipefail; {sys.executable} -c "$CODE" | true'

@@ -62,6 +62,12 @@ def config_file(name: str):
         ({"dtype": "float16"}, "dtype='float16'"),
         ({"steps": 0}, "steps=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"steps": 2**31}, "steps=2147483648 must be less than 2**31"),
+        ({"block_curriculum": ((0.0, 2**31),)}, "block size 2147483648 must be at least 1 and less than 2**31"),
+        ({"mesh": {"data": 2**31}}, "mesh.data=2147483648 must be less than 2**31"),
+        ({"model": {"hidden_size": 2**31}}, "hidden_size=2147483648 must be less than 2**31"),
+        ({"mesh": {"data": None}}, "mesh.data must be int, found None"),
+        ({"variant": {"time_conditioning": None}}, "variant.time_conditioning must be bool, found None"),
         ({"sequence_length": 100, "block_size": 16}, "sequence_length=100 is not a multiple of the block size 16"),
         ({"block_size": 0}, "block_size=0"),
         (

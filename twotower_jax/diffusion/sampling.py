@@ -57,9 +57,10 @@ class SamplingConfig:
     strategy_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
-        if self.block_size < 1 or self.steps_per_block < 1:
+        if not (1 <= self.block_size < 2**31 and 1 <= self.steps_per_block < 2**31):
             raise ValueError(
-                f"block_size={self.block_size} and steps_per_block={self.steps_per_block} must both be at least 1"
+                f"block_size={self.block_size} and steps_per_block={self.steps_per_block} must both be at least 1 and "
+                "less than 2**31"
             )
         SCHEDULES[self.schedule]  # An unknown one is said to be that, whether the strategy has the knob or not.
         made = make_strategy(self.strategy, self._options())

@@ -9,14 +9,13 @@ A row's numbers come from the same compiled arithmetic whatever its neighbors ar
 of the matrix products are others, and so may be the last bits of its logits, but not its tokens.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
-from twotower_jax import sharding
+from twotower_jax import memory, sharding
 from twotower_jax.generation import scheduling
 from twotower_jax.generation.blocks import Table
 from twotower_jax.generation.modes import Emitted
@@ -392,15 +391,15 @@ def _check_stop(stop: Sequence[str], decode: Decode | None) -> None:
 
 def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None, placement: TowerMeshes) -> None:
     """Refuses a table that needs more of a device than it has free, or than is allowed."""
-    available, where = None if limit_gb is None else int(limit_gb * 1e9), "max_cache_gb allows"
-    if available is None:
-        for device in placement.devices:
-            # Nothing is known here of a device of another process.
-            stats = (device.memory_stats() or {}) if device.process_index == jax.process_index() else {}
-            free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
-            if free < (math.inf if available is None else available):
-                available, where = free, f"{device.device_kind} has free"
-    if available is not None and needed > available:
+    if limit_gb is not None:
+        available, where = int(limit_gb * 1e9), "max_cache_gb allows"
+    elif found := memory.room(placement.devices):
+        # Processors share what there is. Nothing is known here of a device of another process.
+        sharing = sum(device.process_index == jax.process_index() for device in placement.devices)
+        available, where = found.free // (sharing if found.shared else 1), found.where
+    else:
+        return
+    if needed > available:
         each = " on each device" if len(placement.devices) > 1 else ""
         fitting = int(available * slots // needed) // placement.rows * placement.rows
         remedy = f"lower batch_size to {fitting}, or" if fitting else "not one row fits; shorten the prompts or lower"

@@ -1,6 +1,7 @@
 """What a caller says and gets: settings, and the result of each row."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from twotower_jax.config import ModelConfig
@@ -52,8 +53,8 @@ class Settings:
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; the modes are {', '.join(MODES)}")
         for name in ("max_new_tokens", "batch_size", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be at least 1 and less than 2**31, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
@@ -68,8 +69,8 @@ class Settings:
             raise ValueError(f"eos must hold token ids, at least one, not {self.eos!r}")
         if self.eos is not None and self.ignore_eos:
             raise ValueError(f"eos={self.eos!r} changes nothing with ignore_eos: give one of the two")
-        if self.max_cache_gb is not None and not self.max_cache_gb > 0:
-            raise ValueError(f"max_cache_gb must be more than 0, not {self.max_cache_gb}")
+        if self.max_cache_gb is not None and not 0 < self.max_cache_gb < math.inf:
+            raise ValueError(f"max_cache_gb must be a number of more than 0, not {self.max_cache_gb}")
 
     def end_tokens(self, config: ModelConfig) -> tuple[int, ...]:
         """The tokens that end a row of a model of this configuration.

@@ -221,7 +221,8 @@ class TrainConfig:
         for stage in self.block_curriculum:
             ok = isinstance(stage, tuple) and len(stage) == 2 and _is_number(stage[0]) and type(stage[1]) is int
             _check(ok, f"block_curriculum: {stage!r} is not a pair (fraction of the steps, block size)")
-            _check(stage[1] >= 1, f"block_curriculum: block size {stage[1]} must be at least 1")
+            small = 1 <= stage[1] < 2**31
+            _check(small, f"block_curriculum: block size {stage[1]} must be at least 1 and less than 2**31")
         starts = [start for start, _ in self.block_curriculum]
         increasing = all(a < b for a, b in zip(starts, starts[1:], strict=False))
         _check(
@@ -411,6 +412,9 @@ def _check_type(field: dataclasses.Field, value: Any, part: str = ""):
     name = getattr(field.type, "__name__", str(field.type))
     _check(ok, f"{part}{field.name} must be {name}, found {value!r}")
     _check(not isinstance(value, float) or math.isfinite(value), f"{part}{field.name}={value} must be finite")
+    # Counts are int32 on the devices; the seed has bounds of its own.
+    small = not isinstance(value, int) or value < 2**31 or field.name == "seed" or field.type is float
+    _check(small, f"{part}{field.name}={value} must be less than 2**31")
 
 
 def _is_number(value: Any) -> bool:
