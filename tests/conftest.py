@@ -36,8 +36,10 @@ import pytest
 
 from helpers import DATA
 from twotower_jax import parameters
+from twotower_jax.checkpoint.export import model_tensors, write_folder
 from twotower_jax.config import ModelConfig
 from twotower_jax.train.config import TrainConfig, base_config, freeze
+from twotower_jax.two_tower import TwoTower
 
 # The same examples on every run, and no time limit on one (the first of a shape compiles).
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=25, database=None)
@@ -211,10 +213,13 @@ def train_text(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def train_config(train_text):
-    """Makes the `TrainConfig` of a short run on that text: a small model, 12 steps."""
+    """Makes the `TrainConfig` of a short run on that text: a small model, 12 steps.
 
-    def make(**changes) -> TrainConfig:
-        config = base_config(SMALL)
+    With `pattern`, of these layers: "-" compiles in a moment, for tests of what surrounds the step.
+    """
+
+    def make(*, pattern: str = SMALL["hybrid_override_pattern"], **changes) -> TrainConfig:
+        config = base_config(SMALL | {"hybrid_override_pattern": pattern})
         config.update(
             {
                 "data": train_text,
@@ -233,6 +238,19 @@ def train_config(train_text):
         return freeze(config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory, small_config, random_params) -> pathlib.Path:
+    """A two-tower folder as published, with the tokenizer of the recorded one and a layer of each kind."""
+    model = TwoTower(small_config("M*E-", vocab_size=512, eos_token_id=2))
+    out, names = tmp_path_factory.mktemp("small") / "checkpoint", ("tokenizer.json", "tokenizer_config.json")
+    small = {name: (DATA / "tiny" / "checkpoint" / name).read_bytes() for name in names}
+    config = model.config.to_hf() | {"architectures": ["NemotronHTwoTowerForCausalLM"]}
+    write_folder(
+        out, model_tensors(model, random_params(model)), small | {"config.json": json.dumps(config).encode()}, 2**30
+    )
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,15 @@ Exit statuses: 0 done; 2 a flag, path or value that cannot be used; 3 a checkpoi
 has closed it. With `--verbosity=1` the traceback is printed too.
 """
 
+import _thread
 import io
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -82,6 +85,7 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
     _print_anything()
     if getattr(signal.getsignal(signal.SIGINT), "while_importing", False):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
     try:
         try:
             app.run(guarded, flags_parser=_parse)
@@ -96,6 +100,15 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
         # Python flushes once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(CLOSED_PIPE)
+
+
+def _interrupt_again(unraisable: Any, show: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """Ctrl-C that comes while a callback of the garbage collector runs, JAX's for one, would be lost there."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        # A little later, when the callback has returned.
+        threading.Timer(0.02, _thread.interrupt_main).start()
+    else:
+        show(unraisable)
 
 
 def fail(message: str, status: int) -> None:

@@ -118,6 +118,19 @@ def test_how_a_command_ends(body, status, said):
     assert (code, out) == (status, "") and (err == said or err.startswith(said)) and err.count("\n") <= 1
 
 
+def test_an_interruption_is_not_lost_in_a_callback():
+    """Of the garbage collector, where Python prints an exception and goes on."""
+    body = f"""import gc, time
+def callback(phase, info):
+    if phase == 'stop':
+        gc.callbacks.remove(callback)
+        {_INTERRUPTED.replace(chr(10), chr(10) + "        ")}
+gc.callbacks.append(callback)
+gc.collect()
+time.sleep(9)"""
+    assert main(body) == (130, "", "error: interrupted; nothing was left half-written\n")
+
+
 def test_an_error_may_have_a_status_of_its_own():
     lines = "raise FloatingPointError('the loss is nan')"
     options = "statuses={FloatingPointError: command_line.DIVERGED, RuntimeError: command_line.NOT_SAVED}"
@@ -240,9 +253,9 @@ def test_an_interruption_while_importing_is_a_line():
     assert process.returncode == 130 and "Traceback" not in err and "error: interrupted" in err
 
 
-def test_an_interrupted_generation_leaves_nothing(data, tmp_path):
+def test_an_interrupted_generation_leaves_nothing(small_folder, tmp_path):
     (tmp_path / "prompts").write_text('{"ids": [5, 6, 7]}\n')
-    flags = [f"--checkpoint={data / 'tiny/checkpoint'}", "--prompts=prompts", "--output=out", "--max_new_tokens=100000"]
+    flags = [f"--checkpoint={small_folder}", "--prompts=prompts", "--output=out", "--max_new_tokens=100000"]
     command = interruptible(str(ROOT / "launch/generate.py"), *flags, "--mode=ar", "--ignore_eos")
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / ".out.partial").exists():
