@@ -21,8 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Nearly all of the time goes into compiling programs that run once or twice, half of that into optimizing them; so it
-# does in the commands that tests start. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs every test as users compile; the tests
-# that ask for `optimized` always do.
+# does in the commands that tests start. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs every test as users compile.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import shapes
@@ -69,16 +68,24 @@ SMALL = {
 
 # The files that take longest, which start first, so that no worker is left alone with one of them at the end.
 _LONG = (
-    "test_reference",
     "kernels/ssd/test_ssd",
-    "generation/test_mesh",
-    "train/test_loop",
-    "generation/test_speculative",
-    "generation/test_tune",
-    "test_quantization",
-    "train/test_step",
     "test_sharding",
+    "test_reference",
+    "test_quantization",
+    "test_tower",
+    "generation/test_mesh",
+    "train/test_processes",
+    "train/test_durability",
     "generation/test_engine",
+    "kernels/attention/test_hardware",
+    "checkpoint/test_family",
+    "launch/test_verify",
+    "kernels/experts/test_hardware",
+    "train/test_loop",
+    "layers/test_layers",
+    "generation/test_speculative",
+    "layers/test_own_kind",
+    "train/test_step",
 )
 
 
@@ -90,11 +97,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def released_programs():
-    """Lets go of what a file's tests compiled. A compiled program takes dozens of memory mappings, of which Linux gives
-    a process 65,530; one that runs half of the tests comes near, and the compiler then crashes."""
+    """Lets go of what was compiled, before it is too much. A compiled program takes dozens of memory mappings, of which
+    Linux gives a process 65,530; one that runs half of the tests comes near, and the compiler then crashes."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    with open("/proc/self/maps", encoding="utf-8") as mappings:
+        many = sum(1 for _ in mappings) > 15_000
+    if many:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -114,13 +124,6 @@ def strict_dtypes():
 def strict_arithmetic(strict_dtypes):
     """Nor of rank."""
     with jax.numpy_rank_promotion("raise"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def optimized():
-    """Programs as users compile them."""
-    with _settings(jax_disable_most_optimizations=False):
         yield
 
 
