@@ -45,7 +45,6 @@ def get_config() -> ConfigDict:
     config.sequence_length = 8192
     config.batch_size = 256
     config.steps = 1_000_000  # 2.1 T tokens
-    config.block_curriculum = ((0.0, 32), (2 / 3, 16))  # the paper's 32, 32, 16 in thirds
     config.learning_rate = 1e-4
     config.final_learning_rate = 1e-6
     config.dtype = "bfloat16"

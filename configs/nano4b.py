@@ -60,7 +60,6 @@ def get_config(hardware: str = "") -> ConfigDict:
     # a hundredth to a thousandth of the tokens: half a million tokens a step leave 20,000 steps for 10 B tokens.
     config.batch_size = 64
     config.steps = 20_000
-    config.block_curriculum = ((0.0, 32), (2 / 3, 16))  # the paper's 32, 32, 16 in thirds
     # The paper's rates. The batch is a quarter, but so short a run has no time for a slower one.
     config.learning_rate = 1e-4
     config.final_learning_rate = 1e-6

@@ -44,8 +44,8 @@ if __name__ == "__main__":
     names = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name[0] != "_"]
     names = sorted([*names, *_CAMPAIGNS])
     if len(sys.argv) < 2 or sys.argv[1] in ("--help", "-h", "-help"):
-        print(f"{__doc__}\nMeasurements: {', '.join(names)}. Each answers --help.")
-        sys.exit(0 if len(sys.argv) > 1 else command_line.USAGE)
+        text = f"{__doc__}\nMeasurements: {', '.join(names)}. Each answers --help."
+        command_line.show(text, 0 if len(sys.argv) > 1 else command_line.USAGE)
     if sys.argv[1] not in names:
         command_line.fail(f"unknown measurement {sys.argv[1]!r}; there are {', '.join(names)}", command_line.USAGE)
     module = importlib.import_module(_module(sys.argv.pop(1)))

@@ -39,7 +39,7 @@ from twotower_jax import command_line
 from twotower_jax.planning import hardware, least, report, serving, table
 from twotower_jax.planning.plan import plan_step
 from twotower_jax.quantization import METHODS
-from twotower_jax.train.config import TrainConfig, freeze
+from twotower_jax.train.config import TrainConfig, check_given, freeze
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/ or your own.", lock_config=True)
 TOPOLOGY = flags.DEFINE_list("topology", [], "What to compile for.")
@@ -57,7 +57,9 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
+    _refuse_unused()
     config = freeze(CONFIG.value)
+    notes = check_given(config, config_flags.get_override_values(flags.FLAGS["config"]))
     if LEAST.value:
         print(least.markdown(_on, rows=BATCH_SIZE.value, capacity=CAPACITY.value))
         return
@@ -71,8 +73,23 @@ def main() -> None:
         fine = all(map(_is_fine, plans))
     else:
         raise ValueError("give --topology, --table for all of docs/guide/scale.md, or --least")
+    for line in notes:
+        print(f"warning: {line}", file=sys.stderr)
     if not fine:
         command_line.fail("not everything fits its hardware without forbidden buffers; see above", status=1)
+
+
+def _refuse_unused() -> None:
+    """Refuses flags that the kind of call does not look at."""
+    if LEAST.value:
+        command_line.refuse_given([TOPOLOGY, SERVE, QUANTIZE, JSON, TABLE, PRICES], "with --least")
+    elif TABLE.value:
+        given = SERVE, QUANTIZE, BATCH_SIZE, CAPACITY, JSON
+        command_line.refuse_given(given, "with --table, whose rows say what is compiled")
+    else:
+        command_line.refuse_given([PRICES], "without --table")
+        if not SERVE.value:
+            command_line.refuse_given([QUANTIZE, BATCH_SIZE, CAPACITY], "without --serve")
 
 
 def _on(name: str) -> TrainConfig:

@@ -46,6 +46,7 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Read source and result again and c
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # Nothing here is worth an accelerator.
     if _DRY_RUN.value:
+        command_line.refuse_given([_OUTPUT, _REVISION, _SHA256, _VERIFY], "with --dry_run, which reads no data")
         path = pathlib.Path(_SOURCE.value)
         if not path.exists():
             raise ValueError(f"{path}: no such folder or list; --dry_run downloads nothing")
@@ -67,6 +68,8 @@ def main() -> None:
         verify=_VERIFY.value,
         quantize=METHODS.get(_QUANTIZE.value),
     )
+    if _TIME_INIT.present and result.kind == "two_tower":
+        print(f"warning: {_SOURCE.value}: has two towers, so that --time_init changed nothing", file=sys.stderr)
     if problem := unread_tokenizer(source.path):
         print(f"warning: {source.path}: {problem}; the result has no tokenizer", file=sys.stderr)
     print(f"{_OUTPUT.value}: {result.parameters:,} parameters in {result.tensors:,} tensors")

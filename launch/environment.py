@@ -1,7 +1,7 @@
 """What every command imports first, before anything that may be missing or takes seconds to import.
 
 Says in one line what is not installed, or which setting of the environment JAX cannot read; and until the command
-listens itself (`command_line.run`), Ctrl-C ends it with a line. Any Python can read this file.
+listens itself (`command_line.run`), an interruption ends it with a line. Any Python can read this file.
 """
 
 import importlib.util
@@ -48,7 +48,9 @@ def _say(kind, error, traceback):
 
 _check_packages()
 sys.excepthook = _say
-if multiprocessing.parent_process() is not None:
+if multiprocessing.current_process().name != "MainProcess":  # parent_process() does not tell yet
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker; its parent says when to stop
-elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _leave)
+else:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _leave)

@@ -6,6 +6,7 @@ python launch/export.py --checkpoint=DIR --output=HF_DIR [--tower=both|context|d
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
+import math
 import pathlib
 import re
 
@@ -40,9 +41,10 @@ def main() -> None:
 def parse_size(text: str) -> int:
     """Bytes of a text such as 5GB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"--max_shard_size={text!r} is no number of bytes, such as 5GB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    size = float(match[1]) * _UNITS[(match[2] or "").upper()] if match else math.inf
+    if not math.isfinite(size):
+        raise ValueError(f"--max_shard_size={text} is no number of bytes, such as 5GB")
+    return int(size)
 
 
 if __name__ == "__main__":

@@ -23,25 +23,26 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 from tokenizers import Tokenizer
 
-from twotower_jax import command_line, model_flags
+from twotower_jax import command_line, model_flags, strategy_flags
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
-from twotower_jax.diffusion import SCHEDULES, STRATEGIES, SamplingConfig
+from twotower_jax.diffusion import SCHEDULES, SamplingConfig
 from twotower_jax.diffusion.strategies import knobs
 from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
-from twotower_jax.generation.engine import Engine, Progress, in_order, iter_steps, start
+from twotower_jax.generation.engine import Engine, in_order, iter_steps, start
 from twotower_jax.generation.operating_point import FILE, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
+from twotower_jax.generation.rows import Progress
 from twotower_jax.generation.settings import MODES, Result, Settings
 from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
 from twotower_jax.outputs import check_apart
-from twotower_jax.registry import run_file
 from twotower_jax.texts import check_text
 
 flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(strategy_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
 _PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
 _CHAT = flags.DEFINE_bool(
@@ -54,15 +55,6 @@ _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; 
 _STEPS = flags.DEFINE_integer("steps_per_block", None, "Most denoiser evaluations per block; default: the block size.")
 _THRESHOLD = flags.DEFINE_float(
     "confidence_threshold", None, "Commit tokens surer than this (strategies that have it)."
-)
-_STRATEGY = flags.DEFINE_string("strategy", "confidence", f"{', '.join(STRATEGIES)}, or one of --register.")
-_STRATEGY_OPTIONS = flags.DEFINE_list(
-    "strategy_options",
-    [],
-    "KNOB=VALUE, several with commas: knobs of the strategy, see twotower_jax/diffusion/strategies.",
-)
-_REGISTER = flags.DEFINE_multi_string(
-    "register", [], "A Python file that registers a strategy or schedule of your own; may be repeated."
 )
 _SCHEDULE = flags.DEFINE_string("schedule", None, f"Of the other strategies: one of {', '.join(SCHEDULES)}.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
@@ -89,9 +81,14 @@ _TRACE = command_line.DEFINE_path("trace", None, "JSON Lines file for every step
 def _sampling_flags() -> dict:
     """Block size, steps, strategy and threshold: the flags given, then what the checkpoint says, then defaults."""
     chosen = read_operating_point(model_flags.CHECKPOINT.value)
-    given = {flag.name: flag.value for flag in (_BLOCK_SIZE, _STEPS, _STRATEGY, _THRESHOLD) if flag.present}
-    options = _strategy_options()
-    strategy = given.get("strategy", chosen.get("strategy", _STRATEGY.value))
+    strategy_flag = strategy_flags.STRATEGY
+    given = {flag.name: flag.value for flag in (_BLOCK_SIZE, _STEPS, strategy_flag, _THRESHOLD) if flag.present}
+    options = strategy_flags.options()
+    strategy = given.get("strategy", chosen.get("strategy", strategy_flag.value))
+    theirs = chosen.pop("strategy_options", {}) if strategy == chosen.get("strategy", strategy) else {}
+    chosen.pop("strategy_options", None)  # Of another one.
+    if theirs := {knob: value for knob, value in theirs.items() if knob not in options}:
+        chosen["strategy_options"] = theirs
     if options.keys() & chosen.keys() or "confidence_threshold" not in knobs(strategy):
         chosen.pop("confidence_threshold", None)  # Given as an option, or the strategy has none.
     followed = {name: value for name, value in chosen.items() if name not in given}
@@ -99,19 +96,9 @@ def _sampling_flags() -> dict:
         settings = ", ".join(f"{name}={value}" for name, value in followed.items())
         print(f"{FILE} of the checkpoint: {settings}", file=sys.stderr)
     if options:
-        given["strategy_options"] = options
-    values = {"block_size": _BLOCK_SIZE.value, "strategy": _STRATEGY.value} | chosen | given
+        given["strategy_options"] = theirs | options
+    values = {"block_size": _BLOCK_SIZE.value, "strategy": strategy_flag.value} | chosen | given
     return {"steps_per_block": values["block_size"]} | values
-
-
-def _strategy_options() -> dict[str, str]:
-    options = {}
-    for text in _STRATEGY_OPTIONS.value:
-        knob, given, value = text.partition("=")
-        if not given or not knob or knob in options:
-            raise ValueError(f"--strategy_options={text}: expected KNOB=VALUE, each knob once")
-        options[knob] = value
-    return options
 
 
 def _settings() -> Settings:
@@ -168,12 +155,12 @@ def _tokenizer(folder, needed: bool):
 
 
 def main() -> None:
-    for path in _REGISTER.value:
-        run_file(path)
+    strategy_flags.register()
     settings, rows = _settings(), _rows()
     for text in settings.stop:
         check_text(text, "--stop")
-    check_apart({"--output": _OUTPUT.value, "--trace": _TRACE.value})
+    check_apart({"--output": _OUTPUT.value, "--trace": _TRACE.value}, {"--prompts": _PROMPTS.value})
+    interrupted = None
     with contextlib.ExitStack() as stack:
         # Opened first, so that a path that cannot be written is known before a model is loaded.
         write, trace = (
@@ -184,6 +171,12 @@ def main() -> None:
             _generate(settings, rows, write, trace)
         except FloatingPointError as error:
             command_line.fail(f"{model_flags.CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
+        except KeyboardInterrupt as error:
+            if rows is not None:
+                raise
+            interrupted = error  # Of a conversation that is typed: the turns that were answered stay in the output.
+    if interrupted is not None:
+        raise interrupted
 
 
 def _generate(
@@ -199,15 +192,13 @@ def _generate(
     loaded = model_flags.load_model(_SEPARATE_TOWERS.value)
     text = _CHAT.value or any("text" in row for row in rows)
     tokenizer = _tokenizer(loaded.folder, bool(settings.stop) or text)
-    _warn_of_large_blocks(settings, loaded.folder)
-    if settings.mode != "ar":
-        advice = "--mode=ar generates with the backbone itself"
-        model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", advice)
     if rows is None:
+        _warn(settings, loaded.folder)
         _converse(loaded, template, tokenizer, settings, write)
         return
     prompts = prompt_ids(rows, tokenizer) if prompts is None else prompts
     results = _results(loaded, prompts, tokenizer, settings, write_trace)
+    _warn(settings, loaded.folder)  # Now, when nothing can be refused any more.
     for done, (row, result) in enumerate(zip(rows, results, strict=True), 1):
         if write is None:
             _show(row, result, tokenizer)
@@ -236,9 +227,13 @@ def _results(
     if write_trace is not None:
         trace = TraceWriter(write_trace, model.config, settings, prompts, decode)
         observers.append(lambda steps: [trace.add(progress) for progress in steps])
-    yield from in_order(_steps(engine, observers))
-    if write_trace is not None:
-        trace.finish()
+
+    def run() -> Iterator[Result]:
+        yield from in_order(_steps(engine, observers))
+        if write_trace is not None:
+            trace.finish()
+
+    return run()
 
 
 def _converse(
@@ -275,10 +270,27 @@ def _steps(engine: Engine, observers: list[Callable[[list[Progress]], object]]) 
 def _output_row(result: Result) -> dict:
     """The fields of the row that every mode has, and those of its mode."""
     fields = {name: value for name, value in result._asdict().items() if name == "text" or value is not None}
-    fields.pop("trace", None)
+    for name in ("trace", "step_map"):
+        fields.pop(name, None)
     if result.accepted_draft_tokens is not None:
         fields["acceptance_length"] = result.acceptance_length
     return fields | {"evaluations_per_token": result.evaluations_per_token}
+
+
+def _warn(settings: Settings, folder: pathlib.Path) -> None:
+    _warn_of_unused(settings.mode)
+    _warn_of_large_blocks(settings, folder)
+    if settings.mode != "ar":
+        advice = "--mode=ar generates with the backbone itself"
+        model_flags.warn_if_untrained(folder, f"--mode={settings.mode}", advice)
+
+
+def _warn_of_unused(mode: str) -> None:
+    """Says which flags were given and do nothing in this mode: scripts give the same ones in all modes."""
+    of_blocks = _BLOCK_SIZE, _STEPS, _THRESHOLD, strategy_flags.STRATEGY, strategy_flags.OPTIONS, _SCHEDULE
+    given = [f"--{flag.name}" for flag in of_blocks if flag.present]
+    if mode in ("ar", "mock_ar") and given:
+        print(f"warning: {', '.join(given)}: not looked at with --mode={mode}, token by token", file=sys.stderr)
 
 
 def _warn_of_large_blocks(settings: Settings, folder: pathlib.Path) -> None:

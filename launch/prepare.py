@@ -46,15 +46,19 @@ _EOS = flags.DEFINE_list(
 _VERIFY = command_line.DEFINE_path(
     "verify", None, "A prepared folder to check against its recorded hashes; nothing else."
 )
+_OF_A_SET = _INPUT, _OUTPUT, _TOKENIZER, _TEXT_FIELD, _FRACTION, _SEED, _WORKERS, _SHARD_SIZE, _SKIP_BAD, _EOS
 
 
 def main() -> None:
     if _VERIFY.value is not None:
+        command_line.refuse_given(_OF_A_SET, "with --verify, which reads a prepared folder and nothing else")
         print(f"{_VERIFY.value}: {_summary(verify(_VERIFY.value))}, all as recorded")
         return
     for flag in (_INPUT, _OUTPUT, _TOKENIZER):
         if not flag.value:
             raise ValueError(f"--{flag.name} is missing; only --verify goes without")
+    if not _FRACTION.value:
+        command_line.refuse_given([_SEED], "without --validation_fraction: no document is chosen")
     path = pathlib.Path(_TOKENIZER.value)
     folder = path.parent if path.name == "tokenizer.json" else path
     tokenizer = load_tokenizer(folder)

@@ -29,6 +29,7 @@ from twotower_jax.generation.prompts import check_prompts, prompt_ids
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
 from twotower_jax.generation.stops import cut
 from twotower_jax.jsonl import read_rows, row_writer
+from twotower_jax.outputs import check_apart
 from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
@@ -62,7 +63,8 @@ def _read() -> list[dict]:
             raise ValueError(f"{_INPUT.value}, row {number}: {', '.join(missing)} missing")
         if objective == "generations":
             fields = row["prompt_ids"], row["tokens"]
-            if not all(isinstance(ids, list) for ids in fields) or not row["prompt_ids"]:
+            lists = all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in fields)
+            if not lists or not row["prompt_ids"]:
                 what = "prompt_ids and tokens must be lists of token ids, with a prompt"
                 raise ValueError(f"{_INPUT.value}, row {number}: {what}")
     return rows
@@ -82,6 +84,10 @@ def _cut(rows: list[dict]) -> list[dict]:
 
 
 def main() -> None:
+    if _OBJECTIVE.value != "nll_bound":
+        given = _BLOCK_SIZE, _SAMPLES, _SEED
+        command_line.refuse_given(given, f"with --objective={_OBJECTIVE.value}: it is of --objective=nll_bound")
+    check_apart({"--output": _OUTPUT.value}, {"--input": _INPUT.value})
     rows = _cut(_read())
     with row_writer(_OUTPUT.value) as write:
         model, params, folder, placement = model_flags.load_model()
@@ -93,7 +99,12 @@ def main() -> None:
             rows = [row | {"ids": [int(i) for i in ids]} for row, ids in zip(rows, tokens, strict=True)]
         with in_force(placement.context):
             params = placement.context_params(model, params)
-            _SCORERS[_OBJECTIVE.value](model, params, rows, write)
+            try:
+                _SCORERS[_OBJECTIVE.value](model, params, rows, write)
+            except ValueError as error:
+                # The functions know rows, and not where they come from.
+                where = f"{_INPUT.value}, " if str(error).startswith("row ") else ""
+                raise ValueError(f"{where}{error}") from None
 
 
 Write = Callable[[dict], None]

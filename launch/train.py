@@ -32,7 +32,7 @@ from twotower_jax import command_line
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.files import CheckpointError
 from twotower_jax.train import distributed
-from twotower_jax.train.config import freeze
+from twotower_jax.train.config import check_given, freeze
 from twotower_jax.train.loop import TrainResult, train
 from twotower_jax.train.watch import Profile
 
@@ -61,9 +61,12 @@ def main() -> None:
         result = _train()
     except KeyboardInterrupt:
         _leave("error: interrupted twice, nothing saved; run the same command again to go on", 130, together=False)
+    except BrokenPipeError:  # Whoever read the output has closed it.
+        distributed.leave(command_line.CLOSED_PIPE, together=False)
+        raise
     except tuple(STATUSES) as error:
         status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
-        _leave(f"error: {error}", status, together=isinstance(error, FloatingPointError))
+        _leave(f"error: {command_line.said(error)}", status, together=isinstance(error, FloatingPointError))
     if result.stopped:
         what = f"stopped by {result.stopped} at step {result.step}; run the same command again to go on"
         _leave(what, stopping.STOPPED, together=True)
@@ -72,6 +75,7 @@ def main() -> None:
 
 def _train() -> TrainResult:
     config = freeze(CONFIG.value)
+    notes = check_given(config, config_flags.get_override_values(flags.FLAGS["config"]))
     numbers = NUM_PROCESSES.value, PROCESS_ID.value
     if (None in numbers) if COORDINATOR.value else (numbers != (None, None)):
         raise ValueError("--coordinator, --num_processes and --process_id belong together")
@@ -79,7 +83,9 @@ def _train() -> TrainResult:
         distributed.initialize(COORDINATOR.value, *numbers)
     workdir = WORKDIR.value
     profile = Profile.parse(PROFILE_STEPS.value, pathlib.Path(workdir) / "profile") if PROFILE_STEPS.value else None
-    return train(config, workdir, stop=stopping.requested, profile=profile)
+    if profile is not None and profile.first > config.steps:
+        raise ValueError(f"--profile_steps={PROFILE_STEPS.value} lies beyond steps={config.steps}")
+    return train(config, workdir, stop=stopping.requested, profile=profile, notes=notes)
 
 
 def _leave(message: str, status: int, *, together: bool) -> None:

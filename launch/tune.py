@@ -11,30 +11,38 @@ the checkpoint's folder too (other fields of one that is there are kept), where 
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
+import contextlib
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Mapping
+from typing import TextIO
 
 import jax
 from absl import flags
 
-from twotower_jax import command_line, model_flags
-from twotower_jax.checkpoint import store
+from twotower_jax import command_line, model_flags, strategy_flags
+from twotower_jax.checkpoint import manifest
+from twotower_jax.checkpoint.load import contents
 from twotower_jax.data import load_tokenizer
-from twotower_jax.files import read_json
+from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.diffusion.strategies import knobs
 from twotower_jax.generation.operating_point import FILE, merged, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.generation.settings import Settings
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.tune import Point, Sweep, grid, sweep
-from twotower_jax.outputs import write_file
+from twotower_jax.outputs import output_file, output_folder
 from twotower_jax.visualize.tradeoff import plot
 
 flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(strategy_flags)
 _PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines: {"text": ...} or {"ids": [...]}.', required=True)
 _OUTPUT = command_line.DEFINE_path("output", None, "Folder for the results; made if it does not exist.", required=True)
-_THRESHOLDS = flags.DEFINE_list("thresholds", ["0.6", "0.8", "0.9"], "Confidence thresholds to try.")
+_THRESHOLDS = flags.DEFINE_list(
+    "thresholds", ["0.6", "0.8", "0.9"], "Confidence thresholds to try, of strategies that have one."
+)
 _STEPS = flags.DEFINE_list("steps", ["4", "8", "16"], "Most evaluations per block to try.")
 _BLOCKS = flags.DEFINE_list("blocks", ["8", "16"], "Block sizes to try; none above what was trained.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row.")
@@ -45,6 +53,7 @@ _MIN_AGREEMENT = flags.DEFINE_float(
 )
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-text token, so that all rows are as long.")
 _WRITE = flags.DEFINE_bool("write", False, f"Also write {FILE} into the checkpoint's folder.")
+_RESULTS = "results.json", "plot.svg"
 
 
 def _numbers(flag, kind: type) -> list:
@@ -56,29 +65,44 @@ def _numbers(flag, kind: type) -> list:
 
 def _check_writable(folder: pathlib.Path) -> None:
     """A converted checkpoint that has the file has its hash too, and would count as broken with another one."""
-    manifest = folder / store.MANIFEST
-    if manifest.exists() and FILE in read_json(manifest).get("files", {}):
-        raise ValueError(
-            f"--write: {manifest} holds the hash of {FILE}; tune the Hugging Face folder and convert again"
-        )
+    listed = folder / manifest.NAME
+    if listed.exists() and FILE in manifest.read(folder).files:
+        raise ValueError(f"--write: {listed} holds the hash of {FILE}; tune the Hugging Face folder and convert again")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--write: {folder} cannot be written")
 
 
 def main() -> None:
-    samplings = grid(_numbers(_THRESHOLDS, float), _numbers(_STEPS, int), _numbers(_BLOCKS, int))
+    strategy_flags.register()
+    strategy, options = strategy_flags.STRATEGY.value, strategy_flags.options()
+    if _THRESHOLDS.present and ("confidence_threshold" in options or "confidence_threshold" not in knobs(strategy)):
+        given = "--strategy_options" if "confidence_threshold" in options else f"--strategy={strategy}"
+        raise ValueError(f"--thresholds={','.join(_THRESHOLDS.value)} changes nothing with {given}")
+    numbers = _numbers(_THRESHOLDS, float), _numbers(_STEPS, int), _numbers(_BLOCKS, int)
+    samplings = grid(*numbers, strategy, options)
     settings = Settings(
         max_new_tokens=_MAX_NEW_TOKENS.value,
         batch_size=_BATCH_SIZE.value,
         ignore_eos=_IGNORE_EOS.value,
         eos=model_flags.end_tokens(),
     )
-    rows, output = read_prompts(_PROMPTS.value), pathlib.Path(_OUTPUT.value)
+    rows = read_prompts(_PROMPTS.value)
     read_operating_point(model_flags.CHECKPOINT.value)  # What is merged at the end must be readable.
-    output.mkdir(parents=True, exist_ok=True)
-    model, params, folder, placement = model_flags.load_model()
+    checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
+    contents(checkpoint)  # As --write must find a checkpoint.
     if _WRITE.value:
-        _check_writable(folder)
+        _check_writable(checkpoint)
+    with output_folder(_OUTPUT.value) as output, contextlib.ExitStack() as stack:
+        # Opened first, so that a file that cannot be written is known before the sweep; all appear at its end.
+        files = {name: stack.enter_context(output_file(output / name)) for name in (*_RESULTS, FILE)}
+        there = checkpoint / FILE
+        if _WRITE.value and os.path.realpath(there) != os.path.realpath(output / FILE):
+            files["--write"] = stack.enter_context(output_file(there))
+        _tune(rows, samplings, settings, files)
+
+
+def _tune(rows: list[dict], samplings: list[SamplingConfig], settings: Settings, files: Mapping[str, TextIO]) -> None:
+    model, params, folder, placement = model_flags.load_model()
     model_flags.warn_if_untrained(folder, "tuning", "train a denoiser on it first (config.init_from)")
     trained = trained_block_size(folder)
     usable = [sampling for sampling in samplings if trained is None or sampling.block_size <= trained]
@@ -101,13 +125,11 @@ def main() -> None:
     except FloatingPointError as error:
         command_line.fail(f"{model_flags.CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
     best = measured.best(_MIN_AGREEMENT.value)
-    write_file(output / "results.json", json.dumps(_results(measured, best, len(rows)), indent=2) + "\n")
-    write_file(output / "plot.svg", plot(measured, best))
-    # Beside the results stands what --write would write.
     content = merged(folder, best.sampling, trained)
-    write_file(output / FILE, content)
-    if _WRITE.value:
-        write_file(folder / FILE, content)
+    results = json.dumps(_results(measured, best, len(rows)), indent=2) + "\n"
+    for name, file in files.items():
+        # Beside the results stands what --write writes.
+        file.write({_RESULTS[0]: results, _RESULTS[1]: plot(measured, best)}.get(name, content))
     _show(measured, best)
 
 
@@ -124,6 +146,8 @@ def _results(measured: Sweep, best: Point, prompts: int) -> dict:
         "rounds": _ROUNDS.value,
         "ignore_eos": _IGNORE_EOS.value,
         "min_agreement": _MIN_AGREEMENT.value,
+        "strategy": best.sampling.strategy,
+        "strategy_options": dict(best.sampling.strategy_options),
         "ar": measured.ar.row(),
         "points": [point.row() for point in measured.points],
         "tokens_per_evaluation_to_break_even": measured.needed,
@@ -135,8 +159,7 @@ def _show(measured: Sweep, best: Point) -> None:
     print("| block | steps | threshold | tokens per evaluation | tokens/s | agreement | to first difference | nats | |")
     print("|---|---|---|---|---|---|---|---|---|")
     for point in (measured.ar, *measured.points):
-        s = point.sampling
-        setting = f"{s.block_size} | {s.steps_per_block} | {s.confidence_threshold:g}" if s else "AR | |"
+        setting = " | ".join(point.setting())
         notes = ["front"] * point.pareto + ["chosen"] * (point is best)
         speed = f"{point.tokens_per_evaluation:.2f} | {point.tokens_per_second:,.1f}"
         quality = f"{point.agreement:.3f} | {point.agreement_prefix:.3f} | {point.log_likelihood:.3f}"

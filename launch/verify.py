@@ -18,7 +18,7 @@ from twotower_jax import certify, command_line
 from twotower_jax.checkpoint import load, manifest
 from twotower_jax.checkpoint.store import MANIFEST
 from twotower_jax.execution import Execution
-from twotower_jax.files import CheckpointError
+from twotower_jax.files import CheckpointError, check_folder
 
 _SOURCE = command_line.DEFINE_path("source", None, "The Hugging Face folder that was converted.", required=True)
 _CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "The checkpoint to certify, of any kind.", required=True)
@@ -31,6 +31,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "To comp
 
 def main() -> None:
     source, checkpoint = pathlib.Path(_SOURCE.value), pathlib.Path(_CHECKPOINT.value)
+    check_folder(source, "give the Hugging Face folder that was converted")
     recorded = _recorded(source)
     context_only = False
     if (checkpoint / MANIFEST).exists():
@@ -49,7 +50,9 @@ def main() -> None:
 
 def _recorded(source: pathlib.Path) -> pathlib.Path:
     if _EXPECTED.value is not None:
-        return pathlib.Path(_EXPECTED.value)
+        if not (folder := pathlib.Path(_EXPECTED.value) / certify.NUMBERS).exists():
+            raise ValueError(f"--expected={_EXPECTED.value}: holds no {certify.NUMBERS}")
+        return folder.parent
     for folder in (source, source.resolve().parent):
         if (folder / certify.NUMBERS).exists():
             return folder

@@ -11,13 +11,12 @@ the denoiser used, if it has any.
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
-import pathlib
 import sys
 
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.outputs import write_file
+from twotower_jax.outputs import output_folder, write_file
 from twotower_jax.visualize.charts import expert_map, heat_map, steps_chart
 from twotower_jax.visualize.page import page
 from twotower_jax.visualize.story import TraceError, read_story
@@ -44,11 +43,10 @@ def main() -> None:
     }
     if story.load:
         files["experts.svg"] = expert_map(story).encode()
-    folder = pathlib.Path(_OUTPUT.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_file(folder / name, content)
-        print(f"{folder / name}: {len(content):,} bytes", file=sys.stderr)
+    with output_folder(_OUTPUT.value) as folder:
+        for name, content in files.items():
+            write_file(folder / name, content)
+            print(f"{folder / name}: {len(content):,} bytes", file=sys.stderr)
 
 
 if __name__ == "__main__":

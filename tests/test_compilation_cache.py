@@ -138,6 +138,13 @@ def test_a_default_folder_that_others_can_write_is_not_used(tmp_path, monkeypatc
     assert jax.config.jax_compilation_cache_max_size == 2**30
 
 
+def test_home_is_understood_in_what_jax_itself_reads(tmp_path, monkeypatch, settings):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", "~/compiled")
+    assert compilation_cache.enable(None) is None
+    assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/compiled"
+
+
 def test_entries_without_a_time_of_use_are_cleared_away(tmp_path, settings):
     """Their writer died; but not while another process holds the lock, which may be writing one."""
     for name in ("whole-cache", "whole-atime", "half-cache", "other"):

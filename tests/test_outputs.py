@@ -1,5 +1,6 @@
 """Files that commands write: whole or not at all, into pipes and through links, by one writer at a time; and paths."""
 
+import fcntl
 import os
 import pathlib
 import socket
@@ -8,8 +9,9 @@ import threading
 
 import pytest
 
+from twotower_jax.atomic import new_folder
 from twotower_jax.jsonl import read_rows, row_writer
-from twotower_jax.outputs import check_apart, output_file, write_file
+from twotower_jax.outputs import check_apart, output_file, output_folder, write_file
 from twotower_jax.paths import local_path
 from twotower_jax.texts import check_text
 
@@ -91,6 +93,18 @@ def test_what_cannot_be_written_is_said_first(tmp_path):
                 pytest.fail("it began")
 
 
+@pytest.mark.parametrize("write", [output_file, new_folder])
+def test_an_interruption_at_the_very_beginning_leaves_nothing(tmp_path, monkeypatch, write):
+    def interrupted(*_):
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", interrupted)
+    with pytest.raises(KeyboardInterrupt), write(tmp_path / "out"):
+        pytest.fail("it began")
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_writer_at_a_time(tmp_path):
     target = tmp_path / "out"
     with output_file(target) as file:
@@ -102,6 +116,23 @@ def test_one_writer_at_a_time(tmp_path):
     assert target.read_text() == "first"
 
 
+def test_a_folder_for_results_goes_again_where_nothing_came_into_it(tmp_path):
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "a" / "b") as folder:
+        assert folder.is_dir()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "a" / "b") as folder:
+        (folder / "result").touch()
+        raise KeyboardInterrupt
+    assert (tmp_path / "a" / "b" / "result").exists()
+    with pytest.raises(ValueError, match="stays"), output_folder(tmp_path / "a"):
+        raise ValueError("a folder that was there stays")
+    assert (tmp_path / "a").is_dir()
+    for path in ("a/b/result", "a/b/result/c"):
+        with pytest.raises(ValueError, match="a/b/result is a file, not a folder"), output_folder(tmp_path / path):
+            pytest.fail("it began")
+
+
 def test_outputs_of_a_command_are_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("there").touch()
@@ -109,6 +140,12 @@ def test_outputs_of_a_command_are_apart(tmp_path, monkeypatch):
     os.link("there", "hard")
     check_apart({"--output": "a", "--trace": "b", "--json": None})
     check_apart({"--output": "/dev/null", "--trace": "/dev/null"})
+    check_apart({"--output": "new"}, {"--input": "there", "--prompts": None, "--sha256": "nowhere"})
+    for path in ("there", "link", "hard"):
+        with pytest.raises(ValueError, match=f"--input and --output are both {path}"):
+            check_apart({"--output": path}, {"--input": "there"})
+    os.mkfifo("pipe")
+    check_apart({"--output": "pipe"}, {"--input": "pipe"})
     for first, second in (("a", "./a"), ("there", "link"), ("there", "hard"), ("a", str(tmp_path / "x" / ".." / "a"))):
         with pytest.raises(ValueError, match="--output and --trace are both"):
             check_apart({"--output": first, "--trace": second})

@@ -28,19 +28,26 @@ def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
     if not final.parent.is_dir():
         raise ValueError(f"{final.parent}: no such folder to write {final.name} in")
     partial = final.parent / f".{final.name}.partial"
-    partial.mkdir(exist_ok=True)
-    with locked_folder(partial, f"{final}: another process is writing it", ours=True):
-        try:
-            _clear(partial)
-            yield partial
-            sync_tree(partial)
-            if os.path.lexists(final):
-                raise ValueError(f"{final}: came into being meanwhile")
-            partial.rename(final)
-            sync_path(final.parent)
-        except BaseException:
+    left_behind = partial.exists()
+    try:
+        partial.mkdir(exist_ok=True)
+        with locked_folder(partial, f"{final}: another process is writing it", ours=True):
+            try:
+                _clear(partial)
+                yield partial
+                sync_tree(partial)
+                if os.path.lexists(final):
+                    raise ValueError(f"{final}: came into being meanwhile")
+                partial.rename(final)
+                sync_path(final.parent)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except KeyboardInterrupt:
+        # It may have come before the folder was locked.
+        if not left_behind:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
+        raise
 
 
 @contextlib.contextmanager

@@ -1,18 +1,22 @@
 """What every command does alike: flags and paths parsed, errors reported in one line on stderr, no traceback.
 
 Exit statuses: 0 done; 2 a flag, path or value that cannot be used; 3 a checkpoint that is broken or not of this model;
-5 training diverged; 6 a checkpoint could not be saved; 130 interrupted (Ctrl-C); 141 whoever read the output
-has closed it. With `--verbosity=1` the traceback is printed too.
+5 training diverged; 6 a checkpoint could not be saved; 130 interrupted (Ctrl-C, SIGTERM, or SIGHUP); 141 whoever read
+the output has closed it. What the user named and is not there counts as 2, what is there and is broken as 3. With
+`--verbosity=1` the traceback is printed too.
 """
 
 import _thread
+import contextlib
+import errno
+import gc
 import io
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -22,6 +26,8 @@ from twotower_jax.files import CheckpointError
 from twotower_jax.paths import local_path
 
 USAGE, BROKEN_CHECKPOINT, DIVERGED, NOT_SAVED, INTERRUPTED, CLOSED_PIPE = 2, 3, 5, 6, 130, 141
+# What a person, a shell or a scheduler sends to end a program.
+_INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # An error's line is cut to this many characters: lists of names, and what libraries say, may be of any length.
 _LONGEST_LINE = 2000
 
@@ -33,12 +39,28 @@ class _PathParser(flags.ArgumentParser):
     syntactic_help = "a path; ~ and file:// are understood"
 
     def parse(self, argument: str) -> str:
+        if not argument:
+            raise ValueError("is empty; give a path, or leave the flag out")
         return local_path(super().parse(argument))
 
 
 def DEFINE_path(name: str, default: str | None, help: str, **options) -> flags.FlagHolder:  # noqa: N802 (absl's style)
     """A flag that is a path of this machine; every flag that names a file or folder is one."""
     return flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), **options)
+
+
+def refuse_given(holders: Iterable[flags.FlagHolder], why: str) -> None:
+    """Refuses flags that were given and that nothing looks at.
+
+    Args:
+      why: "with --verify", to go on with after "changes nothing".
+
+    Raises:
+      ValueError: naming the first of them.
+    """
+    for holder in holders:
+        if holder.present:
+            raise ValueError(f"--{holder.name} changes nothing {why}; leave it out")
 
 
 def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[Exception], int] | None = None) -> None:
@@ -62,7 +84,8 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
                 check_settings()
                 compilation_cache.enable(flags.FLAGS[compilation_cache.FLAG].value, by_default=cache)
             main()
-            _flush()
+            if problem := _unwritten():
+                fail(problem, USAGE)
         except CheckpointError as error:
             logging.debug("traceback", exc_info=True)
             fail(str(error), BROKEN_CHECKPOINT)
@@ -73,9 +96,9 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
             fail(str(error), next(status for kind, status in statuses.items() if isinstance(error, kind)))
         except (ValueError, OSError) as error:
             logging.debug("traceback", exc_info=True)
-            fail(str(error), USAGE)
-        except (RuntimeError, AssertionError):
-            if reason := _no_devices():
+            fail(said(error), USAGE)
+        except (RuntimeError, AssertionError) as error:
+            if reason := _out_of_memory(error) or _no_devices():
                 logging.debug("traceback", exc_info=True)
                 fail(reason, USAGE)
             raise
@@ -83,32 +106,39 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
     # Shown by --help, as if the command had defined it.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[compilation_cache.FLAG])
     _print_anything()
-    if getattr(signal.getsignal(signal.SIGINT), "while_importing", False):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.unraisablehook = _interrupt_again
+    _listen()
     try:
         try:
             app.run(guarded, flags_parser=_parse)
         finally:
-            _flush()
+            _unwritten()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("error: interrupted; nothing was left half-written", file=sys.stderr, flush=True)
-        # Not sys.exit, which waits for threads of JAX that may wait for an accelerator.
-        os._exit(INTERRUPTED)
+        for number in _INTERRUPTIONS:
+            signal.signal(number, signal.SIG_IGN)
     except BrokenPipeError:
-        # Python flushes once more at its end, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(CLOSED_PIPE)
+        _leave_closed_pipe()
+    # Only here does nothing hold what the interrupted frames had: semaphores, for one, which would be reported as lost.
+    gc.collect()
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        print("error: interrupted; nothing was left half-written", file=sys.stderr, flush=True)
+    # Not sys.exit, which waits for threads of JAX that may wait for an accelerator.
+    os._exit(INTERRUPTED)
 
 
-def _interrupt_again(unraisable: Any, show: Callable[[Any], None] = sys.unraisablehook) -> None:
-    """Ctrl-C that comes while a callback of the garbage collector runs, JAX's for one, would be lost there."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        # A little later, when the callback has returned.
-        threading.Timer(0.02, _thread.interrupt_main).start()
-    else:
-        show(unraisable)
+def show(text: str, status: int) -> None:
+    """Prints what a command shows of itself before it has flags, and exits."""
+    try:
+        print(text)
+        if problem := _unwritten():
+            fail(problem, USAGE)
+    except BrokenPipeError:
+        _leave_closed_pipe()
+    sys.exit(status)
+
+
+def _leave_closed_pipe() -> None:
+    _drop_output()
+    sys.exit(CLOSED_PIPE)
 
 
 def fail(message: str, status: int) -> None:
@@ -125,6 +155,34 @@ def one_line(message: str) -> str:
     return line
 
 
+def _listen() -> None:
+    """Has what ends a program raise KeyboardInterrupt, unless the command listens itself or it is ignored (nohup)."""
+    for number in _INTERRUPTIONS:
+        handler = signal.getsignal(number)
+        if handler in (signal.SIG_DFL, signal.default_int_handler) or getattr(handler, "while_importing", False):
+            signal.signal(number, _interrupt)
+    sys.unraisablehook = _interrupt_again
+
+
+def _interrupt(*_) -> None:
+    """Raises KeyboardInterrupt, except while an earlier one is being cleaned up after."""
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return
+        error = error.__context__
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable: Any, show: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """Ctrl-C that comes while a callback of the garbage collector runs, JAX's for one, would be lost there."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        # A little later, when the callback has returned.
+        threading.Timer(0.02, _thread.interrupt_main).start()
+    else:
+        show(unraisable)
+
+
 def _print_anything() -> None:
     """Lets what the terminal's encoding cannot show be printed as escapes, instead of failing after all the work."""
     for stream in (sys.stdout, sys.stderr):
@@ -132,9 +190,34 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _flush() -> None:
-    if sys.stdout is not None:
-        sys.stdout.flush()
+def _unwritten() -> str:
+    """Why what was printed cannot be written (a full disk, for one), or "" if it can; it is lost then.
+
+    Raises:
+      BrokenPipeError: if nobody reads it any more.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        return f"standard output: {error.strerror}"
+    return ""
+
+
+def _drop_output() -> None:
+    """Sends standard output nowhere: Python flushes once more at its end, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What JAX says of memory that it could not get, or "" if the error is another one."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    reason = str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().splitlines()[0]
+    return f"{reason} More devices would hold it, or fewer rows at a time, shorter ones, or smaller blocks"
 
 
 def _no_devices() -> str:
@@ -153,34 +236,73 @@ def _no_devices() -> str:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+    words: Sequence[str] = ()
     try:
-        nones = [word for word in argv if word.startswith("--config.") and word.endswith("=None")]
-        rest = flags.FLAGS(_config_paths([word for word in argv if word not in nones]))
+        words = _config_words(argv)
+        nones = [word for word in words if word.startswith("--config.") and word.endswith("=None")]
+        rest = flags.FLAGS([word for word in words if word not in nones])
         for word in nones:
             _set_none(word)
     except BrokenPipeError:  # of --help
         raise
-    except SystemExit:  # absl's --help, after which it exits with 1
-        sys.exit(0)
+    except SystemExit as error:
+        if not any(_HELP.match(word) for word in argv[1:]):  # a config file's own
+            fail(_of_config(words, error) or f"SystemExit: {error}", USAGE)
+        sys.exit(0)  # absl ends with 1 after --help
     except Exception as error:  # a config file is the user's own code and may raise anything
         logging.debug("traceback", exc_info=True)
-        fail(_unknown_field(argv, error) or _said(error), USAGE)
+        fail(_unknown_field(argv, error) or _of_config(words, error) or said(error), USAGE)
     if not flags.FLAGS["verbosity"].present:
         # JAX reports every accelerator that it did not find at absl's default level.
         logging.set_verbosity(logging.WARNING)
     return rest
 
 
-def _config_paths(argv: Sequence[str]) -> list[str]:
-    """`argv` with the paths of --config=FILE as this machine has them: that flag is ml_collections' own."""
-    match = re.compile(r"(--?config=)(.*)", re.DOTALL)
-    return [found[1] + local_path(found[2]) if (found := match.fullmatch(word)) else word for word in argv]
+_HELP = re.compile(r"--?(help|\?)")
+# What absl says of --flag=VALUE that is to be a bool, as the repr of a tuple.
+_RAW_BOOLEAN = re.compile(r"\('Non-boolean argument to boolean flag', .*\)", re.DOTALL)
+_CONFIG = re.compile(r"--?config=(.*)", re.DOTALL)
 
 
-def _said(error: Exception) -> str:
-    """What an error says. A KeyError's own text is the repr of that."""
+def _config_words(argv: Sequence[str]) -> list[str]:
+    """`argv` with the path of --config=FILE, which is ml_collections' own flag, as this machine has it; and with =
+    where `--config FILE` or `--config.FIELD None` stand apart.
+
+    Raises:
+      ValueError: if there is no such file.
+    """
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if rest and (word in ("--config", "-config") or word.startswith("--config.") and rest[0] == "None"):
+            word = f"{word}={rest.pop(0)}"
+        if found := _CONFIG.fullmatch(word):
+            path = local_path(found[1])
+            # A colon begins what the file is told, such as the hardware.
+            if not os.path.isfile(path.partition(":")[0]):
+                raise ValueError(f"--config={found[1]}: there is no such file; give one of configs/ or your own")
+            word = f"--config={path}"
+        words.append(word)
+    return words
+
+
+def _of_config(words: Sequence[str], error: BaseException) -> str | None:
+    """The line for an error of the config file itself, which may be any."""
+    given = next((word for word in words if _CONFIG.fullmatch(word)), None)
+    if given is None or isinstance(error, flags.Error):
+        return None
+    told = said(error).removeprefix("Configuration is not available because of an earlier failure to load:").strip()
+    return f"{given}: {type(error).__name__}: {told}"
+
+
+def said(error: BaseException) -> str:
+    """What an error says, of the system's with the path first. A KeyError's own text is the repr of that."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of what names the files that it writes
+        return f"standard output: {error.strerror}"
     told = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return str(told) or type(error).__name__
+    return _RAW_BOOLEAN.sub("is neither true nor false", str(told)) or type(error).__name__
 
 
 def _set_none(word: str) -> None:
@@ -198,7 +320,7 @@ def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
         for word in argv:
             name = word.partition("=")[0]
             parts = name.removeprefix("--config.").split(".")
-            if name.startswith("--config.") and re.search(rf"\b({'|'.join(map(re.escape, parts))})\b", _said(error)):
+            if name.startswith("--config.") and re.search(rf"\b({'|'.join(map(re.escape, parts))})\b", said(error)):
                 return (
                     f"{name}: the configuration has no such field; see twotower_jax/train/config.py for those there are"
                 )

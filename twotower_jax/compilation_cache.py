@@ -15,6 +15,8 @@ import warnings
 import filelock
 from absl import flags
 
+from twotower_jax.paths import local_path
+
 FLAG = "compilation_cache"
 OFF = "off"
 
@@ -47,10 +49,14 @@ def enable(chosen: str | None, *, by_default: bool = True) -> pathlib.Path | Non
     if chosen == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    if chosen is None and (jax.config.jax_compilation_cache_dir is not None or not by_default):
+    if chosen is None and (given := jax.config.jax_compilation_cache_dir) is not None:
+        if (path := local_path(given)) != given:  # JAX would make a folder named ~
+            jax.config.update("jax_compilation_cache_dir", path)
+        return None
+    if chosen is None and not by_default:
         return None
     try:
-        folder = default_folder() if chosen is None else pathlib.Path(chosen).expanduser().absolute()
+        folder = default_folder() if chosen is None else pathlib.Path(local_path(chosen)).absolute()
         _prepare(folder, private=chosen is None)
     except (OSError, RuntimeError, NotImplementedError) as error:
         if chosen is None:

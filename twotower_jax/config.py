@@ -95,6 +95,8 @@ class ModelConfig:
         check(bool(pattern), f"hybrid_override_pattern is empty; it names each layer's kind with one of {letters}")
         unknown = sorted(set(pattern) - set(registry.kinds()))
         check(not unknown, f"hybrid_override_pattern={pattern!r} holds {unknown}; known layer kinds are {letters}")
+        for name, value in dataclasses.asdict(self).items():
+            check(not isinstance(value, int) or value < 2**31, f"{name}={value} must be less than 2**31")
         for name in ("vocab_size", "hidden_size"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive with layers {pattern!r}")
         for letter in sorted(set(pattern)):

@@ -28,6 +28,19 @@ def some(names: Collection[str]) -> str:
     return first if len(names) <= _SHOWN else f"{first} and {len(names) - _SHOWN} more"
 
 
+def check_folder(path: pathlib.Path, wanted: str) -> None:
+    """Refuses a folder that a user named and that is not there; what is there and broken is a `CheckpointError`.
+
+    Args:
+      wanted: what to give instead, in words.
+
+    Raises:
+      ValueError: naming the path.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}; {wanted}")
+
+
 def open_regular(path: pathlib.Path) -> BinaryIO:
     """Opens a regular file, unbuffered.
 

@@ -20,8 +20,10 @@ def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
     rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder; give a file of rows") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     for number, line in enumerate(text.split("\n"), 1):

@@ -102,8 +102,8 @@ def check_holds(
 def _available(root: pathlib.Path) -> int | None:
     for line in _lines(root / "proc/meminfo"):
         name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
+        if name == "MemAvailable" and (number := value.partition("kB")[0].strip()).isdecimal():
+            return int(number) * 1024
     return None
 
 

@@ -26,6 +26,22 @@ def output_file(path: str | pathlib.Path) -> Iterator[TextIO]:
       OSError: if it cannot be written.
     """
     path = pathlib.Path(path)
+    with _naming(path):
+        yield from _output_file(path)
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Gives the errors that a write has, and that say nothing of where, the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _output_file(path: pathlib.Path) -> Iterator[TextIO]:
     if not _is_regular(path):
         with path.open("w", encoding="utf-8") as file:
             yield file
@@ -34,16 +50,23 @@ def output_file(path: str | pathlib.Path) -> Iterator[TextIO]:
     if not target.parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist")
     partial = target.with_name(f".{target.name}.partial")
-    with _locked(partial, path) as file:
-        try:
-            file.truncate()
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            partial.replace(target)
-        except BaseException:
+    left_behind = partial.exists()
+    try:
+        with _locked(partial, path) as file:
+            try:
+                file.truncate()
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                partial.replace(target)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except KeyboardInterrupt:
+        # It may have come before the file was locked.
+        if not left_behind:
             partial.unlink(missing_ok=True)
-            raise
+        raise
 
 
 def write_file(path: str | pathlib.Path, content: str | bytes) -> None:
@@ -52,16 +75,42 @@ def write_file(path: str | pathlib.Path, content: str | bytes) -> None:
         file.buffer.write(content.encode() if isinstance(content, str) else content)
 
 
-def check_apart(paths: Mapping[str, str | None]) -> None:
-    """Refuses two outputs of a command that are one file.
+@contextlib.contextmanager
+def output_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder for results, made with those above it where it is not there. If the work fails or is interrupted before
+    anything is in it, what was made is removed.
+
+    Raises:
+      ValueError: naming the path, if something else has its name or it cannot be written in.
+      OSError: if it cannot be made.
+    """
+    path = pathlib.Path(path)
+    for parent in (path, *path.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{path}: {parent} is a file, not a folder")
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ValueError(f"{path}: this folder cannot be written in")
+        yield path
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def check_apart(paths: Mapping[str, str | None], inputs: Mapping[str, str | None] = {}) -> None:  # noqa: B006
+    """Refuses two outputs of a command that are one file, and an output that would replace what is read.
 
     Args:
-      paths: by flag; None where it is not given.
+      paths: by flag; None where it is not given. inputs: likewise; terminals and pipes are read and written at once.
 
     Raises:
       ValueError: naming both flags. The null device may stand for several.
     """
-    seen: dict[str, str] = {}
+    seen = {flag: os.path.realpath(path) for flag, path in inputs.items() if path is not None and os.path.isfile(path)}
     for flag, path in paths.items():
         real = None if path is None else os.path.realpath(path)
         if real in (None, os.devnull):

@@ -107,7 +107,7 @@ def run_file(path: str | pathlib.Path) -> None:
     sys.modules[name] = module  # Where dataclasses look for the types of their fields.
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 (the user's own code may raise anything)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (the user's own code may raise anything)
         del sys.modules[name]
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 

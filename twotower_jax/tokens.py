@@ -11,7 +11,10 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, what: str = "tok
     Raises:
       ValueError: if they are not whole numbers in [0, vocab_size); names the first offender and its place.
     """
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # lists of different lengths in a list
+        raise ValueError(f"{what}: expected one list of token ids, found lists in it") from None
     if array.size == 0:
         return np.zeros(array.shape, np.int32)
     if array.dtype.kind not in "iu":

@@ -106,8 +106,14 @@ class TwoTower(nnx.Module):
           the context's logits after each row's last real token, (B, V) float32 (meaningless where lengths is 0), and
           the cache.
         """
-        h, cache = self.context_tower.extend(ids, lengths, cache=cache)
+        h, cache = self.extend_states(ids, lengths, cache)
         return self._last_logits(h, lengths), cache
+
+    def extend_states(
+        self, ids: Int[Array, "B L"], lengths: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """As `extend`, but the final hidden states of all tokens, which `context_head` turns into logits (B, L, V)."""
+        return self.context_tower.extend(ids, lengths, cache=cache)
 
     def verify(self, block: Int[Array, "B S"], cache: Cache) -> tuple[Float[Array, "B S V"], PerLayer]:
         """What the context thinks of (B, S) tokens after the cache, of which `keep` takes as many as turn out right.

@@ -263,7 +263,8 @@ def test_an_index_that_leaves_the_folder(folder):
 
 
 def test_nothing_there(tmp_path):
-    assert "no such folder" in refusal(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nowhere: no such folder; give a Hugging Face folder"):
+        load(tmp_path / "nowhere")
     assert "config.json: no such file" in refusal(tmp_path)
 
 

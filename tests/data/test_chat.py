@@ -11,6 +11,7 @@ import pytest
 from helpers import run_command
 from twotower_jax.data import load_tokenizer, save_tokenizer
 from twotower_jax.data.chat import ChatTemplate
+from twotower_jax.files import CheckpointError
 from twotower_jax.generation.conversation import read_conversations, typed_turns
 
 # With blocks that trim, as published ones are written; </s> is a special token of the tokenizer below.
@@ -148,6 +149,26 @@ def test_nobody_but_the_assistant_spells_a_special_token(folder):
 def test_what_is_no_conversation(folder, messages):
     with pytest.raises(ValueError, match="message"):
         load(with_config(folder, chat_template=TURNS)).render(messages)
+
+
+def test_a_conversation_that_is_no_text_is_refused(folder):
+    """As a terminal of another encoding gives, and JSON can spell."""
+    template = load(with_config(folder, chat_template=TURNS))
+    for text, what in (("caf\udce9", "byte 0xe9, not UTF-8"), ("half \ud800", "half a pair")):
+        with pytest.raises(ValueError, match=f"the conversation: is no text at character .*{what}"):
+            template.encode([{"role": "user", "content": text}])
+
+
+@pytest.mark.parametrize("content", ['{"chat_template": 5}', '{"chat_template": "{{"}', "[]", "{"])
+def test_a_broken_template_is_told_from_none(folder, content):
+    """Status 3, and not 2."""
+    (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="tokenizer_config.json"):
+        load(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no chat template") as error:
+        load(folder)
+    assert not isinstance(error.value, CheckpointError)
 
 
 def test_conversations_of_a_file(tmp_path):

@@ -155,6 +155,13 @@ def test_zstandard_is_asked_for_before_anything_is_read(tmp_path, monkeypatch):
     assert read_documents(tmp_path / "a.jsonl") == ["x"]
 
 
+def test_pyarrow_is_asked_for_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"b\.parquet: .* needs pyarrow, .*: pip install 'twotower_jax\[data\]'"):
+        find_files([str(tmp_path)])
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=1, max_size=30))
 def test_compression_changes_nothing(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("same")

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calls import call_of
 
+from twotower_jax import memory
 from twotower_jax.config import ModelConfig
-from twotower_jax.diffusion import SamplingConfig, per_row
+from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import (
     DenoiserRow,
     Engine,
+    Request,
     Settings,
     generate,
     positions,
@@ -20,7 +23,6 @@ from twotower_jax.generation import (
 )
 from twotower_jax.generation.blocks import block
 from twotower_jax.generation.engine import in_order, iter_steps, start
-from twotower_jax.generation.modes import Call, Recipe
 from twotower_jax.generation.slots import allocate, cache_bytes, end_token_array
 from twotower_jax.generation.stops import cut
 from twotower_jax.parameters import bind, flatten, unflatten
@@ -248,8 +250,9 @@ def test_stop_texts_need_a_tokenizer(tiny):
 
 
 def test_caches_that_do_not_fit_are_refused(tiny):
-    # 40 + 24 + 8 positions at most, in multiples of 64: keys, values, states, convolutions and 21 bytes of counts.
-    row = 128 * 2 * 2 * 4 * 4 + 6 * 4 * 5 * 4 + 4 * (24 + 2 * 15) * 4 + 4 + 17
+    # 40 + 24 + 8 positions at most, in multiples of 64: keys, values, states, convolutions, the newest token's final
+    # state, and 17 bytes of counts.
+    row = 128 * 2 * 2 * 4 * 4 + 6 * 4 * 5 * 4 + 4 * (24 + 2 * 15) * 4 + 16 * 4 + 17
     assert cache_bytes(tiny[0], 4, 128) == 4 * row
     settings = dataclasses.replace(DIFFUSION, max_cache_gb=3.5 * row / 1e9)
     with pytest.raises(ValueError, match=r"4 rows of 128 positions need .* GB.*max_cache_gb.*lower batch_size to 3,"):
@@ -257,10 +260,18 @@ def test_caches_that_do_not_fit_are_refused(tiny):
     generate(*tiny, PROMPTS, dataclasses.replace(settings, batch_size=3))
 
 
+def test_a_machine_that_cannot_hold_the_caches_is_asked_first(tiny, monkeypatch):
+    """Processors too, which share their memory; their allocator would fail, or the system end the process."""
+    with pytest.raises(ValueError, match=r"need .* GB, and this machine has free .* GB; .* max_new_tokens"):
+        generate(*tiny, PROMPTS, dataclasses.replace(DIFFUSION, max_new_tokens=2**31 - 1))
+    monkeypatch.setattr(memory, "room", lambda devices: None)  # Nothing says.
+    generate(*tiny, PROMPTS, DIFFUSION)
+
+
 def test_rows_that_do_not_fit_their_slot_are_refused(tiny):
     engine = Engine(*tiny, DIFFUSION, capacity=positions(40, 20, DIFFUSION), slots=1)
     engine.submit(PROMPTS[2])
-    with pytest.raises(ValueError, match="prompt 1 needs 256 cache positions, and a slot has 128"):
+    with pytest.raises(ValueError, match="prompt 2 needs 256 cache positions, and a slot has 128"):
         engine.submit([4] * 150)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         engine.submit([4], 0)
@@ -272,10 +283,10 @@ def test_the_cache_exists_once(small_config, random_params, mode):
     temporary is nearly as large. (Half a cache is for keys and values in the order that the products want.)"""
     model = TwoTower(small_config("****", vocab_size=8, num_attention_heads=2))
     slots = allocate(model=model, batch=2, capacity=8192)
-    rule = None if mode in ("ar", "mock_ar") else per_row(SAMPLING.rule, 2)
-    call = Call(jnp.ones(2, bool), jnp.uint32(0), end_token_array((2,)), rule, jnp.float32(0))
-    recipe = Recipe(mode, SamplingConfig(block_size=2, steps_per_block=2))
-    compiled = block.lower(random_params(model), slots, call, model=model, recipe=recipe).compile()
+    sampling = SamplingConfig(block_size=2, steps_per_block=2)
+    request = Request(prompt=[5], max_new_tokens=4, mode=mode, sampling=sampling)
+    blocks, call, recipe = call_of(model, request, 2)
+    compiled = block.lower(random_params(model), slots, blocks, call, model=model, recipe=recipe).compile()
     memory = compiled.memory_analysis()
     size = cache_bytes(model, 2, 8192)
     assert memory.alias_size_in_bytes >= size
@@ -354,7 +365,7 @@ def test_a_model_that_is_not_a_number_is_an_error(tiny):
     broken = unflatten(
         flat | {("denoiser_tower", "embeddings"): jnp.full_like(params["denoiser_tower"]["embeddings"], jnp.nan)}
     )
-    with pytest.raises(FloatingPointError, match="prompt 0"):
+    with pytest.raises(FloatingPointError, match="prompt 1"):
         run((model, broken), PROMPTS, DIFFUSION)
 
 
@@ -362,8 +373,10 @@ def test_a_model_that_is_not_a_number_is_an_error(tiny):
     ("prompts", "message"),
     [
         ([], "no prompts"),
-        ([[1], []], "prompt 1 is empty"),
-        ([[1, 512]], "prompt 0: id 512 at position 1"),
+        ([[1], []], "prompt 2 is empty"),
+        ([[[1, 2]]], "prompt 1: expected one list of token ids, found lists in it"),
+        ([[1], [[1], [1, 2]]], "prompt 2: expected one list of token ids, found lists in it"),
+        ([[1, 512]], "prompt 1: id 512 at position 1"),
         ([[-1]], "id -1"),
         ([[1.5]], "whole numbers"),
     ],
@@ -383,6 +396,9 @@ def test_prompts_that_cannot_be_used(tiny, prompts, message):
         {"seed": -1},
         {"seed": 2**32},
         {"max_cache_gb": 0.0},
+        {"max_cache_gb": float("inf")},
+        {"max_new_tokens": 2**31},
+        {"batch_size": 2**31},
         {"stop": ("",)},
     ],
 )

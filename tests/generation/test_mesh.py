@@ -5,18 +5,17 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from calls import call_of
 
 from twotower_jax.checkpoint.load import load
 from twotower_jax.config import Variant
 from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.generation import MODES, Engine, Settings, TowerMeshes, generate, score_ar, tower_meshes
+from twotower_jax.generation import MODES, Engine, Request, Settings, TowerMeshes, generate, score_ar, tower_meshes
 from twotower_jax.generation.blocks import block
-from twotower_jax.generation.modes import Call, Recipe
 from twotower_jax.generation.placement import in_force, parse_mesh
-from twotower_jax.generation.slots import allocate, cache_bytes, end_token_array
+from twotower_jax.generation.slots import allocate, cache_bytes
 from twotower_jax.parameters import flatten, parameter_table
 from twotower_jax.sharding import MeshShape, make_mesh
 from twotower_jax.two_tower import TwoTower
@@ -72,10 +71,9 @@ def test_the_table_is_divided_and_written_in_place(model):
     whole, part = (cache_bytes(model[0], 8, 1024, m) for m in (None, mesh))
     with in_force(mesh):
         slots = allocate(model=model[0], batch=8, capacity=1024)
-        call = Call(jnp.ones(8, bool), jnp.uint32(0), end_token_array((2,)), None, jnp.float32(0))
-        recipe = Recipe("ar", SamplingConfig())
+        blocks, call, recipe = call_of(model[0], Request(prompt=[5], max_new_tokens=4, mode="ar"), 8)
         params = TowerMeshes(mesh).context_params(*model)
-        compiled = block.lower(params, slots, call, model=model[0], recipe=recipe).compile()
+        compiled = block.lower(params, slots, blocks, call, model=model[0], recipe=recipe).compile()
     mamba, attention, _ = slots.cache.layers.by_layer()
     assert mamba.state.sharding.shard_shape(mamba.state.shape) == (2, 4, *mamba.state.shape[2:])
     assert attention.key.sharding.shard_shape(attention.key.shape) == (2, *attention.key.shape[1:])

@@ -105,8 +105,8 @@ def test_repetition(tokens, distinct, loop, collapsed):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([[4, 5]], {}, "row 0 is shorter than a block of 3"),
-        ([[4, 5, MASK]], {}, "row 0 holds the mask token 3"),
+        ([[4, 5]], {}, "row 1 is shorter than a block of 3"),
+        ([[4, 5, MASK]], {}, "row 1 holds the mask token 3"),
         ([[4, 5, 99]], {}, "id 99"),
         ([[4, 5, 6]], {"samples": 1}, "samples=1 must be at least 2"),
     ],

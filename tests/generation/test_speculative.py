@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import shapes
 
-from twotower_jax.diffusion import SamplingConfig, sample_step
+from twotower_jax.diffusion import Choice, SamplingConfig, sample_step
 from twotower_jax.generation import Settings, generate
-from twotower_jax.generation.slots import choose, next_keys
+from twotower_jax.generation.slots import Draws, Given, choose, next_keys
 from twotower_jax.parameters import bind
 from twotower_jax.two_tower import TwoTower
 
@@ -116,8 +116,11 @@ def test_drafts_are_drawn_with_the_random_numbers_of_ar():
     row_keys = jax.random.split(jax.random.key(5), 3)
     draft = sample_step(sampling, row_keys, masks, logits, **step, token_keys=keys).xt
     without_mask = logits.at[..., 49].set(-jnp.inf)
+    choice = Choice(jnp.full(3, 0.8), jnp.full(3, 20), jnp.ones(3))
+    draws = Draws(jnp.ones(3, jnp.uint32), number, choice)
+    free = Given(jnp.zeros((3, 1), jnp.int32), jnp.zeros((3, 1), bool))
     for j in range(4):
-        expected = choose(sampling, jnp.uint32(1), number, count + j, without_mask[:, j]).tokens
+        expected = choose(draws, count + j, without_mask[:, j], free).tokens
         np.testing.assert_array_equal(draft[:, j], expected)
     assert (sample_step(sampling, row_keys, masks, logits, **step).xt != draft).any()
     with shapes.unchecked(), pytest.raises(ValueError, match="token_keys"):

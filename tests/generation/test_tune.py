@@ -33,6 +33,24 @@ def test_a_grid_has_every_combination_once():
         grid([2.0], [4], [4])
 
 
+def test_a_grid_of_any_strategy():
+    """Thresholds are swept where the strategy has one and the options leave it open."""
+    points = grid([0.5, 0.9], [2], [4, 8], "factor", {"factor": "1.5"})
+    assert [(p.block_size, p.strategy, p.strategy_options) for p in points] == [
+        (size, "factor", (("factor", 1.5),)) for size in (4, 8)
+    ]
+    points = grid([0.5, 0.9], [2], [4], "remasking", {"doubt_threshold": 0.1})
+    assert [(p.confidence_threshold, p.strategy_options) for p in points] == [
+        (threshold, (("doubt_threshold", 0.1),)) for threshold in (0.5, 0.9)
+    ]
+    assert [p.confidence_threshold for p in grid([0.5], [2], [4], options={"confidence_threshold": "0.7"})] == [0.7]
+    rows = [Point(p, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0) for p in (points[0], grid([0.5], [2], [4], "factor")[0])]
+    assert [point.setting() for point in rows] == [("4", "2", "0.5"), ("4", "2", "")]
+    assert [("confidence_threshold" in point.row()) for point in rows] == [True, False]
+    with pytest.raises(ValueError, match="strategy='none' is unknown"):
+        grid([0.5], [2], [4], "none")
+
+
 @pytest.mark.parametrize(
     ("tokens", "reference", "expected"),
     [
@@ -110,6 +128,17 @@ def test_a_chosen_point_is_read_back_and_other_fields_stay(tmp_path):
     assert trained_block_size(tmp_path) is None
 
 
+def test_a_chosen_strategy_is_read_back_with_its_knobs(tmp_path):
+    (tmp_path / FILE).write_text('{"confidence_threshold": 0.4, "strategy_options": {"x": 1}}')
+    chosen = SamplingConfig(block_size=8, steps_per_block=4, strategy="factor", strategy_options={"factor": 1.5})
+    (tmp_path / FILE).write_text(merged(tmp_path, chosen, None))
+    found = read_operating_point(tmp_path)
+    assert found == {"block_size": 8, "steps_per_block": 4, "strategy": "factor", "strategy_options": {"factor": 1.5}}
+    assert SamplingConfig(**found) == chosen
+    (tmp_path / FILE).write_text(merged(tmp_path, SamplingConfig(), None))
+    assert "strategy_options" not in json.loads((tmp_path / FILE).read_text())
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -120,6 +149,9 @@ def test_a_chosen_point_is_read_back_and_other_fields_stay(tmp_path):
         '{"steps_per_block": true}',
         '{"confidence_threshold": 1.5}',
         '{"strategy": "guess"}',
+        '{"strategy": "factor", "strategy_options": {"doubt": 1}}',
+        '{"strategy": "factor", "strategy_options": {"factor": [1]}}',
+        '{"strategy": "factor", "strategy_options": "factor=1"}',
     ],
 )
 def test_a_broken_file_is_named(tmp_path, content):

@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
 from helpers import ROOT
 from twotower_jax import command_line, jax_settings, randomness
+from twotower_jax.checkpoint import huggingface, inspection, load
 from twotower_jax.diffusion import MaskedDiffusion
+from twotower_jax.files import CheckpointError
 from twotower_jax.generation.slots import row_keys
 from twotower_jax.train import stopping
 from twotower_jax.train.config import freeze
@@ -102,15 +105,24 @@ _INTERRUPTED = """import os, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.kill(os.getpid(), signal.SIGINT)"""
 
+_ENDED = "import os, signal, time\nos.kill(os.getpid(), signal.{0})\ntime.sleep(9)"
+
 
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
         ("raise ValueError('so\\nso')", 2, "error: so so\n"),
-        ("raise OSError(38, 'Function not implemented', 'x')", 2, "error: [Errno 38] Function not implemented: 'x'\n"),
+        ("raise OSError(38, 'Function not implemented', 'x')", 2, "error: x: Function not implemented\n"),
+        (
+            "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\\nmore')",
+            2,
+            "error: Out of memory allocating 99 bytes. More devices would hold it, or fewer rows at a time",
+        ),
         ("raise KeyboardInterrupt", 130, "error: interrupted; nothing was left half-written\n"),
         ("raise BrokenPipeError(32, 'Broken pipe')", 141, ""),
         (f"{_INTERRUPTED}\ntime.sleep(9)", 130, "error: interrupted; nothing was left half-written\n"),
+        (_ENDED.format("SIGTERM"), 130, "error: interrupted; nothing was left half-written\n"),
+        (_ENDED.format("SIGHUP"), 130, "error: interrupted; nothing was left half-written\n"),
     ],
 )
 def test_how_a_command_ends(body, status, said):
@@ -131,6 +143,20 @@ time.sleep(9)"""
     assert main(body) == (130, "", "error: interrupted; nothing was left half-written\n")
 
 
+def test_a_second_interruption_does_not_disturb_the_cleaning_up_after_the_first():
+    begun = _ENDED.format("SIGTERM").replace("\n", "\n    ")
+    cleaned = "os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\n    print('cleaned up')"
+    code, out, err = main(f"try:\n    {begun}\nfinally:\n    {cleaned}")
+    assert (code, out, err) == (130, "cleaned up\n", "error: interrupted; nothing was left half-written\n")
+
+
+@pytest.mark.parametrize("body", ["import signal\nprint(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"])
+def test_under_nohup_a_command_goes_on_when_the_terminal_goes(body):
+    code = f"from twotower_jax import command_line\ndef main():\n    {body.replace(chr(10), chr(10) + '    ')}\n"
+    ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    assert run("-c", f"{ignored}{code}command_line.run(main)") == (0, "True\n", "")
+
+
 def test_an_error_may_have_a_status_of_its_own():
     lines = "raise FloatingPointError('the loss is nan')"
     options = "statuses={FloatingPointError: command_line.DIVERGED, RuntimeError: command_line.NOT_SAVED}"
@@ -141,7 +167,7 @@ def test_an_error_may_have_a_status_of_its_own():
 
 def test_generated_rows_are_checked_before_a_model_is_loaded(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    for prompt, tokens in ("[]", "[3]"), ("[5]", "7"):
+    for prompt, tokens in ("[]", "[3]"), ("[5]", "7"), ("[5]", "[[7]]"), ("[true]", "[7]"):
         bad = f'{{"prompt_ids": {prompt}, "tokens": {tokens}}}'
         rows.write_text(f'{{"prompt_ids": [5], "tokens": []}}\n{bad}\n')
         words = ["--checkpoint=nowhere", f"--input={rows}", f"--output={tmp_path / 'out'}", "--objective=generations"]
@@ -155,7 +181,7 @@ def test_a_bug_keeps_its_traceback():
     assert code == 1 and "Traceback" in err and "TypeError: wrong" in err
 
 
-@pytest.mark.parametrize("body", ["print('x\\n' * 100_000)", "print('x')"])
+@pytest.mark.parametrize("body", ["print('x\\n' * 100_000)", "print('x')", "command_line.show('x' * 100_000, 0)"])
 def test_who_closes_the_pipe_is_not_complained_to(body):
     code = f"from twotower_jax import command_line\ndef main():\n    {body}\ncommand_line.run(main)"
     command = f'set -o pipefail; {sys.executable} -c "$CODE" | true'
@@ -164,6 +190,15 @@ def test_who_closes_the_pipe_is_not_complained_to(body):
             ["bash", "-c", command], env=os.environ | {"CODE": code}, capture_output=True, text=True, check=False
         )
         assert (done.returncode in (0, 141), done.stderr) == (True, "")
+
+
+@pytest.mark.parametrize("body", ["print('x')", "print('x', flush=True)", "print('x' * 100_000)"])
+def test_output_that_cannot_be_written_is_an_error(body):
+    """As on a full disk, where a shell keeps it."""
+    code = f"from twotower_jax import command_line\ndef main():\n    {body}\ncommand_line.run(main)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
 def test_output_that_the_terminal_cannot_show_is_spelled():
@@ -182,19 +217,76 @@ def test_a_platform_that_is_not_here_is_named(platform):
 # Flags.
 
 
+def test_flags_that_nothing_looks_at_are_named():
+    values = flags.FlagValues()
+    used, other = (flags.DEFINE_integer(name, 3, "", flag_values=values) for name in ("used", "other"))
+    values(["command", "--used=3"])
+    command_line.refuse_given([other], "here")
+    with pytest.raises(ValueError, match="--used changes nothing with --verify; leave it out"):
+        command_line.refuse_given([other, used], "with --verify")
+
+
+@pytest.mark.parametrize("kind", ["nothing", "file"])
+def test_a_checkpoint_that_is_not_there_is_no_broken_one(tmp_path, kind):
+    """Status 2 in every command, and not 3."""
+    path = tmp_path / "x"
+    if kind == "file":
+        path.touch()
+    said = {"nothing": "no such folder", "file": "is a file, not a folder"}[kind]
+    for read in (load.load, load.contents, inspection.describe, huggingface.open_folder):
+        with pytest.raises(ValueError, match=f"{path}: {said}; give a Hugging Face folder") as error:
+            read(path)
+        assert not isinstance(error.value, CheckpointError)
+
+
 def test_every_flag_that_is_a_path_understands_home_and_file_addresses():
     names = "checkpoint|output|prompts|trace|workdir|source|input|tokenizer|verify|expected|json|table|sha256|directory"
     for file in [*(ROOT / "launch").glob("*.py"), *(ROOT / "twotower_jax").rglob("*.py")]:
         assert not re.findall(rf'DEFINE_string\(\s*"({names})"', file.read_text()), file
 
 
-@pytest.mark.parametrize("given", ["~/nowhere", "file:///somewhere/nowhere", "--config"])
+@pytest.mark.parametrize("given", ["~/nowhere", "file:///somewhere/nowhere"])
 def test_paths_are_expanded_by_the_parser(given):
-    if given == "--config":
-        code, _, err = run(ROOT / "launch/train.py", "--config=~/nowhere.py", "--workdir=w", HOME="/somewhere")
-    else:
-        code, _, err = run(ROOT / "launch/inspect_checkpoint.py", f"--checkpoint={given}", HOME="/somewhere")
+    code, _, err = run(ROOT / "launch/inspect_checkpoint.py", f"--checkpoint={given}", HOME="/somewhere")
     assert code in (2, 3) and "/somewhere/nowhere" in err and err.count("\n") == 1 and "~" not in err
+
+
+@pytest.fixture
+def config_words(monkeypatch, tmp_path):
+    """Parses the words of a command whose --config is a file of this content; returns what went wrong."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "config.py"
+
+    def parse(content: str, *words: str, capsys) -> str:
+        file.write_text(content)
+        monkeypatch.setattr(command_line.flags, "FLAGS", flags.FlagValues())
+        flags.DEFINE_integer("verbosity", 0, "As absl's own.", flag_values=command_line.flags.FLAGS)
+        config_flags.DEFINE_config_file("config", flag_values=command_line.flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        with pytest.raises(SystemExit, match="2"):
+            command_line._parse(sys.argv)
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
+        return said.removeprefix("error: ").rstrip("\n").replace(str(tmp_path), "HOME")
+
+    return parse
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_what_is_wrong_with_a_config_file_is_said_with_its_path(config_words, capsys):
+    for words in (["--config=~/nowhere.py"], ["--config", "~/nowhere.py:h200"], ["--config="]):
+        given = words[-1].removeprefix("--config=")
+        expected = f"--config={given}: there is no such file; give one of configs/ or your own"
+        assert config_words("", *words, capsys=capsys) == expected
+    for content, message in (
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("def (", "SyntaxError: invalid syntax (config.py, line 1)"),
+        ("x = 1", "AttributeError: module 'config_config' has no attribute 'get_config'"),
+        ("def get_config():\n    return {}['x']", "KeyError: x"),
+    ):
+        said = config_words(content, "--config=~/config.py", capsys=capsys)
+        assert said == f"--config=HOME/config.py: {message}"
 
 
 def test_paths_of_a_config_are_expanded(train_config, monkeypatch, tmp_path):
@@ -214,6 +306,8 @@ def test_paths_of_a_config_are_expanded(train_config, monkeypatch, tmp_path):
         (["--checkpont=x"], "Unknown command line flag 'checkpont'. Did you mean: checkpoint ?"),
         (["--checkpoint=x", "more"], "unexpected argument 'more'"),
         (["--checkpoint=~nobody-of-this-name/x"], "there is no such home folder"),
+        (["--checkpoint="], "--checkpoint=: is empty; give a path"),
+        (["--checkpoint=x", "--arrays=perhaps"], "error: flag --arrays=perhaps: is neither true nor false"),
     ],
 )
 def test_a_typo_is_said_in_one_line(flags, said):
@@ -251,6 +345,28 @@ def test_an_interruption_while_importing_is_a_line():
         process.send_signal(signal.SIGINT)
         err = process.stderr.read()
     assert process.returncode == 130 and "Traceback" not in err and "error: interrupted" in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_every_interruption_before_the_command_listens_is_a_line(name):
+    body = f"import signal\nsignal.signal(signal.{name}, signal.SIG_DFL)\nimport environment, os, time\n"
+    environment = {"PYTHONPATH": str(ROOT / "launch")}
+    code, out, err = run("-c", f"{body}os.kill(os.getpid(), signal.{name})\ntime.sleep(9)", **environment)
+    assert (code, out, err) == (130, "", "error: interrupted; nothing had begun\n")
+
+
+def test_a_worker_leaves_speaking_to_its_parent(tmp_path):
+    """It imports the command anew, and what ends all processes of a group ends it without a word."""
+    (tmp_path / "command.py").write_text(
+        "import environment, multiprocessing, os, signal\n"
+        "def work():\n    print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "if __name__ == '__main__':\n"
+        "    worker = multiprocessing.get_context('spawn').Process(target=work)\n"
+        "    worker.start()\n    worker.join()\n    print(worker.exitcode)\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT / "launch")}
+    assert run(tmp_path / "command.py", **environment) == (0, f"True\n{-signal.SIGTERM}\n", "")
 
 
 def test_an_interrupted_generation_leaves_nothing(small_folder, tmp_path):

@@ -21,7 +21,7 @@ from twotower_jax.config import Variant
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import flatten, parameter_table, unflatten
 from twotower_jax.shares import ceil_share
-from twotower_jax.train.config import TrainConfig, base_config, freeze
+from twotower_jax.train.config import TrainConfig, base_config, check_given, freeze
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.schedule import BlockStage, WarmupStableDecay, block_stages, learning_rate
 from twotower_jax.train.step import (
@@ -62,12 +62,20 @@ def config_file(name: str):
         ({"dtype": "float16"}, "dtype='float16'"),
         ({"steps": 0}, "steps=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"steps": 2**31}, "steps=2147483648 must be less than 2**31"),
+        ({"block_curriculum": ((0.0, 2**31),)}, "block size 2147483648 must be at least 1 and less than 2**31"),
+        ({"mesh": {"data": 2**31}}, "mesh.data=2147483648 must be less than 2**31"),
+        ({"model": {"hidden_size": 2**31}}, "hidden_size=2147483648 must be less than 2**31"),
+        ({"mesh": {"data": None}}, "mesh.data must be int, found None"),
+        ({"variant": {"time_conditioning": None}}, "variant.time_conditioning must be bool, found None"),
         ({"sequence_length": 100, "block_size": 16}, "sequence_length=100 is not a multiple of the block size 16"),
         ({"block_size": 0}, "block_size=0"),
         (
             {"block_size": 16, "block_curriculum": ((0.0, 8),)},
             "block_size=16 and block_curriculum=((0.0, 8),) contradict",
         ),
+        # The published curriculum too, where somebody gives it.
+        ({"block_size": 16, "block_curriculum": TrainConfig.block_curriculum}, "leave one out, or set it to None"),
         ({"accumulate": 3, "batch_size": 4}, "accumulate=3 does not divide batch_size=4"),
         ({"variant": {"context": "tied"}}, "changes nothing with objective='autoregressive'"),
         ({"sample_prompts": ("a",)}, "change nothing with sample_every=0"),
@@ -100,6 +108,35 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError) as error:
         freeze(config)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_tokens": 7}, "sample_tokens=7 changes nothing with sample_every=0"),
+        ({"decay_fraction": 0.0, "final_learning_rate": 1e-5}, "final_learning_rate=1e-05 changes nothing with decay_"),
+        ({"validation_fraction": 0.0, "validation_every": 5}, "validation_every=5 changes nothing with validation_"),
+        ({"diffusion.schedule": "cosine"}, "diffusion.schedule='cosine' changes nothing with objective='autoreg"),
+    ],
+)
+def test_what_is_given_for_a_run_must_change_it(changes, message):
+    """In a config file it may stand for other runs."""
+    config = base_config(MODEL)
+    config.update_from_flattened_dict(changes)
+    frozen = freeze(config)
+    assert check_given(frozen, ["steps", "model.n_groups"]) == []
+    with pytest.raises(ValueError, match=f"^config: {message}.*; leave it out$"):
+        check_given(frozen, ["steps", *changes])
+
+
+def test_settings_that_say_what_holds_anyway_are_accepted():
+    config = base_config(MODEL)
+    config.update(decay_fraction=0.0, final_learning_rate=1e-4, block_size=8)
+    given = ["final_learning_rate", "sample_tokens", "validation_every", "diffusion.weight", "block_size"]
+    assert check_given(freeze(config), given) == []
+    config.init_from = "somewhere"
+    (line,) = check_given(freeze(config), [*given, "model.hidden_size", "vocab_size"])
+    assert line.startswith("--config.model.hidden_size, --config.vocab_size: not looked at, for with init_from")
 
 
 def test_settings_of_a_wrong_type_are_refused():
@@ -231,16 +268,18 @@ def test_every_field_that_may_be_none_can_be_given_as_none(monkeypatch, tmp_path
         assert command_line._parse(command) == ["train.py"]
         return config.value
 
-    set_to_none = ["block_size", *(f"kernels.{name}" for name in kernels)]
+    set_to_none = ["block_size", "block_curriculum", *(f"kernels.{name}" for name in kernels)]
     frozen = freeze(given("--config.steps=7", *(f"--config.{name}=None" for name in set_to_none)))
     assert (frozen.block_size, frozen.kernels, frozen.steps) == (None, Backends(), 7)
+    assert frozen.block_curriculum == ((0.0, 32), (2 / 3, 16))
+    assert freeze(given("--config.block_size=None", "--config.block_curriculum=((0.0,8),)")).block_sizes == [8]
     assert freeze(given()).kernels != Backends() and freeze(given()).block_size == 8
     for unknown in ("no_such", "mesh.no_such", "no.such"):
         with pytest.raises(SystemExit):
             given(f"--config.{unknown}=None")
         assert capsys.readouterr().err.startswith(f"error: --config.{unknown}: the configuration has no such field")
     for field in dataclasses.fields(TrainConfig):
-        if field.name in ("block_size", "model", "variant", "diffusion", "kernels", "mesh"):
+        if field.name in ("block_size", "block_curriculum", "model", "variant", "diffusion", "kernels", "mesh"):
             continue
         with pytest.raises(ValueError, match=f"{field.name} must be .*, found None"):
             freeze(given(f"--config.{field.name}=None"))

@@ -201,7 +201,7 @@ def test_folders_that_are_no_workdir_are_refused(train_config, tmp_path, quiet):
     missing = tmp_path / "missing"
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         train(dataclasses.replace(config, data=str(missing)), tmp_path / "new", quiet)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(ValueError, match="no such folder"):
         train(dataclasses.replace(config, init_from=str(missing)), tmp_path / "new", quiet)
     assert not (tmp_path / "new").exists()
 

@@ -24,10 +24,9 @@ from twotower_jax.checkpoint.plan import ConversionPlan, make_plan, segment_list
 from twotower_jax.checkpoint.quantizing import quantize_tensor
 from twotower_jax.checkpoint.safetensors_file import Entry, next_tensor
 from twotower_jax.files import CheckpointError, open_regular, read_file
-from twotower_jax.parameters import Parameter, Path, parameter_table
+from twotower_jax.parameters import Parameter, Path
 from twotower_jax.progress import Progress
 from twotower_jax.quantization import SCALE_DTYPE, SCALES, VALUE_DTYPE, VALUES, Method, disk_table
-from twotower_jax.two_tower import Backbone
 
 
 def convert(
@@ -60,8 +59,8 @@ def convert(
     folder = huggingface.open_folder(source)
     plan = make_plan(folder.config, folder.single_tower, time_init)
     on_disk = disk_table(plan.table, quantize)
-    table = parameter_table(Backbone(folder.config)) if folder.single_tower else plan.table
-    huggingface.check(folder, table)
+    huggingface.check(folder, huggingface.own_table(folder))
+    huggingface.say_ignored(folder)
     dtypes = _dtypes(folder, plan)
     with new_folder(output) as partial:
         files = _write_metadata(partial, on_disk, dtypes)

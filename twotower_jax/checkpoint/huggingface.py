@@ -22,7 +22,7 @@ from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
-from twotower_jax.files import CheckpointError, check_link, read_json, some
+from twotower_jax.files import CheckpointError, check_folder, check_link, read_json, some
 from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, ShardingOf, parameter_table, unflatten
 from twotower_jax.quantization import Method
@@ -72,9 +72,9 @@ def open_folder(path: pathlib.Path) -> Folder:
 
     Raises:
       CheckpointError: if anything is missing, broken, or contradicts the index.
+      ValueError: if there is no such folder.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder")
+    check_folder(path, "give a Hugging Face folder")
     config = read_config(path)
     files = _files(path)
     tensors: dict[str, Tensor] = {}
@@ -133,8 +133,13 @@ def _files(path: pathlib.Path) -> dict[str, str]:
     return files
 
 
+def own_table(folder: Folder, execution: Execution = Execution()) -> dict[Path, Parameter]:  # noqa: B008 (frozen)
+    """The parameters that a folder of its kind holds, whole, also where a variant leaves some of them out."""
+    return parameter_table((Backbone if folder.single_tower else TwoTower)(folder.config, execution=execution))
+
+
 def check(folder: Folder, table: Mapping[Path, Parameter]) -> None:
-    """Compares names, shapes and dtypes of a folder with a model's parameter table; says on stderr what is ignored.
+    """Compares names, shapes and dtypes of a folder with a model's parameter table.
 
     Raises:
       CheckpointError: counting the missing and unexpected tensors and naming some, or one of a wrong shape or dtype.
@@ -159,6 +164,10 @@ def check(folder: Folder, table: Mapping[Path, Parameter]) -> None:
                 f"the model's is {list(parameter.tensor_shape)}"
             )
     _check_dtypes(folder)
+
+
+def say_ignored(folder: Folder) -> None:
+    """Says on stderr what is left out."""
     if folder.ignored:
         print(
             f"{folder.path}: left out {len(folder.ignored)} tensors of multi-token prediction (mtp.*), which a "
@@ -230,13 +239,10 @@ def load(
     folder = open_folder(pathlib.Path(path))
     if variant.context == "tied" and not folder.single_tower:
         raise ValueError(f"{path}: context='tied' needs a checkpoint of one tower; this has two different ones")
+    own = own_table(folder, execution)
+    check(folder, own)
+    say_ignored(folder)
     model = TwoTower(folder.config, variant, execution)
-    table = parameter_table(model)
     if not folder.single_tower:
-        # The folder is checked whole, also where the variant leaves its time conditioning out.
-        check(folder, parameter_table(TwoTower(folder.config, execution=execution)))
-        return model, read_parameters(folder, table, sharding, quantize)
-    backbone_table = parameter_table(Backbone(folder.config, execution))
-    check(folder, backbone_table)
-    backbone = read_parameters(folder, backbone_table, sharding, quantize)
-    return model, from_backbone(model, backbone, randomness.key(0))
+        return model, read_parameters(folder, parameter_table(model), sharding, quantize)
+    return model, from_backbone(model, read_parameters(folder, own, sharding, quantize), randomness.key(0))

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from twotower_jax.checkpoint import arrays, huggingface, manifest, orbax_steps, store, workdir
-from twotower_jax.files import CheckpointError
+from twotower_jax.files import CheckpointError, check_folder
 from twotower_jax.parameters import flatten
 
 Description = dict[str, Any]
@@ -21,9 +21,9 @@ def describe(path: pathlib.Path) -> Description:
 
     Raises:
       CheckpointError: if it is no checkpoint or a broken one.
+      ValueError: if there is no such folder.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder")
+    check_folder(path, "give a Hugging Face folder, a converted one or a workdir")
     if (path / store.MANIFEST).exists():
         kind, about, config, found = _converted(path)
     elif (path / workdir.CHECKPOINTS).exists():
@@ -96,7 +96,7 @@ def _converted(path: pathlib.Path):
 
 
 def _workdir(path: pathlib.Path):
-    settings = workdir.read_settings(path)
+    settings, (model, _, _) = workdir.read_settings(path), workdir.described(path)
     step = orbax_steps.latest_step(path / workdir.CHECKPOINTS)
     if step is None:
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
@@ -108,4 +108,4 @@ def _workdir(path: pathlib.Path):
         for label, tree in trees.items()
         for array_path, array in flatten(tree).items()
     ]
-    return "training workdir", {"objective": settings["objective"], "newest step": step}, settings["model"], found
+    return "training workdir", {"objective": settings["objective"], "newest step": step}, model.to_hf(), found

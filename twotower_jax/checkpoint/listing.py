@@ -15,9 +15,7 @@ from twotower_jax.checkpoint.safetensors_file import Entry
 from twotower_jax.config import ModelConfig
 from twotower_jax.files import CheckpointError, parse_json, read_bytes
 from twotower_jax.layers import registry
-from twotower_jax.parameters import parameter_table
 from twotower_jax.quantization import Method, kind_bytes
-from twotower_jax.two_tower import Backbone
 
 _MAX_BYTES = 64 << 20
 
@@ -35,8 +33,9 @@ def dry_run(path: pathlib.Path, time_init: str, quantize: Method | None = None) 
     """
     folder = huggingface.open_folder(path) if path.is_dir() else read_list(path)
     plan = make_plan(folder.config, folder.single_tower, time_init)
-    table = parameter_table(Backbone(folder.config)) if folder.single_tower else plan.table
+    table = huggingface.own_table(folder)
     huggingface.check(folder, table)
+    huggingface.say_ignored(folder)
     sources = {target: name for name, targets in plan.targets.items() for target in targets}
     lines = [f"{path}: {'one tower, which becomes both' if folder.single_tower else 'two towers'}, "
              f"layers {folder.config.hybrid_override_pattern}"]  # fmt: skip

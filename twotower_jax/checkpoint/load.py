@@ -10,11 +10,13 @@ from jax.sharding import Mesh
 from twotower_jax.checkpoint import huggingface, manifest, store, workdir
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
-from twotower_jax.files import CheckpointError
+from twotower_jax.files import check_folder
 from twotower_jax.parameters import Params, ShardingOf, parameter_table
 from twotower_jax.quantization import METHODS, Method, check_mesh
 from twotower_jax.sharding import stored_sharding
 from twotower_jax.two_tower import TwoTower
+
+_WANTED = "give a Hugging Face folder, a converted one or a workdir"
 
 
 class Loaded(NamedTuple):
@@ -51,15 +53,14 @@ def load(
 
     Raises:
       CheckpointError: if the folder is none of these, or is broken.
-      ValueError: if it cannot be loaded as the variant, quantized so, or onto the mesh.
+      ValueError: if there is no such folder, or it cannot be loaded as the variant, quantized so, or onto the mesh.
     """
     if quantize is not None and quantize not in METHODS:
         raise ValueError(f"quantize={quantize!r} is not one of {', '.join(METHODS)}")
     path, method = pathlib.Path(path), METHODS.get(quantize)
     if mesh is not None:
         sharding = lambda p: stored_sharding(mesh, p.axes, p.shape)  # noqa: E731
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a Hugging Face folder, a converted one or a workdir")
+    check_folder(path, _WANTED)
     if (path / store.MANIFEST).exists():
         model, params = store.load(path, variant, execution, sharding=sharding, verify=verify, quantize=method)
     elif (path / workdir.CHECKPOINTS).exists():
@@ -92,16 +93,17 @@ def contents(path: str | pathlib.Path) -> Contents:
 
     Raises:
       CheckpointError: if what says it is missing or broken.
+      ValueError: if there is no such folder.
     """
     path = pathlib.Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a Hugging Face folder, a converted one or a workdir")
+    check_folder(path, _WANTED)
     if (path / store.MANIFEST).exists():
         return Contents(store.open_store(path).config, Variant(), False, None)
     if (path / workdir.CHECKPOINTS).exists():
         config, variant, single = workdir.described(path)
         return Contents(config, variant, single, np.dtype(np.float32) if single else None)
     folder = huggingface.open_folder(path)
+    huggingface.check(folder, huggingface.own_table(folder))
     dtypes = collections.Counter(
         tensor.entry.dtype for tensor in folder.tensors.values() if len(tensor.entry.shape) > 1
     )

@@ -60,7 +60,8 @@ def check_path(folder: pathlib.Path) -> None:
 
 def committed_steps(folder: pathlib.Path) -> list[int]:
     """The numbers of all whole checkpoints, in order."""
-    return sorted(int(step.name) for step in folder.glob("*") if step.name.isdecimal() and (step / HASHES).exists())
+    names = (step.name for step in folder.glob("*") if (step / HASHES).exists())
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def latest_step(folder: pathlib.Path) -> int | None:

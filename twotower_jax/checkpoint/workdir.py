@@ -252,7 +252,7 @@ def load(
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
     folder = _step_folder(path, step, only=PARAMS)
     single = settings["objective"] == "autoregressive"
-    trained_as = Variant(**settings["variant"])
+    trained_as = _variant(path, settings)
     variant = variant or (Variant() if single else trained_as)
     stored = Backbone(config) if single else TwoTower(config, trained_as)
     table = parameter_table(stored)
@@ -276,7 +276,7 @@ def described(path: pathlib.Path) -> tuple[ModelConfig, Variant, bool]:
     """
     settings = read_settings(path)
     single = settings["objective"] == "autoregressive"
-    return _model_config(path, settings), Variant() if single else Variant(**settings["variant"]), single
+    return _model_config(path, settings), Variant() if single else _variant(path, settings), single
 
 
 def read_settings(path: pathlib.Path) -> Settings:
@@ -316,6 +316,17 @@ def identity(settings: Settings, changeable: tuple[str, ...], added: Mapping[str
 def _model_config(path: pathlib.Path, settings: Settings) -> ModelConfig:
     try:
         return ModelConfig.from_hf(settings["model"])
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: {error}") from None
+
+
+def _variant(path: pathlib.Path, settings: Settings) -> Variant:
+    given = settings["variant"]
+    known = {field.name for field in dataclasses.fields(Variant)}
+    if not isinstance(given, dict) or not given.keys() <= known:
+        raise CheckpointError(f"{path / CONFIG}: variant={given!r} is not an object of {', '.join(sorted(known))}")
+    try:
+        return Variant(**given)
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from None
 

@@ -18,7 +18,8 @@ import jinja2.sandbox
 import numpy as np
 from tokenizers import Tokenizer
 
-from twotower_jax.files import read_bytes, read_json
+from twotower_jax.files import CheckpointError, read_bytes, read_json
+from twotower_jax.texts import check_text
 
 Message = Mapping[str, Any]
 
@@ -65,14 +66,14 @@ class ChatTemplate:
           where: the file, for messages.
 
         Raises:
-          ValueError: for a template with a mistake.
+          CheckpointError: for a template with a mistake.
         """
         self._where, self._special_tokens = where, dict(special_tokens)
         environment = _environment()
         try:
             self._templates = {name: environment.from_string(source) for name, source in sources.items()}
         except Exception as error:  # the template is a foreign program
-            raise ValueError(f"{where}: the chat template is not valid Jinja ({error})") from None
+            raise CheckpointError(f"{where}: the chat template is not valid Jinja ({error})") from None
         self.marks_assistant = any("endgeneration" in source for source in sources.values())
         # A copy, which takes the special tokens that the template spells for what they are.
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -84,7 +85,7 @@ class ChatTemplate:
         """Reads chat_template.jinja or, without it, `chat_template` of tokenizer_config.json, a text or named texts.
 
         Raises:
-          ValueError: there is no template, or it or its file is broken.
+          ValueError: there is no template; CheckpointError: it or its file is broken.
         """
         folder = Path(folder)
         config = _read_object(folder / _CONFIG)
@@ -124,6 +125,7 @@ class ChatTemplate:
     ) -> Encoded:
         """The tokens of a conversation and which of them are the assistant's. Arguments and errors as `render`."""
         text, spans = self._render(messages, add_generation_prompt, tools, documents)
+        check_text(text, "the conversation")
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         assistant = np.zeros(len(encoding.ids), bool)
         starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
@@ -242,9 +244,9 @@ def _sources(folder: Path, config: dict[str, Any]) -> tuple[dict[str, str], Path
             "chat model; give plain prompts"
         )
     if not isinstance(found, dict) or not all(isinstance(part, str) for pair in found.items() for part in pair):
-        raise ValueError(f"{where}: chat_template must be a text, or a list of templates with name and text")
+        raise CheckpointError(f"{where}: chat_template must be a text, or a list of templates with name and text")
     if "default" not in found:
-        raise ValueError(f"{where}: none of the chat templates {', '.join(sorted(found))} is named 'default'")
+        raise CheckpointError(f"{where}: none of the chat templates {', '.join(sorted(found))} is named 'default'")
     return found, where
 
 
@@ -254,7 +256,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
+        raise CheckpointError(f"{path}: must hold a JSON object")
     return value
 
 
@@ -262,7 +264,7 @@ def _read_text(path: Path) -> str:
     try:
         return read_bytes(path, _MAX_BYTES).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+        raise CheckpointError(f"{path}: not UTF-8 text ({error})") from None
 
 
 def _text(token: Any) -> str | None:

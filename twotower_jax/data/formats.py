@@ -83,8 +83,11 @@ def format_of(path: str) -> Format | None:
 def check_installed(files: Iterable[File]) -> None:
     """Raises ValueError if reading one of the files needs a package that is not there."""
     for file in files:
-        if format_of(file.path).compression == "zstd":
+        kind, compression = format_of(file.path)
+        if compression == "zstd":
             _zstandard(file.path)
+        if kind == _PARQUET:
+            _parquet(file.path)
 
 
 def read_rows(piece: Slice, field: str) -> Iterator[Row]:
@@ -311,19 +314,19 @@ def _read_compressed_lines(piece: Slice, field: str) -> Iterator[Row]:
                 yield _row(line, field, f"{path}, line {number}", raw.tell() / max(1, piece.file.size))
 
 
-def _parquet():
+def _parquet(path: str):
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            "reading .parquet needs pyarrow, which is not installed: pip install 'twotower_jax[data]'"
+            f"{path}: reading .parquet needs pyarrow, which is not installed: pip install 'twotower_jax[data]'"
         ) from None
     return pyarrow
 
 
 def _parquet_slices(file: File, part_bytes: int) -> list[Slice]:
     """Neighboring row groups together as far as they fit; all of the file if it cannot be read, to be reported then."""
-    pyarrow = _parquet()
+    pyarrow = _parquet(file.path)
     try:
         metadata = pyarrow.parquet.read_metadata(file.path)
     except (pyarrow.ArrowException, OSError):
@@ -339,7 +342,8 @@ def _parquet_slices(file: File, part_bytes: int) -> list[Slice]:
 
 
 def _read_parquet(piece: Slice, field: str) -> Iterator[Row]:
-    pyarrow, path = _parquet(), piece.file.path
+    path = piece.file.path
+    pyarrow = _parquet(path)
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

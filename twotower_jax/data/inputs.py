@@ -96,6 +96,8 @@ def find_files(
                 report(f"{name}: left out: {left_out}")
         elif path.is_file():
             files = [path]
+        elif path.exists():
+            raise ValueError(f"{name}: is no regular file, and cannot be read in parts; save what it gives first")
         else:
             anchor = Path(path.anchor or ".")
             files = sorted(file for file in anchor.glob(str(path.relative_to(path.anchor))) if file.is_file())

@@ -20,7 +20,7 @@ from twotower_jax.data import shards
 from twotower_jax.data.documents import DataError
 from twotower_jax.data.shards import Shard, ShardReader
 from twotower_jax.data.tokenizer import EOS_ID
-from twotower_jax.files import CheckpointError, parse_json, read_bytes
+from twotower_jax.files import CheckpointError, check_folder, parse_json, read_bytes
 
 NAME, VERSION = "dataset.json", 1
 TRAIN, VALIDATION = "train", "validation"
@@ -110,8 +110,10 @@ def verify(folder: str | pathlib.Path) -> Manifest:
 
     Raises:
       CheckpointError: naming the first file that is missing or (DataError) differs.
+      ValueError: if there is no such folder.
     """
     folder = pathlib.Path(folder)
+    check_folder(folder, "give a folder that launch/prepare.py made")
     manifest = read_manifest(folder)
     _check_tokenizer(folder, manifest)
     for shard in manifest.shards:

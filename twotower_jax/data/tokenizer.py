@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from twotower_jax.files import CheckpointError
 from twotower_jax.texts import check_text
 
 PAD_ID, BOS_ID, EOS_ID, MASK_ID = range(4)
@@ -60,7 +61,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not a tokenizer.
+      CheckpointError: the file is not a tokenizer.
     """
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
@@ -69,7 +70,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for every fault it finds
-        raise ValueError(f"{file}: not a tokenizer: {error}") from error
+        raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
     return _plain(tokenizer)
 
 
@@ -142,7 +143,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
         try:
             chunk = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
         except TypeError:  # the library's word for a string that is no text
-            for number, text in enumerate(chunk, start):
+            for number, text in enumerate(chunk, start + 1):
                 check_text(text, f"text {number}")
             raise
         arrays += [np.array(encoding.ids, np.int32) for encoding in chunk]

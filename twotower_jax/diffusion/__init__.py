@@ -22,7 +22,14 @@ from twotower_jax.diffusion.loss import (
     next_tokens,
     token_log_probabilities,
 )
-from twotower_jax.diffusion.prediction import Prediction, predict, sample_tokens
+from twotower_jax.diffusion.prediction import (
+    Choice,
+    Prediction,
+    most_probable,
+    predict,
+    predict_rows,
+    sample_tokens,
+)
 from twotower_jax.diffusion.process import Corruption, MaskedDiffusion, spread
 from twotower_jax.diffusion.sampling import SamplingConfig, StepResult, noise_level, sample_step
 from twotower_jax.diffusion.schedules import SCHEDULES, NoiseSchedule
@@ -36,6 +43,7 @@ __all__ = [
     "STRATEGIES",
     "TIMES",
     "WEIGHTS",
+    "Choice",
     "Corruption",
     "Draft",
     "LossSum",
@@ -51,10 +59,12 @@ __all__ = [
     "loss_by_block_position",
     "loss_by_noise_level",
     "masked_loss_sum",
+    "most_probable",
     "next_tokens",
     "noise_level",
     "per_row",
     "predict",
+    "predict_rows",
     "sample_step",
     "sample_tokens",
     "spread",

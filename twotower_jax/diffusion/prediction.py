@@ -1,11 +1,12 @@
 """From logits to a token and the confidence in it, for denoising and for autoregressive decoding alike."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 # Below this, logits / temperature would leave float32; at this, the best token already always wins.
 _LEAST_TEMPERATURE = 1e-6
@@ -14,17 +15,35 @@ _LEAST_TEMPERATURE = 1e-6
 class Prediction(NamedTuple):
     """One token per position.
 
-    tokens      int32
-    confidence  float32, the token's probability; NaN where the logits are no distribution (a NaN, a +∞, or all −∞)
+    tokens           int32
+    log_probability  float32, the token's
     """
 
     tokens: jax.Array
-    confidence: jax.Array
+    log_probability: jax.Array
+
+    @property
+    def confidence(self) -> jax.Array:
+        """float32, the token's probability; NaN where the logits are no distribution (a NaN, a +∞, or all −∞)."""
+        return jnp.exp(self.log_probability)
 
     @property
     def finite(self) -> jax.Array:
         """bool: whether the token means anything. Where false, an argmax over NaN chose it, and it must not be used."""
         return jnp.isfinite(self.confidence)
+
+
+class Choice(NamedTuple):
+    """How each of B rows chooses its tokens: arrays (B,), so that one compiled function serves all.
+
+    temperature  float32, 0 is greedy
+    top_k        int32, 0 is no limit
+    top_p        float32, 1 is no limit
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
 
 
 def check_prediction_settings(temperature: float, top_k: int, top_p: float) -> None:
@@ -66,6 +85,20 @@ def filter_logits(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> 
         least = jnp.min(jnp.where(mass_before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return logits
+
+
+def _filter_rows(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """`filter_logits` of rows (B, …, V), each with its own top_k and top_p (B,)."""
+    vocab, shape = logits.shape[-1], (-1,) + (1,) * (logits.ndim - 1)
+    top_k, top_p = top_k.reshape(shape), top_p.reshape(shape)
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    last = jnp.broadcast_to(jnp.clip(top_k - 1, 0, vocab - 1), (*logits.shape[:-1], 1))
+    least = jnp.where(top_k > 0, jnp.take_along_axis(ordered, last, axis=-1), -jnp.inf)
+    logits, ordered = (jnp.where(v >= least, v, -jnp.inf) for v in (logits, ordered))
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    least = jnp.min(jnp.where(mass_before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where((logits >= least) | (top_p >= 1.0), logits, -jnp.inf)
 
 
 def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -135,9 +168,66 @@ def predict(
         tokens = _argmax(logits)
     else:
         tokens = _argmax(filter_logits(logits / temperature, top_k, top_p) + _gumbel(key, logits.shape))
+    return _of(tokens, logits)
+
+
+def _of(tokens: jax.Array, logits: jax.Array) -> Prediction:
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    confidence = jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
-    return Prediction(tokens, confidence)
+    return Prediction(tokens, chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def predict_rows(
+    keys: Key[Array, " B *positions"],
+    logits: Float[Array, " B *dims"],
+    choice: Choice,
+    *,
+    mask_token_id: int | None = None,
+) -> Prediction:
+    """`predict` of B rows, each with its own key and its own settings, which are arguments and not compiled in.
+
+    What `predict` gives for a row's settings is what the row gets. Noise is drawn only where some row samples, and
+    logits are sorted only where some row that samples also filters.
+
+    Args:
+        keys: (B,), one per row, or one for each position of every row, (B, S).
+        logits: (B, V) or (B, S, V) of any float dtype.
+        choice: in range, see `check_prediction_settings`; a top_k of more than V keeps all.
+        mask_token_id: as in `predict`.
+
+    Returns:
+        A `Prediction` of shape (B,) or (B, S).
+    """
+    logits = logits.astype(jnp.float32) if mask_token_id is None else without_token(logits, mask_token_id)
+    greedy = _argmax(logits)
+    samples = choice.temperature > 0.0
+    filters = samples & ((choice.top_k > 0) | (choice.top_p < 1.0))
+
+    def each_row(values):
+        return values.reshape(-1, *[1] * (logits.ndim - 1))
+
+    def drawn():
+        tempered = logits / each_row(jnp.where(samples, choice.temperature, 1.0))
+        kept = jax.lax.cond(
+            jnp.any(filters), lambda: _filter_rows(tempered, choice.top_k, choice.top_p), lambda: tempered
+        )
+        draw = functools.partial(_gumbel, shape=logits.shape[keys.ndim :])
+        for _ in range(keys.ndim):
+            draw = jax.vmap(draw)
+        return jnp.where(samples.reshape(-1, *[1] * (greedy.ndim - 1)), _argmax(kept + draw(keys)), greedy)
+
+    return _of(jax.lax.cond(jnp.any(samples), drawn, lambda: greedy), logits)
+
+
+def most_probable(
+    logits: Float[Array, "*rows V"], count: int, mask_token_id: int | None = None
+) -> tuple[Int[Array, "*rows n"], Float[Array, "*rows n"]]:
+    """The `count` most probable tokens of logits (…, V), best first, and their log-probabilities, (…, count) each.
+
+    `mask_token_id` is as in `predict`.
+    """
+    logits = logits.astype(jnp.float32) if mask_token_id is None else without_token(logits, mask_token_id)
+    values, tokens = jax.lax.top_k(logits, count)
+    return tokens.astype(jnp.int32), values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def sample_tokens(

@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from twotower_jax.diffusion.prediction import check_prediction_settings, predict, without_token
+from twotower_jax.diffusion.prediction import (
+    Choice,
+    Prediction,
+    check_prediction_settings,
+    predict,
+    predict_rows,
+    without_token,
+)
 from twotower_jax.diffusion.schedules import SCHEDULES
 from twotower_jax.diffusion.strategies import Draft, Strategy, make_strategy, per_row
 
@@ -50,9 +57,10 @@ class SamplingConfig:
     strategy_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
-        if self.block_size < 1 or self.steps_per_block < 1:
+        if not (1 <= self.block_size < 2**31 and 1 <= self.steps_per_block < 2**31):
             raise ValueError(
-                f"block_size={self.block_size} and steps_per_block={self.steps_per_block} must both be at least 1"
+                f"block_size={self.block_size} and steps_per_block={self.steps_per_block} must both be at least 1 and "
+                "less than 2**31"
             )
         SCHEDULES[self.schedule]  # An unknown one is said to be that, whether the strategy has the knob or not.
         made = make_strategy(self.strategy, self._options())
@@ -91,13 +99,15 @@ class StepResult(NamedTuple):
     committed   (B, S) bool     positions that went from masked to a token in this step
     confidence  (B, S) float32  of each position's prediction in this step; says nothing where xt was not masked before
     finite      (B,)   bool     false where a masked position's logits held a NaN or an infinity: the position stayed
-                                masked, even in the last step, and the caller must raise
+                                masked, even in the last step, and the caller must not go on with the row
+    log_probability  (B, S) float32  whose exponential the confidence is
     """
 
     xt: jax.Array
     committed: jax.Array
     confidence: jax.Array
     finite: jax.Array
+    log_probability: jax.Array
 
 
 def noise_level(xt: Int[Array, "B S"], mask_token_id: int) -> Float[Array, " B"]:
@@ -121,6 +131,8 @@ def sample_step(
     token_keys: Key[Array, "B S"] | None = None,
     strategy: Strategy | None = None,
     fixed: Bool[Array, "B S"] | None = None,
+    choice: Choice | None = None,
+    steps: Int[Array, " B"] | None = None,
 ) -> StepResult:
     """Takes one denoising step.
 
@@ -140,6 +152,8 @@ def sample_step(
             drafts that are to agree with a sample that somebody else draws from the same keys.
         strategy: with knobs () or (B,), in place of the config's, so that other knobs compile nothing.
         fixed: (B, S) bool, positions that were given and that no strategy may change; None for none.
+        choice, steps: temperature and filters, and T, of every row (B,), in place of the config's, so that other ones
+            compile nothing.
 
     Raises:
         ValueError: for shapes that do not fit each other or the config.
@@ -155,27 +169,33 @@ def sample_step(
 
     strategy = per_row(config.rule if strategy is None else strategy, batch)
     fixed = jnp.zeros(xt.shape, bool) if fixed is None else fixed
-    choose = functools.partial(
-        predict,
-        mask_token_id=mask_token_id,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
+    block = jnp.broadcast_to(jnp.asarray(block, jnp.int32), (batch,))
+    step = jnp.broadcast_to(jnp.asarray(step, jnp.int32), (batch,))
+
+    def keys_of_step(key, block, step):
+        return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, block), step))
+
+    of_step = jax.vmap(keys_of_step)(keys, block, step)
+    token_keys, commit_keys = of_step[:, 0] if token_keys is None else token_keys, of_step[:, 1]
+    if choice is None:
+        options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+        choose = functools.partial(predict, mask_token_id=mask_token_id, **options)
+        for _ in range(token_keys.ndim):
+            choose = jax.vmap(choose)
+        predictions = choose(token_keys, logits)
+    else:
+        predictions = predict_rows(token_keys, logits, choice, mask_token_id=mask_token_id)
 
     def step_row(
-        key: jax.Array,
+        commit_key: jax.Array,
         xt: jax.Array,
         logits: jax.Array,
-        block: jax.Array,
         step: jax.Array,
-        token_keys: jax.Array | None,
+        prediction: Prediction,
         strategy: Strategy,
         fixed: jax.Array,
+        steps: jax.Array | int,
     ) -> StepResult:
-        step_key = jax.random.fold_in(jax.random.fold_in(key, block), step)
-        token_key, commit_key = jax.random.split(step_key)
-        prediction = choose(token_key, logits) if token_keys is None else jax.vmap(choose)(token_keys, logits)
         masked = xt == mask_token_id
         draft = Draft(
             xt=xt,
@@ -185,21 +205,24 @@ def sample_step(
             confidence=prediction.confidence,
             key=commit_key,
             step=step,
-            steps=config.steps_per_block,
+            steps=steps,
             mask_token_id=mask_token_id,
         )
         new = strategy.new_block(draft)
         # What holds whatever the strategy says: the last step decides all; a block without masks and what was given
         # stay; and a prediction that means nothing is not used.
-        new = jnp.where((step >= config.steps_per_block - 1) & (new == mask_token_id), draft.commit(masked), new)
+        new = jnp.where((step >= steps - 1) & (new == mask_token_id), draft.commit(masked), new)
         new = jnp.where(fixed | (masked & ~prediction.finite) | ~jnp.any(masked), xt, new)
         return StepResult(
             xt=new,
             committed=masked & (new != mask_token_id),
             confidence=prediction.confidence,
+            log_probability=prediction.log_probability,
             finite=jnp.all(prediction.finite | ~masked),
         )
 
-    block = jnp.broadcast_to(jnp.asarray(block, jnp.int32), (batch,))
-    step = jnp.broadcast_to(jnp.asarray(step, jnp.int32), (batch,))
-    return jax.vmap(step_row)(keys, xt, logits, block, step, token_keys, strategy, fixed)
+    if steps is None:  # Known when tracing, to strategies too.
+        step_row, steps = functools.partial(step_row, steps=config.steps_per_block), ()
+    else:
+        steps = (steps,)
+    return jax.vmap(step_row)(commit_keys, xt, logits, step, predictions, strategy, fixed, *steps)

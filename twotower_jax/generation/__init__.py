@@ -1,7 +1,11 @@
 """Generation and scoring: the two-tower model and the diffusion rules brought together.
 
 settings.py       what a caller says and gets
-engine.py         a table of rows on the device, filled and emptied by the host between blocks
+request.py        what one row is asked to be
+engine.py         a table of rows on the device, filled and emptied by the host between calls
+prefix_cache.py   what the context kept of prompts that begin alike
+rows.py           a row as the host knows it
+scheduling.py     what the host says with each call
 slots.py          that table, and how prompts are read into it
 placement.py      the devices of both towers
 modes.py          one block of diffusion, AR and mock-AR: a draft of the denoiser's, a commit of the context's
@@ -19,20 +23,26 @@ score.py          log-probabilities of given tokens
 quality.py        likelihoods, the denoiser's bound, repetition
 """
 
-from twotower_jax.generation.engine import Engine, Progress, generate, positions
+from twotower_jax.generation.engine import Engine, generate, positions
 from twotower_jax.generation.placement import TowerMeshes, tower_meshes
+from twotower_jax.generation.prefix_cache import PrefixCache
+from twotower_jax.generation.request import Request
+from twotower_jax.generation.rows import Progress
 from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
-from twotower_jax.generation.settings import MODES, Result, Settings, Step
+from twotower_jax.generation.settings import MODES, Result, Settings, Step, TokenLogprob
 
 __all__ = [
     "MODES",
     "DenoiserRow",
     "Engine",
     "TowerMeshes",
+    "PrefixCache",
     "Progress",
+    "Request",
     "Result",
     "Settings",
     "Step",
+    "TokenLogprob",
     "generate",
     "positions",
     "score_ar",

@@ -6,28 +6,36 @@ changed, the states and the newest keys.
 """
 
 import functools
+from collections.abc import Hashable, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from twotower_jax.diffusion import SamplingConfig
+from twotower_jax import sharding
+from twotower_jax.cache import Cache
 from twotower_jax.generation import modes, speculative
-from twotower_jax.generation.modes import Call, Denoised, Emitted, Recipe
+from twotower_jax.generation.modes import Blocks, Call, Denoised, Emitted, Recipe
 from twotower_jax.generation.placement import TowerMeshes, bind_part, in_force, moved
+from twotower_jax.generation.settings import has_blocks
 from twotower_jax.generation.slots import (
-    First,
     Piece,
+    Said,
     Slots,
     absorb,
     allocate,
     laid_out,
     newest,
+    piece_of,
     prefill,
+    put_piece,
     put_slots,
     take_slots,
 )
 from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
+# By name: of each a draft and a commit.
 _MODES = {
     "diffusion": (modes.diffusion_draft, modes.diffusion_commit),
     "speculative": (speculative.draft, speculative.commit),
@@ -38,26 +46,34 @@ _MODES = {
 TOKENS_PER_CALL = 16
 
 
-@functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames="slots")
-def block(params: Params, slots: Slots, call: Call, *, model: TwoTower, recipe: Recipe) -> tuple[Slots, Emitted]:
-    """A block of each row, with no round trip to the host inside. It consumes `slots`."""
+@functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames=("slots", "blocks"))
+def block(
+    params: Params, slots: Slots, blocks: Blocks | None, call: Call, *, model: TwoTower, recipe: Recipe
+) -> tuple[Slots, Blocks | None, Emitted]:
+    """Blocks of rows as far as `call` says, with no round trip to the host inside. It consumes `slots` and `blocks`."""
     bound = bind_part(model, params)
     draft, commit = _MODES[recipe.mode]
 
-    def one(slots):
+    def one_token(slots, call):
         return commit(bound, slots, call, recipe, draft(bound, slots, call, recipe))
 
-    if recipe.mode in ("ar", "mock_ar"):
-        slots, emitted = modes.in_a_row(one, slots.replace(active=slots.active & call.alive), TOKENS_PER_CALL)
+    if has_blocks(recipe.mode):
+        blocks, drafted = draft(bound, slots, blocks, call, recipe)
+        slots, emitted = commit(bound, slots, call, recipe, drafted)
+        blocks = _rows_divided(blocks)
     else:
-        slots, emitted = one(slots)
-    return laid_out(model, slots), emitted
+        slots, emitted = modes.in_a_row(one_token, slots, call, TOKENS_PER_CALL)
+    return laid_out(model, slots), blocks, emitted
 
 
-@functools.partial(jax.jit, static_argnames=("model", "recipe"))
-def _draft(params: Params, slots: Slots, call: Call, *, model: TwoTower, recipe: Recipe):
-    """The denoiser's half of a block."""
-    return _MODES[recipe.mode][0](bind_part(model, params), slots, call, recipe)
+@functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames="blocks")
+def _draft(params: Params, slots: Slots, blocks: Blocks | None, call: Call, *, model: TwoTower, recipe: Recipe):
+    """The denoiser's half of a block. It consumes `blocks`."""
+    bound, draft = bind_part(model, params), _MODES[recipe.mode][0]
+    if not has_blocks(recipe.mode):
+        return None, draft(bound, slots, call, recipe)
+    blocks, drafted = draft(bound, slots, blocks, call, recipe)
+    return _rows_divided(blocks), drafted
 
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames="slots")
@@ -65,15 +81,14 @@ def _commit(
     params: Params, slots: Slots, call: Call, draft, *, model: TwoTower, recipe: Recipe
 ) -> tuple[Slots, Slots, Emitted]:
     """The context's half, and what it changed. It consumes `slots`."""
-    before, width = slots.cache.lengths, _width(recipe)
+    before, width = slots.cache.lengths, recipe.block_size  # Positions that a commit writes.
     slots, emitted = _MODES[recipe.mode][1](bind_part(model, params), slots, call, recipe, draft)
     slots = laid_out(model, slots)
     return slots, newest(model, slots, before, width), emitted
 
 
-def _width(recipe: Recipe) -> int:
-    """Positions that a commit writes."""
-    return recipe.sampling.block_size if recipe.mode in ("diffusion", "speculative") else 1
+def _rows_divided(blocks: Blocks) -> Blocks:
+    return Blocks(sharding.constrain(blocks.xt, ("batch", None)), sharding.constrain(blocks.step, ("batch",)))
 
 
 class Table:
@@ -81,7 +96,7 @@ class Table:
 
     Args:
       batch: rows, a multiple of `placement.rows`. capacity: cache positions of each.
-      first: how the first new token is chosen, see `slots.prefill`.
+      denoiser: whether a mode is used that needs one.
     """
 
     def __init__(
@@ -89,28 +104,28 @@ class Table:
         model: TwoTower,
         params: Params,
         placement: TowerMeshes,
-        recipe: Recipe,
         *,
         batch: int,
         capacity: int,
-        first: SamplingConfig | None,
+        denoiser: bool = True,
     ):
-        self._model, self._placement, self._recipe, self._first = model, placement, recipe, first
+        self._model, self._placement, self._batch = model, placement, batch
         self._params = placement.context_params(model, params)
         with in_force(placement.context):
             self._slots = allocate(model=model, batch=batch, capacity=capacity)
-        # AR needs no denoiser.
-        self._apart = placement.denoiser is not None and recipe.mode != "ar"
+        # The blocks of each kind of rows, as far as they are.
+        self._blocks: dict[Hashable, Blocks] = {}
+        self._apart = placement.denoiser is not None and denoiser
         if self._apart:
             self._denoiser_params = placement.denoiser_params(model, params)
             with in_force(placement.denoiser):
                 self._view = allocate(model=model, batch=batch, capacity=capacity)
 
-    def read(self, piece: Piece, seed, eos) -> First:
-        """Reads pieces of prompts into their slots."""
+    def read(self, piece: Piece, *, first: bool, alternatives: int = 0) -> Said | None:
+        """Reads pieces of prompts into their slots; see `slots.prefill`."""
         with in_force(self._placement.context):
-            self._slots, first = prefill(
-                self._params, self._slots, piece, seed, eos, model=self._model, first=self._first
+            self._slots, chosen = prefill(
+                self._params, self._slots, piece, model=self._model, first=first, alternatives=alternatives
             )
         if self._apart and piece.last.any():
             # A prompt is sent once all of it is read.
@@ -121,23 +136,54 @@ class Table:
             with in_force(self._placement.denoiser):
                 rows = moved(rows, self._placement.denoiser)
                 self._view = put_slots(self._view, ready, rows, model=self._model)
-        return first
+        return chosen
 
-    def block(self, call: Call) -> Emitted:
-        """A block of each row; of one token, in mode mock_ar with the towers apart."""
-        options = {"model": self._model, "recipe": self._recipe}
-        if not self._apart:
-            with in_force(self._placement.context):
-                self._slots, emitted = block(self._params, self._slots, call, **options)
-            return emitted
-        with in_force(self._placement.denoiser):
-            draft = _draft(self._denoiser_params, self._view, call, **options)
-        trace = None
-        if isinstance(draft, Denoised):  # The context does not read its trace.
-            trace, draft = draft.trace, draft._replace(trace=None)
+    def piece(self, slot: int, before: int, width: int) -> Cache:
+        """What the newest `width` tokens, after the first `before`, added to the slot."""
+        with in_force(self._placement.context):
+            return piece_of(self._slots, np.array([slot]), np.array([before]), model=self._model, width=width)
+
+    def put_pieces(self, slot: int, pieces: Sequence[Cache]) -> None:
+        """Begins a prompt in the slot with what was kept of pieces."""
+        with in_force(self._placement.context):
+            for i, piece in enumerate(pieces):
+                where = np.array([slot]), np.array([i == 0])
+                self._slots = put_piece(self._slots, *where, piece, model=self._model)
+
+    def block(self, call: Call, recipe: Recipe, kind: Hashable = None) -> Emitted:
+        """What `call` says of the rows of one kind, whose blocks are kept under that name; one token of each, in mode
+        mock_ar with the towers apart."""
+        options = {"model": self._model, "recipe": recipe}
+        apart = self._apart and recipe.mode != "ar"
+        mesh = self._placement.denoiser if apart else self._placement.context
+        if has_blocks(recipe.mode) and kind not in self._blocks:
+            with in_force(mesh):
+                self._blocks[kind] = _empty_blocks(batch=self._batch, block_size=recipe.block_size)
+        blocks = self._blocks.get(kind)
+        if not apart:
+            with in_force(mesh):
+                self._slots, blocks, emitted = block(self._params, self._slots, blocks, call, **options)
+            return self._keep(kind, blocks, emitted)
+        with in_force(mesh):
+            blocks, draft = _draft(self._denoiser_params, self._view, blocks, call, **options)
+        told = {}
+        if isinstance(draft, Denoised):  # What the context does not read.
+            told = {"revealed": draft.revealed, "trace": draft.trace}
+            draft = draft._replace(revealed=None, trace=None)
         with in_force(self._placement.context):
             draft = moved(draft, self._placement.context)
             self._slots, news, emitted = _commit(self._params, self._slots, call, draft, **options)
-        with in_force(self._placement.denoiser):
-            self._view = absorb(self._view, moved(news, self._placement.denoiser), model=self._model)
-        return emitted._replace(trace=trace)
+        with in_force(mesh):
+            self._view = absorb(self._view, moved(news, mesh), model=self._model)
+        return self._keep(kind, blocks, emitted._replace(**told))
+
+    def _keep(self, kind: Hashable, blocks: Blocks | None, emitted: Emitted) -> Emitted:
+        if blocks is None:
+            return emitted
+        self._blocks[kind] = blocks
+        return emitted._replace(blocks=blocks)
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "block_size"))
+def _empty_blocks(*, batch: int, block_size: int) -> Blocks:
+    return _rows_divided(Blocks(jnp.zeros((batch, block_size), jnp.int32), jnp.zeros(batch, jnp.int32)))

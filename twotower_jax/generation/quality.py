@@ -107,12 +107,12 @@ def nll_bound(
         raise ValueError(f"samples={samples} must be at least 2 and block_size={block_size} at least 1")
     mask_id, work = model.config.mask_token_id, []
     for number, row in enumerate(rows):
-        ids = check_ids(row, model.config.vocab_size, f"row {number}")
+        ids = check_ids(row, model.config.vocab_size, f"row {number + 1}")
         ids = ids[: len(ids) // block_size * block_size]
         if ids.ndim != 1 or not ids.size:
-            raise ValueError(f"row {number} is shorter than a block of {block_size}")
+            raise ValueError(f"row {number + 1} is shorter than a block of {block_size}")
         if (ids == mask_id).any():
-            raise ValueError(f"row {number} holds the mask token {mask_id}, which no sample can hold")
+            raise ValueError(f"row {number + 1} holds the mask token {mask_id}, which no sample can hold")
         work += [(number, sample, ids) for sample in range(samples)]
 
     width = block_size * _BLOCKS_MULTIPLE

@@ -85,15 +85,18 @@ def score_denoiser(
     checked = []
     for i, row in enumerate(rows):
         ids = _checked(row.ids, model, i)
-        masked = np.asarray(row.masked)
+        try:
+            masked = np.asarray(row.masked)
+        except ValueError:  # lists in it
+            masked = np.zeros(0)
         if masked.dtype != bool or masked.shape != ids.shape:
-            raise ValueError(f"row {i}: masked must hold {ids.size} true or false values, one per id")
+            raise ValueError(f"row {i + 1}: masked must hold {ids.size} true or false values, one per id")
         if not isinstance(row.block_size, int) or isinstance(row.block_size, bool) or row.block_size < 1:
-            raise ValueError(f"row {i}: block_size must be a positive whole number, not {row.block_size!r}")
+            raise ValueError(f"row {i + 1}: block_size must be a positive whole number, not {row.block_size!r}")
         if ids.size % row.block_size:
-            raise ValueError(f"row {i}: the length {ids.size} is not a multiple of block_size={row.block_size}")
+            raise ValueError(f"row {i + 1}: the length {ids.size} is not a multiple of block_size={row.block_size}")
         if isinstance(row.t, bool) or not isinstance(row.t, int | float) or not 0 <= row.t <= 1:
-            raise ValueError(f"row {i}: t must be a number in [0, 1], not {row.t!r}")
+            raise ValueError(f"row {i + 1}: t must be a number in [0, 1], not {row.t!r}")
         checked.append((ids, masked, row.t, row.block_size))
 
     out: dict[int, np.ndarray] = {}
@@ -110,9 +113,9 @@ def score_denoiser(
 
 
 def _checked(ids, model, i) -> np.ndarray:
-    ids = check_ids(ids, model.config.vocab_size, f"row {i}")
+    ids = check_ids(ids, model.config.vocab_size, f"row {i + 1}")
     if ids.ndim != 1 or ids.size == 0:
-        raise ValueError(f"row {i}: ids must be a list of at least one token id")
+        raise ValueError(f"row {i + 1}: ids must be a list of at least one token id")
     return ids
 
 

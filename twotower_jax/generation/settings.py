@@ -1,12 +1,18 @@
 """What a caller says and gets: settings, and the result of each row."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig
 
 MODES = ("diffusion", "ar", "mock_ar", "speculative")
+
+
+def has_blocks(mode: str) -> bool:
+    """Whether the mode makes blocks with the denoiser, and not one token at a time."""
+    return mode in ("diffusion", "speculative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +53,8 @@ class Settings:
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; the modes are {', '.join(MODES)}")
         for name in ("max_new_tokens", "batch_size", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be at least 1 and less than 2**31, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
@@ -63,8 +69,8 @@ class Settings:
             raise ValueError(f"eos must hold token ids, at least one, not {self.eos!r}")
         if self.eos is not None and self.ignore_eos:
             raise ValueError(f"eos={self.eos!r} changes nothing with ignore_eos: give one of the two")
-        if self.max_cache_gb is not None and not self.max_cache_gb > 0:
-            raise ValueError(f"max_cache_gb must be more than 0, not {self.max_cache_gb}")
+        if self.max_cache_gb is not None and not 0 < self.max_cache_gb < math.inf:
+            raise ValueError(f"max_cache_gb must be a number of more than 0, not {self.max_cache_gb}")
 
     def end_tokens(self, config: ModelConfig) -> tuple[int, ...]:
         """The tokens that end a row of a model of this configuration.
@@ -79,6 +85,20 @@ class Settings:
         if max(self.eos) >= config.vocab_size:
             raise ValueError(f"eos={max(self.eos)} lies outside vocab_size={config.vocab_size}")
         return self.eos
+
+
+class TokenLogprob(NamedTuple):
+    """What the tower that said a token thought of it then.
+
+    Attributes:
+      token: its id.
+      logprob: its log-probability, natural, without temperature and filters.
+      top: the most probable tokens there, best first, and their log-probabilities.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = []
 
 
 class Step(NamedTuple):
@@ -122,6 +142,11 @@ class Result(NamedTuple):
       blocks: of diffusion and speculative, how many were denoised.
       accepted_draft_tokens: of speculative, how many of `tokens` were drafted by the denoiser and kept.
       trace: the denoiser's steps, if asked for.
+      logprobs: of each of `tokens`, if the request asked for them: under the tower that said it, in diffusion of the
+        step that committed it; of a token that was given, under the tower that would have said it, or 0 in diffusion.
+      step_map: of diffusion and speculative, for each token the evaluation of its block that committed it, from 1; 0
+        for one that was given, or that the context said.
+      context_logprobs: of each token, under the context given all before it, if asked for.
     """
 
     prompt_ids: list[int]
@@ -133,6 +158,9 @@ class Result(NamedTuple):
     blocks: int | None = None
     accepted_draft_tokens: int | None = None
     trace: list[Step] | None = None
+    logprobs: list[TokenLogprob] | None = None
+    step_map: list[int] | None = None
+    context_logprobs: list[float] | None = None
 
     @property
     def evaluations_per_token(self) -> float:

@@ -28,92 +28,89 @@ filtered, is more than 1 − τ times that of AR's most probable token. At 1 eve
 block is AR's.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from twotower_jax.diffusion import SamplingConfig, predict
-from twotower_jax.generation.modes import Call, Denoised, Emitted, Recipe, denoise
-from twotower_jax.generation.slots import Slots, ends, next_keys, row_keys
+from twotower_jax.generation.modes import Blocks, Call, Denoised, Emitted, Recipe, denoise
+from twotower_jax.generation.slots import Slots, choose, constrained, ends, next_keys, row_keys, said
 from twotower_jax.two_tower import TwoTower
 
 
-def draft(model: TwoTower, slots: Slots, call: Call, recipe: Recipe) -> Denoised:
+def draft(model: TwoTower, slots: Slots, blocks: Blocks, call: Call, recipe: Recipe) -> tuple[Blocks, Denoised]:
     """A block (B, S) whose first token is given."""
-    batch, size = slots.active.shape[0], recipe.sampling.block_size
-    masks = jnp.full((batch, size - 1), model.config.mask_token_id, jnp.int32)
-    done = denoise(
+    size = recipe.block_size
+    given = call.given.at(slice(0, size))
+    # AR may have said the mask token, which the denoiser then takes for an undecided position.
+    given = given._replace(
+        tokens=given.tokens.at[:, 0].set(slots.token),
+        fixed=given.fixed.at[:, 0].set(slots.token != model.config.mask_token_id),
+    )
+    blocks, done = denoise(
         model,
         recipe,
         call,
         slots.cache,
-        jnp.concatenate([slots.token[:, None], masks], axis=1),
+        blocks,
+        given,
         slots.active & call.alive,
-        keys=row_keys(call.seed, slots.number),
+        keys=row_keys(call.draws.seed, call.draws.sample),
         block=slots.count,
         token_keys=_keys(slots, call, size)[:, :size],
     )
-    # AR may have said the mask token, which the denoiser then took for an undecided position.
-    return done._replace(block=done.block.at[:, 0].set(slots.token))
+    # It must not replace it.
+    return blocks, done._replace(block=done.block.at[:, 0].set(slots.token))
 
 
 def commit(model: TwoTower, slots: Slots, call: Call, recipe: Recipe, draft: Denoised) -> tuple[Slots, Emitted]:
     """Verification of a draft: 1 … S tokens per row."""
-    active, size, block = slots.active & call.alive, recipe.sampling.block_size, draft.block
+    done, size, block = draft.done, recipe.block_size, draft.block
     logits, memories = model.verify(block, slots.cache)
-    choices, finite = _choices(recipe.sampling, _keys(slots, call, size)[:, 1:], logits)
+    given = call.given.at(slice(1, None))
+    logits = constrained(logits, given.allowed)
+    place = jnp.arange(size)
+    # As `ar` chooses, with the same arguments.
+    choices, finite, *_ = choose(call.draws, slots.count[:, None] + place, logits, given._replace(allowed=None))
     kept = _keep(block[:, 1:], choices[:, :-1], logits[:, :-1], call.tolerance)
     accepted = jnp.sum(jnp.cumprod(kept, axis=1, dtype=jnp.int32), axis=1)
 
-    place = jnp.arange(size)
     tokens = jnp.where(place < accepted[:, None], jnp.roll(block, -1, axis=1), choices)
-    added = jnp.where(active, accepted + 1, 0)
+    added = jnp.where(done, accepted + 1, 0)
     given_out = place < added[:, None]
     count = slots.count + added
-    continuing = active & ~jnp.any(ends(tokens, call.eos) & given_out, axis=1) & (count < slots.limit)
+    continuing = done & ~jnp.any(ends(tokens, call.eos) & given_out, axis=1) & (count < slots.limit)
     newest = jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
     emitted = Emitted(
-        tokens=tokens,
-        count=added,
-        active=continuing,
-        denoiser_evaluations=draft.evaluations,
-        context_evaluations=active.astype(jnp.int32),
         # Logits after the first token that is not kept belong to no text that is given out.
-        finite=~active | (draft.finite & jnp.all(finite | ~given_out, axis=1)),
-        accepted=jnp.where(active, accepted, 0),
+        said=said(logits, tokens, finite, recipe.alternatives),
+        count=added,
+        denoiser_evaluations=draft.evaluations,
+        context_evaluations=done.astype(jnp.int32),
+        finite=draft.finite & (~done | jnp.all(finite | ~given_out, axis=1)),
+        accepted=jnp.where(done, accepted, 0),
+        revealed=draft.revealed,
         trace=draft.trace,
     )
     # Keys are written after they were last read, so that they are not copied.
     memories, added = jax.lax.optimization_barrier((memories, added))
     slots = slots.replace(
         cache=model.keep(slots.cache, memories, added),
-        token=jnp.where(active, newest, slots.token),
+        token=jnp.where(done, newest, slots.token),
         count=count,
-        active=continuing,
+        active=jnp.where(done, continuing, slots.active),
     )
     return slots, emitted
 
 
 def _keys(slots: Slots, call: Call, size: int) -> Key[Array, "B {size}+1"]:
     """Keys (B, S + 1) of the tokens of a block and the one after it: position j holds new token count − 1 + j."""
-    return next_keys(call.seed, slots.number, slots.count[:, None] + jnp.arange(-1, size))
-
-
-def _choices(
-    sampling: SamplingConfig, keys: Key[Array, "B S"], logits: Float[Array, "B S V"]
-) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
-    """AR's token (B, S) after each position, drawn as `slots.choose` draws it, and whether its logits were numbers."""
-    options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    prediction = jax.vmap(jax.vmap(functools.partial(predict, **options)))(keys, logits)
-    return prediction.tokens, prediction.finite
+    return next_keys(call.draws.seed, call.draws.sample, slots.count[:, None] + jnp.arange(-1, size))
 
 
 def _keep(
-    draft: Int[Array, "B n"], choices: Int[Array, "B n"], logits: Float[Array, "B n V"], tolerance: Float[Array, ""]
+    draft: Int[Array, "B n"], choices: Int[Array, "B n"], logits: Float[Array, "B n V"], tolerance: Float[Array, " B"]
 ) -> Bool[Array, "B n"]:
     """Whether to keep each draft token (B, S − 1), given AR's choices at the same places and its logits for them."""
     drafted = jnp.take_along_axis(logits, draft[..., None], axis=-1)[..., 0]
     # At tolerance 0 no token is more probable than the best, and at 1 every one is more probable than never.
-    return (draft == choices) | (drafted - jnp.max(logits, axis=-1) > jnp.log1p(-tolerance))
+    return (draft == choices) | (drafted - jnp.max(logits, axis=-1) > jnp.log1p(-tolerance)[:, None])

@@ -27,7 +27,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from twotower_jax.config import ModelConfig
-from twotower_jax.generation.engine import Progress
+from twotower_jax.generation.rows import Progress
 from twotower_jax.generation.settings import Settings
 from twotower_jax.generation.stops import Decode
 
@@ -79,7 +79,8 @@ class TraceWriter:
         self._write(block | {"accepted": progress.accepted})
         if progress.result is not None:
             fields = progress.result._asdict()
-            del fields["trace"], fields["prompt_ids"]
+            for name in ("trace", "prompt_ids", "logprobs", "step_map", "context_logprobs"):
+                del fields[name]
             self._write({"kind": "result", "row": row} | fields)
 
     def finish(self) -> None:

@@ -8,10 +8,11 @@ through AR and all points in turn, so that a machine that slows down slows all o
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.diffusion.strategies import knobs
 from twotower_jax.generation.engine import generate
 from twotower_jax.generation.placement import TowerMeshes, in_force
 from twotower_jax.generation.quality import generated_likelihoods
@@ -48,7 +49,17 @@ class Point:
         values = dataclasses.asdict(self)
         sampling = values.pop("sampling")
         names = ("block_size", "steps_per_block", "confidence_threshold") if sampling else ()
+        if sampling and "confidence_threshold" not in knobs(sampling["strategy"]):
+            names = names[:-1]
         return {name: sampling[name] for name in names} | values
+
+    def setting(self) -> tuple[str, str, str]:
+        """Block, steps and threshold as text; empty where there is none."""
+        s = self.sampling
+        if s is None:
+            return "AR", "", ""
+        threshold = f"{s.confidence_threshold:g}" if "confidence_threshold" in knobs(s.strategy) else ""
+        return str(s.block_size), str(s.steps_per_block), threshold
 
 
 @dataclasses.dataclass
@@ -72,22 +83,41 @@ class Sweep:
         return max(self.points, key=lambda point: (point.agreement, point.tokens_per_second))
 
 
-def grid(thresholds: Sequence[float], steps: Sequence[int], blocks: Sequence[int]) -> list[SamplingConfig]:
+def grid(
+    thresholds: Sequence[float],
+    steps: Sequence[int],
+    blocks: Sequence[int],
+    strategy: str = "confidence",
+    options: Mapping[str, Any] = {},  # noqa: B006 (never written)
+) -> list[SamplingConfig]:
     """All combinations, those of one compiled function together. More steps than a block has tokens are the same as
     that many, and stand for them.
+
+    Args:
+      thresholds: left out of account for a strategy that has none, or whose options name it.
+      strategy, options: of every combination.
 
     Raises:
       ValueError: for a value out of range, or an empty list.
     """
     if not (thresholds and steps and blocks):
         raise ValueError("thresholds, steps and blocks must each hold at least one value")
+    swept = "confidence_threshold" in knobs(strategy) and "confidence_threshold" not in options
     points = {
         (block, min(step, block), threshold): None
         for block in sorted(set(blocks))
         for step in sorted(set(steps))
-        for threshold in sorted(set(thresholds))
+        for threshold in (sorted(set(thresholds)) if swept else (None,))
     }
-    return [SamplingConfig(block_size=b, steps_per_block=s, confidence_threshold=t) for b, s, t in points]
+    return [
+        SamplingConfig(
+            block_size=block,
+            steps_per_block=step,
+            strategy=strategy,
+            strategy_options=dict(options) | ({"confidence_threshold": threshold} if swept else {}),
+        )
+        for block, step, threshold in points
+    ]
 
 
 def sweep(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from twotower_jax.generation.engine import Progress
+from twotower_jax.generation.rows import Progress
 from twotower_jax.generation.settings import Step
 from twotower_jax.generation.stops import Decode
 
@@ -44,6 +44,7 @@ class Watch:
         self._mask_id, self._stream, self._given, self._delay = mask_id, stream, given, delay
         self._tokens = {number: [int(i) for i in ids] for number, ids in enumerate(prompts)}
         self._rows, self._drawn = rows, 0
+        self._running: list[int] = []
 
     def show(self, progress: Sequence[Progress]) -> None:
         """Shows what one call of `Engine.step` gave."""
@@ -52,18 +53,24 @@ class Watch:
                 self._tokens[p.number] += p.tokens
         progress = [p for p in progress if p.block is not None]
         terminal = self._stream.isatty()
-        if terminal:
-            for k in range(max((len(p.steps or ()) for p in progress), default=0)):
-                self._draw([(p.number, self._during(p, k)) for p in progress if p.steps])
+        if terminal and progress:
+            # Rows that got nothing are still at their block, and stay as they are.
+            numbers = [p.number for p in progress]
+            self._running += [n for n in numbers if n not in self._running]
+            for k in range(max(len(p.steps or ()) for p in progress)):
+                during = {p.number: self._during(p, k) for p in progress if p.steps}
+                self._draw([(n, during.get(n) or self._text(self._tokens[n])) for n in self._running])
                 time.sleep(self._delay)
         for p in progress:
             self._tokens[p.number] += p.tokens
             del self._tokens[p.number][:-_KEPT]
-        if terminal:
+        if terminal and progress:
             # Rows that are done stay where they are; the next block is drawn below them.
-            progress.sort(key=lambda p: p.result is None)
-            self._draw([(p.number, self._text(self._tokens[p.number])) for p in progress])
-            self._drawn -= sum(p.result is not None for p in progress[: self._rows])
+            done = [p.number for p in progress if p.result is not None]
+            going = [n for n in self._running if n not in done]
+            self._draw([(n, self._text(self._tokens[n])) for n in done + going])
+            self._drawn -= len(done[: self._rows])
+            self._running = going
             return
         for p in progress:
             evaluations = f", {len(p.steps)} steps" if p.steps else ""

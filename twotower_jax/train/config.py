@@ -9,7 +9,7 @@ import dataclasses
 import math
 import pathlib
 import runpy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -116,10 +116,10 @@ class TrainConfig:
     sequence_length: int = 256
     batch_size: int = 8
     steps: int = 1000
-    # Tokens in a block of the denoiser; a curriculum of one's own beside it is refused. None follows
-    # block_curriculum: from each fraction of the steps on, a size.
+    # Tokens in a block of the denoiser. None follows block_curriculum: from each fraction of the steps on, a size. In a
+    # config and in flags one of the two is given, and the other is None.
     block_size: int | None = None
-    block_curriculum: tuple = ((0.0, 32), (2 / 3, 16))
+    block_curriculum: tuple = ((0.0, 32), (2 / 3, 16))  # the paper's 32, 32, 16 in thirds
     # AdamW under warmup-stable-decay: fractions of the steps in which the rate rises linearly from 0 and, at the end,
     # falls linearly to its final value.
     learning_rate: float = 1e-4
@@ -221,7 +221,8 @@ class TrainConfig:
         for stage in self.block_curriculum:
             ok = isinstance(stage, tuple) and len(stage) == 2 and _is_number(stage[0]) and type(stage[1]) is int
             _check(ok, f"block_curriculum: {stage!r} is not a pair (fraction of the steps, block size)")
-            _check(stage[1] >= 1, f"block_curriculum: block size {stage[1]} must be at least 1")
+            small = 1 <= stage[1] < 2**31
+            _check(small, f"block_curriculum: block size {stage[1]} must be at least 1 and less than 2**31")
         starts = [start for start, _ in self.block_curriculum]
         increasing = all(a < b for a, b in zip(starts, starts[1:], strict=False))
         _check(
@@ -238,8 +239,7 @@ class TrainConfig:
         default = type(self).block_curriculum
         _check(
             self.block_size is None or self.block_curriculum == default,
-            f"block_size={self.block_size} and block_curriculum={self.block_curriculum} contradict each other: leave "
-            "one out, or set block_size=None",
+            _both_blocks(self.block_size, self.block_curriculum),
         )
 
     def _check_samples(self):
@@ -285,13 +285,14 @@ def base_config(model: Mapping[str, Any]) -> ConfigDict:
     config.model = ConfigDict({name: model.get(name, default) for name, default in _model_fields().items()})
     config.model.update(model)
     for field in dataclasses.fields(TrainConfig):
-        if field.name not in ("model", "variant", "diffusion", "kernels", "mesh", "block_size"):
+        if field.name not in ("model", "variant", "diffusion", "kernels", "mesh", "block_size", "block_curriculum"):
             config[field.name] = field.default
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
     config.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
     config.kernels = ConfigDict({field.name: config_dict.placeholder(str) for field in dataclasses.fields(Backends)})
     config.mesh = ConfigDict(dataclasses.asdict(MeshShape()))
     config.block_size = config_dict.placeholder(int)
+    config.block_curriculum = config_dict.placeholder(tuple)
     return config
 
 
@@ -318,6 +319,10 @@ def freeze(config: ConfigDict) -> TrainConfig:
     values = config.to_dict()
     if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)}):
         raise ValueError(f"config: there is no field {unknown[0]!r}")
+    if values.get("block_curriculum") is None:
+        values.pop("block_curriculum", None)  # The published one, where no block_size stands in its place.
+    elif values.get("block_size") is not None:
+        _check(False, _both_blocks(values["block_size"], values["block_curriculum"]))
     for name in ("init_from", "data"):
         if isinstance(values.get(name), str):
             values[name] = local_path(values[name])
@@ -328,13 +333,61 @@ def freeze(config: ConfigDict) -> TrainConfig:
         ("kernels", Backends),
         ("mesh", MeshShape),
     ):
+        given = values.pop(name)
+        _check(isinstance(given, Mapping), f"{name} must hold fields of its own, found {given!r}")
+        for field in dataclasses.fields(part):
+            if field.name in given:
+                _check_type(field, given[field.name], f"{name}.")
         try:
-            parts[name] = part(**values.pop(name))
+            parts[name] = part(**given)
         except TypeError as error:
             raise ValueError(f"config: {name}: {error}") from None
     frozen = TrainConfig(**parts, **values)
     frozen.model_config(max(frozen.vocab_size, 4))  # room for the special tokens; the real size comes later
     return frozen
+
+
+def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
+    """Refuses settings that somebody gave for this very run, and that nothing in it looks at.
+
+    A config file may hold them for other runs that it serves; so they are no error of the config.
+
+    Args:
+      given: fields, dotted, as flags name them.
+
+    Returns:
+      lines about what was given and is the checkpoint's own business.
+
+    Raises:
+      ValueError: naming the first one and why.
+    """
+    default, without = DiffusionConfig(), {}
+    if not config.sample_every and config.sample_tokens != TrainConfig.sample_tokens:
+        without["sample_tokens"] = config.sample_tokens, "sample_every=0"
+    if not config.decay_fraction and config.final_learning_rate != config.learning_rate:
+        without["final_learning_rate"] = config.final_learning_rate, "decay_fraction=0"
+    if not config.validation_fraction and config.validation_every:
+        without["validation_every"] = config.validation_every, "validation_fraction=0"
+    if not config.two_towers:
+        for name, value in dataclasses.asdict(config.diffusion).items():
+            if value != getattr(default, name):
+                without[f"diffusion.{name}"] = value, f"objective={config.objective!r}"
+    for name in given:
+        if name in without:
+            value, why = without[name]
+            raise ValueError(f"config: {name}={value!r} changes nothing with {why}; leave it out")
+    of_model = [name for name in given if name == "vocab_size" or name.split(".")[0] == "model"]
+    if config.init_from and of_model:
+        names = ", ".join(f"--config.{name}" for name in of_model)
+        return [f"{names}: not looked at, for with init_from the model's shape and the tokenizer are the checkpoint's"]
+    return []
+
+
+def _both_blocks(block_size: int, curriculum: Any) -> str:
+    return (
+        f"block_size={block_size} and block_curriculum={curriculum} contradict each other: leave one out, or set it to "
+        "None"
+    )
 
 
 def _model_fields() -> dict[str, Any]:
@@ -353,12 +406,15 @@ def _check(ok: bool, message: str):
         raise ValueError(f"config: {message}")
 
 
-def _check_type(field: dataclasses.Field, value: Any):
+def _check_type(field: dataclasses.Field, value: Any, part: str = ""):
     wanted = {float: int | float, Mapping[str, Any]: Mapping}.get(field.type, field.type)
     ok = isinstance(value, wanted) and (field.type is bool or not isinstance(value, bool))
     name = getattr(field.type, "__name__", str(field.type))
-    _check(ok, f"{field.name} must be {name}, found {value!r}")
-    _check(not isinstance(value, float) or math.isfinite(value), f"{field.name}={value} must be finite")
+    _check(ok, f"{part}{field.name} must be {name}, found {value!r}")
+    _check(not isinstance(value, float) or math.isfinite(value), f"{part}{field.name}={value} must be finite")
+    # Counts are int32 on the devices; the seed has bounds of its own.
+    small = not isinstance(value, int) or value < 2**31 or field.name == "seed" or field.type is float
+    _check(small, f"{part}{field.name}={value} must be less than 2**31")
 
 
 def _is_number(value: Any) -> bool:

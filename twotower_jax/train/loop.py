@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -59,6 +59,7 @@ def train(
     *,
     stop: Callable[[], str] = lambda: "",
     profile: watch.Profile | None = None,
+    notes: Sequence[str] = (),
 ) -> TrainResult:
     """Trains, or goes on from the newest checkpoint in `workdir`.
 
@@ -70,6 +71,7 @@ def train(
       report: is given each line about the run's progress, on the first process.
       stop: is asked at every step; anything but "" saves and ends the run, on all processes if on one.
       profile: steps to trace.
+      notes: warnings about the settings, for the report.
 
     Raises:
       ValueError, OSError: for settings, text, checkpoint or workdir that cannot be used; nothing has been written.
@@ -92,6 +94,8 @@ def train(
             del setup  # so that memory holds the first parameters once
             setup = make_setup(config, now, report)
         setup.describe()
+        for note in notes:
+            report(f"warning: {note}")
         run, setup = begin(setup) if setup.folder.step is None else resume(setup)
         if run.step == config.steps:
             report(f"step {run.step} is already made; nothing to do")

@@ -106,8 +106,8 @@ def read_story(path: str | pathlib.Path, row: int = 0) -> Story:
       ValueError: if there is no such file, its version or mode cannot be drawn, or it has no such row or no step of it.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    if not path.exists() or path.is_dir():
+        raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give a trace")
     reader, number = None, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

@@ -59,14 +59,14 @@ def _panel(sweep: Sweep, chosen: Point, fills: dict[int, str], x_axis, y_axis, l
     parts.append(_diamond(ar_x, ar_y))
     for point in sweep.points:
         x, y = place(point)
-        s = point.sampling
+        block, steps, threshold = point.setting()
         about = (
-            f"block {s.block_size}, steps {s.steps_per_block}, threshold {s.confidence_threshold:g}: "
+            f"block {block}, steps {steps}{threshold and f', threshold {threshold}'}: "
             f"{point.tokens_per_evaluation:.2f} tokens per evaluation, {point.tokens_per_second:,.0f} tokens/s, "
             f"agreement {point.agreement:.3f}, log-likelihood {point.log_likelihood:.3f}"
         )
         ring = "#e11d48" if point is chosen else "#888" if point.pareto else "none"
-        circle = f'cx="{x}" cy="{y}" r="6" fill="{fills[s.block_size]}" stroke="{ring}" stroke-width="2"'
+        circle = f'cx="{x}" cy="{y}" r="6" fill="{fills[point.sampling.block_size]}" stroke="{ring}" stroke-width="2"'
         parts.append(f"<circle {circle}><title>{html.escape(about)}</title></circle>")
     return "".join(parts)
 

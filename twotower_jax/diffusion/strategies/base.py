@@ -23,7 +23,7 @@ class Draft(NamedTuple):
     confidence     (S,) float32   its probability, untempered; NaN where the logits are no distribution
     key            ()             for the strategy's own draws
     step           () int32       index of the step in the block
-    steps          int            T, the most there may be
+    steps          int, or () int32 where rows differ: T, the most there may be
     mask_token_id  int
     """
 
@@ -34,7 +34,7 @@ class Draft(NamedTuple):
     confidence: jax.Array
     key: jax.Array
     step: jax.Array
-    steps: int
+    steps: int | jax.Array
     mask_token_id: int
 
     @property

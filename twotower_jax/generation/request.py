@@ -1,0 +1,123 @@
+"""What one row is asked to be. Requests of one engine may differ in everything said here."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+from twotower_jax.config import ModelConfig
+from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.generation.settings import MODES, Settings, has_blocks
+from twotower_jax.tokens import check_ids
+
+# The most alternatives that a request may ask for at each token.
+MOST_ALTERNATIVES = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt and how to continue it. Positions are counted from the first new token, which is 0.
+
+    Attributes:
+      prompt: token ids, at least one.
+      max_new_tokens, mode, seed, tolerance: as of `Settings`.
+      sampling: block size, steps, strategy with knobs, temperature and filters; modes of one token use the latter two.
+      sample: with the seed the only source of the row's randomness; None takes the engine's number of the row.
+      end_tokens: that end the row; None takes the engine's, () none.
+      stop: texts that end it; they need an engine with a `decode`.
+      pinned: position → token id. The token stands there and conditions the others: in blocks those on both sides.
+      allowed: position → token ids, one of which is to stand there, at least one each; other positions are free. The
+        denoiser's own mask token is never said, and is no use here in diffusion.
+      start: tokens at the first positions to begin with, the mask token where undecided; strategies may change them.
+        Of diffusion alone.
+      logprobs: tell of each token its log-probability, and of so many of the most probable ones; None tells nothing.
+      context_logprobs: tell of each token its exact log-probability under the context tower.
+      provisional: tell of every step of a block; in modes of one token at a time, of every token alone.
+
+    Raises:
+      ValueError: at construction, naming the value. What depends on the model, `check` finds.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    mode: str = "diffusion"
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    seed: int = 0
+    sample: int | None = None
+    tolerance: float = 0.0
+    end_tokens: tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
+    pinned: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    allowed: Mapping[int, Collection[int]] | None = None
+    start: Sequence[int] | None = None
+    logprobs: int | None = None
+    context_logprobs: bool = False
+    provisional: bool = False
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; the modes are {', '.join(MODES)}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        for name in ("seed", "sample"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**32:
+                raise ValueError(f"{name} must lie in [0, 2**32), not {value}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must hold texts that are not empty, not {self.stop!r}")
+        if not 0 <= self.tolerance <= 1:
+            raise ValueError(f"tolerance must lie in [0, 1], not {self.tolerance}")
+        if self.tolerance and self.mode != "speculative":
+            raise ValueError(f"tolerance={self.tolerance} changes nothing in mode {self.mode!r}")
+        if self.mode == "speculative" and self.sampling.block_size < 2:
+            raise ValueError("mode speculative needs a block_size of at least 2: the first token of a block is given")
+        if self.start is not None and self.mode != "diffusion":
+            raise ValueError(f"start changes nothing in mode {self.mode!r}: only diffusion begins with a block")
+        if self.context_logprobs and self.mode == "mock_ar":
+            raise ValueError("context_logprobs are not to be had in mode 'mock_ar', which is a check of the denoiser")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_ALTERNATIVES:
+            raise ValueError(f"logprobs must lie in [0, {MOST_ALTERNATIVES}], not {self.logprobs}")
+        for name in ("pinned", "allowed"):
+            if outside := [p for p in getattr(self, name) or () if not 0 <= p < self.max_new_tokens]:
+                last = self.max_new_tokens - 1
+                raise ValueError(f"{name}: there is no position {outside[0]}; new tokens have 0 … {last}")
+        if self.start is not None and not 0 < len(self.start) <= self.max_new_tokens:
+            raise ValueError(f"start must hold 1 … {self.max_new_tokens} token ids, not {len(self.start)}")
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuses what a model of this configuration cannot do.
+
+        Raises:
+          ValueError: saying what.
+        """
+        for name in ("pinned", "allowed"):
+            for position, ids in (getattr(self, name) or {}).items():
+                check_ids([ids] if name == "pinned" else list(ids), config.vocab_size, f"{name}[{position}]")
+        check_ids(list(self.start or ()), config.vocab_size, "start")
+        check_ids(list(self.end_tokens or ()), config.vocab_size, "end_tokens")
+        if self.sampling.top_k > config.vocab_size:
+            raise ValueError(f"top_k={self.sampling.top_k} is more than the vocabulary has: {config.vocab_size}")
+        if (self.logprobs or 0) > config.vocab_size:
+            raise ValueError(f"logprobs={self.logprobs} is more than the vocabulary has: {config.vocab_size}")
+        mask = config.mask_token_id if has_blocks(self.mode) else None
+        for position, token in self.pinned.items():
+            if token == mask:
+                raise ValueError(
+                    f"pinned[{position}]={token} is the mask token, which stands for an undecided position"
+                )
+        for position, ids in (self.allowed or {}).items():
+            if not set(ids) - {mask}:
+                raise ValueError(f"allowed[{position}] holds no token that may stand there")
+            if position in self.pinned and self.pinned[position] not in ids:
+                raise ValueError(f"pinned[{position}]={self.pinned[position]} is not among those allowed there")
+
+
+def from_settings(settings: Settings, prompt: Sequence[int], max_new_tokens: int | None = None) -> Request:
+    """A request for what an engine's settings say."""
+    return Request(
+        prompt=prompt,
+        max_new_tokens=settings.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        mode=settings.mode,
+        sampling=settings.sampling,
+        seed=settings.seed,
+        tolerance=settings.tolerance,
+        stop=settings.stop,
+    )

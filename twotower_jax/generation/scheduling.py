@@ -1,0 +1,153 @@
+"""What the host says with each call: which rows go together, how long a call lasts, and what stands in their blocks."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from twotower_jax.config import ModelConfig
+from twotower_jax.diffusion import Choice
+from twotower_jax.generation.blocks import TOKENS_PER_CALL
+from twotower_jax.generation.modes import Call, Recipe
+from twotower_jax.generation.rows import Kind, Row
+from twotower_jax.generation.slots import Draws, Given, allowed_bits, end_token_array
+
+# The shortest piece of a prompt, of which caches are a multiple.
+PIECE = 64
+# Each longer piece is so many times the one before, up to prefill_chunk: few lengths, so that few are compiled.
+_PIECE_GROWTH = 4
+# More evaluations than any call makes.
+_NO_LIMIT = 2**30
+
+# A row's place in the table: the row, or None where there is none, or one that does not take part.
+Places = Sequence[Row | None]
+
+
+def quorum(alive: int) -> int:
+    """How many of the rows of a call have to finish their blocks before the context reads them.
+
+    A pass of the context costs the same for one row as for all; a quorum of all makes every row wait for the slowest.
+    In a simulation (`launch/benchmark.py serving_engine`) three eighths come within some percent of the best part, for
+    evaluations per block that are spread widely and a pass that costs half an evaluation or a whole one, at 4 rows and
+    at 256. Two rows differ too little for a pass of one of them.
+    """
+    return alive if alive <= 2 else -(-3 * alive // 8)
+
+
+def round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def piece_width(left: int, chunk: int) -> int:
+    """How many tokens the next piece of a prompt has, padding included; it depends on the prompt's own length alone."""
+    width = PIECE
+    while width < left:
+        width *= _PIECE_GROWTH
+    return min(width, chunk)
+
+
+def recipe(kind: Kind, rows: Places, record: bool, routing: bool, vocab_size: int) -> Recipe:
+    """What the rows of a kind need, so that one call serves them all."""
+    requests = [row.request for row in rows if row is not None]
+    return Recipe(
+        kind.mode,
+        kind.block_size,
+        record=record,
+        routing=routing,
+        alternatives=alternatives(requests, vocab_size),
+        context=kind.mode == "diffusion" and any(request.context_logprobs for request in requests),
+    )
+
+
+def alternatives(requests, vocab_size: int) -> int:
+    """How many of the most probable tokens to tell: a power of two, so that few programs are compiled."""
+    most = max((request.logprobs or 0 for request in requests), default=0)
+    return min(1 << (most - 1).bit_length(), vocab_size) if most else 0
+
+
+def call(kind: Kind, rows: Places, eos_width: int, config: ModelConfig) -> Call:
+    """A call for the rows of a kind; places that are None take no part."""
+    alive = np.array([row is not None for row in rows])
+    some = next(row for row in rows if row is not None)
+    strategy = None
+    if some.blockwise:
+        rules = [(row or some).rule for row in rows]
+        strategy = jax.tree.map(lambda *knobs: np.array(knobs, _knob_dtype(knobs[0])), *rules)
+    provisional = any(row is not None and row.request.provisional for row in rows)
+    return Call(
+        alive=alive,
+        draws=draws(rows),
+        eos=end_tokens(rows, eos_width),
+        strategy=strategy,
+        steps=_column(rows, np.int32, 1, lambda row: row.request.sampling.steps_per_block),
+        tolerance=_column(rows, np.float32, 0.0, lambda row: row.request.tolerance),
+        fresh=_column(rows, bool, False, lambda row: row.fresh),
+        given=given(rows, [row.position - row.given if row else 0 for row in rows], _positions(kind), config),
+        quorum=np.int32(quorum(int(alive.sum()))),
+        most=np.int32(1 if provisional else _NO_LIMIT),
+    )
+
+
+def draws(rows: Places) -> Draws:
+    """Seeds, temperatures and filters of rows; greedy where there is none."""
+    return Draws(
+        seed=_column(rows, np.uint32, 0, lambda row: row.request.seed),
+        sample=_column(rows, np.uint32, 0, lambda row: row.sample),
+        choice=Choice(
+            temperature=_column(rows, np.float32, 0.0, lambda row: row.request.sampling.temperature),
+            top_k=_column(rows, np.int32, 0, lambda row: row.request.sampling.top_k),
+            top_p=_column(rows, np.float32, 1.0, lambda row: row.request.sampling.top_p),
+        ),
+    )
+
+
+def end_tokens(rows: Places, width: int) -> np.ndarray:
+    """(B, width) int32: what ends each row, padded with −1."""
+    out = np.full((len(rows), width), -1, np.int32)
+    for i, row in enumerate(rows):
+        if row is not None:
+            out[i, : len(row.end_tokens)] = row.end_tokens
+    return out
+
+
+def end_token_width(row: Row) -> int:
+    return len(end_token_array(row.end_tokens))
+
+
+def given(rows: Places, firsts: Sequence[int], count: int, config: ModelConfig) -> Given:
+    """What callers say of `count` positions of their rows, from those in `firsts` on."""
+    tokens = np.full((len(rows), count), config.mask_token_id, np.int32)
+    fixed = np.zeros((len(rows), count), bool)
+    allowed = None
+    for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+        if row is None:
+            continue
+        request = row.request
+        for place in range(count):
+            position = first + place
+            if request.start is not None and 0 <= position < len(request.start):
+                tokens[i, place] = request.start[position]
+            if position in request.pinned:
+                tokens[i, place], fixed[i, place] = request.pinned[position], True
+            if request.allowed and position in request.allowed:
+                if allowed is None:
+                    allowed = np.full((len(rows), count, -(-config.vocab_size // 8)), 255, np.uint8)
+                allowed[i, place] = allowed_bits(request.allowed[position], config.vocab_size)
+        if request.allowed and allowed is None:  # Of other positions: compiled once for the whole row.
+            allowed = np.full((len(rows), count, -(-config.vocab_size // 8)), 255, np.uint8)
+    return Given(tokens, fixed, allowed)
+
+
+def _positions(kind: Kind) -> int:
+    """How many positions a call may decide, and is told of."""
+    if kind.mode == "speculative":
+        return kind.block_size + 1
+    return kind.block_size if kind.mode == "diffusion" else TOKENS_PER_CALL
+
+
+def _column(rows: Places, dtype, nothing, value) -> np.ndarray:
+    return np.array([nothing if row is None else value(row) for row in rows], dtype)
+
+
+def _knob_dtype(knob) -> type:
+    return np.int32 if isinstance(knob, int) else np.float32
