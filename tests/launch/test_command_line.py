@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from helpers import ROOT
+from helpers import ROOT, run_command
 from twotower_jax import command_line, jax_settings, randomness
 from twotower_jax.checkpoint import huggingface, inspection, load
 from twotower_jax.diffusion import MaskedDiffusion
@@ -171,7 +171,8 @@ def test_generated_rows_are_checked_before_a_model_is_loaded(tmp_path):
         bad = f'{{"prompt_ids": {prompt}, "tokens": {tokens}}}'
         rows.write_text(f'{{"prompt_ids": [5], "tokens": []}}\n{bad}\n')
         words = ["--checkpoint=nowhere", f"--input={rows}", f"--output={tmp_path / 'out'}", "--objective=generations"]
-        code, out, err = run(ROOT / "launch/score.py", *words, "--eos=2")
+        done = run_command("score", *words, "--eos=2")
+        code, out, err = done.returncode, done.stdout, done.stderr
         assert (code, out) == (2, "") and err.startswith(f"error: {rows}, row 2: prompt_ids and tokens must be lists")
         assert err.count("\n") == 1 and list(tmp_path.iterdir()) == [rows]
 
