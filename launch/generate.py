@@ -23,17 +23,14 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 from tokenizers import Tokenizer
 
-from twotower_jax import command_line, model_flags, strategy_flags
+from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
-from twotower_jax.diffusion import SCHEDULES, SamplingConfig
-from twotower_jax.diffusion.strategies import knobs
 from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
 from twotower_jax.generation.engine import Engine, in_order, iter_steps, start
-from twotower_jax.generation.operating_point import FILE, read_operating_point
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.generation.rows import Progress
-from twotower_jax.generation.settings import MODES, Result, Settings
+from twotower_jax.generation.settings import Result, Settings
 from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
@@ -42,87 +39,20 @@ from twotower_jax.outputs import check_apart
 from twotower_jax.texts import check_text
 
 flags.adopt_module_key_flags(model_flags)
-flags.adopt_module_key_flags(strategy_flags)
+flags.adopt_module_key_flags(generation_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
 _PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
 _CHAT = flags.DEFINE_bool(
     "chat", False, 'Prompts are conversations, {"messages": [...]}; without --prompt and --prompts they are typed.'
 )
 _OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
-_MODE = flags.DEFINE_string("mode", "diffusion", f"One of {', '.join(MODES)}.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each row, a multiple of the block or not.")
-_BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens denoised together; at most what was trained.")
-_STEPS = flags.DEFINE_integer("steps_per_block", None, "Most denoiser evaluations per block; default: the block size.")
-_THRESHOLD = flags.DEFINE_float(
-    "confidence_threshold", None, "Commit tokens surer than this (strategies that have it)."
-)
-_SCHEDULE = flags.DEFINE_string("schedule", None, f"Of the other strategies: one of {', '.join(SCHEDULES)}.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable tokens; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the most probable tokens that hold this much; 1: all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-text token.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
-_TOLERANCE = flags.DEFINE_float(
-    "tolerance", 0.0, "Mode speculative: keep a draft at least 1 - this as probable as AR's best; 0: AR's tokens only."
-)
 _SEPARATE_TOWERS = flags.DEFINE_bool(
     "separate_towers", False, "Each tower on a mesh of its own; without --mesh on a device of its own."
 )
-_PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompts are read in pieces of at most this many tokens.")
-_MAX_CACHE_GB = flags.DEFINE_float(
-    "max_cache_gb", None, "Refuse to start if a device's caches need more; default: what it has free."
-)
 _WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
 _TRACE = command_line.DEFINE_path("trace", None, "JSON Lines file for every step of every row.")
-
-
-def _sampling_flags() -> dict:
-    """Block size, steps, strategy and threshold: the flags given, then what the checkpoint says, then defaults."""
-    chosen = read_operating_point(model_flags.CHECKPOINT.value)
-    strategy_flag = strategy_flags.STRATEGY
-    given = {flag.name: flag.value for flag in (_BLOCK_SIZE, _STEPS, strategy_flag, _THRESHOLD) if flag.present}
-    options = strategy_flags.options()
-    strategy = given.get("strategy", chosen.get("strategy", strategy_flag.value))
-    theirs = chosen.pop("strategy_options", {}) if strategy == chosen.get("strategy", strategy) else {}
-    chosen.pop("strategy_options", None)  # Of another one.
-    if theirs := {knob: value for knob, value in theirs.items() if knob not in options}:
-        chosen["strategy_options"] = theirs
-    if options.keys() & chosen.keys() or "confidence_threshold" not in knobs(strategy):
-        chosen.pop("confidence_threshold", None)  # Given as an option, or the strategy has none.
-    followed = {name: value for name, value in chosen.items() if name not in given}
-    if followed and _MODE.value in ("diffusion", "speculative"):
-        settings = ", ".join(f"{name}={value}" for name, value in followed.items())
-        print(f"{FILE} of the checkpoint: {settings}", file=sys.stderr)
-    if options:
-        given["strategy_options"] = theirs | options
-    values = {"block_size": _BLOCK_SIZE.value, "strategy": strategy_flag.value} | chosen | given
-    return {"steps_per_block": values["block_size"]} | values
-
-
-def _settings() -> Settings:
-    schedule = {} if _SCHEDULE.value is None else {"schedule": _SCHEDULE.value}
-    sampling = SamplingConfig(
-        **_sampling_flags(),
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        **schedule,
-    )
-    return Settings(
-        mode=_MODE.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        sampling=sampling,
-        seed=_SEED.value,
-        batch_size=_BATCH_SIZE.value,
-        ignore_eos=_IGNORE_EOS.value,
-        eos=model_flags.end_tokens(),
-        stop=tuple(_STOP.value),
-        prefill_chunk=_PREFILL_CHUNK.value,
-        tolerance=_TOLERANCE.value,
-        max_cache_gb=_MAX_CACHE_GB.value,
-    )
 
 
 def _rows() -> list[dict] | None:
@@ -156,7 +86,8 @@ def _tokenizer(folder, needed: bool):
 
 def main() -> None:
     strategy_flags.register()
-    settings, rows = _settings(), _rows()
+    settings = generation_flags.settings(batch_size=_BATCH_SIZE.value, stop=tuple(_STOP.value))
+    rows = _rows()
     for text in settings.stop:
         check_text(text, "--stop")
     check_apart({"--output": _OUTPUT.value, "--trace": _TRACE.value}, {"--prompts": _PROMPTS.value})
@@ -278,19 +209,11 @@ def _output_row(result: Result) -> dict:
 
 
 def _warn(settings: Settings, folder: pathlib.Path) -> None:
-    _warn_of_unused(settings.mode)
+    generation_flags.warn_of_unused()
     _warn_of_large_blocks(settings, folder)
     if settings.mode != "ar":
         advice = "--mode=ar generates with the backbone itself"
         model_flags.warn_if_untrained(folder, f"--mode={settings.mode}", advice)
-
-
-def _warn_of_unused(mode: str) -> None:
-    """Says which flags were given and do nothing in this mode: scripts give the same ones in all modes."""
-    of_blocks = _BLOCK_SIZE, _STEPS, _THRESHOLD, strategy_flags.STRATEGY, strategy_flags.OPTIONS, _SCHEDULE
-    given = [f"--{flag.name}" for flag in of_blocks if flag.present]
-    if mode in ("ar", "mock_ar") and given:
-        print(f"warning: {', '.join(given)}: not looked at with --mode={mode}, token by token", file=sys.stderr)
 
 
 def _warn_of_large_blocks(settings: Settings, folder: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from twotower_jax import command_line, memory, quantization
-from twotower_jax.checkpoint.load import Contents, contents, load, stored_method
+from twotower_jax.checkpoint.load import Contents, contents, is_small, load, stored_method
 from twotower_jax.execution import Execution
 from twotower_jax.generation.placement import TowerMeshes, parse_mesh, tower_meshes
 from twotower_jax.generation.trained import untrained_denoiser
@@ -34,7 +34,6 @@ MESH = flags.DEFINE_list(
 EOS = flags.DEFINE_list(
     "eos", [], "Token ids that end a text, several with commas, in place of those that the checkpoint names."
 )
-_SMALL = 256 * 2**20  # Bytes.
 
 
 class Loaded(NamedTuple):
@@ -115,14 +114,3 @@ def warn_if_untrained(folder: pathlib.Path, what: str, remedy: str) -> None:
             f"warning: {CHECKPOINT.value} is a backbone: its denoiser never trained, and {what} uses it; {remedy}",
             file=sys.stderr,
         )
-
-
-def is_small(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint, by its size on disk, is computed so quickly that compiling is what takes time.
-
-    Then layers are better stacked and scanned, which compiles fewer of them. But a scan copies each layer's weights out
-    of the stack, every time it comes to it, and where they do not stay in a processor's caches that takes several times
-    as long as the rest: a token of `ar` with 100 million parameters a tower took 71 ms of processor time, and 11 ms
-    with layers one by one.
-    """
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < _SMALL

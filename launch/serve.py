@@ -1,0 +1,94 @@
+"""Serves a checkpoint over HTTP, in OpenAI's protocol.
+
+    python launch/serve.py --checkpoint=DIR
+    curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "The list object"}'
+
+DIR is what launch/generate.py takes, and so are the flags of how to generate: here they are the defaults of requests. A
+browser finds a page at / that shows blocks as they are denoised. --slots rows are computed together, each of at most
+--capacity tokens, prompt and answer; --max_waiting more may wait. Who may ask: without --api_keys everybody who reaches
+the address, which is this machine's own unless --host says otherwise. SIGTERM, or Ctrl-C, lets what was begun be
+finished; a second one does not. docs/guide/serving.md tells of the routes.
+"""
+
+import environment  # noqa: F401, first: it says what is missing
+
+# isort: split
+import asyncio
+import importlib.util
+import ipaddress
+import pathlib
+import sys
+
+from absl import flags
+
+from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
+
+flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(generation_flags)
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 or :: for all of this machine's.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free one.", lower_bound=0, upper_bound=65535)
+_SLOTS = flags.DEFINE_integer("slots", 8, "Rows computed together.", lower_bound=1)
+_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a row, prompt and answer.", lower_bound=2)
+_MAX_WAITING = flags.DEFINE_integer("max_waiting", 128, "Rows that may wait for a slot; more get 429.", lower_bound=0)
+_API_KEYS = command_line.DEFINE_path("api_keys", None, "File of keys, one a line, of which a client must give one.")
+_NAME = flags.DEFINE_string("served_model_name", None, "What clients call the model; default: the folder's name.")
+_CORS = flags.DEFINE_multi_string(
+    "cors_origin", [], "Origin whose web pages may ask, such as https://example.org; may be repeated."
+)
+_PREFIX_CACHE_GB = flags.DEFINE_float(
+    "prefix_cache_gb", 0.0, "Keep so much (GB of 10⁹ bytes) of prompts, for those that begin alike.", lower_bound=0
+)
+_WARMUP = flags.DEFINE_bool("warmup", False, "Compile what the default settings need before /ready says yes.")
+
+
+def _here(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def main() -> None:
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"the package {package!r} is not installed; install it: pip install -e '.[serve]'")
+    from twotower_jax.serving.app import make_app, read_keys
+    from twotower_jax.serving.connection import bind, serve
+    from twotower_jax.serving.start import make_service
+
+    strategy_flags.register()
+    keys = read_keys(_API_KEYS.value) if _API_KEYS.value is not None else []
+    settings = generation_flags.settings(batch_size=_SLOTS.value)
+    listener = bind(_HOST.value, _PORT.value)
+    if not keys and not _here(_HOST.value):
+        print(f"warning: whoever reaches {_HOST.value} may ask: there is no --api_keys=FILE", file=sys.stderr)
+    loaded = model_flags.load_model()
+    generation_flags.warn_of_unused()
+    if settings.mode != "ar":
+        model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", "--mode=ar is the backbone itself")
+    make = make_service(
+        loaded.model,
+        loaded.params,
+        loaded.folder,
+        settings,
+        name=_NAME.value or pathlib.Path(model_flags.CHECKPOINT.value).resolve().name,
+        slots=_SLOTS.value,
+        capacity=_CAPACITY.value,
+        max_waiting=_MAX_WAITING.value,
+        placement=loaded.placement,
+        keys=keys,
+        seed=settings.seed if generation_flags.SEED.present else None,
+        prefix_cache_bytes=int(_PREFIX_CACHE_GB.value * 1e9),
+        warm_up=_WARMUP.value,
+    )
+
+    async def run() -> None:
+        service = make()
+        await serve(make_app(service, _CORS.value), service, listener)
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    command_line.run(main)
