@@ -6,6 +6,7 @@ import os
 import shutil
 import xml.etree.ElementTree
 
+import jax
 import numpy as np
 import pytest
 
@@ -81,6 +82,7 @@ def test_a_sweep_compiles_thresholds_together_and_measures_what_generate_gives(s
     prompts = np.random.default_rng(0).integers(4, 40, (2, 5)).tolist()
     settings = Settings(max_new_tokens=7, batch_size=2, ignore_eos=True)
     samplings = grid([0.0, 1.0], [4], [4])
+    jax.clear_caches()  # What other files compiled.
     compiled = block._cache_size()
     measured = sweep(model, params, prompts, settings, samplings, rounds=1)
     assert block._cache_size() == compiled + 2  # AR's, and one for both thresholds.
@@ -163,8 +165,8 @@ def _run(script: str, **flags):
     return run_command(script, *arguments)
 
 
-def test_the_command_tunes_and_generation_follows(tmp_path, data):
-    checkpoint = shutil.copytree(data / "tiny" / "checkpoint", tmp_path / "checkpoint")
+def test_the_command_tunes_and_generation_follows(tmp_path, small_folder):
+    checkpoint = shutil.copytree(small_folder, tmp_path / "checkpoint")
     (checkpoint / FILE).write_text('{"temperature": 0.5, "block_size": 4}')
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "tuning"
     prompts.write_text('{"ids": [7, 8, 9]}\n')
