@@ -19,7 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-by-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Nearly all of the time goes into compiling programs that run once or twice, half of that into optimizing them; so it
 # does in the commands that tests start. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs every test as users compile.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -97,14 +97,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def released_programs():
-    """Lets go of what was compiled, before it is too much. A compiled program takes dozens of memory mappings, of which
-    Linux gives a process 65,530; one that runs half of the tests comes near, and the compiler then crashes."""
+    """Lets go of what a file's tests compiled, so that no file finds what another one left. A compiled program takes
+    dozens of memory mappings, too, of which Linux gives a process 65,530; one that runs half of the tests comes near,
+    and the compiler then crashes."""
     yield
-    with open("/proc/self/maps", encoding="utf-8") as mappings:
-        many = sum(1 for _ in mappings) > 15_000
-    if many:
-        jax.clear_caches()
-        gc.collect()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

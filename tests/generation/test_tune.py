@@ -6,7 +6,6 @@ import os
 import shutil
 import xml.etree.ElementTree
 
-import jax
 import numpy as np
 import pytest
 
@@ -82,7 +81,6 @@ def test_a_sweep_compiles_thresholds_together_and_measures_what_generate_gives(s
     prompts = np.random.default_rng(0).integers(4, 40, (2, 5)).tolist()
     settings = Settings(max_new_tokens=7, batch_size=2, ignore_eos=True)
     samplings = grid([0.0, 1.0], [4], [4])
-    jax.clear_caches()  # What other files compiled.
     compiled = block._cache_size()
     measured = sweep(model, params, prompts, settings, samplings, rounds=1)
     assert block._cache_size() == compiled + 2  # AR's, and one for both thresholds.
