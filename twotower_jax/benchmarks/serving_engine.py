@@ -1,4 +1,4 @@
-"""What rows cost one another: evaluations wasted on waiting, and tokens a second, as the quorum of a call is chosen.
+"""What rows cost one another: evaluations wasted on waiting, and tokens per second, as the quorum of a call is chosen.
 
     python launch/benchmark.py serving_engine --checkpoint=DIR        # a trained denoiser, such as quickstart's
     python launch/benchmark.py serving_engine                         # random weights of the demonstration's shape
@@ -40,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_list("batches", ["8", "64"], "Rows together.")
     flags.DEFINE_integer("new_tokens", 128, "New tokens of each row.", lower_bound=16)
     flags.DEFINE_integer("rows_per_slot", 3, "Rows that go through each slot.", lower_bound=1)
-    flags.DEFINE_float("threshold", 0.8, "confidence_threshold; random weights are never sure, and take 0.01 better.")
+    flags.DEFINE_float("threshold", 0.8, "confidence_threshold; little training needs a lower one.")
     flags.DEFINE_integer("repeats", 3, "Timed rounds, of which the median counts.", lower_bound=1)
     flags.DEFINE_float("context_cost", None, "Of a pass of the context, in evaluations; default: as measured here.")
 
@@ -52,7 +52,7 @@ class Run:
     Attributes:
       made: evaluations of the whole table. used: those of rows that were undecided, of `made` times the rows.
       reads: passes of the context over the table.
-      tokens: new. seconds: by the clock.
+      tokens: new. seconds: by the clock. processor: of all threads.
       counts: evaluations of every block, row by row.
     """
 
@@ -61,6 +61,7 @@ class Run:
     reads: int
     tokens: int
     seconds: float
+    processor: float
     counts: list[list[int]]
 
 
@@ -82,7 +83,8 @@ def run(model, params, prompts: Sequence[Sequence[int]], settings: Settings, cap
         return emitted
 
     engine._advance = counted
-    counts, tokens, start = [[] for _ in prompts], 0, time.perf_counter()
+    counts, tokens = [[] for _ in prompts], 0
+    start, processor = time.perf_counter(), time.process_time()
     while engine.busy:
         for progress in engine.step():
             if progress.tokens:
@@ -91,8 +93,8 @@ def run(model, params, prompts: Sequence[Sequence[int]], settings: Settings, cap
             if progress.result is not None:
                 tokens += len(progress.result.tokens)
                 assert sum(counts[progress.number]) == progress.result.denoiser_evaluations
-    seconds = time.perf_counter() - start
-    return Run(made, used, reads, tokens, seconds, counts)
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    return Run(made, used, reads, tokens, seconds, processor, counts)
 
 
 # Of the rows; 0 stands for one row.
@@ -115,8 +117,8 @@ def main() -> None:
         texts = [list(ids) for ids in encode(load_tokenizer(values.checkpoint), words)]
     sampling = SamplingConfig(block_size=16, steps_per_block=16, confidence_threshold=values.threshold)
     recorded, ratios = [], []
-    print("\n| rows | quorum | evaluations a block | of them wasted | context passes | tokens/s | times that of all |")
-    print("|--:|---|--:|--:|--:|--:|--:|")
+    columns = "evaluations per block | of them wasted | context passes | tokens/s | times that of all"
+    print(f"\n| rows | quorum | {columns} | by processor seconds |\n|--:|---|--:|--:|--:|--:|--:|--:|")
     for batch in map(int, values.batches):
         settings = Settings(max_new_tokens=values.new_tokens, sampling=sampling, batch_size=batch, ignore_eos=True)
         prompts = (texts * (1 + batch * values.rows_per_slot // len(texts)))[: batch * values.rows_per_slot]
@@ -135,13 +137,14 @@ def main() -> None:
                 if turn:
                     runs[name].append(done)
         speed = {name: statistics.median(r.tokens / r.seconds for r in of) for name, of in runs.items()}
+        work = {name: statistics.median(r.tokens / r.processor for r in of) for name, of in runs.items()}
         for name, of in runs.items():
             one = of[0]
             blocks = sum(map(len, one.counts))
             wasted = 1 - one.used / (one.made * batch)
             print(
                 f"| {batch} | {name} | {one.made * batch / blocks:.2f} | {wasted:.0%} | {one.reads} | "
-                f"{speed[name]:,.0f} | {speed[name] / speed['all rows']:.2f} |",
+                f"{speed[name]:,.0f} | {speed[name] / speed['all rows']:.2f} | {work[name] / work['all rows']:.2f} |",
                 flush=True,
             )
         assert runs["all rows"][0].counts == runs["one row"][0].counts, "the quorum changed a block"
@@ -166,7 +169,7 @@ def report(recorded: Sequence[int], context: float) -> None:
         "geometric of the same mean": np.minimum(draw.geometric(1 / mean, 4096), 64).tolist(),
     }
     names = " | ".join(f"{fraction:.3g}" if fraction else "one row" for fraction in FRACTIONS)
-    print(f"\n| evaluations a block | rows | engine's | {names} |\n|---|--:|{'--:|' * (len(FRACTIONS) + 1)}")
+    print(f"\n| evaluations per block | rows | engine's | {names} |\n|---|--:|{'--:|' * (len(FRACTIONS) + 1)}")
     for name, counts in cases.items():
         for batch in (2, 3, 4, 8, 16, 64, 256):
             every = simulate(counts, batch, batch, context, 400)
