@@ -9,6 +9,7 @@ python launch/benchmark.py forms
 python launch/benchmark.py kernel_errors --op=ssd
 python launch/benchmark.py kernel_compile --topology=h200:1
 python launch/benchmark.py generation
+python launch/benchmark.py serving_engine --checkpoint=DIR
 python launch/benchmark.py quantization --checkpoint=DIR --rows=rows.jsonl
 python launch/benchmark.py data
 python launch/benchmark.py serving

@@ -19,10 +19,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-by-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Nearly all of the time goes into compiling programs that run once or twice, half of that into optimizing them; so it
-# does in the commands that tests start. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs every test as users compile; the tests
-# that ask for `optimized` always do.
+# does in the commands that tests start. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs every test as users compile.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import shapes
@@ -36,8 +35,10 @@ import pytest
 
 from helpers import DATA
 from twotower_jax import parameters
+from twotower_jax.checkpoint.export import model_tensors, write_folder
 from twotower_jax.config import ModelConfig
 from twotower_jax.train.config import TrainConfig, base_config, freeze
+from twotower_jax.two_tower import TwoTower
 
 # The same examples on every run, and no time limit on one (the first of a shape compiles).
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=25, database=None)
@@ -67,16 +68,24 @@ SMALL = {
 
 # The files that take longest, which start first, so that no worker is left alone with one of them at the end.
 _LONG = (
-    "test_reference",
     "kernels/ssd/test_ssd",
-    "generation/test_mesh",
-    "train/test_loop",
-    "generation/test_speculative",
-    "generation/test_tune",
-    "test_quantization",
-    "train/test_step",
     "test_sharding",
+    "test_reference",
+    "test_quantization",
+    "test_tower",
+    "generation/test_mesh",
+    "train/test_processes",
+    "train/test_durability",
     "generation/test_engine",
+    "kernels/attention/test_hardware",
+    "checkpoint/test_family",
+    "launch/test_verify",
+    "kernels/experts/test_hardware",
+    "train/test_loop",
+    "layers/test_layers",
+    "generation/test_speculative",
+    "layers/test_own_kind",
+    "train/test_step",
 )
 
 
@@ -88,8 +97,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def released_programs():
-    """Lets go of what a file's tests compiled. A compiled program takes dozens of memory mappings, of which Linux gives
-    a process 65,530; one that runs half of the tests comes near, and the compiler then crashes."""
+    """Lets go of what a file's tests compiled, so that no file finds what another one left. A compiled program takes
+    dozens of memory mappings, too, of which Linux gives a process 65,530; one that runs half of the tests comes near,
+    and the compiler then crashes."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -112,13 +122,6 @@ def strict_dtypes():
 def strict_arithmetic(strict_dtypes):
     """Nor of rank."""
     with jax.numpy_rank_promotion("raise"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def optimized():
-    """Programs as users compile them."""
-    with _settings(jax_disable_most_optimizations=False):
         yield
 
 
@@ -211,10 +214,13 @@ def train_text(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def train_config(train_text):
-    """Makes the `TrainConfig` of a short run on that text: a small model, 12 steps."""
+    """Makes the `TrainConfig` of a short run on that text: a small model, 12 steps.
 
-    def make(**changes) -> TrainConfig:
-        config = base_config(SMALL)
+    With `pattern`, of these layers: "-" compiles in a moment, for tests of what surrounds the step.
+    """
+
+    def make(*, pattern: str = SMALL["hybrid_override_pattern"], **changes) -> TrainConfig:
+        config = base_config(SMALL | {"hybrid_override_pattern": pattern})
         config.update(
             {
                 "data": train_text,
@@ -233,6 +239,19 @@ def train_config(train_text):
         return freeze(config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory, small_config, random_params) -> pathlib.Path:
+    """A two-tower folder as published, with the tokenizer of the recorded one and a layer of each kind."""
+    model = TwoTower(small_config("M*E-", vocab_size=512, eos_token_id=2))
+    out, names = tmp_path_factory.mktemp("small") / "checkpoint", ("tokenizer.json", "tokenizer_config.json")
+    small = {name: (DATA / "tiny" / "checkpoint" / name).read_bytes() for name in names}
+    config = model.config.to_hf() | {"architectures": ["NemotronHTwoTowerForCausalLM"]}
+    write_folder(
+        out, model_tensors(model, random_params(model)), small | {"config.json": json.dumps(config).encode()}, 2**30
+    )
+    return out
 
 
 @pytest.fixture(scope="session")

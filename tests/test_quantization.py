@@ -324,19 +324,20 @@ def test_a_width_that_int4_cannot_halve(small_config):
     assert disk_table(table, METHODS["int8"])
 
 
-def test_commands(converted, sources, tmp_path):
+def test_commands(small_folder, tmp_path):
     """`--quantize` of convert.py, generate.py and score.py; verify.py says what it is and how far it drifts."""
 
-    out = tmp_path / "out"
-    done = run_command("convert", f"--source={sources['two_tower']}", f"--output={out}", "--quantize=int4")
+    out, expected = tmp_path / "out", tmp_path / "expected"
+    done = run_command("convert", f"--source={small_folder}", f"--output={out}", "--quantize=int4")
     assert done.returncode == 0, done.stderr
     assert {p: p.read_bytes() for p in sorted(out.rglob("*.json"))}.keys()
-    for file in converted["two_tower:int4"].rglob("c.*"):
-        assert (out / file.relative_to(converted["two_tower:int4"])).read_bytes() == file.read_bytes()
+    convert(small_folder, expected, quantize=METHODS["int4"], verify=True)
+    arrays = list(expected.rglob("c.*"))
+    assert arrays and all((out / a.relative_to(expected)).read_bytes() == a.read_bytes() for a in arrays)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"ids": list(range(4, 40))}) + "\n")
     scores = []
-    for number, flags in enumerate(([out], [sources["two_tower"], "--quantize=int4"])):
+    for number, flags in enumerate(([out], [small_folder, "--quantize=int4"])):
         path, *more = flags
         score = tmp_path / f"scores{number}.jsonl"
         done = run_command("score", f"--checkpoint={path}", f"--input={rows}", f"--output={score}", *more)

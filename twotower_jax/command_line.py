@@ -6,6 +6,7 @@ the output has closed it. What the user named and is not there counts as 2, what
 `--verbosity=1` the traceback is printed too.
 """
 
+import _thread
 import contextlib
 import errno
 import gc
@@ -14,7 +15,9 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -158,6 +161,7 @@ def _listen() -> None:
         handler = signal.getsignal(number)
         if handler in (signal.SIG_DFL, signal.default_int_handler) or getattr(handler, "while_importing", False):
             signal.signal(number, _interrupt)
+    sys.unraisablehook = _interrupt_again
 
 
 def _interrupt(*_) -> None:
@@ -168,6 +172,15 @@ def _interrupt(*_) -> None:
             return
         error = error.__context__
     raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable: Any, show: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """Ctrl-C that comes while a callback of the garbage collector runs, JAX's for one, would be lost there."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        # A little later, when the callback has returned.
+        threading.Timer(0.02, _thread.interrupt_main).start()
+    else:
+        show(unraisable)
 
 
 def _print_anything() -> None:

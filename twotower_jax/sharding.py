@@ -207,10 +207,24 @@ def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
 
 
 def whole(tree: Any) -> Any:
-    """Arrays of a computation on the mesh in force, whole on every device, so that every process can read them."""
-    if not _on_mesh():
-        return tree
-    return jax.jit(lambda v: v, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(tree)
+    """Arrays of computations on meshes, whole on every device, so that every process can read them.
+
+    Without a mesh in force those that this process can read already stay as they are.
+    """
+    if _on_mesh():
+        return _replicate(jax.sharding.get_mesh())(tree)
+
+    def readable(v):
+        if not isinstance(v, jax.Array) or v.is_fully_addressable or v.is_fully_replicated:
+            return v
+        return _replicate(v.sharding.mesh)(v)
+
+    return jax.tree.map(readable, tree)
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda v: v, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def constrain(x: jax.Array, axes: Axes, *, stored: bool = False) -> jax.Array:

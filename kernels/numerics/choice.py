@@ -5,6 +5,7 @@ it; everywhere else on pairs of float32 (`double_float`), whose errors near 2⁻
 scores differ by more than that.
 """
 
+import functools
 import types
 from typing import Any
 
@@ -37,6 +38,16 @@ def choose_experts(
     Returns:
       (T, k) int32
     """
+    in_float64, in_pairs = _choices(count, groups, kept_groups)
+    if arithmetic is not None:
+        return {"float64": in_float64, "pairs": in_pairs}[arithmetic](x, weight, bias)
+    # The platform is known when the program is compiled, and so only one of the two is.
+    return jax.lax.platform_dependent(x, weight, bias, cpu=in_float64, default=in_pairs)
+
+
+@functools.cache
+def _choices(count: int, groups: int, kept_groups: int):
+    """The same two functions for the same options, so that JAX traces them once, and not in every layer."""
     options = {"count": count, "groups": groups, "kept_groups": kept_groups}
 
     def in_float64(x, weight, bias):
@@ -47,10 +58,7 @@ def choose_experts(
     def in_pairs(x, weight, bias):
         return _choose(_PAIRS, x, weight, bias, **options)
 
-    if arithmetic is not None:
-        return {"float64": in_float64, "pairs": in_pairs}[arithmetic](x, weight, bias)
-    # The platform is known when the program is compiled, and so only one of the two is.
-    return jax.lax.platform_dependent(x, weight, bias, cpu=in_float64, default=in_pairs)
+    return in_float64, in_pairs
 
 
 def _choose(a, x, weight, bias, *, count, groups, kept_groups):

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -36,6 +37,7 @@ from twotower_jax.two_tower import Backbone
 FAMILY = DATA / "family"
 KINDS = ("moe", "dense", "latent")
 LOGITS = 2e-4
+BLOCK, THRESHOLD = 8, 0.3  # So that some steps commit more than one token.
 CONFIGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -50,10 +52,17 @@ class Member:
     def logits(self, params, ids):
         return np.asarray(jax.jit(lambda p, ids: bind(self.model, p).context_logits(ids))(params, ids))
 
-    def generate(self, **settings):
-        sampling = SamplingConfig(block_size=8, steps_per_block=8, confidence_threshold=0.9)
+    def denoise(self, clean, noisy, t):
+        return self._denoise(self.params, clean[None], noisy[None], t)[0]
+
+    @functools.cached_property
+    def _denoise(self):
+        return jax.jit(lambda p, *a: bind(self.model, p).training_logits(*a, BLOCK)[0])
+
+    def generate(self, prompts=None, **settings):
+        sampling = SamplingConfig(block_size=BLOCK, steps_per_block=BLOCK, confidence_threshold=THRESHOLD)
         settings = Settings(**{"max_new_tokens": 16, "batch_size": 2, "sampling": sampling} | settings)
-        return list(generate(self.model, self.params, [case["prompt"] for case in self.cases], settings))
+        return list(generate(self.model, self.params, prompts or [case["prompt"] for case in self.cases], settings))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -67,14 +76,41 @@ def test_logits(member):
 
 
 def test_tokens_in_four_modes(member):
-    """Both towers compute what the one computed, so that mock_ar and speculative give the tokens of ar as well."""
+    """Both towers compute what the one computed, so that mock_ar and speculative give the tokens of ar as well;
+    diffusion gives what a literal loop over the forward pass of training does."""
     expected = [case["ar"] for case in member.cases]
     for mode in ("ar", "mock_ar", "speculative"):
         assert [result.tokens for result in member.generate(mode=mode, ignore_eos=True)] == expected, mode
-    mask = member.model.config.mask_token_id
-    for result in member.generate(ignore_eos=True):
-        assert len(result.tokens) == 16 and mask not in result.tokens
-        assert 2 <= result.denoiser_evaluations <= 16
+    prompts = [case["prompt"][: len(case["prompt"]) // BLOCK * BLOCK] for case in member.cases]
+    found = member.generate(prompts, ignore_eos=True)
+    for result, prompt in zip(found, prompts, strict=True):
+        tokens, evaluations = denoised(member, prompt, 16)
+        assert (result.tokens, result.denoiser_evaluations) == (tokens, evaluations)
+
+
+def denoised(member, prompt: list[int], new: int) -> tuple[list[int], int]:
+    """Tokens and evaluations of diffusion as the maths has it, by the forward pass of training, without a cache.
+
+    Needs a prompt of whole blocks; as many steps as a block has tokens, so that one commit a step is the least.
+    """
+    mask, evaluations = member.model.config.mask_token_id, 0
+    tokens, length = list(prompt), 32  # Of which what comes later is not seen.
+    while len(tokens) < len(prompt) + new:
+        block = np.full(BLOCK, mask)
+        while (masked := block == mask).any():
+            clean = np.array([*tokens, *[0] * (length - len(tokens))])
+            noisy = np.array([*tokens, *block, *[0] * (length - len(tokens) - BLOCK)])
+            t = np.float32([masked.mean()])
+            logits = np.array(member.denoise(clean, noisy, t)[len(tokens) :][:BLOCK], np.float64)
+            logits[:, mask] = -np.inf
+            probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+            probabilities /= probabilities.sum(-1, keepdims=True)
+            confidence = np.where(masked, probabilities.max(-1), -1)
+            commit = (confidence > THRESHOLD) | (np.arange(BLOCK) == confidence.argmax())
+            block = np.where(commit & masked, logits.argmax(-1), block)
+            evaluations += 1
+        tokens += block.tolist()
+    return tokens[len(prompt) :], evaluations
 
 
 def test_rows_end_at_any_of_the_end_tokens(member):
@@ -148,6 +184,16 @@ def test_the_command_s_end_tokens(tmp_path):
     assert (row["tokens"], row["finish_reason"]) == (case["ar"][:3], "eos")
     done = run_command(*command, "--eos=300")
     assert (done.returncode, done.stderr) == (2, "error: eos=300 lies outside vocab_size=300\n")
+    # Scored, a row counts as far as the end token, which a row that was cut there is scored as.
+    rows = [case["ar"], case["ar"][:3], case["ar"][:2]]
+    rows = "".join(json.dumps({"prompt_ids": case["prompt"], "tokens": tokens}) + "\n" for tokens in rows)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    command = ["score", f"--checkpoint={FAMILY / 'moe'}", "--objective=generations"]
+    command += [f"--input={tmp_path / 'rows.jsonl'}", f"--output={tmp_path / 'scores.jsonl'}"]
+    done = run_command(*command, f"--eos=7,{case['ar'][2]}")
+    assert done.returncode == 0 and "under the context tower, 8 tokens" in done.stderr, done.stderr
+    whole, cut, shorter = map(json.loads, (tmp_path / "scores.jsonl").read_text().splitlines())
+    assert whole == cut != shorter
 
 
 # End tokens of a folder.

@@ -87,7 +87,11 @@ def test_a_file_system_that_lacks_something_is_named_with_a_remedy(tmp_path, mon
 
 @pytest.mark.usefixtures("compile_once")
 def test_a_run_that_waited_goes_on_from_what_the_other_one_left(train_config, tmp_path, monkeypatch):
-    config, folder, said = train_config(steps=3, checkpoint_every=0), tmp_path / "run", []
+    config, folder, said = (
+        train_config(pattern="-", steps=3, checkpoint_every=0, validation_fraction=0.0),
+        tmp_path / "run",
+        [],
+    )
     make_setup = loop.make_setup
 
     def slow_start(*arguments):
@@ -217,7 +221,8 @@ def test_a_tokenizer_that_is_not_read_is_mentioned(tmp_path):
 
 @pytest.mark.usefixtures("compile_once")
 def test_a_run_with_a_bidirectional_denoiser_is_not_exported(train_config, tmp_path):
-    config = train_config(objective="denoiser", steps=1, variant={"context": "trained", "bidirectional_mamba": True})
+    variant = {"context": "trained", "bidirectional_mamba": True}
+    config = train_config(pattern="M", objective="denoiser", steps=1, variant=variant, validation_fraction=0.0)
     loop.train(config, tmp_path / "run", lambda line: None)
     with pytest.raises(ValueError, match="bidirectional_mamba"):
         export(tmp_path / "run", tmp_path / "out", "both", 10**9)

@@ -124,7 +124,8 @@ def test_moments_are_stored_so_and_lie_where_their_parameters_do(step_config):
 
 def test_a_run_with_moments_in_bfloat16_goes_on_as_if_never_stopped(train_config, tmp_path, compile_once):
     """And not with moments of another kind."""
-    config = train_config(steps=6, log_every=1, checkpoint_every=0, moments_dtype="bfloat16", validation_fraction=0.0)
+    settings = {"pattern": "-", "steps": 6, "log_every": 1, "checkpoint_every": 0, "validation_fraction": 0.0}
+    config = train_config(moments_dtype="bfloat16", **settings)
     whole = train(config, tmp_path / "whole", lambda line: None)
     asked = iter(["", "", "", ""])
     first = train(config, tmp_path / "parts", lambda line: None, stop=lambda: next(asked, "somebody"))
@@ -132,7 +133,7 @@ def test_a_run_with_moments_in_bfloat16_goes_on_as_if_never_stopped(train_config
     rest = train(config, tmp_path / "parts", lambda line: None)
     for name in ("loss", "grad_norm"):
         assert rest.metrics[name] == whole.metrics[name]
-    other = train_config(steps=6, log_every=1, checkpoint_every=0, validation_fraction=0.0)
+    other = train_config(**settings)
     with pytest.raises(ValueError, match="moments_dtype 'bfloat16' -> 'absent'"):
         train(other, tmp_path / "parts", lambda line: None)
 

@@ -190,8 +190,8 @@ def test_typed_turns_end_with_exit_or_the_input():
 
 
 @pytest.fixture(scope="module")
-def chat_model(tmp_path_factory, data):
-    checkpoint = shutil.copytree(data / "tiny" / "checkpoint", tmp_path_factory.mktemp("chat") / "checkpoint")
+def chat_model(tmp_path_factory, small_folder):
+    checkpoint = shutil.copytree(small_folder, tmp_path_factory.mktemp("chat") / "checkpoint")
     (checkpoint / "chat_template.jinja").write_text(TURNS)
     return checkpoint
 

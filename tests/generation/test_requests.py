@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.generation import Engine, Request, Settings, scheduling
+from twotower_jax.generation import Engine, Request, Settings
+from twotower_jax.generation.quorum import Quorum
 from twotower_jax.parameters import bind, flatten, unflatten
 from twotower_jax.two_tower import TwoTower
 
@@ -52,6 +53,7 @@ def results(tiny, requests, **options) -> list:
 
 
 def mixture(count: int, seed: int) -> list[Request]:
+    """Requests of four programs."""
     draw = random.Random(seed)
     out = []
     for _ in range(count):
@@ -69,13 +71,13 @@ def mixture(count: int, seed: int) -> list[Request]:
                 prompt=prompt(draw.randrange(100)),
                 max_new_tokens=draw.randrange(1, 30),
                 sampling=sampling,
-                end_tokens=draw.choice([(), (7,), (4, 9, 21), tuple(range(30, 36))]),
+                end_tokens=draw.choice([(), (7,), (4, 9, 21), (30, 31, 32, 33)]),
                 tolerance=draw.choice([0.0, 0.5]) if mode == "speculative" else 0.0,
-                logprobs=draw.choice([None, 0, 3]),
-                context_logprobs=draw.random() < 0.5,
+                logprobs=3,
+                context_logprobs=mode != "diffusion" and draw.random() < 0.5,
                 provisional=draw.random() < 0.2,
                 pinned={0: 11} if draw.random() < 0.3 else {},
-                allowed={0: range(10, 20)} if draw.random() < 0.3 else None,
+                allowed={0: range(10, 20) if draw.random() < 0.3 else range(VOCAB)},
             )
         )
     return out
@@ -116,7 +118,7 @@ def test_rows_of_all_kinds_get_what_they_get_alone(tiny):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("of", [1, SLOTS])
+@pytest.mark.parametrize("of", [1, 2])
 def test_the_quorum_changes_no_token(tiny, monkeypatch, of):
     requests = [
         request(i, mode=mode, sampling={"confidence_threshold": (i * 0.37) % 1.0, "steps_per_block": 8})
@@ -125,7 +127,7 @@ def test_the_quorum_changes_no_token(tiny, monkeypatch, of):
     expected = results(tiny, requests)
     steps = {r.denoiser_evaluations for r in expected}
     assert len(steps) > 3  # Rows are not equally fast.
-    monkeypatch.setattr(scheduling, "quorum", lambda alive: min(alive, of))
+    monkeypatch.setattr(Quorum, "of", lambda self, alive: min(alive, of))
     assert results(tiny, requests) == expected
 
 

@@ -163,8 +163,8 @@ def _run(script: str, **flags):
     return run_command(script, *arguments)
 
 
-def test_the_command_tunes_and_generation_follows(tmp_path, data):
-    checkpoint = shutil.copytree(data / "tiny" / "checkpoint", tmp_path / "checkpoint")
+def test_the_command_tunes_and_generation_follows(tmp_path, small_folder):
+    checkpoint = shutil.copytree(small_folder, tmp_path / "checkpoint")
     (checkpoint / FILE).write_text('{"temperature": 0.5, "block_size": 4}')
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "tuning"
     prompts.write_text('{"ids": [7, 8, 9]}\n')

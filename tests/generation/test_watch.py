@@ -98,9 +98,9 @@ def test_where_the_trained_block_size_stands(tmp_path, files, expected):
     assert trained_block_size(tmp_path) == expected
 
 
-def test_the_command_follows_its_flags(tmp_path, data):
+def test_the_command_follows_its_flags(tmp_path, small_folder):
     """One run for the warning, the trace, a stop text and the fields of a row."""
-    checkpoint = shutil.copytree(data / "tiny" / "checkpoint", tmp_path / "checkpoint")
+    checkpoint = shutil.copytree(small_folder, tmp_path / "checkpoint")
     (checkpoint / "generation_config.json").write_text('{"block_size": 2}')
     prompts, out, trace = (tmp_path / name for name in ("prompts.jsonl", "out.jsonl", "trace.jsonl"))
     prompts.write_text('{"text": "The list"}\n{"ids": [7, 8, 9]}\n')
@@ -119,9 +119,9 @@ def test_the_command_follows_its_flags(tmp_path, data):
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     assert lines[0]["format"] == FORMAT
     for line in lines:
-        if line.get("kind") == "step":  # 7 layers with experts, 4 positions, 3 of 16 experts each.
-            assert [len(layer) for layer in line["experts"]] == [12] * 7
-            assert {e for layer in line["experts"] for e in layer} <= set(range(16))
+        if line.get("kind") == "step":  # One layer with experts, 4 positions, 3 of 8 experts each.
+            assert [len(layer) for layer in line["experts"]] == [12]
+            assert {e for layer in line["experts"] for e in layer} <= set(range(8))
     assert sum(line.get("kind") == "result" for line in lines) == 2
     assert "row 0, block 0, 1 steps, 3 drafted tokens kept" in run.stderr
     assert "warning: --block_size=4 is more than the 2 that the denoiser was trained with" in run.stderr

@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from helpers import ROOT
+from helpers import ROOT, run_command
 from twotower_jax import command_line, jax_settings, randomness
 from twotower_jax.checkpoint import huggingface, inspection, load
 from twotower_jax.diffusion import MaskedDiffusion
@@ -130,6 +130,19 @@ def test_how_a_command_ends(body, status, said):
     assert (code, out) == (status, "") and (err == said or err.startswith(said)) and err.count("\n") <= 1
 
 
+def test_an_interruption_is_not_lost_in_a_callback():
+    """Of the garbage collector, where Python prints an exception and goes on."""
+    body = f"""import gc, time
+def callback(phase, info):
+    if phase == 'stop':
+        gc.callbacks.remove(callback)
+        {_INTERRUPTED.replace(chr(10), chr(10) + "        ")}
+gc.callbacks.append(callback)
+gc.collect()
+time.sleep(9)"""
+    assert main(body) == (130, "", "error: interrupted; nothing was left half-written\n")
+
+
 def test_a_second_interruption_does_not_disturb_the_cleaning_up_after_the_first():
     begun = _ENDED.format("SIGTERM").replace("\n", "\n    ")
     cleaned = "os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\n    print('cleaned up')"
@@ -158,7 +171,8 @@ def test_generated_rows_are_checked_before_a_model_is_loaded(tmp_path):
         bad = f'{{"prompt_ids": {prompt}, "tokens": {tokens}}}'
         rows.write_text(f'{{"prompt_ids": [5], "tokens": []}}\n{bad}\n')
         words = ["--checkpoint=nowhere", f"--input={rows}", f"--output={tmp_path / 'out'}", "--objective=generations"]
-        code, out, err = run(ROOT / "launch/score.py", *words, "--eos=2")
+        done = run_command("score", *words, "--eos=2")
+        code, out, err = done.returncode, done.stdout, done.stderr
         assert (code, out) == (2, "") and err.startswith(f"error: {rows}, row 2: prompt_ids and tokens must be lists")
         assert err.count("\n") == 1 and list(tmp_path.iterdir()) == [rows]
 
@@ -356,9 +370,9 @@ def test_a_worker_leaves_speaking_to_its_parent(tmp_path):
     assert run(tmp_path / "command.py", **environment) == (0, f"True\n{-signal.SIGTERM}\n", "")
 
 
-def test_an_interrupted_generation_leaves_nothing(data, tmp_path):
+def test_an_interrupted_generation_leaves_nothing(small_folder, tmp_path):
     (tmp_path / "prompts").write_text('{"ids": [5, 6, 7]}\n')
-    flags = [f"--checkpoint={data / 'tiny/checkpoint'}", "--prompts=prompts", "--output=out", "--max_new_tokens=100000"]
+    flags = [f"--checkpoint={small_folder}", "--prompts=prompts", "--output=out", "--max_new_tokens=100000"]
     command = interruptible(str(ROOT / "launch/generate.py"), *flags, "--mode=ar", "--ignore_eos")
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / ".out.partial").exists():

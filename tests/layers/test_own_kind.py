@@ -1,6 +1,7 @@
 """A layer kind of this file's own, with a state, through everything the package does: not a line there knows of it."""
 
 import dataclasses
+import functools
 import json
 
 import flax.struct
@@ -194,12 +195,15 @@ def test_it_divides_over_eight_devices(trained, tmp_path):
 
 def test_every_mode_says_what_whole_passes_say(trained):
     model, params, _ = load(trained[1] / "denoiser")
-    bound, size, new = bind(model, params), 4, 8
-    capacity = 24
+    size, new, capacity = 4, 8, 24
+
+    def padded(text):
+        return jnp.asarray([text + [0] * (capacity - len(text))])
+
+    whole = jax.jit(lambda params, ids: bind(model, params).context_logits(ids))
 
     def context(text):
-        padded = jnp.asarray([text + [0] * (capacity - len(text))])
-        return np.asarray(bound.context_logits(padded))[0, len(text) - 1]
+        return np.asarray(whole(params, padded(text)))[0, len(text) - 1]
 
     def tokens(mode, placement=TowerMeshes()):  # noqa: B008 (frozen)
         sampling = SamplingConfig(block_size=size, steps_per_block=1)
@@ -215,12 +219,15 @@ def test_every_mode_says_what_whole_passes_say(trained):
     assert tokens("ar") == expected
     assert tokens("speculative") == expected
 
+    @functools.partial(jax.jit, static_argnames="causal")
+    def after(params, ids, length, block, causal):
+        bound = bind(model, params)
+        _, cache = bound.prefill(ids, length, capacity)
+        return bound.mock_ar_logits(block, cache) if causal else bound.denoise(block, jnp.ones(1), cache)
+
     def denoiser(text, block, causal):
         """The denoiser's logits for `block` after a text, from a cache made in one pass."""
-        _, cache = bound.prefill(jnp.asarray([text]), jnp.asarray([len(text)]), capacity)
-        if causal:
-            return np.array(bound.mock_ar_logits(jnp.asarray([block]), cache))[0]
-        return np.array(bound.denoise(jnp.asarray([block]), jnp.ones(1), cache))[0]
+        return np.array(after(params, padded(text), jnp.asarray([len(text)]), jnp.asarray([block]), causal))[0]
 
     mask, diffusion, mock = model.config.mask_token_id, [], []
     for prompt in PROMPTS:
@@ -243,13 +250,19 @@ def test_every_mode_says_what_whole_passes_say(trained):
 
 def test_blocks_in_training_are_blocks_after_a_cache(trained):
     model, params, _ = load(trained[1] / "denoiser")
-    bound, rng = bind(model, params), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     clean, noisy = (rng.integers(0, model.config.vocab_size, (2, 12)).astype(np.int32) for _ in range(2))
     t = jnp.float32([0.3, 0.8])
-    together = bound.training_logits(clean, noisy, t, 4)[0]
+    together = jax.jit(lambda params: bind(model, params).training_logits(clean, noisy, t, 4)[0])(params)
+
+    @jax.jit
+    def after(params, length, block):
+        bound = bind(model, params)
+        _, cache = bound.prefill(clean, length, 12)
+        return bound.denoise(block, t, cache)
+
     for start in (4, 8):
-        _, cache = bound.prefill(clean[:, :start], jnp.full(2, start), 12)
-        alone = bound.denoise(noisy[:, start : start + 4], t, cache)
+        alone = after(params, jnp.full(2, start), noisy[:, start : start + 4])
         np.testing.assert_allclose(together[:, start : start + 4], alone, atol=1e-5)
 
 

@@ -10,8 +10,9 @@ from helpers import ROOT, run_command
 from twotower_jax.parameters import Parameter, parameter_table
 from twotower_jax.planning import checks, hardware, report, serving, table
 from twotower_jax.planning.hardware import Hardware
-from twotower_jax.planning.plan import plan_step
+from twotower_jax.planning.plan import compile_or_refuse, plan_step
 from twotower_jax.sharding import MeshShape
+from twotower_jax.train.flops import step_flops
 from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.step import tables
 from twotower_jax.two_tower import TwoTower
@@ -286,7 +287,7 @@ def test_rows_are_kept_as_they_come(tmp_path, plan):
     assert head == "| one train step | v5p:8x8x4 | v6e:16x16 |" and line == "| --- | --: | --: |"
     days = 2.1e12 / plan.tokens_per_second / 86400
     dollars = [f"${days * 24 * 8 * price / 1e6:.2f} M at ${price:.2f}" for price in (table.PRICES["v5p"], 100.0)]
-    assert rows[-1].endswith(f"| {dollars[0]} | {dollars[1]} |")
+    assert f"| dollars, at an assumed price a chip-hour | {dollars[0]} | {dollars[1]} |" in rows
     path.write_text("[]")
     with pytest.raises(ValueError, match="not a file of this table's rows"):
         table.load(path)
@@ -298,10 +299,63 @@ def test_prices_that_mean_nothing(price):
         table.parse_prices([price])
 
 
-def test_the_docs_show_the_rows_as_they_were_made():
+@pytest.mark.parametrize(("config", "page"), [("nano30b", "guide/scale.md"), ("nano4b", "reports/nano4b.md")])
+def test_the_docs_show_the_rows_as_they_were_made(tmp_path, config, page):
     docs = ROOT / "docs"
-    text = table.markdown(table.load(docs / "reports" / "scale.json"), table.PRICES)
-    assert text in (docs / "guide" / "scale.md").read_text(encoding="utf-8")
+    before = (docs / page).read_text(encoding="utf-8")
+    text = table.markdown(table.load(docs / "reports" / "scale.json"), table.PRICES, config)
+    assert text in before
+    # Put into the page again, it is the same page; without its lines, the page is refused and stays.
+    copy = tmp_path / "page.md"
+    copy.write_text(before.replace(text, "| an older table |"), encoding="utf-8")
+    table.replace(copy, config, text)
+    assert copy.read_text(encoding="utf-8") == before
+    copy.write_text(text)
+    with pytest.raises(ValueError, match=f"page.md: no lines '<!-- {config}: rows -->' and '<!-- {config}: end -->'"):
+        table.replace(copy, config, text)
+    assert copy.read_text() == text
+
+
+def test_rows_of_models():
+    assert len({row.name for row in table.ROWS}) == len(table.ROWS)
+    names = [row.name for row in table.rows_of("nano4b")]
+    assert {"nano4b v5p:4x4x4", "nano4b v5e:1x1 serve", "nano4b v5e:1x1 serve int8"} <= set(names)
+    with pytest.raises(ValueError, match=r"no rows for a config named 'tiny' \(there are for nano30b, nano4b\)"):
+        table.rows_of("tiny")
+
+
+def test_a_step_that_the_compiler_refuses(plan, tmp_path):
+    """Its words say how much it would take; another failure is no answer."""
+
+    class Lowered:
+        message = "Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.message)
+
+    refused = Lowered()
+    assert compile_or_refuse(refused) == (None, int(17.5 * 2**30), "Used 17.50G of 15.75G hbm")
+    found = plan._replace(memory=2**30, activations=2**30, gates=[], predicted=None, refused="Used 1.5G of 1G hbm")
+    assert "the compiler makes no program: Used 1.5G of 1G hbm" in report.describe(found)
+    table.store(tmp_path / "t.json", "nano4b v5e:2x4", report.as_json(found))
+    text = table.markdown(table.load(tmp_path / "t.json"), table.PRICES, "nano4b")
+    assert "| fits with 10% free | no: Used 1.5G of 1G hbm |" in text and "| limited by | – |" in text
+    refused.message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compile_or_refuse(refused)
+
+
+def test_what_kernels_compute_of_a_step(step_config):
+    """Scans, convolutions, attention over what is seen, routed experts; each trained tower three times."""
+    config = step_config()
+    model = config.model_config(40)
+    scan = 2 * model.conv_kernel * model.conv_channels + 4 * model.mamba_inner * model.ssm_state_size
+    heads = 4 * model.num_attention_heads * model.head_dim
+    routed = 4 * model.hidden_size * model.num_experts_per_tok * model.moe_intermediate_size
+    length = config.sequence_length
+    keys = (length + 1) / 2 + 3 * (length + 4) / 2
+    a_token = (1 + 3) * (2 * scan + 2 * routed) + heads * keys
+    assert step_flops(config, model, 4, in_kernels=True) == pytest.approx(config.batch_size * length * a_token)
 
 
 def test_serving_on_one_device(step_config):

@@ -102,11 +102,84 @@ def test_what_is_hidden_of_a_collective(middle, meanwhile):
     assert found.seconds == pytest.approx(max(6e-4, meanwhile))
 
 
+@pytest.mark.parametrize(
+    ("middle", "seconds"),
+    [
+        # 2 MB into memory on the chip take 20 µs to read, and the product there 2 ms: nothing of the copy is left over.
+        ("%p = bf16[1000,1000]{1,0} fusion(%x, %x), kind=kOutput, calls=%fused", 2e-3),
+        # What is written on the chip takes no time of the memory's, nor does what is copied from there.
+        ("%p = bf16[1000,1000]{1,0:T(8,128)(2,1)S(1)} copy(%x)", 2e6 / 1e11 + 2e6 / 1e11),
+        ("", 2e6 / 1e11),
+    ],
+)
+def test_a_copy_that_goes_on_beside_other_work(middle, seconds):
+    gather = "%start = (bf16[1000,1000], bf16[4000,1000]) all-gather-start(%x), replica_groups=[16,4]<=[64]"
+    copy = "%begun = (bf16[1000,1000]{1,0:T(8,128)(2,1)S(1)}, bf16[1000,1000]{1,0:T(8,128)(2,1)}, u32[]{:S(2)})"
+    text = ASYNC.replace(f"{gather}, dimensions={{0}}", f"{copy} copy-start(%x)").replace("MIDDLE", middle)
+    text = text.replace(
+        "%done = bf16[4000,1000]{1,0} all-gather-done(%start)", "%done = bf16[1000,1000] copy-done(%begun)"
+    )
+    found = predict(text, RING, PEAK)
+    assert found.seconds == pytest.approx(seconds)
+    assert found.link_bytes == {} and found.bytes >= 2e6
+
+
+LOOP = """
+%below (t: (s32[], s32[], f32[4,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7), metadata={op_name="while/cond"}
+  %t = (s32[]{:T(128)}, s32[], f32[4,4]{1,0:T(4,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %other = s32[] get-tuple-element(%t), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body (t: (s32[], s32[], f32[4,4])) -> (s32[], s32[], f32[4,4]) {
+  %t = (s32[]{:T(128)}, s32[], f32[4,4]{1,0:T(4,128)}) parameter(0)
+  %m = f32[4,4]{1,0} get-tuple-element(%t), index=2
+  %d = f32[4,4]{1,0} dot(%m, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %r = (s32[], s32[], f32[4,4]) tuple(%i, %other, %d)
+}
+
+ENTRY %main (t: (s32[], s32[], f32[4,4])) -> (s32[], s32[], f32[4,4]) {
+  %t = (s32[]{:T(128)}, s32[], f32[4,4]{1,0:T(4,128)}) parameter(0)
+  ROOT %w = (s32[], s32[], f32[4,4]) while(%t), condition=%below, body=%body
+}
+"""
+
+
+def test_trips_of_a_loop_as_its_condition_says():
+    """TPUs' programs have no counts beside their loops. A bound that is computed is not known: once, and said."""
+    known = predict(LOOP, RING, PEAK)
+    assert known.flops == 7 * 2 * 4**3 and known.uncounted == {}
+    unknown = predict(LOOP.replace("compare(%i, %limit)", "compare(%i, %other)"), RING, PEAK)
+    assert unknown.flops == 2 * 4**3 and unknown.uncounted == {"loops": 1}
+
+
+def test_only_kernels_hide_arithmetic():
+    call = '%k = bf16[1000,1000]{1,0} custom-call(%x), custom_call_target="TARGET"'
+    found = {
+        t: predict(ASYNC.replace("MIDDLE", call.replace("TARGET", t)), RING, PEAK) for t in ("AllocateBuffer", "X")
+    }
+    assert [found[t].uncounted for t in found] == [{}, {}]
+    assert found["AllocateBuffer"].bytes == 0 and found["X"].bytes == 4e6
+
+
 def test_what_is_not_known_is_counted():
     text = ASYNC.replace("MIDDLE", '%k = bf16[1000,1000]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"')
     assert predict(text, RING, PEAK).uncounted == {"kernels": 1}
     with pytest.raises(ValueError, match="ENTRY"):
         predict("", RING, PEAK)
+
+
+def test_what_a_kernel_computes_is_given():
+    """It reads and writes 2 MB, in 40 µs; 20 GFLOP take 20 ms and cover the collective, 1 MFLOP takes no time."""
+    text = ASYNC.replace("MIDDLE", '%k = bf16[1000,1000]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"')
+    plain = predict(text, RING, PEAK)
+    assert plain.kernel_traffic == plain.memory == pytest.approx(4e6 / 1e11)
+    long = predict(text, RING, PEAK, kernel_flops=2e10)
+    assert (long.flops, long.arithmetic, long.memory) == (2e10, 2e10 / PEAK, pytest.approx(0))
+    assert predict(text, RING, PEAK, kernel_flops=1e6) == plain._replace(flops=1e6)
+    assert predict(ASYNC.replace("MIDDLE", ""), RING, PEAK, kernel_flops=2e10).flops == 0
 
 
 def test_far_links_are_slower():

@@ -24,7 +24,9 @@ def run_command(
     """Runs `launch/SCRIPT.py`, or the script of a path, to its end, with some variables of the environment set."""
     path = script if isinstance(script, pathlib.Path) else ROOT / "launch" / f"{script}.py"
     command = [str(path), *map(str, arguments)]
-    if any(name.startswith("JAX_") and os.environ.get(name) != value for name, value in environment.items()):
+    # What a process reads while it starts and imports, it has to start for.
+    new = {name for name, value in environment.items() if os.environ.get(name) != value}
+    if any(name.startswith(("JAX_", "PYTHON")) for name in new):
         return subprocess.run(
             [sys.executable, *command],
             cwd=cwd,

@@ -1,8 +1,8 @@
 """A process that has imported what the commands import, and forks for each command that a test runs.
 
 Importing takes seconds of the processor, a command often less than one. The forked process is the command's own: its
-arguments, folder, environment, output, signals and exit status. What it cannot have anew are the settings that JAX
-reads while it is imported, so that `run_command` starts a real one for those; so does every test of starting itself.
+arguments, folder, environment, output, signals and exit status. What it cannot have anew are the settings that Python
+and JAX read while they start, so that `run_command` starts a real one for those; so does every test of starting itself.
 
     python warm.py FD      FD: one end of a socket; see `Server` for the other
 """

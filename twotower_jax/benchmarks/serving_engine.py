@@ -3,7 +3,7 @@
     python launch/benchmark.py serving_engine --checkpoint=DIR        # a trained denoiser, such as quickstart's
     python launch/benchmark.py serving_engine                         # random weights of the demonstration's shape
 
-A call ends when a quorum of its rows have finished their blocks (generation/scheduling.py). Runs with the quorum of the
+A call ends when a quorum of its rows have finished their blocks (generation/quorum.py). Runs with the quorum of the
 engine, with one of all rows, which is how the engine worked before, and with one row, go by turns in one process. An
 evaluation is wasted on a row that has no use for it: it is done and waits for others, or its slot is empty.
 
@@ -12,10 +12,9 @@ other quorums, in which an evaluation costs 1 and a pass of the context what was
 """
 
 import dataclasses
-import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -29,6 +28,7 @@ from twotower_jax.data import encode, load_tokenizer
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.execution import Execution
 from twotower_jax.generation import Engine, Settings, positions, scheduling
+from twotower_jax.generation.quorum import Quorum, best_part, part_of, simulate
 from twotower_jax.parameters import bind
 from twotower_jax.two_tower import TwoTower
 
@@ -83,8 +83,6 @@ def run(model, params, prompts: Sequence[Sequence[int]], settings: Settings, cap
 
     engine._advance = counted
     counts, tokens, start = [[] for _ in prompts], 0, time.perf_counter()
-    before = [0] * len(prompts)
-    rows = {}
     while engine.busy:
         for progress in engine.step():
             if progress.tokens:
@@ -92,38 +90,13 @@ def run(model, params, prompts: Sequence[Sequence[int]], settings: Settings, cap
                 counts[progress.number].append(max(progress.step_map))
             if progress.result is not None:
                 tokens += len(progress.result.tokens)
-                rows[progress.number] = progress.result.denoiser_evaluations
+                assert sum(counts[progress.number]) == progress.result.denoiser_evaluations
     seconds = time.perf_counter() - start
-    assert all(sum(counts[n]) == rows[n] for n in rows), before
     return Run(made, used, reads, tokens, seconds, counts)
 
 
-def simulate(counts: Sequence[int], batch: int, quorum: Callable[[int], int], context: float, seed: int = 0) -> float:
-    """Blocks a unit of time and row, of a table that is always full.
-
-    Args:
-      counts: evaluations of blocks, of which each row draws its own, one after another.
-      context: cost of a pass of the context; an evaluation costs 1.
-    """
-    rng = np.random.default_rng(seed)
-    blocks, left = 0, rng.choice(counts, batch)
-    needed, spent = quorum(batch), 0.0
-    while blocks < 400 * batch:
-        # Until so many have finished: the rows that take longest of the first `needed`.
-        steps = int(np.partition(left, needed - 1)[needed - 1])
-        left = np.maximum(left - steps, 0)
-        done = left == 0
-        blocks += int(done.sum())
-        spent += steps + context
-        left[done] = rng.choice(counts, int(done.sum()))
-    return blocks / spent / batch
-
-
-FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
-
-
-def _of(fraction: float) -> Callable[[int], int]:
-    return lambda alive: max(1, math.ceil(fraction * alive))
+# Of the rows; 0 stands for one row.
+FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 
 
 def main() -> None:
@@ -139,7 +112,7 @@ def main() -> None:
         model, params = loaded.model, loaded.params
         draw = np.random.default_rng(0)
         words = [" ".join(draw.choice(_WORDS, draw.integers(2, 12))) for _ in range(1024)]
-        texts = [list(ids) for ids in encode(load_tokenizer(loaded.folder), words)]
+        texts = [list(ids) for ids in encode(load_tokenizer(values.checkpoint), words)]
     sampling = SamplingConfig(block_size=16, steps_per_block=16, confidence_threshold=values.threshold)
     recorded, ratios = [], []
     print("\n| rows | quorum | evaluations a block | of them wasted | context passes | tokens/s | times that of all |")
@@ -148,7 +121,12 @@ def main() -> None:
         settings = Settings(max_new_tokens=values.new_tokens, sampling=sampling, batch_size=batch, ignore_eos=True)
         prompts = (texts * (1 + batch * values.rows_per_slot // len(texts)))[: batch * values.rows_per_slot]
         capacity = max(positions(len(p), values.new_tokens, settings) for p in prompts)
-        rules = {"all rows": lambda alive: alive, "the engine's": scheduling.quorum, "one row": lambda alive: 1}
+        rules = {
+            "all rows": lambda self, alive: alive,
+            "the engine's": Quorum.of,
+            "3/8": lambda self, alive: part_of(3 / 8, alive),
+            "one row": lambda self, alive: 1,
+        }
         runs = {name: [] for name in rules}
         for turn in range(values.repeats + 1):  # The first compiles.
             for name, rule in rules.items():
@@ -191,9 +169,9 @@ def report(recorded: Sequence[int], context: float) -> None:
     print(f"\n| evaluations a block | rows | engine's | {names} |\n|---|--:|{'--:|' * (len(FRACTIONS) + 1)}")
     for name, counts in cases.items():
         for batch in (2, 3, 4, 8, 16, 64, 256):
-            every = simulate(counts, batch, lambda alive: alive, context)
-            rules = [scheduling.quorum, *map(_of, FRACTIONS)]
-            gains = [simulate(counts, batch, rule, context) / every for rule in rules]
+            every = simulate(counts, batch, batch, context, 400)
+            quorums = [part_of(best_part(counts, batch), batch), *(max(1, part_of(f, batch)) for f in FRACTIONS)]
+            gains = [simulate(counts, batch, quorum, context, 400) / every for quorum in quorums]
             print(f"| {name} | {batch} | {' | '.join(f'{gain:.2f}' for gain in gains)} |", flush=True)
 
 
@@ -224,7 +202,7 @@ class _quorum:
         self._rule = rule
 
     def __enter__(self):
-        self._before, scheduling.quorum = scheduling.quorum, self._rule
+        self._before, Quorum.of = Quorum.of, self._rule
 
     def __exit__(self, *_):
-        scheduling.quorum = self._before
+        Quorum.of = self._before

@@ -5,8 +5,10 @@ request.py        what one row is asked to be
 engine.py         a table of rows on the device, filled and emptied by the host between calls
 prefix_cache.py   what the context kept of prompts that begin alike
 rows.py           a row as the host knows it
+quorum.py         how many rows a call waits for
 scheduling.py     what the host says with each call
 slots.py          that table, and how prompts are read into it
+processes.py      one engine in several processes
 placement.py      the devices of both towers
 modes.py          one block of diffusion, AR and mock-AR: a draft of the denoiser's, a commit of the context's
 speculative.py    the same where the denoiser drafts and the context decides

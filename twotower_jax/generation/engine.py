@@ -3,13 +3,13 @@
 The host calls one compiled function (blocks.py) for the rows of each kind, and looks at what came of it: rows that are
 done free their slot, and waiting prompts are read into it, in pieces. While rows are being generated a long prompt is
 read one piece per call, so that they do not wait for it. A call lasts until some of its rows have finished their blocks
-(scheduling.py); the others go on in the next one.
+(quorum.py); the others go on in the next one.
 
 A row's numbers come from the same compiled arithmetic whatever its neighbors are; with another batch size the shapes
 of the matrix products are others, and so may be the last bits of its logits, but not its tokens.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -21,6 +21,7 @@ from twotower_jax.generation.blocks import Table
 from twotower_jax.generation.modes import Emitted
 from twotower_jax.generation.placement import TowerMeshes
 from twotower_jax.generation.prefix_cache import PrefixCache, borders
+from twotower_jax.generation.quorum import Quorum
 from twotower_jax.generation.request import Request, from_settings
 from twotower_jax.generation.rows import Kind, Progress, Row
 from twotower_jax.generation.scheduling import PIECE, piece_width, round_up
@@ -100,6 +101,7 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._submitted = 0
         self._prefixes = prefix_cache
+        self._quorums: defaultdict[Kind, Quorum] = defaultdict(Quorum)
         self.cache_bytes = cache_bytes(model, batch, self.capacity, placement.context)
         _check_memory(self.cache_bytes, batch, self.capacity, settings.max_cache_gb, placement)
         # AR needs no denoiser: apart from the context it is then left out.
@@ -185,6 +187,8 @@ class Engine:
             for slot, row in enumerate(places):
                 if row is not None and row.number not in failed and (got := row.take(of_call, slot)) is not None:
                     progress.append(got)
+                    if row.blockwise and got.tokens:
+                        self._quorums[row.kind].add(row.evaluations)
         done = {p.number for p in progress if p.result is not None or p.error is not None}
         self._table = [None if row is not None and row.number in done else row for row in self._table]
         return sorted(progress, key=lambda p: p.number)
@@ -295,7 +299,8 @@ class Engine:
     def _advance(self, kind: Kind, places: list[Row | None]) -> Emitted:
         config = self._model.config
         recipe = scheduling.recipe(kind, places, self._record, self._routing, config.vocab_size)
-        call = scheduling.call(kind, places, self._eos_width, config)
+        quorum = self._quorums[kind].of(sum(row is not None for row in places))
+        call = scheduling.call(kind, places, quorum, self._eos_width, config)
         emitted = self._rows.block(call, recipe, kind)
         wanted = any(row is not None and row.request.provisional for row in places)
         return emitted if wanted else emitted._replace(blocks=None)

@@ -82,6 +82,11 @@ class Request:
         if self.start is not None and not 0 < len(self.start) <= self.max_new_tokens:
             raise ValueError(f"start must hold 1 … {self.max_new_tokens} token ids, not {len(self.start)}")
 
+    @property
+    def holds(self) -> bool:
+        """Whether it says something of single positions."""
+        return bool(self.pinned or self.allowed or self.start)
+
     def check(self, config: ModelConfig) -> None:
         """Refuses what a model of this configuration cannot do.
 

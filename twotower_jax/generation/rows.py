@@ -62,6 +62,7 @@ class Block:
         self.step, self.log_probability = np.zeros(size, np.int32), np.zeros(size, np.float32)
         self.top: list[list[tuple[int, float]]] = [[] for _ in range(size)]
         self.steps: list[Step] = []
+        self.evaluations = 0
 
     def add(self, emitted: Emitted, slot: int) -> None:
         step, log_probability, top = emitted.revealed
@@ -82,7 +83,7 @@ class Row:
       begun: whether a part of it was read, and not only found in a prefix cache.
       rule: the strategy with its knobs; None in modes without one.
       over: whether its first token, which reading the prompt gave, already ends it.
-      fresh: whether it is to begin a block.
+      fresh: whether it is to begin a block. evaluations: that its newest block took.
     """
 
     number: int
@@ -103,6 +104,7 @@ class Row:
         self.read, self.begun = 0, False
         self.borders: list[bytes] = []
         self.over, self.fresh = False, True
+        self.evaluations = 0
         self.tokens: list[int] = []
         self.denoiser_evaluations = self.context_evaluations = self.blocks = self.accepted = 0
         self.trace: list[Step] = []
@@ -157,6 +159,7 @@ class Row:
         self.denoiser_evaluations += int(emitted.denoiser_evaluations[slot])
         self.context_evaluations += int(emitted.context_evaluations[slot])
         block = self._block
+        block.evaluations += int(emitted.denoiser_evaluations[slot])
         if emitted.trace is not None:
             block.steps += _steps(emitted.trace, slot, number, self.mask_token_id)
         if self.blockwise:
@@ -164,7 +167,7 @@ class Row:
             self.fresh = count > 0
             if not count and not self.over:
                 return self._provisional(emitted, slot)
-            self._block = Block(len(block.step))
+            self.evaluations, self._block = block.evaluations, Block(len(block.step))
         new = emitted.said.tokens[slot, :count].tolist()
         if self.request.mode == "diffusion":
             log_probability, top = block.log_probability, block.top

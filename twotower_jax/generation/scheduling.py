@@ -23,17 +23,6 @@ _NO_LIMIT = 2**30
 Places = Sequence[Row | None]
 
 
-def quorum(alive: int) -> int:
-    """How many of the rows of a call have to finish their blocks before the context reads them.
-
-    A pass of the context costs the same for one row as for all; a quorum of all makes every row wait for the slowest.
-    In a simulation (`launch/benchmark.py serving_engine`) three eighths come within some percent of the best part, for
-    evaluations per block that are spread widely and a pass that costs half an evaluation or a whole one, at 4 rows and
-    at 256. Two rows differ too little for a pass of one of them.
-    """
-    return alive if alive <= 2 else -(-3 * alive // 8)
-
-
 def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
@@ -65,7 +54,7 @@ def alternatives(requests, vocab_size: int) -> int:
     return min(1 << (most - 1).bit_length(), vocab_size) if most else 0
 
 
-def call(kind: Kind, rows: Places, eos_width: int, config: ModelConfig) -> Call:
+def call(kind: Kind, rows: Places, quorum: int, eos_width: int, config: ModelConfig) -> Call:
     """A call for the rows of a kind; places that are None take no part."""
     alive = np.array([row is not None for row in rows])
     some = next(row for row in rows if row is not None)
@@ -83,7 +72,7 @@ def call(kind: Kind, rows: Places, eos_width: int, config: ModelConfig) -> Call:
         tolerance=_column(rows, np.float32, 0.0, lambda row: row.request.tolerance),
         fresh=_column(rows, bool, False, lambda row: row.fresh),
         given=given(rows, [row.position - row.given if row else 0 for row in rows], _positions(kind), config),
-        quorum=np.int32(quorum(int(alive.sum()))),
+        quorum=np.int32(quorum),
         most=np.int32(1 if provisional else _NO_LIMIT),
     )
 
@@ -120,7 +109,7 @@ def given(rows: Places, firsts: Sequence[int], count: int, config: ModelConfig) 
     fixed = np.zeros((len(rows), count), bool)
     allowed = None
     for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
-        if row is None:
+        if row is None or not row.request.holds:
             continue
         request = row.request
         for place in range(count):

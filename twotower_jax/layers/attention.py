@@ -174,7 +174,11 @@ class Attention(Mixer):
     def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
         heads = config.num_attention_heads
         projections = 2 * config.hidden_size * config.head_dim * 2 * (heads + config.num_key_value_heads)
-        return projections + 4 * heads * config.head_dim * keys
+        return projections + cls.kernel_flops(config, keys, scans)
+
+    @classmethod
+    def kernel_flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
+        return 4 * config.num_attention_heads * config.head_dim * keys
 
     @classmethod
     def infer(cls, shapes: Mapping[str, list[int]]) -> dict[str, Any] | None:

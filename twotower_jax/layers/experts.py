@@ -230,9 +230,12 @@ class Experts(Pointwise):
     @classmethod
     def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
         shared = config.moe_shared_expert_intermediate_size if config.n_shared_experts else 0
-        routed = 4 * config.expert_input_size * config.num_experts_per_tok * config.moe_intermediate_size
         whole = 2 * config.n_routed_experts + 4 * (shared + config.moe_latent_size)
-        return config.hidden_size * whole + routed
+        return config.hidden_size * whole + cls.kernel_flops(config, keys, scans)
+
+    @classmethod
+    def kernel_flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
+        return 4 * config.expert_input_size * config.num_experts_per_tok * config.moe_intermediate_size
 
     @classmethod
     def num_experts(cls, config: ModelConfig) -> int:

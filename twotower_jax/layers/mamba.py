@@ -305,8 +305,12 @@ class Mamba(Mixer):
     def flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
         width, inner = config.hidden_size, config.mamba_inner
         projections = 2 * width * (inner + config.conv_channels + config.mamba_num_heads) + 2 * inner * width
-        scan = 2 * config.conv_kernel * config.conv_channels + 4 * inner * config.ssm_state_size
-        return projections + scans * scan
+        return projections + cls.kernel_flops(config, keys, scans)
+
+    @classmethod
+    def kernel_flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
+        convolution = 2 * config.conv_kernel * config.conv_channels
+        return scans * (convolution + 4 * config.mamba_inner * config.ssm_state_size)
 
     @classmethod
     def infer(cls, shapes: Mapping[str, list[int]]) -> dict[str, Any] | None:

@@ -180,6 +180,11 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     @classmethod
+    def kernel_flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
+        """Of `flops`, what ops of `kernels` compute. A compiled program does not show it: planning/predict.py."""
+        return 0.0
+
+    @classmethod
     def num_experts(cls, config: ModelConfig) -> int:
         """How many experts a layer has, each with tensors of its own."""
         return 0

@@ -15,8 +15,9 @@ from twotower_jax.execution import Execution
 from twotower_jax.memory import sharded_bytes
 from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import parameter_table
-from twotower_jax.planning.hardware import GIB
+from twotower_jax.planning.hardware import GIB, device_figures
 from twotower_jax.planning.plan import HEADROOM, UTILIZATION
+from twotower_jax.planning.table import RUNS
 from twotower_jax.quantization import Method, abstract
 from twotower_jax.sharding import MESH_AXES
 from twotower_jax.train.config import TrainConfig
@@ -25,9 +26,6 @@ from twotower_jax.train.objectives import make_objective
 from twotower_jax.train.schedule import block_stages
 from twotower_jax.train.step import abstract_state, make_optimizer, tables
 from twotower_jax.two_tower import TwoTower
-
-# Tokens that a run of a small model may have.
-RUNS = {"1 B": 1e9, "10 B": 1e10, "100 B": 1e11}
 
 
 class Card(NamedTuple):
@@ -38,21 +36,20 @@ class Card(NamedTuple):
     peak_flops: float
 
 
-# The names that nano4b.py has for hardware: the device, and how many. GPUs' memory is what their drivers report.
+def _card(name: str, generation: str) -> Card:
+    return Card(name, *device_figures(generation))
+
+
+# The names that nano4b.py has for hardware: the device, and how many.
 TRAINING = {
-    "h200": (Card("H200", 139 * GIB, 989e12), 1),
-    "h100": (Card("H100", 79 * GIB, 989e12), 1),
-    "v5e-8": (Card("v5e", 16 * GIB, 197e12), 8),
-    "v6e-8": (Card("v6e", 32 * GIB, 918e12), 8),
-    "v5p-64": (Card("v5p", 95 * GIB, 459e12), 64),
+    "h200": (_card("H200", "h200"), 1),
+    "h100": (_card("H100", "h100"), 1),
+    "v5e-8": (_card("v5e", "v5e"), 8),
+    "v6e-8": (_card("v6e", "v6e"), 8),
+    "v5p-64": (_card("v5p", "v5p"), 64),
 }
-# One device each; the 24 GB card is an L4.
-SERVING = (
-    Card("24 GB GPU", 22 * GIB, 121e12),
-    Card("80 GB GPU", 79 * GIB, 989e12),
-    Card("v6e", 32 * GIB, 918e12),
-    Card("v5e", 16 * GIB, 197e12),
-)
+# One device each.
+SERVING = (_card("24 GB GPU", "l4"), _card("80 GB GPU", "h100"), _card("v6e", "v6e"), _card("v5e", "v5e"))
 
 
 class LeastTraining(NamedTuple):

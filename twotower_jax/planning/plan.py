@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import re
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -39,6 +41,9 @@ class StepPlan(NamedTuple):
       predicted: how long a step takes by the compiled program; None where the rates of the hardware are not known.
       lower_seconds, compile_seconds: by the clock. processor_seconds: of both, on all cores.
       gates: the checks of the compiled program; the name is that of the printed JSON.
+      kernel_flops: of `flops`, one device's share that kernels compute.
+      refused: why the compiler made no program, in its words: the step does not fit; then there are no checks, and
+        activations are what it says that the step would take, without what is there anyway.
     """
 
     hardware: str
@@ -60,6 +65,8 @@ class StepPlan(NamedTuple):
     processor_seconds: float
     gates: list[Check]
     predicted: Prediction | None = None
+    kernel_flops: float = 0.0
+    refused: str | None = None
 
     @property
     def total(self) -> int:
@@ -82,8 +89,11 @@ class StepPlan(NamedTuple):
         return self.flops / (self.peak_flops * self.devices * self.predicted.seconds)
 
 
-def plan_step(config: TrainConfig, hardware: Hardware) -> StepPlan:
+def plan_step(config: TrainConfig, hardware: Hardware, keep: Callable[[str], None] = lambda text: None) -> StepPlan:
     """Compiles the last stage of a run for `hardware`.
+
+    Args:
+      keep: called with the compiled program.
 
     Raises:
       ValueError: if the config's mesh does not fit the hardware, or the model the mesh.
@@ -111,16 +121,15 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> StepPlan:
         started, used = time.monotonic(), time.process_time()
         lowered = step.lower(state, frozen, ids)
         lower_seconds, started = time.monotonic() - started, time.monotonic()
-        compiled = lowered.compile()
+        compiled, peak, refused = compile_or_refuse(lowered)
         compile_seconds, processor_seconds = time.monotonic() - started, time.process_time() - used
     weights = _bytes_on_a_device((state.params, frozen))
     optimizer_bytes = _bytes_on_a_device(state.optimizer)
-    memory = compiled.memory_analysis()
-    arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
-    peak = memory.output_size_in_bytes + memory.temp_size_in_bytes + arguments
-    sizes, program = config.mesh.resolve(len(hardware.devices)), compiled.as_text()
+    sizes, program = config.mesh.resolve(len(hardware.devices)), compiled.as_text() if compiled else ""
+    keep(program)
     table = [*trained.values(), *frozen_table.values()]
     rates = RATES.get(hardware.name.partition(":")[0])
+    kernel_flops = step_flops(config, model, block_size, in_kernels=True) / len(hardware.devices)
     return StepPlan(
         hardware=hardware.name,
         chips=hardware.chips,
@@ -143,9 +152,27 @@ def plan_step(config: TrainConfig, hardware: Hardware) -> StepPlan:
             checks.per_block_states(program, config, model, block_size, sizes),
             checks.dense_experts(program, config, model, sizes),
             checks.weight_copies(program, table, mesh.shape),
-        ],
-        predicted=None if rates is None else predict(program, rates, hardware.peak_flops),
+        ]
+        if program
+        else [],
+        predicted=predict(program, rates, hardware.peak_flops, kernel_flops) if program and rates else None,
+        kernel_flops=kernel_flops,
+        refused=refused,
     )
+
+
+def compile_or_refuse(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, int, str | None]:
+    """The program and the most bytes that it takes, or None, these bytes and what the compiler says."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        if used is None:
+            raise
+        return None, int(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2])))), used[0]
+    memory = compiled.memory_analysis()
+    arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+    return compiled, memory.output_size_in_bytes + memory.temp_size_in_bytes + arguments, None
 
 
 def _bytes_on_a_device(tree) -> int:

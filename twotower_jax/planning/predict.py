@@ -3,13 +3,14 @@
 A program is HLO as text, one device's part of it, in the order in which it runs. FLOPs are those of its products, also
 within fusions; bytes what every instruction reads and writes, of a slice its own size and not that of what it is cut
 out of; both times the trip counts of the loops around them. What a collective that begins and ends in two instructions
-needs is hidden as far as there is other work between the two. Rates and what else is assumed: rates.py.
+needs is hidden as far as there is other work between the two. Of kernels the program shows only what they read and
+write; their arithmetic is given. Rates and what else is assumed: rates.py.
 """
 
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from twotower_jax.planning.rates import Rates
 
@@ -34,6 +35,13 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\w+\[[\d,]*\](?:\{[^}]*\})?")
+# An array in a TPU's memory on the chip: its layout ends with a memory space, of which 0 is the device's.
+_ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\((?:[1-46-9]|\d\d)\)\}")  # 5 is the host's.
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton")  # How the targets of kernels begin.
+_NO_WORK = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
+_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "fusion-start", "async-start")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -47,7 +55,8 @@ class Prediction(NamedTuple):
       flops: of products. bytes: read and written. link_bytes: sent, by kind of collective.
       arithmetic, memory: time of the instructions that each of the two limits.
       exposed, hidden: time of collectives that nothing else, or something else, fills.
-      uncounted: kernels whose arithmetic the program does not show, and loops whose trips it does not.
+      uncounted: calls of kernels whose arithmetic the program does not show, and loops whose trips it does not.
+      kernel_traffic: of the memory's time, that of the kernels.
     """
 
     flops: float
@@ -58,6 +67,7 @@ class Prediction(NamedTuple):
     exposed: float
     hidden: float
     uncounted: dict[str, int]
+    kernel_traffic: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -70,6 +80,11 @@ class Prediction(NamedTuple):
         return max(times, key=times.get)
 
 
+def as_figures(found: Prediction | None) -> dict[str, Any] | None:
+    """JSON values."""
+    return found and found._asdict() | {"seconds": found.seconds, "limit": found.limit}
+
+
 class _Instruction(NamedTuple):
     """A line: `rest` is what follows the opening bracket."""
 
@@ -80,13 +95,50 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-def predict(program: str, rates: Rates, peak_flops: float) -> Prediction:
+def predict(program: str, rates: Rates, peak_flops: float, kernel_flops: float = 0.0) -> Prediction:
     """What a program of one device takes.
+
+    Args:
+      kernel_flops: what all its kernels compute together.
 
     Raises:
       ValueError: if it has no entry.
     """
-    return _Program(program, rates, peak_flops).total()
+    found = _Program(program, rates, peak_flops).total()
+    if "kernels" not in found.uncounted:
+        return found
+    found, arithmetic = found._replace(flops=found.flops + kernel_flops), kernel_flops / peak_flops
+    if arithmetic <= found.kernel_traffic:
+        return found
+    return found._replace(arithmetic=found.arithmetic + arithmetic, memory=found.memory - found.kernel_traffic)
+
+
+class _Channel:
+    """The links, or the memory: the time that other work has left them so far, and up to where of it is taken."""
+
+    def __init__(self):
+        self.free = self.taken = 0.0
+
+    def hide(self, seconds: float, since: float) -> float:
+        """How much of some seconds that could begin at `since` passes beside other work."""
+        begin = max(since, self.taken)
+        hidden = min(seconds, self.free - begin)
+        self.taken = begin + hidden
+        return hidden
+
+
+class _Moving:
+    """A collective or, without a kind, a copy that has begun: what it needs and moves, and since when."""
+
+    def __init__(self, channel: _Channel, seconds: float, kind: str | None, size: float):
+        self._channel, self._since = channel, channel.free
+        self._seconds, self._kind, self._size = seconds, kind, size
+
+    def end(self) -> Prediction:
+        hidden = self._channel.hide(self._seconds, self._since)
+        if self._kind is None:
+            return _sum([])._replace(bytes=self._size, memory=self._seconds - hidden)
+        return _sum([])._replace(link_bytes={self._kind: self._size}, exposed=self._seconds - hidden, hidden=hidden)
 
 
 class _Program:
@@ -111,60 +163,80 @@ class _Program:
 
     def _sequence(self, name: str) -> Prediction:
         """All instructions of a computation that are not fused."""
-        parts, under_way = [], {}
+        parts, under_way, links, memory = [], {}, _Channel(), _Channel()
         shapes = {one.name: one.shape for one in self._bodies[name]}
         for one in self._bodies[name]:
             kind, phase = self._collective(one)
-            if kind is None:
-                part = self._one(one, shapes)
-                for waiting in under_way.values():
-                    waiting[1] += part.arithmetic + part.memory
-            elif phase == "done":
-                part = self._finished(under_way.pop(one.operands[0], None))
-            elif phase == "update":
-                if one.operands and one.operands[0] in under_way:
-                    under_way[one.name] = under_way.pop(one.operands[0])
-                continue
-            else:
+            if one.opcode.endswith(("-update", "-done")):
+                moving = under_way.pop(one.operands[0], None) if one.operands else None
+                if moving and one.opcode.endswith("-done"):
+                    parts.append(moving.end())
+                elif moving:
+                    under_way[one.name] = moving
+                elif one.opcode in ("call-done", "custom-call-done"):
+                    # What another kind of core fetches, as the tables of a TPU's gathers.
+                    size = 2 * _size(one.shape)
+                    parts.append(_sum([])._replace(bytes=size, memory=size / self._rates.memory))
+            elif kind is not None:
                 sent, group = self._sent(one, kind, shapes)
-                moved = [sent, 0.0, kind, sent / self._rates.link_rate(group)]
+                moving = _Moving(links, sent / self._rates.link_rate(group), kind, sent)
                 if phase == "start":
-                    under_way[one.name] = moved
-                    continue
-                part = self._finished(moved)
-            parts.append(part)
+                    under_way[one.name] = moving
+                else:
+                    parts.append(moving.end())
+            elif copied := self._copied(one, shapes):
+                under_way[one.name] = _Moving(memory, copied / self._rates.memory, None, copied)
+            else:
+                part = self._one(one, shapes)
+                parts.append(part)
+                links.free += part.arithmetic + part.memory
+                memory.free += max(0.0, part.arithmetic + part.memory - part.bytes / self._rates.memory)
         return _sum(parts)
 
-    def _finished(self, moved: list | None) -> Prediction:
-        if moved is None:
-            return _sum([])
-        sent, meanwhile, kind, seconds = moved
-        hidden = min(seconds, meanwhile)
-        return _sum([])._replace(link_bytes={kind: sent}, exposed=seconds - hidden, hidden=hidden)
+    def _copied(self, one: _Instruction, shapes: dict[str, str]) -> float:
+        """Bytes that a copy in two instructions moves, which goes on beside other work; 0 if it is none."""
+        if one.opcode not in _COPIES or self._instruction_flops(one, shapes):
+            return 0.0
+        return self._traffic(one, shapes)
 
     def _one(self, one: _Instruction, shapes: dict[str, str]) -> Prediction:
         if one.opcode == "while":
-            trips = _TRIPS.search(one.rest)
+            trips = self._trips(one)
             inside = _sum([self._sequence(called) for called in _CALLED.findall(one.rest)])
-            times = _times(inside, int(trips[1]) if trips else 1)
+            times = _times(inside, trips or 1)
             return times if trips else _sum([times, _sum([])._replace(uncounted={"loops": 1})])
         if one.opcode == "call":
             return _sum([self._sequence(called) for called in _CALLED.findall(one.rest)])
         if one.opcode == "conditional":
             names = [n for many, single in _BRANCHES.findall(one.rest) for n in re.findall(r"[\w.\-]+", many or single)]
             return max((self._sequence(called) for called in names), key=lambda part: part.seconds, default=_sum([]))
-        if one.opcode in _FREE or one.opcode.endswith("-done"):
+        target = _TARGET.search(one.rest)[1] if one.opcode == "custom-call" else ""
+        if one.opcode in _FREE or one.opcode.endswith("-start") or target in _NO_WORK:
             return _sum([])
         flops, size = self._instruction_flops(one, shapes), self._traffic(one, shapes)
         arithmetic, memory = flops / self._peak, size / self._rates.memory
-        hidden_kernel = one.opcode == "custom-call" and not flops
+        hidden_kernel = target.startswith(_KERNELS)
         return _sum([])._replace(
             flops=flops,
             bytes=size,
             arithmetic=arithmetic if arithmetic >= memory else 0.0,
             memory=memory if memory > arithmetic else 0.0,
             uncounted={"kernels": 1} if hidden_kernel else {},
+            kernel_traffic=memory if hidden_kernel else 0.0,
         )
+
+    def _trips(self, one: _Instruction) -> int | None:
+        """How often a loop runs, as the compiler or its condition, a number below a constant, says; None if neither."""
+        if known := _TRIPS.search(one.rest):
+            return int(known[1])
+        named = re.search(r"condition=%?([\w.\-]+)", one.rest)
+        body = {line.name: line for line in self._bodies.get(named[1] if named else "", ())}
+        last = next(reversed(body.values()), None)
+        if last is None or last.opcode != "compare" or "direction=LT" not in last.rest:
+            return None
+        bound = body.get(last.operands[-1])
+        constant = re.match(r"(\d+)\)", bound.rest) if bound and bound.opcode == "constant" else None
+        return constant and int(constant[1])
 
     def _instruction_flops(self, one: _Instruction, shapes: dict[str, str]) -> float:
         if one.opcode == "dot":
@@ -179,7 +251,7 @@ class _Program:
             labels = re.search(r"dim_labels=\w+_(\w+)->(\w+)", one.rest)
             features = kernel[labels[1].index("o")] if labels else 1
             return 2.0 * math.prod(out) * math.prod(kernel) / max(features, 1)
-        if one.opcode in ("fusion", "async-start"):
+        if one.opcode in ("fusion", "fusion-start", "async-start"):
             return sum(self._inside(called) for called in _CALLED.findall(one.rest))
         return 0.0
 
@@ -191,13 +263,16 @@ class _Program:
         return self._flops[name]
 
     def _traffic(self, one: _Instruction, shapes: dict[str, str]) -> float:
-        if one.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * _size(one.shape)
-        if one.opcode == "dynamic-update-slice":
-            return 2 * _size(shapes.get(one.operands[1], ""))
-        read = [_size(shapes.get(operand, "")) for operand in one.operands]
-        written = _size(one.shape)
-        for called in _CALLED.findall(one.rest) if one.opcode == "fusion" else ():
+        """Bytes of the device's memory; not those that lie on the chip."""
+        opcode = one.opcode.removesuffix("-start")
+        given = [shapes.get(operand, "") for operand in one.operands]
+        result = one.shape if opcode == one.opcode else _result(one)
+        if opcode in ("dynamic-slice", "slice", "gather"):
+            return _size(result) + (_size(result, on_chip=True) if _size(given[0]) else 0.0)
+        if opcode == "dynamic-update-slice":
+            return 2 * _size(given[1]) if _size(result) else _size(given[1])
+        read, written = [_size(shape) for shape in given], _size(result)
+        for called in _CALLED.findall(one.rest) if opcode == "fusion" else ():
             read, written = self._fused_traffic(called, read, written)
         return sum(read) + written
 
@@ -208,13 +283,13 @@ class _Program:
         for parameter in (one for one in body if one.opcode == "parameter"):
             users = [one for one in body if parameter.name in one.operands]
             index = int(parameter.rest.partition(")")[0])
-            if not users or index >= len(read):
+            if not users or index >= len(read) or not read[index]:
                 continue
             if all(u.opcode in ("dynamic-slice", "slice", "gather") and u.operands[0] == parameter.name for u in users):
                 read[index] = sum(_size(user.shape) for user in users)
             elif all(u.opcode == "dynamic-update-slice" and u.operands[0] == parameter.name for u in users):
                 read[index] = 0.0  # Updated in place.
-        if body and body[-1].opcode == "dynamic-update-slice":
+        if written and body and body[-1].opcode == "dynamic-update-slice":
             written = _size(shapes.get(body[-1].operands[1], ""))
         return read, written
 
@@ -240,7 +315,7 @@ class _Program:
         if within:
             one, shapes = within[0], {i.name: i.shape for i in self._bodies[called]}
         group = _group_size(one.rest)
-        given = sum(_size(shapes.get(operand, "")) for operand in one.operands)
+        given = sum(_size(shapes.get(operand, ""), on_chip=True) for operand in one.operands)
         if kind == "all-gather":
             return given * (group - 1), group
         if kind == "all-reduce":
@@ -263,9 +338,18 @@ def _arrays(shape: str) -> Iterator[tuple[str, list[int]]]:
         yield dtype, [int(n) for n in dims.split(",") if n]
 
 
-def _size(shape: str) -> float:
-    """Bytes; what is neither listed nor of one byte has four."""
+def _size(shape: str, on_chip: bool = False) -> float:
+    """Bytes; what is neither listed nor of one byte has four. Only what lies in the device's memory, or all."""
+    shape = shape if on_chip else _ON_CHIP.sub("", shape)
     return sum(_BYTES.get(d, 1 if d.startswith("f8") else 4) * math.prod(dims) for d, dims in _arrays(shape))
+
+
+def _result(one: _Instruction) -> str:
+    """The shape of what an instruction that begins a copy will give: its tuple has it first, or after the operands."""
+    inner = one.shape.removeprefix("(")
+    if one.opcode == "copy-start":
+        return _ARRAY.match(inner)[0]
+    return _ARRAY.match(inner[_closing(inner[1:]) + 2 :].lstrip(", "))[0] if inner.startswith("(") else inner
 
 
 def _group_size(rest: str) -> int:
@@ -285,10 +369,9 @@ def _sum(parts: list[Prediction]) -> Prediction:
     for field in ("link_bytes", "uncounted"):
         names = sorted({name for part in parts for name in getattr(part, field)})
         merged.append({name: sum(getattr(part, field).get(name, 0) for part in parts) for name in names})
-    numbers = [
-        sum(getattr(p, n) for p in parts) for n in ("flops", "bytes", "arithmetic", "memory", "exposed", "hidden")
-    ]
-    return Prediction(*numbers[:2], merged[0], *numbers[2:], merged[1])
+    names = ("flops", "bytes", "arithmetic", "memory", "exposed", "hidden", "kernel_traffic")
+    numbers = {name: sum(getattr(part, name) for part in parts) for name in names}
+    return Prediction(link_bytes=merged[0], uncounted=merged[1], **numbers)
 
 
 def _times(part: Prediction, trips: int) -> Prediction:

@@ -5,6 +5,7 @@ from typing import Any
 from twotower_jax.planning import checks
 from twotower_jax.planning.hardware import GIB
 from twotower_jax.planning.plan import HEADROOM, UTILIZATION, StepPlan
+from twotower_jax.planning.predict import as_figures
 
 # Tokens that the published denoiser was trained on.
 PUBLISHED_TOKENS = 2.1e12
@@ -29,6 +30,8 @@ def describe(plan: StepPlan) -> str:
         f"device {plan.tokens_per_second:,.0f} tokens/s; 2.1 T tokens in {days:.0f} days, "
         f"{days * 24 * plan.chips:,.0f} chip-hours",
     ]
+    if plan.refused:
+        lines.append(f"  the compiler makes no program: {plan.refused}")
     return "\n".join([*lines, *_predicted(plan), *checks.describe(plan.gates)])
 
 
@@ -50,8 +53,13 @@ def _predicted(plan: StepPlan) -> list[str]:
 def as_json(plan: StepPlan) -> dict[str, Any]:
     """All figures, JSON values."""
     projected = {"total": plan.total, "fits": plan.fits, "tokens_per_second": plan.tokens_per_second}
-    if plan.predicted is not None:
-        seconds = {"seconds": plan.predicted.seconds, "limit": plan.predicted.limit}
-        utilization = {"utilization": plan.predicted_utilization}
-        projected["predicted"] = plan.predicted._asdict() | seconds | utilization
-    return plan._asdict() | projected | {"gates": {check.name: check.found for check in plan.gates}}
+    gates = {check.name: check.found for check in plan.gates}
+    return utilized(plan._asdict() | projected | {"gates": gates, "predicted": as_figures(plan.predicted)})
+
+
+def utilized(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures with the share of the peak rate that the model's own FLOPs have of the predicted time."""
+    if found := figures["predicted"]:
+        possible = figures["peak_flops"] * figures["devices"] * found["seconds"]
+        figures = figures | {"predicted": found | {"utilization": figures["flops"] / possible}}
+    return figures

@@ -1,6 +1,7 @@
 """What generation takes of one device that is not there: its three functions, compiled for it."""
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,20 +13,32 @@ from twotower_jax.execution import Execution
 from twotower_jax.parameters import bind, parameter_table, unflatten
 from twotower_jax.planning import checks
 from twotower_jax.planning.hardware import GIB, Hardware
-from twotower_jax.planning.plan import HEADROOM
+from twotower_jax.planning.plan import HEADROOM, compile_or_refuse
+from twotower_jax.planning.predict import Prediction, as_figures, predict
+from twotower_jax.planning.rates import RATES
 from twotower_jax.quantization import Method
 from twotower_jax.sharding import MeshShape, make_mesh
+from twotower_jax.train.flops import tower_flops
 from twotower_jax.two_tower import TwoTower
 
 EVALUATION = "denoiser evaluation"
 
 
 class Function(NamedTuple):
-    """One compiled function: bytes that it needs beside weights and cache, seconds that compiling took."""
+    """One compiled function.
+
+    Attributes:
+      temporaries: bytes that it needs beside weights and cache. compile_seconds: that compiling took.
+      kernel_flops: what its kernels compute. predicted: how long a call takes; None where the rates are not known.
+      refused: why the compiler made no program, in its words: all of it does not fit.
+    """
 
     name: str
     temporaries: int
     compile_seconds: float
+    kernel_flops: float = 0.0
+    predicted: Prediction | None = None
+    refused: str | None = None
 
 
 class ServingPlan(NamedTuple):
@@ -46,6 +59,7 @@ class ServingPlan(NamedTuple):
     functions: list[Function]
     processor_seconds: float
     gates: list[checks.Check]
+    peak_flops: float
     method: str | None = None
 
     @property
@@ -56,6 +70,11 @@ class ServingPlan(NamedTuple):
     def fits(self) -> bool:
         return self.total <= (1 - HEADROOM) * self.memory
 
+    def block_seconds(self, evaluations: int) -> float | None:
+        """Predicted, for a block of every row: evaluations of the denoiser, then the extension of the cache."""
+        _, evaluation, extension = (function.predicted for function in self.functions)
+        return evaluation and extension and evaluations * evaluation.seconds + extension.seconds
+
 
 def plan_serving(
     model_config: ModelConfig,
@@ -65,8 +84,13 @@ def plan_serving(
     capacity: int,
     block_size: int,
     quantize: Method | None = None,
+    keep: Callable[[str], None] = lambda text: None,
 ) -> ServingPlan:
-    """Compiles prefill of a prompt's piece, a denoiser's evaluation and the extension of the cache for one device."""
+    """Compiles prefill of a prompt's piece, a denoiser's evaluation and the extension of the cache for one device.
+
+    Args:
+      keep: called with each compiled program, empty where there is none.
+    """
     mesh = make_mesh(MeshShape(), list(hardware.devices)[:1])
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     # As generate.py has it on an accelerator: a scan over stacked layers would copy each layer's experts.
@@ -101,29 +125,41 @@ def plan_serving(
         "extension by a block": (lambda p, *a: bind(model, p).extend(*a), (block, lengths, cache)),
     }
     functions, copies, used = [], [], time.process_time()
+    rates = RATES.get(hardware.name.partition(":")[0])
+    resident = _bytes((params, cache))
     with jax.set_mesh(mesh):
         for name, (function, arguments) in calls.items():
             started = time.monotonic()
             # What extends a cache is given the old one to write into.
             donated = () if name == EVALUATION else (len(arguments),)
-            compiled = jax.jit(function, donate_argnums=donated).lower(params, *arguments).compile()
-            needed = compiled.memory_analysis()
-            temporaries = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
-            functions.append(Function(name, temporaries, time.monotonic() - started))
-            copies += checks.weight_copies(compiled.as_text(), table.values(), mesh.shape).found
+            compiled, peak, refused = compile_or_refuse(
+                jax.jit(function, donate_argnums=donated).lower(params, *arguments)
+            )
+            seconds, program = time.monotonic() - started, compiled.as_text() if compiled else ""
+            keep(program)
+            tokens = arguments[0].shape[0] * arguments[0].shape[1]
+            kernel_flops = tokens * tower_flops(model_config, capacity, in_kernels=True)
+            predicted = predict(program, rates, hardware.peak_flops, kernel_flops) if program and rates else None
+            copies += checks.weight_copies(program, table.values(), mesh.shape).found
+            if compiled:
+                needed = compiled.memory_analysis()
+                temporaries = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
+            else:
+                temporaries = max(0, peak - resident)
+            functions.append(Function(name, temporaries, seconds, kernel_flops, predicted, refused))
     used = time.process_time() - used
-    weights, held = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(v)) for v in (params, cache))
     return ServingPlan(
         hardware=hardware.name,
         batch=batch,
         capacity=capacity,
         block_size=block_size,
-        weights=weights,
-        cache=held,
+        weights=_bytes(params),
+        cache=_bytes(cache),
         memory=hardware.memory,
         functions=functions,
         processor_seconds=used,
         gates=[checks.Check(checks.WEIGHT_COPIES, sorted(set(copies)))],
+        peak_flops=hardware.peak_flops,
         method=None if quantize is None else quantize.name,
     )
 
@@ -140,11 +176,19 @@ def describe(plan: ServingPlan) -> str:
     for function in plan.functions:
         needs = f"{function.temporaries / GIB:.2f} GiB more"
         lines.append(f"  {function.name}: {needs}, compiled in {function.compile_seconds:.0f} s")
+        if found := function.predicted:
+            lines.append(f"    predicted {1e3 * found.seconds:.2f} ms, limited by {found.limit}")
+        if function.refused:
+            lines.append(f"    the compiler makes no program: {function.refused}")
     return "\n".join([*lines, *checks.describe(plan.gates)])
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def as_json(plan: ServingPlan) -> dict[str, Any]:
     """All figures, JSON values."""
-    functions = [function._asdict() for function in plan.functions]
+    functions = [function._asdict() | {"predicted": as_figures(function.predicted)} for function in plan.functions]
     more = {"total": plan.total, "fits": plan.fits, "functions": functions}
     return plan._asdict() | more | {"gates": {check.name: check.found for check in plan.gates}}

@@ -42,30 +42,33 @@ PEAK_FLOPS = {
 }
 
 
-def tower_flops(model: ModelConfig, keys: float, scans: int = 1) -> float:
+def tower_flops(model: ModelConfig, keys: float, scans: int = 1, in_kernels: bool = False) -> float:
     """Forward, of one token in all layers, without embedding and head.
 
     Args:
       keys: that a query sees on average.
       scans: 2 where the denoiser also reads every block backward.
+      in_kernels: only what kernels compute of it, where there are any.
     """
-    return sum(registry.kind(letter).flops(model, keys, scans) for letter in model.hybrid_override_pattern)
+    kinds = map(registry.kind, model.hybrid_override_pattern)
+    return sum((kind.kernel_flops if in_kernels else kind.flops)(model, keys, scans) for kind in kinds)
 
 
-def step_flops(config: TrainConfig, model: ModelConfig, block_size: int) -> float:
-    """The FLOPs of one step over the whole batch."""
+def step_flops(config: TrainConfig, model: ModelConfig, block_size: int, in_kernels: bool = False) -> float:
+    """The FLOPs of one step over the whole batch; only those of kernels if `in_kernels`."""
     length, trained, frozen = config.sequence_length, 3, 1
-    causal = tower_flops(model, (length + 1) / 2)
-    head = 2 * model.hidden_size * model.vocab_size
+    causal = tower_flops(model, (length + 1) / 2, in_kernels=in_kernels)
+    head = 0 if in_kernels else 2 * model.hidden_size * model.vocab_size
     if not config.two_towers:
         per_token, per_sequence = trained * (causal + head), 0
     else:
         variant = config.variant
-        denoiser = tower_flops(model, (length + block_size) / 2, 2 if variant.bidirectional_mamba else 1)
+        scans = 2 if variant.bidirectional_mamba else 1
+        denoiser = tower_flops(model, (length + block_size) / 2, scans, in_kernels)
         context = (frozen if variant.context == "frozen" else trained) * causal
         per_token = context + trained * (denoiser + (2 if variant.context_loss else 1) * head)
-        width = model.hidden_size
-        per_sequence = trained * 2 * (NUM_SINUSOIDS * width + 4 * width**2) if variant.time_conditioning else 0
+        width, conditioned = model.hidden_size, variant.time_conditioning and not in_kernels
+        per_sequence = trained * 2 * (NUM_SINUSOIDS * width + 4 * width**2) if conditioned else 0
     passes = config.diffusion.process.passes if config.two_towers else 1
     return passes * config.batch_size * (length * per_token + per_sequence)
 

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax.diffusion import LossSum
+from twotower_jax.kernels.dispatch import platform
 from twotower_jax.parameters import Parameter, Params, Path, flatten, parameter_table, unflatten
 from twotower_jax.sharding import constrain, stored_sharding
 from twotower_jax.train.config import DTYPES, TrainConfig
@@ -210,7 +211,11 @@ def make_step(
                 return gradients_of(state.params, frozen, part, counts)
 
             def add_part(total, part):
-                return jax.tree.map(jnp.add, total, of_part(part)), None
+                found = of_part(part)
+                # Where a sum over devices is added to a sum over parts, XLA's pass that takes the first out of the loop
+                # fails (libtpu 0.0.52, while_loop_all_reduce_code_motion). The numbers are the same.
+                found = jax.lax.optimization_barrier(found) if platform() == "tpu" else found
+                return jax.tree.map(jnp.add, total, found), None
 
             parts = jax.tree.map(lambda v: _in_parts(v, config.accumulate), examples)
             shapes = jax.eval_shape(of_part, jax.tree.map(lambda v: v[0], parts))

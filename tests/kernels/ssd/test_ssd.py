@@ -227,7 +227,12 @@ def test_ssd_is_causal(seed, position, implementation):
 
 # Many chunks in either implementation, and few.
 FORMS = [("xla", 8), ("xla", 128), ("pallas_tpu_interpret", 8), ("pallas_tpu_interpret", 128)]
-GPU_FORMS = [("mosaic_gpu_interpret", 128), ("triton_interpret", 128)]
+GPU_FORMS = [("mosaic_gpu_interpret", 16), ("triton_interpret", 16)]
+
+
+def length_for(form):
+    """Three chunks or more of two tiles or more where interpreting takes long."""
+    return 150 if form in FORMS else 40
 
 
 def forms_with(values, of_gpu):
@@ -238,7 +243,7 @@ def forms_with(values, of_gpu):
 @pytest.mark.parametrize(("form", "step"), forms_with([0.0, 1e-6, 50.0, 1e3, 1e6], [0.0, 1e6]), ids=str)
 def test_extreme_decays_stay_finite_and_accurate(form, step):
     """All decays equal: from a state that never fades to one that is gone at once; gradients included."""
-    arrays = list(draw(3, 1, 150, 2, 2, 1, 4))
+    arrays = list(draw(3, 1, length_for(form), 2, 2, 1, 4))
     arrays[2] = np.full_like(arrays[2], -np.float32(step))
     (y, state), gradients = _chunked_gradients(*form)(*to_float32(arrays))
     (y_expected, state_expected), gradients_expected = recurrence(*arrays)
@@ -255,7 +260,7 @@ def _chunked_gradients(implementation, chunk):
 @pytest.mark.parametrize(("form", "large"), forms_with([10.0, 50.0, 1e3, 1e6], [50.0, 1e6]), ids=str)
 def test_large_decays_beside_small_ones(form, large):
     """A state forgotten at one step and kept at the next: differences of plain float32 sums lose the small ones."""
-    arrays = list(draw(4, 1, 150, 2, 2, 1, 4))
+    arrays = list(draw(4, 1, length_for(form), 2, 2, 1, 4))
     pick = np.random.default_rng(5).random(arrays[2].shape) < 0.5
     arrays[2] = np.where(pick, -np.float32(large), -np.float32(0.01)).astype(np.float64)
     (y, state), gradients = _chunked_gradients(*form)(*to_float32(arrays))
