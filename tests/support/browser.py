@@ -40,12 +40,11 @@ class Page:
         os.close(theirs_out)
         self._number, self._rest, self._session = 0, b"", None
         self.errors: list[str] = []
-        target = self._say("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._say("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Runtime", "Log", "Page"):
-            self._say(f"{domain}.enable")
-        self._say("Page.navigate", url=url)
-        self.until("document.readyState === 'complete'")
+        try:
+            self._open(url)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Page":
         return self
@@ -86,6 +85,14 @@ class Page:
     def screenshot(self) -> str:
         """A picture of it, PNG in base 64."""
         return self._say("Page.captureScreenshot")["data"]
+
+    def _open(self, url: str) -> None:
+        target = self._say("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._say("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Runtime", "Log", "Page"):
+            self._say(f"{domain}.enable")
+        self._say("Page.navigate", url=url)
+        self.until(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
 
     def _say(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1

@@ -146,18 +146,21 @@ async def serve(app: Any, service: Service, listener: socket.socket) -> None:
 
     server, tasks = Server(app, service.limits, started), set()
 
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):  # Whoever read it may have gone first.
+            print(line, file=sys.stderr, flush=True)
+
     async def drain() -> None:
         await service.loop.drain()
         server.should_exit = True
 
     def end(number: int) -> None:
         if service.draining:
-            print("error: ended before all requests were answered", file=sys.stderr, flush=True)
+            say("error: ended before all requests were answered")
             os._exit(128 + number)
         service.draining = True
-        rows = service.loop.taken
-        print(f"ending, once {rows} rows are done; a second signal ends at once", file=sys.stderr, flush=True)
         tasks.add(asyncio.create_task(drain()))
+        say(f"ending, once {service.loop.taken} rows are done; a second signal ends at once")
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

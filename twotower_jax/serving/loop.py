@@ -196,7 +196,9 @@ class EngineLoop:
         self.taken = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._live: dict[int, Ticket] = {}  # Of the engine's thread, by the engine's number.
+        # Of the engine's thread: rows by the engine's number, and the counts that were told last.
+        self._live: dict[int, Ticket] = {}
+        self._told = (0, 0)
         self._open: set[Ticket] = set()
         self._scores: set[asyncio.Future] = set()
         self._loop = asyncio.get_running_loop()
@@ -333,7 +335,8 @@ class EngineLoop:
                         engine.cancel(number)
                         del self._live[number]
                     self._call(self._free, places)
-                    self._call(self._deliver, [], engine.running, engine.waiting)
+                    self._told = engine.running, engine.waiting
+                    self._call(self._deliver, [], *self._told)
             if scores:
                 score = scores.pop(0)
                 if not score.future.done():  # Else nobody waits for it any more.
@@ -359,7 +362,10 @@ class EngineLoop:
                 del self._live[progress.number]
             failed = progress.error is not None
             news.append((ticket, ApiError(500, progress.error, code="row_failed") if failed else progress))
-        self._call(self._deliver, news, engine.running, engine.waiting)
+        counts = engine.running, engine.waiting
+        if news or counts != self._told:
+            self._told = counts
+            self._call(self._deliver, news, *counts)
 
     def _score(self, scorer: Scorer, score: _Score) -> None:
         try:
