@@ -7,7 +7,7 @@ converted. What stands after the colon is the hardware, which decides mesh, batc
 
     h200        one NVIDIA H200
     h100        one NVIDIA H100 of 80 GB; moments in bfloat16
-    v5e-8       eight TPU v5e (16 GiB each)
+    v5e-8       eight TPU v5e (16 GiB each); too small as it is, see docs/reports/nano4b.md
     v6e-8       eight TPU v6e (32 GiB each)
     v5p-64      64 TPU v5p
 
