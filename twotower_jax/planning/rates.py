@@ -9,9 +9,9 @@
 
 Sources, read on 2026-11-28: TPUs, Google Cloud's pages "TPU v4", "TPU v5p", "TPU v6e" (which has v5e beside it) and
 "TPU7x (Ironwood)" under docs.cloud.google.com/tpu/docs, with the bandwidth between chips in both directions, of which
-half is taken; that of v4 is six links of 50 GB/s (arXiv 2304.01433). GPUs, NVIDIA's data sheets "H200 Tensor Core GPU",
-"H100 Tensor Core GPU" (SXM) and "L4 Tensor Core GPU": NVLink has 900 GB/s in both directions; the network card is a
-ConnectX-7 of 400 Gb/s ("DGX H200 user guide").
+half is taken; that of v4 is six links of 50 GB/s (arXiv 2304.01433, from memory). GPUs: the numbers of NVIDIA's data
+sheets for H200, H100 (SXM) and L4 as other sites repeat them, since the sheets themselves could not be opened: NVLink
+has 900 GB/s in both directions, the network card is a ConnectX-7 of 400 Gb/s. L4's PCIe rate is from memory.
 """
 
 from typing import NamedTuple
