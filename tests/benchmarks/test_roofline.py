@@ -25,7 +25,8 @@ def test_bytes_of_a_pass_of_the_published_model():
     embedding = 131072 * 2688
     weights = 2 * (count(tower) - embedding) + 2 * sum(math.prod(p.shape) for p in tower.values() if p.float32)
     ar = pass_bytes(model, jnp.bfloat16, Pass("context_tower", 64, 1, 1, 0, extends=False))
-    state = cache_bytes(model, 64, 0) - 64 * (4 + 4 + 4 + 4 + 4 + 1)  # float32 convolutions here, bfloat16 there
+    # Without the rows' own numbers and newest hidden states; convolutions are float32 here, bfloat16 there.
+    state = cache_bytes(model, 64, 0) - 64 * (4 + 4 + 4 + 4 + 1 + 2688 * 4)
     state -= 64 * 23 * 4 * 6144 * 2
     assert ar == weights + 64 * 2688 * 2 + state + 64 * 131072 * 4
     # Six of 128 experts at batch 1; keys are 6 layers × 2 × 2 heads × 128 numbers a position.
