@@ -1,4 +1,4 @@
-"""Runs one of the measurements behind the numbers in the docs.
+"""Runs one of the measurements of the numbers in the docs.
 
 python launch/benchmark.py conversion --directory=DIR
 python launch/benchmark.py campaign --mutations=2000

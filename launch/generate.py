@@ -105,7 +105,7 @@ def main() -> None:
         except KeyboardInterrupt as error:
             if rows is not None:
                 raise
-            interrupted = error  # Of a conversation that is typed: the turns that were answered stay in the output.
+            interrupted = error  # A typed conversation: the turns that were answered stay in the output.
     if interrupted is not None:
         raise interrupted
 

@@ -137,7 +137,7 @@ def test_training_logits_and_loss(recorded):
 
 
 def test_gradients(model):
-    recorded = Recorded("tiny", model)  # Of the other one they were not recorded.
+    recorded = Recorded("tiny", model)  # They were not recorded for the other one.
     found = certify.gradients(model, recorded.params, recorded.expected)
     for name, gradient in found.items():
         if name.startswith("context_"):

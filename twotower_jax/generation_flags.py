@@ -76,7 +76,7 @@ def _sampling_values() -> dict[str, Any]:
     options = strategy_flags.options()
     strategy = given.get("strategy", chosen.get("strategy", strategy_flag.value))
     theirs = chosen.pop("strategy_options", {}) if strategy == chosen.get("strategy", strategy) else {}
-    chosen.pop("strategy_options", None)  # Of another one.
+    chosen.pop("strategy_options", None)  # They are another strategy's.
     if theirs := {knob: value for knob, value in theirs.items() if knob not in options}:
         chosen["strategy_options"] = theirs
     if options.keys() & chosen.keys() or "confidence_threshold" not in knobs(strategy):

@@ -94,7 +94,7 @@ def denoised(member, prompt: list[int], new: int) -> tuple[list[int], int]:
     Needs a prompt of whole blocks; as many steps as a block has tokens, so that one commit a step is the least.
     """
     mask, evaluations = member.model.config.mask_token_id, 0
-    tokens, length = list(prompt), 32  # Of which what comes later is not seen.
+    tokens, length = list(prompt), 32  # What comes later in it is not seen.
     while len(tokens) < len(prompt) + new:
         block = np.full(BLOCK, mask)
         while (masked := block == mask).any():

@@ -104,7 +104,7 @@ def losses(config) -> np.ndarray:
 def test_moments_in_bfloat16_train_as_well():
     """The mean loss of the last 50 of 200 steps is within a thousandth of that with float32 moments."""
     exact, kept = (losses(small(moments_dtype=dtype))[-50:].mean() for dtype in ("float32", "bfloat16"))
-    assert exact < 1.3  # Of 2.77 at the start: the entropy of a step is 1.06.
+    assert exact < 1.3  # It was 2.77 at the start; the entropy of a step is 1.06.
     assert abs(kept / exact - 1) < 1e-3
     assert kept != exact
 

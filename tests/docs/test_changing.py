@@ -154,7 +154,7 @@ def test_the_schedule_weight_and_times_of_the_page(snippet):
     drawn = process.corrupt(ids, seed=0, step=0, example_index=jnp.arange(64), mask_token_id=3, block_size=8)
     one, two = np.asarray(drawn.t)[:32], np.asarray(drawn.t)[32:]
     assert drawn.t.shape == (64,) and abs(np.mean(drawn.t) - 0.5) < 0.1 and not np.array_equal(one, two)
-    assert np.std(drawn.t) < 0.25  # Of a uniform time 0.289, of the mean of two 0.204.
+    assert np.std(drawn.t) < 0.25  # A uniform time has 0.289, the mean of two 0.204.
 
 
 def test_the_strategy_of_the_page(snippet):

@@ -74,7 +74,7 @@ def test_what_is_used_least_recently_goes_first(tiny):
         results = run(tiny, prompts, SETTINGS, small)
         assert results[-1] == (expected[-1] if prompts is PROMPTS else expected[1])
         assert len(small) <= 3 and small.bytes == len(small) * piece
-    # Of a prompt the pieces at its beginning are left: none is without those before it.
+    # What is left of a prompt is its beginning: no piece is without those before it.
     run(tiny, PROMPTS[:1], SETTINGS, small)
     hits = small.hits
     run(tiny, [other], SETTINGS, small)

@@ -136,7 +136,7 @@ def test_numbers_are_the_seeds_and_samples(tiny):
     sampled = {"sampling": {"temperature": 1.5}, "prompt": [5, 6]}
     rows = [request(**sampled, seed=seed, sample=sample) for seed, sample in [(0, 1), (0, None), (0, 1), (1, 1)]]
     first, same, again, other = (r.tokens for r in results(tiny, rows))
-    assert first == again == same  # Of the row that has number 1.
+    assert first == again == same  # The row with number 1.
     assert first != other
 
 
@@ -319,7 +319,7 @@ def test_cancel_frees_a_slot_for_the_next_step(tiny):
     ("values", "message"),
     [
         ({"mode": "dream"}, "unknown mode 'dream'"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1 and less"),
         ({"seed": 2**32}, "seed must lie in"),
         ({"sample": -1}, "sample must lie in"),
         ({"stop": ("",)}, "stop must hold texts"),

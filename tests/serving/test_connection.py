@@ -83,7 +83,7 @@ def test_a_drop_now_and_then_puts_no_deadline_off(scripted):
             await writer.wait_closed()
 
     async def work(service, engine, place, server):
-        async with asyncio.timeout(20):  # Of drops it would be 13 seconds and more.
+        async with asyncio.timeout(20):  # Drops alone would take 13 seconds and more.
             await asyncio.gather(drip(place, post(b" " * 40)), drip(place, post(b"")[:-4] + b"\r\nX: " + b"x" * 50))
 
     # Python's clients notice at the second drop after the connection has been reset.

@@ -1,4 +1,4 @@
-"""The measurements behind every number in the docs, one file each; `launch/benchmark.py NAME` runs one.
+"""The measurements of every number in the docs, one file each; `launch/benchmark.py NAME` runs one.
 
 Each module has `define_flags()` and `main()`.
 """

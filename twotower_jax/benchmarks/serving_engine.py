@@ -97,7 +97,7 @@ def run(model, params, prompts: Sequence[Sequence[int]], settings: Settings, cap
     return Run(made, used, reads, tokens, seconds, processor, counts)
 
 
-# Of the rows; 0 stands for one row.
+# Shares of the rows; 0 stands for one row.
 FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 
 

@@ -78,7 +78,7 @@ def _broadcast(message: bytes) -> bytes:
     size = int.from_bytes(header[:8].tobytes(), "little")
     if size <= _HEADER - 8:
         return header[8 : 8 + size].tobytes()
-    # Of lengths that are powers of two, so that few are compiled.
+    # Lengths are powers of two, so that few are compiled.
     rest = np.zeros(1 << (size - 1).bit_length(), np.uint8)
     if first:
         rest[:size] = np.frombuffer(message, np.uint8)

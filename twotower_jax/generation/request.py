@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.generation.settings import MODES, Settings, has_blocks
+from twotower_jax.generation.settings import Settings, check_row, has_blocks
 from twotower_jax.tokens import check_ids
 
 # The most alternatives that a request may ask for at each token.
@@ -53,22 +53,9 @@ class Request:
     provisional: bool = False
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; the modes are {', '.join(MODES)}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        for name in ("seed", "sample"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 2**32:
-                raise ValueError(f"{name} must lie in [0, 2**32), not {value}")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must hold texts that are not empty, not {self.stop!r}")
-        if not 0 <= self.tolerance <= 1:
-            raise ValueError(f"tolerance must lie in [0, 1], not {self.tolerance}")
-        if self.tolerance and self.mode != "speculative":
-            raise ValueError(f"tolerance={self.tolerance} changes nothing in mode {self.mode!r}")
-        if self.mode == "speculative" and self.sampling.block_size < 2:
-            raise ValueError("mode speculative needs a block_size of at least 2: the first token of a block is given")
+        check_row(self)
+        if self.sample is not None and not 0 <= self.sample < 2**32:
+            raise ValueError(f"sample must lie in [0, 2**32), not {self.sample}")
         if self.start is not None and self.mode != "diffusion":
             raise ValueError(f"start changes nothing in mode {self.mode!r}: only diffusion begins with a block")
         if self.context_logprobs and self.mode == "mock_ar":

@@ -122,7 +122,7 @@ def given(rows: Places, firsts: Sequence[int], count: int, config: ModelConfig) 
                 if allowed is None:
                     allowed = np.full((len(rows), count, -(-config.vocab_size // 8)), 255, np.uint8)
                 allowed[i, place] = allowed_bits(request.allowed[position], config.vocab_size)
-        if request.allowed and allowed is None:  # Of other positions: compiled once for the whole row.
+        if request.allowed and allowed is None:  # At other positions: compiled once for the whole row.
             allowed = np.full((len(rows), count, -(-config.vocab_size // 8)), 255, np.uint8)
     return Given(tokens, fixed, allowed)
 

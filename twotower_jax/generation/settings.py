@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig
@@ -50,21 +50,10 @@ class Settings:
     max_cache_gb: float | None = None
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; the modes are {', '.join(MODES)}")
-        for name in ("max_new_tokens", "batch_size", "prefill_chunk"):
+        check_row(self)
+        for name in ("batch_size", "prefill_chunk"):
             if not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name} must be at least 1 and less than 2**31, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must hold texts that are not empty, not {self.stop!r}")
-        if not 0 <= self.tolerance <= 1:
-            raise ValueError(f"tolerance must lie in [0, 1], not {self.tolerance}")
-        if self.tolerance and self.mode != "speculative":
-            raise ValueError(f"tolerance={self.tolerance} changes nothing in mode {self.mode!r}")
-        if self.mode == "speculative" and self.sampling.block_size < 2:
-            raise ValueError("mode speculative needs a block_size of at least 2: the first token of a block is given")
         if self.eos is not None and (not self.eos or min(self.eos) < 0):
             raise ValueError(f"eos must hold token ids, at least one, not {self.eos!r}")
         if self.eos is not None and self.ignore_eos:
@@ -85,6 +74,32 @@ class Settings:
         if max(self.eos) >= config.vocab_size:
             raise ValueError(f"eos={max(self.eos)} lies outside vocab_size={config.vocab_size}")
         return self.eos
+
+
+def check_row(asked: Any) -> None:
+    """Checks what both say of a row.
+
+    Args:
+      asked: a `Settings` or a `Request`.
+
+    Raises:
+      ValueError: naming the value.
+    """
+    mode, seed, stop, tolerance = asked.mode, asked.seed, asked.stop, asked.tolerance
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; the modes are {', '.join(MODES)}")
+    if not 1 <= asked.max_new_tokens < 2**31:
+        raise ValueError(f"max_new_tokens must be at least 1 and less than 2**31, not {asked.max_new_tokens}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), not {seed}")
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop must hold texts that are not empty, not {stop!r}")
+    if not 0 <= tolerance <= 1:
+        raise ValueError(f"tolerance must lie in [0, 1], not {tolerance}")
+    if tolerance and mode != "speculative":
+        raise ValueError(f"tolerance={tolerance} changes nothing in mode {mode!r}")
+    if mode == "speculative" and asked.sampling.block_size < 2:
+        raise ValueError("mode speculative needs a block_size of at least 2: the first token of a block is given")
 
 
 class TokenLogprob(NamedTuple):

@@ -45,7 +45,7 @@ def _predicted(plan: StepPlan) -> list[str]:
     return [
         f"  predicted {found.seconds:.2f} s a step, {plan.predicted_utilization:.0%} of the peak, limited by "
         f"{found.limit}: arithmetic {found.arithmetic:.2f} s, memory {found.memory:.2f} s, links {found.exposed:.2f} s "
-        f"and {found.hidden:.2f} s more behind other work{uncounted}",
+        f"and {found.hidden:.2f} s more during other work{uncounted}",
         f"  GiB sent by each device, by collective: {sent}",
     ]
 

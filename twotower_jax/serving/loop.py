@@ -196,7 +196,7 @@ class EngineLoop:
         self.taken = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        # Of the engine's thread: rows by the engine's number, and the counts that were told last.
+        # The engine thread's own: rows by the engine's number, and the counts that were told last.
         self._live: dict[int, Ticket] = {}
         self._told = (0, 0)
         self._open: set[Ticket] = set()
@@ -240,7 +240,7 @@ class EngineLoop:
         self._idle.clear()
         return Group(self, places)
 
-    # Of the event loop's thread.
+    # Called in the event loop's thread.
 
     def _say(self, command: tuple[str, Any]) -> None:
         kind, thing = command
@@ -304,7 +304,7 @@ class EngineLoop:
     def _set_ready(self) -> None:
         self.ready = True
 
-    # Of the engine's thread.
+    # Called in the engine's thread.
 
     def _run(self) -> None:
         try:

@@ -22,7 +22,7 @@ _SHORTEST = 32
 # Tokens of rows that are computed together, and of those whose logits exist at a time.
 _TOGETHER, _LOGITS = 2048, 512
 
-# Of one prompt: for each token what the context thought of it before it came, best tokens first; None for the first.
+# One prompt: for each token what the context thought of it before it came, best tokens first; None for the first.
 Scored = list[TokenLogprob | None]
 
 

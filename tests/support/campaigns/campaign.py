@@ -33,7 +33,7 @@ from twotower_jax.parameters import parameter_table
 from twotower_jax.two_tower import Backbone, TwoTower
 
 REFUSED, EXACT = "refused", "loaded exactly"
-_SECONDS = 1.0  # Of the processor, that a refusal may take in the command; tests do not look at the clock.
+_SECONDS = 1.0  # Processor seconds that a refusal may take in the command; tests do not look at the clock.
 _CONFIG = ModelConfig(
     vocab_size=24,
     hidden_size=8,
