@@ -19,6 +19,7 @@ from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.diffusion import SCHEDULES, TIMES, WEIGHTS, MaskedDiffusion
 from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
+from twotower_jax.lora import Lora
 from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
 from twotower_jax.train.objectives import OBJECTIVES
@@ -53,6 +54,7 @@ ADDED = {
     "diffusion.weight": "flat",
     "diffusion.complementary": False,
     "moments_dtype": "float32",
+    **{f"lora.{field.name}": field.default for field in dataclasses.fields(Lora)},
 }
 
 
@@ -97,6 +99,9 @@ class TrainConfig:
     variant: Variant = Variant()
     # For the denoiser objective: how tokens are masked, and how much they count. See `MaskedDiffusion`.
     diffusion: DiffusionConfig = DiffusionConfig()
+    # An adapter in place of the parameters that would train: its rank, what it is of, and how its base is stored. See
+    # `Lora`; a rank of 0 is none.
+    lora: Lora = Lora()
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
@@ -279,16 +284,21 @@ class TrainConfig:
         return ModelConfig.from_hf(dict(self.model) | {"vocab_size": vocab_size})
 
 
+# The fields that hold fields of their own.
+_PARTS = {"variant": Variant, "diffusion": DiffusionConfig, "lora": Lora, "kernels": Backends, "mesh": MeshShape}
+
+
 def base_config(model: Mapping[str, Any]) -> ConfigDict:
     """A mutable config with the defaults of `TrainConfig` and a model given by its fields, without `vocab_size`."""
     config = ConfigDict()
     config.model = ConfigDict({name: model.get(name, default) for name, default in _model_fields().items()})
     config.model.update(model)
     for field in dataclasses.fields(TrainConfig):
-        if field.name not in ("model", "variant", "diffusion", "kernels", "mesh", "block_size", "block_curriculum"):
+        if field.name not in ("model", *_PARTS, "block_size", "block_curriculum"):
             config[field.name] = field.default
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
     config.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
+    config.lora = ConfigDict(dataclasses.asdict(Lora()))
     config.kernels = ConfigDict({field.name: config_dict.placeholder(str) for field in dataclasses.fields(Backends)})
     config.mesh = ConfigDict(dataclasses.asdict(MeshShape()))
     config.block_size = config_dict.placeholder(int)
@@ -327,12 +337,7 @@ def freeze(config: ConfigDict) -> TrainConfig:
         if isinstance(values.get(name), str):
             values[name] = local_path(values[name])
     parts = {}
-    for name, part in (
-        ("variant", Variant),
-        ("diffusion", DiffusionConfig),
-        ("kernels", Backends),
-        ("mesh", MeshShape),
-    ):
+    for name, part in _PARTS.items():
         given = values.pop(name)
         _check(isinstance(given, Mapping), f"{name} must hold fields of its own, found {given!r}")
         for field in dataclasses.fields(part):
@@ -372,6 +377,10 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
         for name, value in dataclasses.asdict(config.diffusion).items():
             if value != getattr(default, name):
                 without[f"diffusion.{name}"] = value, f"objective={config.objective!r}"
+    if not config.lora.rank:
+        for name, value in dataclasses.asdict(config.lora).items():
+            if value != getattr(Lora, name):
+                without[f"lora.{name}"] = value, "lora.rank=0"
     for name in given:
         if name in without:
             value, why = without[name]

@@ -147,7 +147,10 @@ def begin(setup: Setup) -> tuple[Run, Setup]:
     that memory holds them once."""
     config, folder, start = setup.config, setup.folder, setup.start
     state, frozen = start_state(setup.objective, setup.optimizer, start.params, setup.placement.mesh)
-    folder.create(start.model, frozen)
+    # What an adapter is of lies where it came from, and is not written once more.
+    folder.create(start.model, {} if start.base else frozen)
+    if start.base:
+        folder.write_base(start.base)
     if distributed.is_leader():
         with writing(folder.path):
             roles = {"end_token": start.model.eos_token_ids[0], "source": start.tokenizer_folder}
@@ -163,7 +166,11 @@ def resume(setup: Setup) -> tuple[Run, Setup]:
     """The run as its newest checkpoint has it, and the setup."""
     config, folder, placement = setup.config, setup.folder, setup.placement
     state, frozen = abstract_state(setup.objective, setup.optimizer, placement.mesh)
-    params, optimizer, frozen, rest = folder.restore(state.params, state.optimizer, frozen)
+    own = {} if setup.start.base else frozen
+    params, optimizer, frozen, rest = folder.restore(state.params, state.optimizer, own)
+    if setup.start.base:
+        _, frozen = start_state(setup.objective, setup.optimizer, setup.start.params, placement.mesh)
+        setup = dataclasses.replace(setup, start=setup.start._replace(params=None))
     state = state.replace(step=placement.whole(jnp.int32(folder.step)), params=params, optimizer=optimizer)
     data, skips = setup.data(), Skips(config.max_skipped_steps)
     data.set_state(rest["data"])
@@ -213,7 +220,7 @@ def train_stage(
             run.window = LossWindow(setup.objective.terms)
         if setup.samples and _due(run.step, config.sample_every):
             with log.paused():
-                params = merge(run.state.params, run.frozen)
+                params = setup.objective.model_params(merge(run.state.params, run.frozen))
                 setup.samples.write(run.step, params, stage.block_size, setup.report)
         if saving:
             with log.paused():
