@@ -7,6 +7,7 @@ that everything that reads it (start, optimizer, mesh, saving) sees an ordinary 
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,27 +34,17 @@ def with_adapter(objective: Objective, settings: Lora) -> "Adapting":
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapting(Objective):
-    """`inner` with its matrices adapted and all of its own parameters frozen."""
+class Adapting:
+    """`inner` with its matrices adapted and all of its own parameters frozen. What is not said here is `inner`'s."""
 
     inner: Objective
     lora: Lora
+    losses = Objective.losses
 
-    @property
-    def model(self):
-        return self.inner.model
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.inner.dtype
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        return self.inner.terms
-
-    @property
-    def is_noisy(self) -> bool:
-        return self.inner.is_noisy
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     @functools.cached_property
     def adapter(self) -> dict[Path, Parameter]:
@@ -104,9 +95,6 @@ class Adapting(Objective):
     def model_params(self, params: Params, dropout: Dropout | None = None) -> Params:
         adapter, base = lora.split(params)
         return lora.attach(base, adapter, self.lora.scale, dropout)
-
-    def counts(self, examples: Examples) -> dict[str, jax.Array]:
-        return self.inner.counts(examples)
 
     def start(self, checkpoint: Params | None, key: jax.Array) -> Params:
         """The objective's parameters and a fresh adapter, which changes nothing."""

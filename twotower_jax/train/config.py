@@ -23,6 +23,7 @@ from twotower_jax.lora import Lora
 from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
 from twotower_jax.train.objectives import OBJECTIVES
+from twotower_jax.train.terms import Distillation
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -54,6 +55,8 @@ ADDED = {
     "diffusion.weight": "flat",
     "diffusion.complementary": False,
     "moments_dtype": "float32",
+    "distillation.weight": 0.0,
+    "distillation.temperature": 1.0,
     **{f"lora.{field.name}": field.default for field in dataclasses.fields(Lora)},
 }
 
@@ -99,6 +102,9 @@ class TrainConfig:
     variant: Variant = Variant()
     # For the denoiser objective: how tokens are masked, and how much they count. See `MaskedDiffusion`.
     diffusion: DiffusionConfig = DiffusionConfig()
+    # For the denoiser objective: how much the context tower's own distribution of each masked token counts beside the
+    # token. See `Distillation`.
+    distillation: Distillation = Distillation()
     # An adapter in place of the parameters that would train: its rank, what it is of, and how its base is stored. See
     # `Lora`; a rank of 0 is none.
     lora: Lora = Lora()
@@ -285,7 +291,14 @@ class TrainConfig:
 
 
 # The fields that hold fields of their own.
-_PARTS = {"variant": Variant, "diffusion": DiffusionConfig, "lora": Lora, "kernels": Backends, "mesh": MeshShape}
+_PARTS = {
+    "variant": Variant,
+    "diffusion": DiffusionConfig,
+    "distillation": Distillation,
+    "lora": Lora,
+    "kernels": Backends,
+    "mesh": MeshShape,
+}
 
 
 def base_config(model: Mapping[str, Any]) -> ConfigDict:
@@ -298,6 +311,7 @@ def base_config(model: Mapping[str, Any]) -> ConfigDict:
             config[field.name] = field.default
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
     config.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
+    config.distillation = ConfigDict(dataclasses.asdict(Distillation()))
     config.lora = ConfigDict(dataclasses.asdict(Lora()))
     config.kernels = ConfigDict({field.name: config_dict.placeholder(str) for field in dataclasses.fields(Backends)})
     config.mesh = ConfigDict(dataclasses.asdict(MeshShape()))
@@ -366,7 +380,7 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
     Raises:
       ValueError: naming the first one and why.
     """
-    default, without = DiffusionConfig(), {}
+    without = {}
     if not config.sample_every and config.sample_tokens != TrainConfig.sample_tokens:
         without["sample_tokens"] = config.sample_tokens, "sample_every=0"
     if not config.decay_fraction and config.final_learning_rate != config.learning_rate:
@@ -374,9 +388,13 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
     if not config.validation_fraction and config.validation_every:
         without["validation_every"] = config.validation_every, "validation_fraction=0"
     if not config.two_towers:
-        for name, value in dataclasses.asdict(config.diffusion).items():
-            if value != getattr(default, name):
-                without[f"diffusion.{name}"] = value, f"objective={config.objective!r}"
+        for part in ("diffusion", "distillation"):
+            default = getattr(TrainConfig, part)
+            for name, value in dataclasses.asdict(getattr(config, part)).items():
+                if value != getattr(default, name):
+                    without[f"{part}.{name}"] = value, f"objective={config.objective!r}"
+    elif not config.distillation.weight and config.distillation.temperature != Distillation.temperature:
+        without["distillation.temperature"] = config.distillation.temperature, "distillation.weight=0"
     if not config.lora.rank:
         for name, value in dataclasses.asdict(config.lora).items():
             if value != getattr(Lora, name):
