@@ -120,7 +120,7 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
     training, validation = data.windows(tokenizer, packing)
     starts = workdir.step is None or base is not None
     params = _first_parameters(config, objective, checkpoint, mesh) if starts else None
-    return Start(tokenizer, model, objective, params, training, validation, mesh, folder, base)
+    return Start(tokenizer, model, objective, params, training, validation, mesh, folder, base=base)
 
 
 def _base(config: TrainConfig, workdir: Workdir) -> Base:
