@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from conftest import write_backbone_folder
 from safetensors.numpy import load_file, save_file
 
 from twotower_jax import command_line, lora
@@ -36,7 +35,10 @@ def two_towers(small_folder):
 
 @pytest.fixture(scope="module")
 def backbone(small_folder, tmp_path_factory):
-    return write_backbone_folder(small_folder, tmp_path_factory.mktemp("one") / "backbone")
+    """Its context tower alone."""
+    folder = tmp_path_factory.mktemp("one") / "backbone"
+    export(small_folder, folder, "context", 2**30)
+    return folder
 
 
 def tensors_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -207,7 +209,10 @@ def test_target_modules_name_the_adapted_modules_and_no_other():
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern=.*: several ranks"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*: modules of its own"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' also changed the base"),
-        ({"r": 3}, "tensor 'backbone.layers.0.mixer.in_proj.lora_A.weight' has shape .2, 16., .* must have .3, 16."),
+        (
+            {"r": 3},
+            "tensor 'context_tower.layers.0.mixer.in_proj.lora_A.weight' has shape .2, 16., .* must have .3, 16.",
+        ),
     ],
 )
 def test_configurations_that_are_refused(tmp_path, backbone, changes, message):
@@ -272,7 +277,7 @@ def test_a_fingerprint_is_of_the_tower_whatever_its_form(tmp_path, two_towers, b
     convert(two_towers, tmp_path / "quantized", quantize=METHODS["int8"])
     assert fingerprint(tmp_path / "quantized") is None
     shutil.copytree(backbone, tmp_path / "changed")
-    file = tmp_path / "changed" / "model.safetensors"
+    (file,) = (tmp_path / "changed").glob("*.safetensors")
     tensors = load_file(file)
     tensors["backbone.layers.2.mixer.experts.1.up_proj.weight"] *= np.float32(1.01)
     save_file(tensors, file)
