@@ -20,6 +20,7 @@ from twotower_jax.evaluation.likelihood import Pair, Scored
 from twotower_jax.generation.engine import Engine, iter_steps, positions
 from twotower_jax.generation.placement import TowerMeshes, in_force
 from twotower_jax.generation.request import Request
+from twotower_jax.generation.scheduling import PIECE
 from twotower_jax.generation.settings import Settings
 from twotower_jax.parameters import Params
 from twotower_jax.progress import Counted
@@ -189,18 +190,19 @@ class Local:
                 likelihood.blockwise_scores(self._model, params, pairs, done, sampling=settings.sampling, **options)
 
     def _generate(self, asked: Sequence[Asked], done: Callable[[int, Answer], None]) -> None:
-        """Questions of similar length together, so that one long one does not make all caches long."""
+        """Questions of similar length together, so that one long one does not make all caches long. Few capacities
+        occur, each of which compiles anew."""
         lengths = defaultdict(list)
         requests = [self._request(one) for one in asked]
-        needed = [positions(len(r.prompt), r.max_new_tokens, self._settings, r) for r in requests]
-        for number, length in enumerate(needed):
-            lengths[max(256, 1 << (length - 1).bit_length())].append(number)
-        for _, numbers in sorted(lengths.items()):
+        for number, r in enumerate(requests):
+            needed = positions(len(r.prompt), r.max_new_tokens, self._settings, r)
+            lengths[max(PIECE, 1 << (needed - 1).bit_length())].append(number)
+        for capacity, numbers in sorted(lengths.items()):
             engine = Engine(
                 self._model,
                 self._params,
                 self._settings,
-                capacity=max(needed[number] for number in numbers),
+                capacity=capacity,
                 slots=min(self._settings.batch_size, len(numbers)),
                 decode=self._decode,
                 placement=self._placement,

@@ -1,5 +1,6 @@
 """Tasks whose questions are made on the spot: prompts, and a function that says whether an answer is right."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ def run_made(answerer: Answerer, task: MadeTask, limit: int | None = None) -> tu
 
 def generated_tasks(count: int, seed: int = 0) -> dict[str, MadeTask]:
     """The tasks of data/tasks.py, by name: questions of their test split, of which no model was trained on any."""
+    if importlib.util.find_spec("twotower_jax.data.tasks") is None:
+        return {}
     from twotower_jax.data import tasks
 
     def of(name: str) -> MadeTask:

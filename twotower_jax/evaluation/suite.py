@@ -9,7 +9,6 @@ import importlib.util
 import pathlib
 import random
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,8 @@ from twotower_jax.evaluation.compare import Scores
 
 # Of examples shown before a question, and of whatever else a task draws.
 _SEED = 1234
+# Lines of a task file that name a task, a group or a tag, alone or in a list.
+_NAMING = re.compile(r"^\s*(?:(?:task|group|tag)\w*:|-)[^\n]{0,200}$", re.MULTILINE)
 # Draws of the standard error of scores that are no means.
 _DRAWS = 1000
 
@@ -69,18 +70,22 @@ def _manager(folders: tuple[str, ...]) -> Any:
     return TaskManager(include_path=list(folders), include_defaults=False)
 
 
-def _own_folders(names: Sequence[str]) -> list[str]:
-    """lm_eval's folders of tasks that mention one of the names."""
+@functools.cache
+def _own_files() -> dict[str, str]:
+    """What lm_eval's folders of tasks say of names: lines of their files that hold one."""
     import lm_eval.tasks
 
-    root = pathlib.Path(lm_eval.tasks.__file__).parent
-    wanted = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, names))})(?![\w-])")
-    found = []
+    root, found = pathlib.Path(lm_eval.tasks.__file__).parent, {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        files = (file for file in folder.rglob("*yaml") if file.is_file())
-        if any(wanted.search(file.read_text(encoding="utf-8", errors="replace")) for file in files):
-            found.append(str(folder))
+        texts = (file.read_text(encoding="utf-8", errors="replace") for file in folder.rglob("*yaml") if file.is_file())
+        found[str(folder)] = "\n".join(line for text in texts for line in _NAMING.findall(text))
     return found
+
+
+def _own_folders(name: str) -> list[str]:
+    """lm_eval's folders of tasks that mention a name."""
+    wanted = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+    return [folder for folder, text in _own_files().items() if wanted.search(text)]
 
 
 def load_task(
@@ -119,7 +124,7 @@ def _load(spec: str | dict[str, Any], name: str, include_path: str | None) -> di
     try:
         manager = _manager(ours)
         if isinstance(spec, str) and name not in manager.all_tasks and not name.endswith((".yaml", ".yml")):
-            manager = _manager((*_own_folders([name]), *ours))
+            manager = _manager((*_own_folders(name), *ours))
             if name not in manager.all_tasks:
                 where = f" in {include_path} and" if include_path is not None else ""
                 raise ValueError(f"--tasks: there is no task {name!r}{where} in lm_eval {_version()}")
