@@ -17,6 +17,7 @@ import environment  # noqa: F401, first: it says what is missing
 # isort: split
 import dataclasses
 import datetime
+import hashlib
 import json
 import pathlib
 import sys
@@ -30,6 +31,7 @@ from twotower_jax.evaluation.environment import settle_environment
 from twotower_jax.generation.settings import MODES, Settings
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.outputs import output_folder, write_file
+from twotower_jax.paths import local_path
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
@@ -79,7 +81,6 @@ def main() -> None:
     base = Settings(batch_size=_BATCH_SIZE.value)
     if _BASE_URL.value is None:
         base = generation_flags.settings(batch_size=_BATCH_SIZE.value)
-        base = dataclasses.replace(base, mode="diffusion", tolerance=base.tolerance)
     points = parse_points(_MODES.value, base)
     with output_folder(_OUTPUT.value) as output:
         tasks = find_tasks(
@@ -138,6 +139,9 @@ def _local(points, output: pathlib.Path):
     tokenizer = load_tokenizer(loaded.folder)
     checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
     how = [model_flags.DTYPE.value, model_flags.QUANTIZE.value, model_flags.KERNELS.value]
+    # Strategies of one's own: another file gives other answers.
+    own = [pathlib.Path(local_path(path)).read_bytes() for path in strategy_flags.REGISTER.value]
+    how += [hashlib.sha256(content).hexdigest() for content in own]
     answers = Answers(output / "answers.jsonl", [fingerprint(checkpoint), *how])
     _warn(points, loaded.folder)
     answerers = {

@@ -66,6 +66,8 @@ _MIN_RETAINED = flags.DEFINE_float(
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-text token, so that all rows are as long.")
 _WRITE = flags.DEFINE_bool("write", False, f"Also write {FILE} into the checkpoint's folder.")
 _RESULTS = "results.json", "plot.svg"
+# Of the contexts of --tasks=needle and key_value.
+_LENGTH = 512
 
 
 def _numbers(flag, kind: type) -> list:
@@ -159,7 +161,7 @@ def _quality(model: TwoTower, params: Params, folder: pathlib.Path, placement: T
     from twotower_jax.evaluation.answers import Answers
     from twotower_jax.evaluation.table import evaluate, find_tasks
 
-    tasks, answers = find_tasks(_TASKS.value, include_path=_INCLUDE_PATH.value), Answers()
+    tasks, answers = find_tasks(_TASKS.value, include_path=_INCLUDE_PATH.value, lengths=[_LENGTH]), Answers()
     tokenizer = load_tokenizer(folder)
 
     def quality(settings: Settings) -> float:

@@ -78,3 +78,20 @@ def test_programs_of_a_model_run_only_if_that_is_allowed(tmp_path, checkpoint, t
         run.stderr
         == "error: task program_here runs programs that the model writes; allow it with --run_generated_code\n"
     )
+
+
+def test_tuning_takes_a_tasks_score_for_its_quality(tmp_path, checkpoint, task_files):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "tuning"
+    prompts.write_text('{"ids": [7, 8, 9]}\n' * 4)
+    flags = {"checkpoint": checkpoint, "prompts": prompts, "output": out, "rounds": 1, "max_new_tokens": 10}
+    flags |= {"thresholds": "0.0,1.0", "steps": 4, "blocks": 4, "batch_size": 4}
+    tasks = {"tasks": "write_here", "include_path": task_files, "min_retained": 0}
+    run = run_command("tune", *(f"--{name}={value}" for name, value in (flags | tasks).items()))
+    assert run.returncode == 0, run.stderr
+    found = json.loads((out / "results.json").read_text())
+    assert found["ar"]["quality"] == 0.75 and found["tasks"] == ["write_here"]
+    fastest = max(found["points"], key=lambda point: point["tokens_per_second"])
+    assert found["chosen"] == fastest and 0 <= fastest["quality"] <= 1
+    assert ">quality<" in (out / "plot.svg").read_text() and "| score |" in run.stdout
+    run = run_command("tune", *(f"--{name}={value}" for name, value in flags.items()), "--min_retained=0.5")
+    assert (run.returncode, run.stderr) == (2, "error: --min_retained changes nothing without --tasks; leave it out\n")

@@ -10,6 +10,7 @@ wrote: what spells a special token in them is one.
 
 import pathlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from twotower_jax.paths import local_path
 # What a task may say of how to generate. Greedy unless it says `do_sample`.
 _KWARGS = ("until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
 _MAX_GEN_TOKS = 256
+_KEPT = 512  # contexts
 
 
 class TwoTowerLM(TemplateLM):
@@ -126,7 +128,7 @@ class TwoTowerLM(TemplateLM):
         self.answerer, self._folder = answerer, folder
         self._max_gen_toks, self._max_length = max_gen_toks, max_length
         self._template: ChatTemplate | None = None
-        # All questions that were to be answered by a text, and the contexts of all others, for timings.
+        # All questions that were to be answered by a text, and the contexts of some others, for timings.
         self.asked: list[Asked] = []
         self.contexts: list[tuple[int, ...]] = []
 
@@ -149,8 +151,13 @@ class TwoTowerLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [self._cut(Pair(tuple(context), tuple(continuation))) for _, context, continuation in requests]
-        self.contexts += [pair.context for pair in pairs]
+        # Choices of a question share one tuple: a task may have tens of thousands of long ones.
+        same: dict[tuple[int, ...], tuple[int, ...]] = {}
+        pairs = []
+        for _, context, continuation in requests:
+            pair = self._cut(Pair(tuple(context), tuple(continuation)))
+            pairs.append(Pair(same.setdefault(pair.context, pair.context), pair.continuation))
+        self._keep(pairs)
         answers = []
         for (told, _, _), scored in zip(requests, self.answerer.score(pairs), strict=True):
             answers.append((scored.log_likelihood, scored.greedy))
@@ -165,7 +172,7 @@ class TwoTowerLM(TemplateLM):
             for window in get_rolling_token_windows(ids, self.prefix_token_id, longest, 1):
                 context, continuation = make_disjoint_window(window)
                 windows.append((number, Pair(tuple(context), tuple(continuation))))
-        self.contexts += [pair.context for _, pair in windows]
+        self._keep([pair for _, pair in windows])
         totals = [0.0] * len(requests)
         for (number, _), scored in zip(windows, self.answerer.score([pair for _, pair in windows]), strict=True):
             totals[number] += scored.log_likelihood
@@ -217,6 +224,10 @@ class TwoTowerLM(TemplateLM):
         if self._max_length is not None:
             ids = ids[-max(1, self._max_length - most) :]
         return Asked(tuple(ids), most, stop, **sampled)
+
+    def _keep(self, pairs: Sequence[Pair]) -> None:
+        """Keeps the contexts of some questions, for timings."""
+        self.contexts += [pair.context for pair in pairs[: max(0, _KEPT - len(self.contexts))]]
 
     def _cut(self, pair: Pair) -> Pair:
         """A pair without the beginning that is too long."""
