@@ -1,7 +1,7 @@
 """Evaluates a checkpoint on tasks, AR and diffusion side by side on the same questions.
 
     python launch/evaluate.py --checkpoint=DIR --tasks=gsm8k,arc_challenge --output=evaluation
-    python launch/evaluate.py --checkpoint=DIR --tasks=paper --modes=ar,diffusion:confidence_threshold=0.9 --output=table
+    python launch/evaluate.py --checkpoint=DIR --tasks=paper --modes=ar,diffusion:confidence_threshold=0.9 --output=out
     python launch/evaluate.py --checkpoint=DIR --tasks=needle,key_value --lengths=512,2048,8192 --output=evaluation
     python launch/evaluate.py --base_url=http://127.0.0.1:8000 --tasks=gsm8k --output=evaluation
 
