@@ -4,14 +4,16 @@ import math
 import random
 import socket
 import xml.etree.ElementTree
+from collections import Counter
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from twotower_jax.data import tasks
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.evaluation import paper
-from twotower_jax.evaluation.answering import check_likelihood
+from twotower_jax.evaluation.answering import Answer, check_likelihood
 from twotower_jax.evaluation.compare import Scores, paired, retained
 from twotower_jax.evaluation.long_context import long_tasks
 from twotower_jax.evaluation.points import parse_points
@@ -19,6 +21,7 @@ from twotower_jax.evaluation.report import Evaluation
 from twotower_jax.evaluation.running import run_program, without_network
 from twotower_jax.evaluation.speed import Speed
 from twotower_jax.evaluation.suite import TaskScores
+from twotower_jax.evaluation.table import evaluate, find_tasks
 from twotower_jax.generation.settings import Settings
 
 
@@ -147,6 +150,34 @@ def test_long_contexts_are_as_long_as_asked_and_hold_the_answer(kind):
     assert [q.prompt for q in long.make(Words())] == [q.prompt for q in long_tasks(kind, [120], 5)[0].make(Words())]
     with pytest.raises(ValueError, match="--lengths=1: is too short"):
         long_tasks(kind, [1], 1)[0].make(Words())
+
+
+class Solver(Words):
+    """Who solves every second question."""
+
+    likelihood, label = "context", None
+
+    def __init__(self):
+        self.generated = Counter()
+
+    def generate(self, asked):
+        texts = [" ".join(one.prompt) for one in asked]
+        solved = [tasks.TASKS[text.partition(":")[0]].solve(text) for text in texts]
+        return [Answer(text if i % 2 else "no", 1, 1) for i, text in enumerate(solved)]
+
+
+def test_generated_tasks_are_checked_by_their_own_rules():
+    found = find_tasks(["tasks"], count=6)
+    assert [task.name for task in found] == list(tasks.TASKS)
+    assert find_tasks(["sort", "key_value"], lengths=[20, 30], count=2)[1].name == "key_value_20"
+    done = evaluate(
+        found[:4], {"ar": Solver(), "diffusion": Solver()}, ar="ar", folder=None, limit=4, speed_questions=0
+    )
+    for scores in done.tasks.values():
+        assert (scores["ar"].metrics["acc"].value, scores["ar"].questions) == (0.5, 4)
+    assert done.results()["retained"]["diffusion"] == 1.0
+    with pytest.raises(ValueError, match="'sort' is given twice"):
+        find_tasks(["sort", "tasks"])
 
 
 def _task(right: list[float], metric: str = "acc", better: bool = True) -> TaskScores:

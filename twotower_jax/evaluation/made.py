@@ -1,9 +1,10 @@
 """Tasks whose questions are made on the spot: prompts, and a function that says whether an answer is right."""
 
-import importlib.util
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from twotower_jax.data import tasks
 from twotower_jax.evaluation.answering import Answerer, Asked
 from twotower_jax.evaluation.compare import Scores
 from twotower_jax.evaluation.suite import TaskScores
@@ -44,15 +45,12 @@ def run_made(answerer: Answerer, task: MadeTask, limit: int | None = None) -> tu
 
 def generated_tasks(count: int, seed: int = 0) -> dict[str, MadeTask]:
     """The tasks of data/tasks.py, by name: questions of their test split, of which no model was trained on any."""
-    if importlib.util.find_spec("twotower_jax.data.tasks") is None:
-        return {}
-    from twotower_jax.data import tasks
 
     def of(name: str) -> MadeTask:
         def make(answerer: Answerer) -> list[Question]:
             found = []
             for question in tasks.questions(name, "test", count, seed):
-                right = _checker(tasks.check, name, question.prompt)
+                right = functools.partial(tasks.check, name, question.prompt)
                 # Room for an answer that is spelled in another way.
                 longest = 2 * len(answerer.encode(question.answer)) + 8
                 found.append(Question(question.prompt, right, longest))
@@ -61,7 +59,3 @@ def generated_tasks(count: int, seed: int = 0) -> dict[str, MadeTask]:
         return MadeTask(name, make)
 
     return {name: of(name) for name in tasks.TASKS}
-
-
-def _checker(check: Callable[[str, str, str], Any], name: str, prompt: str) -> Callable[[str], bool]:
-    return lambda answer: bool(check(name, prompt, answer))
