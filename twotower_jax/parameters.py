@@ -55,6 +55,7 @@ class Parameter:
       decay: whether weight decay applies.
       float32: whether it stays float32 when the rest of the model is stored in bfloat16.
       trainable: False for a buffer that no gradient reaches.
+      balanced: whether it is a router's bias, which training may move by the load of the experts.
       scales: how it may be stored in fewer bits: GROUPS, COLUMNS or ROWS; None for what never is.
       in_backbone: whether a published backbone has it; what it lacks starts from `init`.
     """
@@ -68,6 +69,7 @@ class Parameter:
     decay: bool
     float32: bool
     trainable: bool
+    balanced: bool
     scales: str | None
     in_backbone: bool
 
@@ -119,6 +121,7 @@ class Scope:
         decay: bool = True,
         float32: bool = False,
         trainable: bool = True,
+        balanced: bool = False,
         scales: str | None = None,
     ) -> nnx.Param:
         """Declares one array and returns it as an abstract `nnx.Param`.
@@ -143,7 +146,7 @@ class Scope:
             tensors = tensors[0]
         declaration = Parameter(
             *((), shape, axes, init, np.asarray(tensors, dtype=object)),
-            *(layout, decay, float32, trainable, scales, self.in_backbone),
+            *(layout, decay, float32, trainable, balanced, scales, self.in_backbone),
         )
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), declaration=declaration)
 

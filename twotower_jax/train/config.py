@@ -19,10 +19,11 @@ from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.diffusion import SCHEDULES, TIMES, WEIGHTS, MaskedDiffusion
 from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
+from twotower_jax.layers import registry
 from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
 from twotower_jax.train.objectives import OBJECTIVES
-from twotower_jax.train.terms import Distillation
+from twotower_jax.train.terms import Balance, Distillation
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -56,7 +57,14 @@ ADDED = {
     "moments_dtype": "float32",
     "distillation.weight": 0.0,
     "distillation.temperature": 1.0,
+    "router_bias_rate": 0.0,
+    "router_balance_loss": 0.0,
+    "router_z_loss": 0.0,
 }
+
+# What a backbone that is trained from random weights does for its experts, as Nemotron 3 Nano's pretraining did (arXiv
+# 2512.20848). A checkpoint's routers are balanced already.
+_NEW_BACKBONE = Balance(bias_rate=1e-3, balance_loss=1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +111,11 @@ class TrainConfig:
     # For the denoiser objective: how much the context tower's own distribution of each masked token counts beside the
     # token. See `Distillation`.
     distillation: Distillation = Distillation()
+    # How the experts of layers that train are kept evenly busy, see `Balance`. None is 1e-3, 1e-4 and 0 for a backbone
+    # that starts from random weights, and 0 for all others; a run that goes on keeps its own.
+    router_bias_rate: float | None = None
+    router_balance_loss: float | None = None
+    router_z_loss: float | None = None
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
@@ -194,6 +207,7 @@ class TrainConfig:
             self.two_towers or self.variant == Variant(),
             f"variant={self.variant} changes nothing with objective={self.objective!r}: it needs objective='denoiser'",
         )
+        _ = self.balance  # which checks itself
         self._check_optimizer()
         self._check_blocks()
         self._check_samples()
@@ -266,6 +280,13 @@ class TrainConfig:
         return self.objective != "autoregressive"
 
     @property
+    def balance(self) -> Balance:
+        """How the experts are kept busy, also where the settings leave that to the run."""
+        default = Balance() if self.two_towers or self.init_from else _NEW_BACKBONE
+        given = {field.name: getattr(self, f"router_{field.name}") for field in dataclasses.fields(Balance)}
+        return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
+
+    @property
     def block_sizes(self) -> list[int]:
         """The block sizes of the whole run, in order."""
         return [size for _, size in self.block_curriculum] if self.block_size is None else [self.block_size]
@@ -301,7 +322,9 @@ def base_config(model: Mapping[str, Any]) -> ConfigDict:
     config.model = ConfigDict({name: model.get(name, default) for name, default in _model_fields().items()})
     config.model.update(model)
     for field in dataclasses.fields(TrainConfig):
-        if field.name not in ("model", *_PARTS, "block_size", "block_curriculum"):
+        if field.type == float | None:
+            config[field.name] = config_dict.placeholder(float)
+        elif field.name not in ("model", *_PARTS, "block_size", "block_curriculum"):
             config[field.name] = field.default
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
     config.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
@@ -392,6 +415,10 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
         if name in without:
             value, why = without[name]
             raise ValueError(f"config: {name}={value!r} changes nothing with {why}; leave it out")
+    kinds = map(registry.kind, config.model["hybrid_override_pattern"])
+    if not config.init_from and not any(kind.num_experts(config.model_config(config.vocab_size)) for kind in kinds):
+        for name in ("router_bias_rate", "router_balance_loss", "router_z_loss"):
+            without[name] = getattr(config, name), "a model without experts"
     of_model = [name for name in given if name == "vocab_size" or name.split(".")[0] == "model"]
     if config.init_from and of_model:
         names = ", ".join(f"--config.{name}" for name in of_model)
@@ -423,7 +450,9 @@ def _check(ok: bool, message: str):
 
 
 def _check_type(field: dataclasses.Field, value: Any, part: str = ""):
-    wanted = {float: int | float, Mapping[str, Any]: Mapping}.get(field.type, field.type)
+    wanted = {float: int | float, float | None: int | float | None, Mapping[str, Any]: Mapping}.get(
+        field.type, field.type
+    )
     ok = isinstance(value, wanted) and (field.type is bool or not isinstance(value, bool))
     name = getattr(field.type, "__name__", str(field.type))
     _check(ok, f"{part}{field.name} must be {name}, found {value!r}")

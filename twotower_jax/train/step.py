@@ -19,7 +19,7 @@ from twotower_jax.kernels.dispatch import platform
 from twotower_jax.parameters import Parameter, Params, Path, flatten, parameter_table, unflatten
 from twotower_jax.sharding import constrain, stored_sharding
 from twotower_jax.train.config import DTYPES, TrainConfig
-from twotower_jax.train.objectives import Documents, Losses, NoiseKey, Objective
+from twotower_jax.train.objectives import ROUTED, Documents, Losses, NoiseKey, Objective
 from twotower_jax.train.placement import place
 from twotower_jax.train.schedule import learning_rate
 
@@ -35,11 +35,24 @@ class TrainState:
       step: () int32, steps made so far.
       params: the trained parameters, float32.
       optimizer: optax's state for them.
+      balanced: the routers' biases that move by the load of the experts, float32; none by default.
     """
 
     step: jax.Array
     params: Params
     optimizer: Any
+    balanced: Params = flax.struct.field(default_factory=dict)
+
+    @property
+    def weights(self) -> Params:
+        """All parameters that a step changes."""
+        return merge(self.params, self.balanced)
+
+    def with_weights(self, weights: Params) -> "TrainState":
+        """With other such parameters."""
+        flat = flatten(weights)
+        params, balanced = (unflatten({path: flat[path] for path in flatten(t)}) for t in (self.params, self.balanced))
+        return self.replace(params=params, balanced=balanced)
 
 
 class StepMetrics(NamedTuple):
@@ -65,6 +78,19 @@ def tables(objective: Objective) -> tuple[dict[Path, Parameter], dict[Path, Para
     table = parameter_table(objective.model)
     trained = {path: p for path, p in table.items() if p.trainable and objective.is_trained(path)}
     return trained, {path: p for path, p in table.items() if path not in trained}
+
+
+def apart(objective: Objective, frozen: Params) -> tuple[Params, Params]:
+    """Parameters without gradients as those that the load of the experts moves, and the rest.
+
+    They are biases of routers that train, if the objective balances any.
+    """
+    table, flat = tables(objective)[1], flatten(frozen)
+    moved = {
+        path for path in flat if objective.balance.bias_rate and table[path].balanced and objective.is_trained(path)
+    }
+    balanced, rest = ({path: flat[path] for path in flat if (path in moved) == side} for side in (True, False))
+    return unflatten(balanced), unflatten(rest)
 
 
 def split(objective: Objective, params: Params) -> tuple[Params, Params]:
@@ -113,9 +139,11 @@ def _stored_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.G
     return optax.GradientTransformation(init, update)
 
 
-def initial_state(optimizer: optax.GradientTransformation, trained: Params) -> TrainState:
+def initial_state(
+    optimizer: optax.GradientTransformation, trained: Params, balanced: Params | None = None
+) -> TrainState:
     """The state before the first step."""
-    return TrainState(step=jnp.zeros((), jnp.int32), params=trained, optimizer=optimizer.init(trained))
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), balanced or {})
 
 
 def abstract_state(
@@ -134,7 +162,8 @@ def abstract_state(
         path: jax.ShapeDtypeStruct(p.shape, jnp.float32 if p.float32 else objective.dtype, sharding=sharding(p))
         for path, p in frozen.items()
     }
-    state = jax.eval_shape(lambda p: initial_state(optimizer, p), params)
+    balanced, rest = apart(objective, unflatten(rest))
+    state = jax.eval_shape(lambda *p: initial_state(optimizer, *p), params, balanced)
     if mesh is not None:
         everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -143,8 +172,8 @@ def abstract_state(
 
         # Moments lie where their parameters do.
         moments = optax.tree.map_params(optimizer, placed, state.optimizer, params, transform_non_params=placed)
-        state = TrainState(step=placed(state.step), params=params, optimizer=moments)
-    return state, unflatten(rest)
+        state = TrainState(placed(state.step), params, moments, balanced)
+    return state, rest
 
 
 def start_state(
@@ -153,12 +182,14 @@ def start_state(
     """The state before the first step and the frozen parameters, on a mesh if there is one."""
     if mesh is None:
         trained, frozen = split(objective, params)
-        return initial_state(optimizer, trained), frozen
+        balanced, frozen = apart(objective, frozen)
+        return initial_state(optimizer, trained, jax.tree.map(jnp.copy, balanced)), frozen
     table = parameter_table(objective.model)
     placed = {path: place(a, stored_sharding(mesh, table[path].axes, a.shape)) for path, a in flatten(params).items()}
     trained, frozen = split(objective, unflatten(placed))
+    balanced, frozen = apart(objective, frozen)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh)[0])
-    return jax.jit(lambda p: initial_state(optimizer, p), out_shardings=shardings)(trained), frozen
+    return jax.jit(lambda *p: initial_state(optimizer, *p), out_shardings=shardings)(trained, balanced), frozen
 
 
 def total_loss(objective: Objective, losses: Losses) -> jax.Array:
@@ -176,7 +207,8 @@ def make_step(
 
     Rows are taken in `config.accumulate` parts one after the other, whose gradients add up to those of the whole batch.
     The noise is a function of seed, step and row of the batch alone. A loss or gradient that is not finite never
-    reaches the weights: such a step changes nothing but the number of steps made.
+    reaches the weights: such a step changes nothing but the number of steps made. Biases of routers that are balanced
+    move after the step, by the tokens of the whole batch.
     """
     schedule = learning_rate(config)
     stored = tables(objective)[0]
@@ -204,6 +236,7 @@ def make_step(
         noise = NoiseKey(config.seed, state.step, index)
         examples = objective.examples(ids, jnp.ones(ids.shape[0], bool), noise, block_size, documents)
         counts = objective.counts(examples)
+        frozen = merge(state.balanced, frozen)
         if config.accumulate == 1:
             gradients, losses = gradients_of(state.params, frozen, examples, counts)
         else:
@@ -222,6 +255,7 @@ def make_step(
             shapes = jax.eval_shape(of_part, jax.tree.map(lambda v: v[0], parts))
             zeros, no_losses = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
             (gradients, losses), _ = jax.lax.scan(add_part, (_as_stored(stored, zeros), no_losses), parts)
+        routed = losses.pop(ROUTED, None)
         loss = total_loss(objective, losses)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         grad_norm = optax.tree.norm(gradients)
@@ -230,11 +264,21 @@ def make_step(
         rate = schedule(optax.tree.get_all_with_path(state.optimizer, "count")[0][1])
         metrics = StepMetrics(losses, loss, grad_norm, rate, skipped)
         # A choice between whole arrays, element by element, which is part of the update's own loop over them.
-        old, new = (state.params, state.optimizer), (optax.apply_updates(state.params, updates), optimizer_state)
-        params, optimizer_state = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), old, new)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        old = state.params, state.optimizer, state.balanced
+        balanced = _moved(objective.balance.bias_rate, state.balanced, routed) if state.balanced else {}
+        new = optax.apply_updates(state.params, updates), optimizer_state, balanced
+        return TrainState(state.step + 1, *jax.tree.map(lambda a, b: jnp.where(skipped, a, b), old, new)), metrics
 
     return step
+
+
+def _moved(rate: float, biases: Params, routed: LossSum) -> Params:
+    """Biases after a step: + rate where an expert had fewer tokens than the mean of its layer, − rate where it had
+    more."""
+    tokens, means = flatten(routed.total), flatten(routed.count)
+    return unflatten(
+        {path: bias + rate * jnp.sign(means[path] - tokens[path]) for path, bias in flatten(biases).items()}
+    )
 
 
 def _in_parts(rows: jax.Array, count: int) -> jax.Array:

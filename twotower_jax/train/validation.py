@@ -19,6 +19,7 @@ from twotower_jax.train.metrics import LossWindow, Row, finite
 from twotower_jax.train.objectives import BY_ROW, Losses, Objective
 from twotower_jax.train.placement import Placement
 from twotower_jax.train.step import make_validation
+from twotower_jax.train.terms import evenness
 
 # Rows that a denoiser sees at least, by drawing noise for each window several times.
 MIN_ROWS = 64
@@ -36,7 +37,8 @@ class Validation:
 
     def __init__(self, windows: Any, objective: Objective, placement: Placement, batch_size: int):
         """`windows`: what `validation_batches` takes."""
-        self._windows, self._objective, self._placement, self._batch_size = windows, objective, placement, batch_size
+        self._windows, self._objective = windows, objective.for_validation()
+        self._placement, self._batch_size = placement, batch_size
         self._count = len(windows)
         self.draws = -(-MIN_ROWS // self._count) if objective.is_noisy and self._count < MIN_ROWS else 1
         self.rows = self._count * self.draws
@@ -85,7 +87,9 @@ class Validation:
         row = window.means()
         if np.ndim(load.total):
             # Not the mean of the batches' busiest, which would be the larger the smaller the batches are.
-            row["expert_load"] = [finite(v) for v in np.max(load.total / load.count, axis=1)]
+            whole = load.total / load.count
+            row["expert_load"] = [finite(v) for v in np.max(whole, axis=1)]
+            row["expert_entropy"] = [finite(v) for v in np.asarray(evenness(np.float32(whole)))]
         return row | {"loss_stderr": finite(self._standard_error(sums))}
 
     def _index(self, rows: np.ndarray) -> np.ndarray:
