@@ -26,6 +26,7 @@ from twotower_jax.train.objectives import OBJECTIVES
 from twotower_jax.train.terms import Balance, Distillation
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+OPTIMIZERS = ("adamw", "muon")
 
 # A resumed run may change these: none of them alters the steps already made.
 CHANGEABLE = (
@@ -57,6 +58,8 @@ ADDED = {
     "moments_dtype": "float32",
     "distillation.weight": 0.0,
     "distillation.temperature": 1.0,
+    "optimizer": "adamw",
+    "ema_decay": 0.0,
     "router_bias_rate": 0.0,
     "router_balance_loss": 0.0,
     "router_z_loss": 0.0,
@@ -139,22 +142,27 @@ class TrainConfig:
     # config and in flags one of the two is given, and the other is None.
     block_size: int | None = None
     block_curriculum: tuple = ((0.0, 32), (2 / 3, 16))  # the paper's 32, 32, 16 in thirds
-    # AdamW under warmup-stable-decay: fractions of the steps in which the rate rises linearly from 0 and, at the end,
-    # falls linearly to its final value.
+    # "adamw", or "muon": that for the matrices between embedding and head, and AdamW for the rest.
+    optimizer: str = "adamw"
+    # Its rate, warmup-stable-decay: fractions of the steps in which it rises linearly from 0 and, at the end, falls
+    # linearly to its final value.
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-6
     warmup_fraction: float = 0.02
     decay_fraction: float = 0.2
     adam_betas: tuple = (0.9, 0.95)
     weight_decay: float = 0.1
+    # How much an average of the weights keeps of itself at each step, 0.999 for one; 0 keeps none. Validation tells its
+    # loss as well, and whatever loads the run's checkpoint takes the average.
+    ema_decay: float = 0.0
     # The largest global norm of the gradients; longer ones are scaled down to it.
     clip_norm: float = 1.0
     # Seed of weights, data order and noise.
     seed: int = 0
     # The dtype of activations and of the frozen parameters; trained parameters and their moments are float32.
     dtype: str = "float32"
-    # The dtype of Adam's two moments between steps: "float32", or "bfloat16" where memory is short. Computing is in
-    # float32.
+    # The dtype of the optimizer's moments between steps: "float32", or "bfloat16" where memory is short. Computing is
+    # in float32.
     moments_dtype: str = "float32"
     # What the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each layer;
     # "unit", which keeps what enters each unit of a repeated segment.
@@ -215,6 +223,8 @@ class TrainConfig:
     def _check_optimizer(self):
         for name in ("learning_rate", "clip_norm"):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        _check(self.optimizer in OPTIMIZERS, f"optimizer={self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        _check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must be at least 0 and less than 1")
         _check(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
         _check(
             0 <= self.final_learning_rate <= self.learning_rate,

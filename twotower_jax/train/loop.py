@@ -18,13 +18,14 @@ from twotower_jax.train import distributed, flops, watch
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.log import Log
 from twotower_jax.train.metrics import LossWindow, MetricsWriter, Row, Stopwatch, import_wandb, last_row, writing
-from twotower_jax.train.objectives import NoiseKey
+from twotower_jax.train.objectives import Losses, NoiseKey
 from twotower_jax.train.placement import Batch
 from twotower_jax.train.programs import Step
 from twotower_jax.train.schedule import BlockStage
 from twotower_jax.train.setup import Report, Setup, look, make_setup, settled
 from twotower_jax.train.skips import Skips, blame
 from twotower_jax.train.step import StepMetrics, TrainState, abstract_state, merge, start_state
+from twotower_jax.train.validation import Validation
 
 # What the processes of a run tell one another at every step; the largest number counts.
 _GO_ON, _STOP, _SAVE_FAILED = range(3)
@@ -209,7 +210,7 @@ def train_stage(
         if saving or logging:
             made = _take_in(setup, run, stage, made)
         if logging:
-            passes = functools.partial(validation.run, validate, run.state.weights, run.frozen) if validating else None
+            passes = functools.partial(_validate, validation, validate, run) if validating else None
             log.write(run.step, run.window.means(), metrics, run.skips.total, step_flops, passes)
             run.window = LossWindow(setup.objective.weights)
         if setup.samples and _due(run.step, config.sample_every):
@@ -325,6 +326,14 @@ def _take_in(setup: Setup, run: Run, stage: BlockStage, made: tuple[StepMetrics,
         f"{found.text(setup.start.tokenizer)}; no such step has reached the weights. Try a lower "
         f"learning_rate={config.learning_rate} or clip_norm={config.clip_norm}, or other data"
     )
+
+
+def _validate(validation: Validation, validate: Callable[..., Losses], run: Run) -> Row:
+    """What validation tells of the weights, and the loss of their average where one is kept."""
+    row = validation.run(validate, run.state.weights, run.frozen)
+    if (average := run.state.average) is not None:
+        row["average_loss"] = validation.run(validate, average, run.frozen)["loss"]
+    return row
 
 
 def _due(step: int, every: int) -> bool:

@@ -20,9 +20,12 @@ from twotower_jax.parameters import Parameter, Params, Path, flatten, parameter_
 from twotower_jax.sharding import constrain, stored_sharding
 from twotower_jax.train.config import DTYPES, TrainConfig
 from twotower_jax.train.objectives import ROUTED, Documents, Losses, NoiseKey, Objective
+from twotower_jax.train.optimizers import OPTIMIZERS, Averaged, averaged
 from twotower_jax.train.placement import place
 from twotower_jax.train.schedule import learning_rate
 
+# Names the gradient's noise scale among the losses.
+NOISE = "gradient_noise_scale"
 # The noise of validation is the same in every run, so that runs compare.
 VALIDATION_SEED = 1
 
@@ -47,6 +50,11 @@ class TrainState:
     def weights(self) -> Params:
         """All parameters that a step changes."""
         return merge(self.params, self.balanced)
+
+    @property
+    def average(self) -> Params | None:
+        """The same with an average of those that have gradients, where one is kept."""
+        return merge(self.optimizer.average, self.balanced) if isinstance(self.optimizer, Averaged) else None
 
     def with_weights(self, weights: Params) -> "TrainState":
         """With other such parameters."""
@@ -109,18 +117,12 @@ def merge(trained: Params, frozen: Params) -> Params:
 
 
 def make_optimizer(config: TrainConfig, trained: Mapping[Path, Parameter]) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay where the table says so."""
-    beta1, beta2 = config.adam_betas
-    adam = optax.adamw(
-        learning_rate(config),
-        b1=beta1,
-        b2=beta2,
-        weight_decay=config.weight_decay,
-        mask=unflatten({path: parameter.decay for path, parameter in trained.items()}),
-    )
+    """Clipping by global norm, then the optimizer named, with an average of the weights if one is wanted."""
+    named = OPTIMIZERS[config.optimizer](config, trained)
     if config.moments_dtype != "float32":
-        adam = _stored_in(DTYPES[config.moments_dtype], adam)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+        named = _stored_in(DTYPES[config.moments_dtype], named)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), named)
+    return averaged(config.ema_decay, optimizer) if config.ema_decay else optimizer
 
 
 def _stored_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -245,7 +247,9 @@ def make_step(
                 return gradients_of(state.params, frozen, part, counts)
 
             def add_part(total, part):
-                found = of_part(part)
+                gradients, losses = of_part(part)
+                square = jnp.square(optax.tree.norm(gradients))
+                found = gradients, losses | {NOISE: LossSum(square, jnp.zeros(()))}
                 # Where a sum over devices is added to a sum over parts, XLA's pass that takes the first out of the loop
                 # fails (libtpu 0.0.52, while_loop_all_reduce_code_motion). The numbers are the same.
                 found = jax.lax.optimization_barrier(found) if platform() == "tpu" else found
@@ -254,11 +258,14 @@ def make_step(
             parts = jax.tree.map(lambda v: _in_parts(v, config.accumulate), examples)
             shapes = jax.eval_shape(of_part, jax.tree.map(lambda v: v[0], parts))
             zeros, no_losses = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
+            no_losses |= {NOISE: LossSum(jnp.zeros(()), jnp.zeros(()))}
             (gradients, losses), _ = jax.lax.scan(add_part, (_as_stored(stored, zeros), no_losses), parts)
         routed = losses.pop(ROUTED, None)
         loss = total_loss(objective, losses)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         grad_norm = optax.tree.norm(gradients)
+        if config.accumulate > 1:
+            losses[NOISE] = noise_scale(grad_norm**2, losses[NOISE].total, ids.shape[0], config.accumulate)
         skipped = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         # The optimizer counts the updates it made, and takes its rate by that count.
         rate = schedule(optax.tree.get_all_with_path(state.optimizer, "count")[0][1])
@@ -270,6 +277,24 @@ def make_step(
         return TrainState(state.step + 1, *jax.tree.map(lambda a, b: jnp.where(skipped, a, b), old, new)), metrics
 
     return step
+
+
+def noise_scale(whole: jax.Array, parts: jax.Array, batch_size: int, count: int) -> LossSum:
+    """How many sequences a batch takes until more of them make its gradient little better: tr Σ / |G|².
+
+    Both are estimated without bias from gradients over batches of two sizes, each noisy: of the batch and of its parts
+    (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1). They are averaged over steps before they are divided, as
+    sum and count of a `LossSum` are.
+
+    Args:
+      whole: () float32, |gradient|² of the batch.
+      parts: () float32, the sum of |gradient|² of its parts, each a share of the batch's gradient.
+      count: of the parts, equally many sequences each.
+    """
+    small, each = count * parts, batch_size / count  # |count · gradient|², on average over the parts
+    squared = (batch_size * whole - each * small) / (batch_size - each)
+    trace = (small - whole) / (1 / each - 1 / batch_size)
+    return LossSum(trace, squared)
 
 
 def _moved(rate: float, biases: Params, routed: LossSum) -> Params:
