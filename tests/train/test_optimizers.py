@@ -149,6 +149,7 @@ def test_the_noise_scale_is_its_formula(step_config, random_params):
             "model.hybrid_override_pattern": "-",
             "model.intermediate_size": 12,
             "accumulate": 4,
+            "gradient_noise_scale": True,
         }
     )
     objective = make_objective(config, config.model_config(40))
@@ -190,6 +191,10 @@ def test_the_noise_scale_is_that_of_known_noise():
     ("changes", "message"),
     [
         ({"optimizer": "sgd"}, "optimizer='sgd' is not one of adamw, muon"),
+        (
+            {"gradient_noise_scale": True},
+            "gradient_noise_scale=True compares parts of a batch, of which accumulate=1 makes one",
+        ),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must be at least 0 and less than 1"),
     ],
 )

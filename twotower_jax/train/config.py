@@ -43,6 +43,7 @@ CHANGEABLE = (
     "max_skipped_steps",
     "peak_flops",
     "wandb_project",
+    "gradient_noise_scale",
     "sample_every",
     "sample_prompts",
     "sample_tokens",
@@ -173,6 +174,8 @@ class TrainConfig:
     mesh: MeshShape = MeshShape()
     # Parts of a batch whose gradients are computed one after the other and added up.
     accumulate: int = 1
+    # Tell from how much the gradients of these parts differ how noisy the batch's is; needs two parts at least.
+    gradient_noise_scale: bool = False
     # In steps; 0 validates, or saves, at the end only.
     log_every: int = 10
     validation_every: int = 0
@@ -210,6 +213,10 @@ class TrainConfig:
         _check(
             self.batch_size % self.accumulate == 0,
             f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}",
+        )
+        _check(
+            self.accumulate > 1 or not self.gradient_noise_scale,
+            f"gradient_noise_scale=True compares parts of a batch, of which accumulate={self.accumulate} makes one",
         )
         _check(
             self.two_towers or self.variant == Variant(),
@@ -421,14 +428,14 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
                     without[f"{part}.{name}"] = value, f"objective={config.objective!r}"
     elif not config.distillation.weight and config.distillation.temperature != Distillation.temperature:
         without["distillation.temperature"] = config.distillation.temperature, "distillation.weight=0"
-    for name in given:
-        if name in without:
-            value, why = without[name]
-            raise ValueError(f"config: {name}={value!r} changes nothing with {why}; leave it out")
     kinds = map(registry.kind, config.model["hybrid_override_pattern"])
     if not config.init_from and not any(kind.num_experts(config.model_config(config.vocab_size)) for kind in kinds):
         for name in ("router_bias_rate", "router_balance_loss", "router_z_loss"):
             without[name] = getattr(config, name), "a model without experts"
+    for name in given:
+        if name in without:
+            value, why = without[name]
+            raise ValueError(f"config: {name}={value!r} changes nothing with {why}; leave it out")
     of_model = [name for name in given if name == "vocab_size" or name.split(".")[0] == "model"]
     if config.init_from and of_model:
         names = ", ".join(f"--config.{name}" for name in of_model)

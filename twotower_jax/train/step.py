@@ -170,12 +170,19 @@ def abstract_state(
         everywhere = NamedSharding(mesh, PartitionSpec())
 
         def placed(leaf, like=None):
+            if _is_masked(leaf):  # The parameter is another optimizer's.
+                return leaf
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere if like is None else like.sharding)
 
         # Moments lie where their parameters do.
-        moments = optax.tree.map_params(optimizer, placed, state.optimizer, params, transform_non_params=placed)
+        trees = state.optimizer, params
+        moments = optax.tree.map_params(optimizer, placed, *trees, transform_non_params=placed, is_leaf=_is_masked)
         state = TrainState(placed(state.step), params, moments, balanced)
     return state, rest
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def start_state(
@@ -246,25 +253,28 @@ def make_step(
             def of_part(part):
                 return gradients_of(state.params, frozen, part, counts)
 
-            def add_part(total, part):
-                gradients, losses = of_part(part)
+            def with_square(gradients, losses):
+                if not config.gradient_noise_scale:
+                    return gradients, losses
                 square = jnp.square(optax.tree.norm(gradients))
-                found = gradients, losses | {NOISE: LossSum(square, jnp.zeros(()))}
+                return gradients, losses | {NOISE: LossSum(square, jnp.zeros_like(square))}
+
+            def add_part(total, part):
+                found = with_square(*of_part(part))
                 # Where a sum over devices is added to a sum over parts, XLA's pass that takes the first out of the loop
                 # fails (libtpu 0.0.52, while_loop_all_reduce_code_motion). The numbers are the same.
                 found = jax.lax.optimization_barrier(found) if platform() == "tpu" else found
                 return jax.tree.map(jnp.add, total, found), None
 
             parts = jax.tree.map(lambda v: _in_parts(v, config.accumulate), examples)
-            shapes = jax.eval_shape(of_part, jax.tree.map(lambda v: v[0], parts))
+            shapes = jax.eval_shape(lambda part: with_square(*of_part(part)), jax.tree.map(lambda v: v[0], parts))
             zeros, no_losses = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
-            no_losses |= {NOISE: LossSum(jnp.zeros(()), jnp.zeros(()))}
             (gradients, losses), _ = jax.lax.scan(add_part, (_as_stored(stored, zeros), no_losses), parts)
         routed = losses.pop(ROUTED, None)
         loss = total_loss(objective, losses)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         grad_norm = optax.tree.norm(gradients)
-        if config.accumulate > 1:
+        if config.gradient_noise_scale:
             losses[NOISE] = noise_scale(grad_norm**2, losses[NOISE].total, ids.shape[0], config.accumulate)
         skipped = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         # The optimizer counts the updates it made, and takes its rate by that count.
