@@ -124,8 +124,8 @@ class TrainConfig:
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
     # A file of text (.txt, .jsonl and more) or a folder of them; a folder made by launch/prepare.py; the prefix of a
-    # Megatron set; or a .json file that mixes several by weight. "" is the documentation shipped with Python. See
-    # docs/guide/data.md.
+    # Megatron set; or a .json file that mixes several by weight. "" is the documentation shipped with Python, "tasks"
+    # questions with exact answers. See docs/guide/data.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
