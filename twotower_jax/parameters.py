@@ -55,9 +55,9 @@ class Parameter:
       decay: whether weight decay applies.
       float32: whether it stays float32 when the rest of the model is stored in bfloat16.
       trainable: False for a buffer that no gradient reaches.
-      balanced: whether it is a router's bias, which training may move by the load of the experts.
       scales: how it may be stored in fewer bits: GROUPS, COLUMNS or ROWS; None for what never is.
       in_backbone: whether a published backbone has it; what it lacks starts from `init`.
+      balanced: whether it is a router's bias, which training may move by the load of the experts.
     """
 
     path: Path
@@ -69,9 +69,9 @@ class Parameter:
     decay: bool
     float32: bool
     trainable: bool
-    balanced: bool
     scales: str | None
     in_backbone: bool
+    balanced: bool = False
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -146,7 +146,7 @@ class Scope:
             tensors = tensors[0]
         declaration = Parameter(
             *((), shape, axes, init, np.asarray(tensors, dtype=object)),
-            *(layout, decay, float32, trainable, balanced, scales, self.in_backbone),
+            *(layout, decay, float32, trainable, scales, self.in_backbone, balanced),
         )
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), declaration=declaration)
 

@@ -37,8 +37,7 @@ class Validation:
 
     def __init__(self, windows: Any, objective: Objective, placement: Placement, batch_size: int):
         """`windows`: what `validation_batches` takes."""
-        self._windows, self._objective = windows, objective.for_validation()
-        self._placement, self._batch_size = placement, batch_size
+        self._windows, self._objective, self._placement, self._batch_size = windows, objective, placement, batch_size
         self._count = len(windows)
         self.draws = -(-MIN_ROWS // self._count) if objective.is_noisy and self._count < MIN_ROWS else 1
         self.rows = self._count * self.draws
@@ -66,7 +65,7 @@ class Validation:
 
         It is None with a single window, which tells nothing of others.
         """
-        placement, size, weights = self._placement, self._batch_size, self._objective.weights
+        placement, size, weights = self._placement, self._batch_size, self._objective.for_validation().weights
         window = LossWindow(weights)
         load = LossSum(0.0, 0.0)
         sums = {term: np.zeros((2, self._count)) for term in weights}
@@ -90,7 +89,8 @@ class Validation:
             whole = load.total / load.count
             row["expert_load"] = [finite(v) for v in np.max(whole, axis=1)]
             row["expert_entropy"] = [finite(v) for v in np.asarray(evenness(np.float32(whole)))]
-        return row | {"loss_stderr": finite(self._standard_error(sums))}
+        weighted = {term: np.stack([weights[term] * total, count]) for term, (total, count) in sums.items()}
+        return row | {"loss_stderr": finite(self._standard_error(weighted))}
 
     def _index(self, rows: np.ndarray) -> np.ndarray:
         """The number that the noise of each row depends on, int32: window by window in a draw, draw after draw."""
@@ -98,7 +98,7 @@ class Validation:
         return (rows // self._count * self._count + self._place[rows % self._count]).astype(np.int32)
 
     def _standard_error(self, sums: Mapping[str, np.ndarray]) -> float:
-        """The standard error of the weighted sum of the terms' means, each a ratio of totals over windows.
+        """The standard error of the sum of the terms' means, each a ratio of totals over windows.
 
         From the differences of neighbors in noise level (successive differences, as for systematic samples: Wolter
         2007, Introduction to Variance Estimation, section 8.2): that the loss depends on the level is no uncertainty of
@@ -107,11 +107,11 @@ class Validation:
         if self._count < 2:
             return math.nan
         residual = np.zeros(self._count)
-        for term, (total, count) in sums.items():
+        for total, count in sums.values():
             whole = count.sum()
             if whole == 0:
                 return math.nan
-            residual += self._objective.weights[term] * (total - total.sum() / whole * count) / whole
+            residual += (total - total.sum() / whole * count) / whole
         ordered = residual[np.argsort(self._place)]
         return math.sqrt(self._count / (2 * (self._count - 1)) * np.sum(np.diff(ordered) ** 2))
 
