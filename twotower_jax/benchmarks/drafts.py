@@ -31,6 +31,7 @@ from twotower_jax.train.step import split
 from twotower_jax.train.validation import Validation
 
 _PROMPT, _NEW, _PROMPTS = 32, 64, 16
+_FIELDS = ("loss", "expert_load", "expert_entropy")
 _OBJECTIVES = ("masked tokens", "and distillation", "masked tokens of its own samples")
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     print("|---|---|---|---|")
     for name, rows in loads.items():
         cells = ["; ".join(_numbers(row[f"validation_{field}"]) for row in rows)
-                 for field in ("loss", "expert_load", "expert_entropy")]  # fmt: skip
+                 for field in _FIELDS]  # fmt: skip
         print(f"| {name} | {' | '.join(cells)} |")
     print(
         "\n| denoiser trained on | masked loss | drafts kept a block | tokens per evaluation: speculative | diffusion |"
@@ -71,6 +72,8 @@ def _run_seed(seed: int, folder: pathlib.Path, loads: dict[str, list[Row]], draf
     loads["balanced"].append(_train(_config(seed), backbone))
     unbalanced = {"router_bias_rate": 0.0, "router_balance_loss": 0.0}
     loads["as it comes"].append(_train(_config(seed, **unbalanced), folder / "unbalanced"))
+    for name, rows in loads.items():
+        print(f"{name}: {', '.join(f'{field} {rows[-1][f"validation_{field}"]}' for field in _FIELDS)}", flush=True)
     prompts = _prompts(_config(seed), folder / "look")
     _sample(seed, backbone, prompts, folder / "samples")
     denoiser = {"objective": "denoiser", "init_from": str(backbone)}
@@ -80,6 +83,7 @@ def _run_seed(seed: int, folder: pathlib.Path, loads: dict[str, list[Row]], draf
         workdir = folder / name.replace(" ", "-")
         _train(_config(seed, **denoiser | change), workdir)
         drafts[name].append((masked_loss(workdir), *_measure(workdir, prompts["validation"])))
+        print(f"{name}: {', '.join(f'{v:.3f}' for v in drafts[name][-1])}", flush=True)
 
 
 def _config(seed: int, **changes: Any) -> TrainConfig:
