@@ -36,7 +36,7 @@ _OBJECTIVES = ("masked tokens", "and distillation", "masked tokens of its own sa
 
 
 def define_flags() -> None:
-    command_line.DEFINE_path("data", "", "Text to train on; default: the documentation that ships with Python.")
+    command_line.DEFINE_path("data", None, "Text to train on; default: the documentation that ships with Python.")
     flags.DEFINE_integer("steps", 300, "Of each run.", lower_bound=1)
     flags.DEFINE_integer("seeds", 2, "Runs of each kind.", lower_bound=1)
     flags.DEFINE_integer("samples", 512, "Documents of the context tower's own, of 128 tokens.", lower_bound=1)
@@ -90,7 +90,7 @@ def _config(seed: int, **changes: Any) -> TrainConfig:
     config = shipped("tiny")
     config.model.update(hidden_size=64, mamba_num_heads=4, moe_intermediate_size=64)
     config.model.moe_shared_expert_intermediate_size = 128
-    config.update(seed=seed, steps=flags.FLAGS.steps, sequence_length=128, batch_size=8, data=flags.FLAGS.data)
+    config.update(seed=seed, steps=flags.FLAGS.steps, sequence_length=128, batch_size=8, data=flags.FLAGS.data or "")
     config.log_every = max(1, flags.FLAGS.steps // 4)
     config.update_from_flattened_dict(changes)
     return freeze(config)
