@@ -59,6 +59,7 @@ class Parameter:
       trainable: False for a buffer that no gradient reaches.
       scales: how it may be stored in fewer bits: GROUPS, COLUMNS or ROWS; None for what never is.
       in_backbone: whether a published backbone has it; what it lacks starts from `init`.
+      balanced: whether it is a router's bias, which training may move by the load of the experts.
       adaptable: whether an `Adapted` matrix may stand in its place.
     """
 
@@ -73,6 +74,7 @@ class Parameter:
     trainable: bool
     scales: str | None
     in_backbone: bool
+    balanced: bool = False
     adaptable: bool = False
 
     @property
@@ -123,6 +125,7 @@ class Scope:
         decay: bool = True,
         float32: bool = False,
         trainable: bool = True,
+        balanced: bool = False,
         scales: str | None = None,
         adaptable: bool = False,
     ) -> nnx.Param:
@@ -148,7 +151,7 @@ class Scope:
             tensors = tensors[0]
         declaration = Parameter(
             *((), shape, axes, init, np.asarray(tensors, dtype=object)),
-            *(layout, decay, float32, trainable, scales, self.in_backbone, adaptable),
+            *(layout, decay, float32, trainable, scales, self.in_backbone, balanced, adaptable),
         )
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), declaration=declaration)
 

@@ -148,15 +148,17 @@ def from_workdir(path: pathlib.Path) -> Adapter:
     if step is None:
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")
     folder = path / workdir.CHECKPOINTS / str(step)
-    orbax_steps.verify(folder, only=workdir.PARAMS)
-    arrays = flatten(orbax_steps.stored_arrays(folder / workdir.PARAMS))
+    # Where the run keeps an average of its weights, that is what is loaded.
+    tree = workdir.AVERAGE if (folder / workdir.AVERAGE).is_dir() else workdir.PARAMS
+    orbax_steps.verify(folder, only=tree)
+    arrays = flatten(orbax_steps.stored_arrays(folder / tree))
     whole = parameter_table(Backbone(config) if single else TwoTower(config, variant))
     table = adapter_table(whole, trained.rank, trained.patterns)
     if odd := arrays.keys() - table.keys():
         raise CheckpointError(f"{folder}: array {'/'.join(min(odd))} is not of this adapter")
     target = unflatten({p: jax.ShapeDtypeStruct(table[p].shape, jnp.float32) for p in arrays})
     tensors = {}
-    for array_path, array in orbax_steps.restore_on_host(folder / workdir.PARAMS, target):
+    for array_path, array in orbax_steps.restore_on_host(folder / tree, target):
         for index, name in np.ndenumerate(table[array_path].tensors):
             tensors[str(name)] = np.ascontiguousarray(table[array_path].to_tensor(array[index]))
     return Adapter(path, trained, trained.scale, tensors, base.towers, base.checkpoint)

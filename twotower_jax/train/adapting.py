@@ -26,8 +26,12 @@ def with_adapter(objective: Objective, settings: Lora) -> "Adapting":
     """The objective with an adapter of those matrices that it would train.
 
     Raises:
-      ValueError: if the patterns name nothing; see `lora.adapter_table`.
+      ValueError: if the patterns name nothing, see `lora.adapter_table`; or if routers' biases are to move.
     """
+    if objective.balance.bias_rate:
+        raise ValueError(
+            f"router_bias_rate={objective.balance.bias_rate} moves biases of the base, which an adapter leaves"
+        )
     adapting = Adapting(objective, settings)
     _ = adapting.adapter
     return adapting
