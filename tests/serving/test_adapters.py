@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from served import SETTINGS
-from test_routes import PROMPTS, ask, extra
+from served import SETTINGS, running
 
 from twotower_jax import lora
 from twotower_jax.adapted import Adapted
@@ -18,6 +17,8 @@ from twotower_jax.generation.prefix_cache import PrefixCache
 from twotower_jax.generation.request import Request
 from twotower_jax.generation.score import score_ar
 from twotower_jax.parameters import flatten, parameter_table, unflatten
+
+PROMPTS = ["The list", "naïve café"]
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +39,25 @@ def test_requests_choose_an_adapter_by_name_and_get_what_it_gives_alone(served, 
     model, params, _ = loaded
     tokenizer = load_tokenizer(checkpoint)
     ids = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
-    named = {"small": params} | adapters
+    named, told = {"small": params} | adapters, {"return_token_ids": True}
     expected = {name: [r.tokens for r in generate(model, one, ids, SETTINGS)] for name, one in named.items()}
     assert len({str(tokens) for tokens in expected.values()}) == 3
 
-    async def work(official, client):
+    async def work():
+        async with running(served(adapters=adapters)) as client:
+            url = {"base_url": "http://test/v1", "api_key": "none"}
+            return await asked_of(openai.AsyncOpenAI(**url, http_client=client, max_retries=0), client)
+
+    async def asked_of(official, client):
         # All at once: rows of three sets of weights share the slots.
-        asked = [official.completions.create(model=name, prompt=ids, max_tokens=12, **extra()) for name in named]
+        asked = [official.completions.create(model=name, prompt=ids, max_tokens=12, extra_body=told) for name in named]
         answers = await asyncio.gather(*asked)
-        scored = await official.completions.create(
-            model="short", prompt=ids[0], max_tokens=1, echo=True, logprobs=1, **extra()
-        )
+        scored = await official.completions.create(model="short", prompt=ids[0], max_tokens=1, echo=True, logprobs=1)
         with pytest.raises(openai.NotFoundError, match="there is no 'rude' here; served is 'small', 'polite', 'short'"):
             await official.completions.create(model="rude", prompt="a")
         return answers, scored, (await client.get("/v1/models")).json(), (await client.get("/v1/models/short")).json()
 
-    answers, scored, models, one = ask(served, work, adapters=adapters)
+    answers, scored, models, one = asyncio.run(work())
     for name, answer in zip(named, answers, strict=True):
         assert answer.model == name
         assert [choice.token_ids for choice in answer.choices] == expected[name], name
