@@ -18,7 +18,7 @@ from twotower_jax.train import distributed, flops, watch
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.log import Log
 from twotower_jax.train.metrics import LossWindow, MetricsWriter, Row, Stopwatch, import_wandb, last_row, writing
-from twotower_jax.train.objectives import NoiseKey
+from twotower_jax.train.objectives import Losses, NoiseKey
 from twotower_jax.train.placement import Batch
 from twotower_jax.train.programs import Step
 from twotower_jax.train.schedule import BlockStage
@@ -208,7 +208,7 @@ def train_stage(
         if saving or logging:
             made = _take_in(setup, run, stage, made)
         if logging:
-            passes = functools.partial(validation.run, validate, run.state.params, run.frozen) if validating else None
+            passes = functools.partial(_validate, setup, run, stage, validate) if validating else None
             log.write(run.step, run.window.means(), metrics, run.skips.total, step_flops, passes)
             run.window = LossWindow(setup.objective.terms)
         if setup.samples and _due(run.step, config.sample_every):
@@ -324,6 +324,14 @@ def _take_in(setup: Setup, run: Run, stage: BlockStage, made: tuple[StepMetrics,
         f"{found.text(setup.start.tokenizer)}; no such step has reached the weights. Try a lower "
         f"learning_rate={config.learning_rate} or clip_norm={config.clip_norm}, or other data"
     )
+
+
+def _validate(setup: Setup, run: Run, stage: BlockStage, validate: Callable[..., Losses]) -> Row:
+    """What a row says of held-out text."""
+    row = setup.validation.run(validate, run.state.params, run.frozen)
+    if setup.answers is not None:
+        row |= setup.answers.measure(merge(run.state.params, run.frozen), stage.block_size, setup.report)
+    return row
 
 
 def _due(step: int, every: int) -> bool:

@@ -18,6 +18,7 @@ from twotower_jax.diffusion import (
     count,
     loss_by_block_position,
     loss_by_noise_level,
+    loss_by_turn,
     masked_loss_sum,
     next_tokens,
     spread,
@@ -56,11 +57,16 @@ class Documents(NamedTuple):
 
     Attributes:
       start: (B, L) int32, the first position of each position's document.
-      counted: (B, L) bool, False for the padding between documents.
+      counted: (B, L) bool, False for the padding between documents and, in conversations, for all that is not the
+        assistant's: such tokens are never masked.
+      token_weight: of conversations, (B, L) float32, how much each token counts; None for 1.
+      turn: of conversations, (B, L) int32, the number of each token's answer, from 1; 0 in none.
     """
 
     start: jax.Array
     counted: jax.Array
+    token_weight: jax.Array | None = None
+    turn: jax.Array | None = None
 
 
 class Examples(NamedTuple):
@@ -72,6 +78,7 @@ class Examples(NamedTuple):
       start: (R, L) int32, the first position of each position's document, or None.
       noisy: (R, L) int32; masked: (R, L) bool, those that have a loss; t, weight: (R,) or (R, L/S) float32. None for a
         backbone.
+      token_weight, turn: as in `Documents`; None for other texts.
     """
 
     clean: jax.Array
@@ -81,6 +88,8 @@ class Examples(NamedTuple):
     masked: jax.Array | None = None
     t: jax.Array | None = None
     weight: jax.Array | None = None
+    token_weight: jax.Array | None = None
+    turn: jax.Array | None = None
 
 
 class Objective:
@@ -113,7 +122,8 @@ class Objective:
         mask = jnp.broadcast_to(counted[:, None], ids.shape)
         if documents is None:
             return Examples(ids, mask, None)
-        return Examples(ids, mask & documents.counted, documents.start)
+        told = {"token_weight": documents.token_weight, "turn": documents.turn}
+        return Examples(ids, mask & documents.counted, documents.start, **told)
 
     def losses(
         self,
@@ -165,16 +175,19 @@ class Autoregressive(Objective):
         """
         model = bind(self.model, params)
         h = model.tower.causal(examples.clean, examples.start)
-        targets, counted = _next_tokens(examples)
+        targets, counted, token_weight = _next_tokens(examples)
         log_p = model.head.log_probabilities(h, targets)
-        losses = {"next_token_loss": masked_loss_sum(log_p, counted)}
+        losses = {"next_token_loss": masked_loss_sum(log_p, counted, token_weight=token_weight)}
+        if examples.turn is not None:
+            losses["by_turn"] = loss_by_turn(log_p, counted, jnp.roll(examples.turn, -1, axis=1), token_weight)
         if validating:
-            losses["next_token_loss" + BY_ROW] = masked_loss_sum(log_p, counted, axis=1)
+            losses["next_token_loss" + BY_ROW] = masked_loss_sum(log_p, counted, axis=1, token_weight=token_weight)
         return losses
 
     def counts(self, examples: Examples) -> dict[str, jax.Array]:
         """What each term is the mean over, known before any parameter is."""
-        return {"next_token_loss": count(_next_tokens(examples)[1])}
+        _, counted, token_weight = _next_tokens(examples)
+        return {"next_token_loss": count(counted, token_weight=token_weight)}
 
     def start(self, checkpoint: Params | None, key: jax.Array) -> Params:
         """A two-tower checkpoint's context tower and its head, or random weights."""
@@ -241,8 +254,11 @@ class Denoiser(Objective):
         )
         plain = super().examples(ids, counted, noise, block_size, documents)
         clean = jax.tree.map(self.diffusion.repeated, plain)
+        noisy = corruption.noisy_ids
+        if clean.token_weight is not None:
+            noisy = jnp.where(clean.counted, noisy, clean.clean)
         return clean._replace(
-            noisy=corruption.noisy_ids,
+            noisy=noisy,
             masked=corruption.masked & clean.counted,
             t=corruption.t,
             weight=corruption.weight,
@@ -251,6 +267,8 @@ class Denoiser(Objective):
     def losses_of(self, params: Params, examples: Examples, block_size: int, validating: bool = False) -> Losses:
         """The losses of the examples in blocks of `block_size`; beside the terms, the plain cross-entropy of masked
         tokens by noise level and by block position.
+
+        For conversations also by turn.
 
         And `expert_load`: of each layer with experts, the busiest one's tokens as a multiple of the even share.
 
@@ -269,24 +287,28 @@ class Denoiser(Objective):
 
         An objective that adds a term to these extends this, `terms` and `counts` (configs/example_objective.py).
         """
-        masked, t = examples.masked, examples.t
+        masked, t, token_weight = examples.masked, examples.t, examples.token_weight
         log_p = model.denoiser_head.log_probabilities(states.denoiser, examples.clean)
         weight = spread(examples.weight.reshape(len(masked), -1), masked.shape[1])
         losses = {
-            "masked_loss": masked_loss_sum(log_p, masked, weight, self._counted(examples)),
-            "by_noise_level": loss_by_noise_level(log_p, masked, t),
-            "by_block_position": loss_by_block_position(log_p, masked, block_size),
+            "masked_loss": masked_loss_sum(log_p, masked, weight, self._counted(examples), token_weight=token_weight),
+            "by_noise_level": loss_by_noise_level(log_p, masked, t, token_weight),
+            "by_block_position": loss_by_block_position(log_p, masked, block_size, token_weight),
         }
+        if examples.turn is not None:
+            losses["by_turn"] = loss_by_turn(log_p, masked, examples.turn, token_weight)
         if validating:
             losses["masked_loss" + BY_ROW] = self._by_sequence(
-                masked_loss_sum(log_p, masked, weight, self._counted(examples), axis=1)
+                masked_loss_sum(log_p, masked, weight, self._counted(examples), 1, token_weight)
             )
         if model.variant.context_loss:
-            targets, counted = _next_tokens(examples)
+            targets, counted, token_weight = _next_tokens(examples)
             log_p = model.context_head.log_probabilities(states.context, targets)
-            losses["context_loss"] = masked_loss_sum(log_p, counted)
+            losses["context_loss"] = masked_loss_sum(log_p, counted, token_weight=token_weight)
             if validating:
-                losses["context_loss" + BY_ROW] = self._by_sequence(masked_loss_sum(log_p, counted, axis=1))
+                losses["context_loss" + BY_ROW] = self._by_sequence(
+                    masked_loss_sum(log_p, counted, axis=1, token_weight=token_weight)
+                )
         if states.expert_load is not None and validating:
             tokens = jnp.broadcast_to(count(examples.counted), states.expert_load.shape)
             losses["expert_load"] = LossSum(states.expert_load * tokens, tokens)
@@ -297,9 +319,10 @@ class Denoiser(Objective):
 
     def counts(self, examples: Examples) -> dict[str, jax.Array]:
         """What each term is the mean over, known before any parameter is."""
-        counts = {"masked_loss": count(self._counted(examples))}
+        counts = {"masked_loss": count(self._counted(examples), token_weight=examples.token_weight)}
         if self.model.variant.context_loss:
-            counts["context_loss"] = count(_next_tokens(examples)[1])
+            _, counted, token_weight = _next_tokens(examples)
+            counts["context_loss"] = count(counted, token_weight=token_weight)
         return counts
 
     def _by_sequence(self, of_rows: LossSum) -> LossSum:
@@ -317,13 +340,15 @@ class Denoiser(Objective):
         return from_backbone(self.model, initialize(parameter_table(backbone), key), time_key)
 
 
-def _next_tokens(examples: Examples) -> tuple[jax.Array, jax.Array]:
-    """`next_tokens`, no token being predicted from another document, and no padding."""
+def _next_tokens(examples: Examples) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """`next_tokens`, no token being predicted from another document, and no padding; and what each target counts, None
+    for 1."""
     targets, mask = next_tokens(examples.clean, jnp.ones(len(examples.clean), bool))
     mask &= jnp.roll(examples.counted, -1, axis=1)
     if examples.start is not None:
         mask &= jnp.roll(examples.start, -1, axis=1) == examples.start
-    return targets, mask
+    weight = examples.token_weight
+    return targets, mask, None if weight is None else jnp.roll(weight, -1, axis=1)
 
 
 def make_objective(config: "TrainConfig", model: ModelConfig) -> Objective:
