@@ -1,6 +1,7 @@
 """Training on conversations: what an answer may know of, what counts, and runs of both objectives."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import ROOT, run_command
 from twotower_jax.config import Variant
 from twotower_jax.data import TrainingData
 from twotower_jax.data.conversation_windows import ConversationWindows
@@ -21,6 +23,8 @@ from twotower_jax.train.objectives import Autoregressive, Denoiser, Documents, N
 from twotower_jax.train.placement import Placement, choose_mesh
 from twotower_jax.train.step import make_optimizer, make_step, start_state, tables
 from twotower_jax.two_tower import Backbone, TwoTower
+
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 BLOCK, LENGTH, END, MASK = 4, 48, 2, 3
 PARTS = ([(3, 5), (2, 4)], [(6, 2), (1, 1), (3, 2)])
@@ -41,56 +45,61 @@ def documents_of(window) -> Documents:
 # What an answer knows of.
 
 
-def known(config, variant, window, random_params):
-    """For each answer, how large the derivatives of its loss are in each position's embeddings, clean and noisy.
-
-    Every position has a token of its own, whose embedding belongs to it alone; masked ones share theirs.
-    """
-    model = TwoTower(config, variant)
-    params = random_params(model)
+@functools.cache
+def derivatives(model):
+    """Of the losses of some of the masked positions, given as (5, L), how large they are in the embedding of each
+    position's token, clean and noisy, (5, L). Every position has a token of its own; masked ones share theirs."""
     clean = 4 + np.arange(LENGTH, dtype=np.int32)[None]
-    answers = sorted({(int(s), int(t)) for s, t in zip(window["document_start"], window["turn"], strict=True) if t})
-    noisy = np.where(window["counted"] & (np.arange(LENGTH) % 3 > 0), MASK, clean)
-    masked = noisy == MASK
+
+    def losses(embeddings, params, noisy, starts, of):
+        bound = bind(model, {**params, **{n: {**params[n], "embeddings": e} for n, e in embeddings.items()}})
+        states = bound.training_states(clean, noisy[None], jnp.full(1, 0.5), BLOCK, starts[None])
+        log_p = bound.denoiser_head.log_probabilities(states.denoiser, clean)
+        return -jnp.sum(jnp.where(of & (noisy == MASK), log_p, 0.0), axis=1)
 
     @jax.jit
-    @jax.jacrev
-    def losses(tables):
-        bound = {**params, **{n: {**params[n], **tables[n]} for n in tables}}
-        states = bind(model, bound).training_states(
-            clean, noisy, jnp.full(1, 0.5), BLOCK, window["document_start"][None]
-        )
-        log_p = bind(model, bound).denoiser_head.log_probabilities(states.denoiser, clean)
-        of = [masked & (window["document_start"] == start) & (window["turn"] == turn) for start, turn in answers]
-        return -jnp.sum(jnp.where(jnp.stack(of)[:, 0], log_p, 0.0), axis=1)
+    def sizes(params, *told):
+        embeddings = {name: params[name]["embeddings"] for name in ("context_tower", "denoiser_tower")}
+        found = jax.jacrev(losses)(embeddings, params, *told)
+        return sum(jnp.sum(jnp.abs(v), axis=-1) for v in found.values())[:, 4:]
 
-    embeddings = {name: {"embeddings": params[name]["embeddings"]} for name in ("context_tower", "denoiser_tower")}
-    found = losses(embeddings)
-    moved = sum(np.abs(np.asarray(v["embeddings"])).sum(axis=-1) for v in found.values())
-    return dict(zip(answers, moved[:, 4 : 4 + LENGTH], strict=True))
+    return sizes
 
 
-@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
-def test_no_answer_knows_of_anything_later(small_config, random_params, bidirectional):
+def known(model, params, window):
+    """The `derivatives` of each answer's loss, by the start of its conversation and its turn."""
+    ends = sorted({(int(s), int(t)) for s, t in zip(window["document_start"], window["turn"], strict=True) if t})
+    of = [(window["document_start"] == start) & (window["turn"] == turn) for start, turn in ends]
+    of += [np.zeros(LENGTH, bool)] * (5 - len(of))
+    noisy = np.where(window["counted"] & (np.arange(LENGTH) % 3 > 0), MASK, 4 + np.arange(LENGTH, dtype=np.int32))
+    found = derivatives(model)(params, noisy, window["document_start"], np.stack(of))
+    return dict(zip(ends, np.asarray(found), strict=False))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["forward", "bidirectional"])
+def open_model(request, small_config, random_params):
+    """One whose context passes derivatives on, and its parameters."""
+    variant = Variant(context="trained", bidirectional_mamba=request.param)
+    model = TwoTower(small_config("M*", vocab_size=4 + LENGTH), variant)
+    return model, random_params(model)
+
+
+def test_no_answer_knows_of_anything_later(open_model):
     """No derivative of its loss in any token after its blocks, nor in any of another conversation; and one in what was
     said before it."""
-    config = small_config("M*", vocab_size=4 + LENGTH)
-    variant = Variant(context="trained", bidirectional_mamba=bidirectional)
     window = make_windows()[0]
-    found = known(config, variant, window, random_params)
+    found = known(*open_model, window)
     assert len(found) == 5
-    for (start, turn), derivatives in found.items():
-        own = (window["document_start"] == start) & (window["turn"] == turn)
-        first, last = np.flatnonzero(own)[[0, -1]]
-        assert not derivatives[last + 1 :].any() and (derivatives[start:first] > 0).all()
+    for (start, turn), sizes in found.items():
+        first, last = np.flatnonzero((window["document_start"] == start) & (window["turn"] == turn))[[0, -1]]
+        assert not sizes[last + 1 :].any() and (sizes[start:first] > 0).all()
         # Decays of what is forgotten cancel but for their rounding.
-        assert (derivatives[:start] < 1e-6 * derivatives.max()).all()
+        assert (sizes[:start] < 1e-6 * sizes.max()).all()
 
 
-def test_answers_off_the_borders_would_know_what_is_said_next(small_config, random_params):
-    config = small_config("M*", vocab_size=4 + LENGTH)
+def test_answers_off_the_borders_would_know_what_is_said_next(open_model):
     window = make_windows([[(3, 3), (4, 4)]], align=1)[0]
-    first = known(config, Variant(context="trained"), window, random_params)[0, 1]
+    first = known(*open_model, window)[0, 1]
     assert first[np.flatnonzero(window["turn"] == 1)[-1] + 1 :].any()
 
 
@@ -130,10 +139,15 @@ def test_losses_equal_literal_sums(denoiser, random_params, complementary):
     plain = objective.examples(ids, jnp.ones(1, bool), noise, BLOCK)
     assert np.array_equal(masked, np.asarray(plain.masked) & window["counted"])
 
-    losses = jax.jit(lambda p: objective.losses_of(p, examples, BLOCK, validating=True))(params)
-    bound = bind(objective.model, params)
-    states = bound.training_states(examples.clean, examples.noisy, examples.t, BLOCK, examples.start)
-    log_p = np.asarray(bound.denoiser_head.log_probabilities(states.denoiser, examples.clean))
+    @jax.jit
+    def compute(params):
+        bound = bind(objective.model, params)
+        states = bound.training_states(examples.clean, examples.noisy, examples.t, BLOCK, examples.start)
+        log_p = bound.denoiser_head.log_probabilities(states.denoiser, examples.clean)
+        next_log_p = bound.context_head.log_probabilities(states.context, jnp.roll(examples.clean, -1, axis=1))
+        return objective.losses_of(params, examples, BLOCK, validating=True), log_p, next_log_p
+
+    losses, log_p, next_log_p = jax.device_get(compute(params))
     rows = [literal(window, p, m, 1.0) for p, m in zip(log_p, masked, strict=True)]
     total, count, by_turn = (sum(parts) for parts in zip(*rows, strict=True))
     np.testing.assert_allclose([losses["masked_loss"].total, losses["masked_loss"].count], [total, count], rtol=1e-5)
@@ -142,8 +156,7 @@ def test_losses_equal_literal_sums(denoiser, random_params, complementary):
     for name in ("by_noise_level", "by_block_position", "masked_loss_by_row"):
         np.testing.assert_allclose([np.sum(part) for part in losses[name]], [total, count], rtol=1e-5)
 
-    log_p = np.asarray(bound.context_head.log_probabilities(states.context, jnp.roll(examples.clean, -1, axis=1)))
-    wanted = [literal(window, np.roll(p, 1), window["counted"], 1.0) for p in log_p]
+    wanted = [literal(window, np.roll(p, 1), window["counted"], 1.0) for p in next_log_p]
     expected = [sum(parts) for parts in zip(*(w[:2] for w in wanted), strict=True)]
     np.testing.assert_allclose(list(losses["context_loss"]), expected, rtol=1e-5)
     counts = objective.counts(examples)
@@ -231,7 +244,7 @@ def test_a_run_goes_on_to_the_bit(train_config, talks, tmp_path):
     assert result.step == 8 and rows_of(tmp_path / "parts") == whole
     by_turn = whole[8]["validation_loss_by_turn"]
     assert by_turn[0] > 0 and by_turn[1:] == [None] * 7
-    assert 1 <= whole[8]["validation_tokens_per_evaluation"] <= 8 and 0 <= whole[8]["validation_exact_answers"] <= 1
+    assert 0 < whole[8]["validation_tokens_per_evaluation"] <= 8 and 0 <= whole[8]["validation_exact_answers"] <= 1
     assert whole[8]["loss"] < whole[2]["loss"]
 
 
@@ -256,3 +269,14 @@ def test_answers_need_held_out_conversations(train_config, talks, tmp_path):
         with pytest.raises(ValueError, match="sample_answers=2 needs conversations that are held out"):
             train(config, tmp_path / "run", lambda line: None)
         assert not (tmp_path / "run").exists()
+
+
+def test_bad_conversations_end_the_command_before_anything_is_written(talks, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    with open(talks, encoding="utf-8") as good:
+        bad.write_text(good.read() + '{"messages": [{"role": "user", "content": "a"}]}\n')
+    flags = f"--config={ROOT / 'configs' / 'tiny.py'}", f"--config.data={bad}", f"--workdir={tmp_path / 'run'}"
+    done = run_command("train", *flags)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert 'bad.jsonl, line 81: no message has the role "assistant"' in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -193,9 +193,9 @@ class PreparedConversations(PreparedDocuments):
     def __init__(self, folder: str | pathlib.Path, split: str):
         """As `PreparedDocuments`."""
         super().__init__(folder, split)
-        readers = [self._reader(number) for number in range(len(self._shards))]
-        self._counts = np.concatenate([np.zeros(0, np.int64), *(reader.turns() for reader in readers)])
-        self._parts = np.concatenate([np.zeros((0, 2), np.int64), *(reader.parts() for reader in readers)])
+        told = [(reader.turns(), reader.parts()) for reader in map(self._reader, range(len(self._shards)))]
+        self._counts = np.concatenate([np.zeros(0, np.int64), *(turns for turns, _ in told)])
+        self._parts = np.concatenate([np.zeros((0, 2), np.int64), *(parts for _, parts in told)])
         self._ends = np.cumsum(self._counts)
         if int(self._parts.sum()) != self.tokens or (self._counts < 1).any():
             raise DataError(f"{self._folder}: the turns of its conversations are not those of its tokens")
