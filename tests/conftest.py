@@ -24,9 +24,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # does in the commands that tests start. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs every test as users compile.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import interpreters
 import shapes
 
 shapes.install()
+interpreters.install()
 
 import hypothesis
 import jax
@@ -43,6 +45,9 @@ from twotower_jax.two_tower import TwoTower
 # The same examples on every run, and no time limit on one (the first of a shape compiles).
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.load_profile("seeded")
+
+# Tracing makes many objects and little garbage, which Python would look through every few hundred.
+gc.set_threshold(50_000, 20, 20)
 
 # Virtual devices for the tests of meshes; everything else uses the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -93,6 +98,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders files, and leaves the order of tests in a file."""
     places = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Takes what is imported, which stays, out of what the garbage collector goes through."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,6 +7,8 @@ and JAX read while they start, so that `run_command` starts a real one for those
     python warm.py FD      FD: one end of a socket; see `Server` for the other
 """
 
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -100,6 +102,10 @@ def _serve(connection: socket.socket) -> tuple[str, list[str]]:
 if __name__ == "__main__":
     for module in _MODULES:
         __import__(module)
+    # What was imported stays: no command looks through it for garbage.
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
     script, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(script)
