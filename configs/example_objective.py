@@ -1,4 +1,4 @@
-"""An objective of one's own: the denoiser on masked tokens, and on what the context tower thinks of them.
+"""An objective of one's own: the denoiser on masked tokens, and sure of those that it gets right.
 
     python launch/train.py --config=configs/example_objective.py --workdir=runs/example --config.init_from=runs/backbone
 
@@ -17,37 +17,36 @@ from twotower_jax.train.config import shipped
 from twotower_jax.train.objectives import BY_ROW, OBJECTIVES, Denoiser
 
 
-@OBJECTIVES.register("distilled")
+@OBJECTIVES.register("certain")
 @dataclasses.dataclass(frozen=True)
-class Distilled(Denoiser):
-    """Adds the cross-entropy of the denoiser to the context tower's distribution of each masked token."""
+class Certain(Denoiser):
+    """Adds the entropy of the denoiser's distribution where its most probable token is the right one, as dParallel does
+    (arXiv 2509.26488), so that more tokens of a block pass a confidence threshold at once."""
 
     @property
     def terms(self):
-        return (*super().terms, "distillation")
+        return (*super().terms, "entropy")
+
+    @property
+    def weights(self):
+        return super().weights | {"entropy": 0.5}
 
     def losses_of_states(self, model, states, examples, block_size, validating):
         losses = super().losses_of_states(model, states, examples, block_size, validating)
-        # What the context says of position i stands at i − 1.
-        teacher = jnp.roll(jax.nn.softmax(jax.lax.stop_gradient(model.context_head(states.context))), 1, axis=1)
-        likelihood = jnp.sum(teacher * jax.nn.log_softmax(model.denoiser_head(states.denoiser)), axis=-1)  # (R, L)
-        foreseen = self._foreseen(examples)
-        losses["distillation"] = masked_loss_sum(likelihood, foreseen)
+        log_q = jax.nn.log_softmax(model.denoiser_head(states.denoiser))  # (R, L, V)
+        negentropy = jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
+        right = examples.masked & (jnp.argmax(log_q, axis=-1) == examples.clean)
+        losses["entropy"] = masked_loss_sum(negentropy, right, counted=examples.masked)
         if validating:
-            losses["distillation" + BY_ROW] = self._by_sequence(masked_loss_sum(likelihood, foreseen, axis=1))
+            by_row = masked_loss_sum(negentropy, right, counted=examples.masked, axis=1)
+            losses["entropy" + BY_ROW] = self._by_sequence(by_row)
         return losses
 
     def counts(self, examples):
-        return super().counts(examples) | {"distillation": count(self._foreseen(examples))}
-
-    @staticmethod
-    def _foreseen(examples):
-        """(R, L) bool, the masked positions that are not the first of their document."""
-        first = 0 if examples.start is None else examples.start
-        return examples.masked & (jnp.arange(examples.masked.shape[1]) > first)
+        return super().counts(examples) | {"entropy": count(examples.masked)}
 
 
 def get_config() -> ConfigDict:
     config = shipped("tiny")
-    config.objective = "distilled"
+    config.objective = "certain"
     return config

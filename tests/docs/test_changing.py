@@ -25,7 +25,7 @@ from twotower_jax.train.config import freeze
 from twotower_jax.train.loop import train
 from twotower_jax.train.metrics import METRICS
 from twotower_jax.train.objectives import OBJECTIVES, Autoregressive, NoiseKey, make_objective
-from twotower_jax.train.step import tables
+from twotower_jax.train.step import tables, total_loss
 from twotower_jax.two_tower import Backbone
 
 CONFIGS = ROOT / "configs"
@@ -56,49 +56,54 @@ def small(train_config):
 
 def test_an_objective_of_ones_own_trains_loads_and_is_part_of_the_run(tmp_path, small):
     own = pathlib.Path(shutil.copy(CONFIGS / "example_objective.py", tmp_path / "mine.py"))
-    assert freeze(runpy.run_path(str(own))["get_config"]()).objective == "distilled"
-    config = small("distilled")
+    assert freeze(runpy.run_path(str(own))["get_config"]()).objective == "certain"
+    config = small("certain")
     train(config, tmp_path / "run", print)
     rows = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
     assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["registered"]["objective"]["distilled"].startswith("mine.py sha256:")
+    assert settings["registered"]["objective"]["certain"].startswith("mine.py sha256:")
     assert registry.registered()["objective"] == settings["registered"]["objective"]
     model, params, _ = load(tmp_path / "run")
     assert bind(model, params).training_logits(*[jnp.ones((1, 8), int)] * 2, jnp.ones(1), 8)[0].shape[:2] == (1, 8)
     own.write_text(own.read_text() + "# changed\n")
-    with pytest.raises(ValueError, match=r"registered.objective.distilled 'mine.py sha256:"):
+    with pytest.raises(ValueError, match=r"registered.objective.certain 'mine.py sha256:"):
         train(config, tmp_path / "run", print)
 
 
-def test_its_loss_is_its_formula(small):
+def test_its_loss_is_its_formula(small, random_params):
     runpy.run_path(str(CONFIGS / "example_objective.py"))
-    config = small("distilled")
-    objective = make_objective(config, config.model_config(40))
-    plain = make_objective(small("denoiser"), config.model_config(40))
-    params = jax.jit(lambda: objective.start(None, jax.random.key(0)))()
-    ids = jnp.asarray(np.random.default_rng(0).integers(4, 40, (3, 32)), jnp.int32)
+    config = small("certain")
+    objective = make_objective(config, config.model_config(8))
+    plain = make_objective(small("denoiser"), config.model_config(8))
+    params = random_params(objective.model)
+    ids = jnp.asarray(np.random.default_rng(0).integers(4, 8, (3, 32)), jnp.int32)
     noise = NoiseKey(0, 0, jnp.arange(3), 3)
+    masked = np.random.default_rng(1).random((3, 32)) < 0.6
     examples = objective.examples(ids, jnp.ones(3, bool), noise, 8)
+    examples = examples._replace(masked=jnp.asarray(masked), noisy=jnp.where(masked, 3, ids))
 
     @jax.jit
     def computed(params, examples):
-        model = bind(objective.model, params)
-        teacher = jax.nn.softmax(model.context_logits(ids))
-        student = jax.nn.log_softmax(model.training_logits(ids, examples.noisy, examples.t, 8)[0])
+        student = jax.nn.log_softmax(
+            bind(objective.model, params).training_logits(ids, examples.noisy, examples.t, 8)[0]
+        )
         losses = (each.losses_of(params, examples, 8, validating=True) for each in (objective, plain))
-        return *losses, teacher, student
+        return *losses, student
 
-    losses, others, teacher, student = jax.tree.map(np.asarray, computed(params, examples))
+    losses, others, student = jax.tree.map(np.asarray, computed(params, examples))
     np.testing.assert_allclose(losses["masked_loss"].total, others["masked_loss"].total, rtol=1e-6)
-    masked, expected, seen = np.asarray(examples.masked), np.zeros(3), 0
+    expected, right = np.zeros(3), 0
     for row, position in np.argwhere(masked):
-        if position:
-            expected[row] -= teacher[row, position - 1] @ student[row, position]
-            seen += 1
-    np.testing.assert_allclose(losses["distillation_by_row"].total, expected, rtol=1e-5)
-    np.testing.assert_allclose(losses["distillation"].total, expected.sum(), rtol=1e-5)
-    assert losses["distillation"].count == objective.counts(examples)["distillation"] == seen
+        if student[row, position].argmax() == ids[row, position]:
+            expected[row] -= np.exp(student[row, position]) @ student[row, position]
+            right += 1
+    assert 0 < right < masked.sum()
+    np.testing.assert_allclose(losses["entropy_by_row"].total, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses["entropy"].total, expected.sum(), rtol=1e-5)
+    assert losses["entropy"].count == objective.counts(examples)["entropy"] == masked.sum()
+    total = losses["masked_loss"].mean + 0.5 * losses["entropy"].mean
+    np.testing.assert_allclose(total_loss(objective, losses), total, rtol=1e-6)
 
 
 def test_an_objective_without_a_denoiser_is_refused(small):

@@ -240,13 +240,14 @@ def test_losses_of_several_batches_add_up_and_survive_a_checkpoint():
     def loss(total, count):
         return LossSum(np.float32(total), np.int32(count))
 
-    window = LossWindow(("masked_loss", "context_loss"))
+    weights = {"masked_loss": 1.0, "context_loss": 0.5}
+    window = LossWindow(weights)
     bins = LossSum(np.array([1.0, 0.0], np.float32), np.array([2, 0], np.int32))
     window.add({"masked_loss": loss(6.0, 2), "context_loss": loss(1.0, 1), "by_noise_level": bins})
-    window = LossWindow(("masked_loss", "context_loss"), json.loads(json.dumps(window.get_state())))
+    window = LossWindow(weights, json.loads(json.dumps(window.get_state())))
     window.add({"masked_loss": loss(2.0, 2), "context_loss": loss(2.0, 1), "by_noise_level": bins})
     assert window.means() == {
-        "loss": 3.5,
+        "loss": 2.75,
         "masked_loss": 2.0,
         "context_loss": 1.5,
         "loss_by_noise_level": [0.5, None],

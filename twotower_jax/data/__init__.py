@@ -1,6 +1,7 @@
 """Text, or tokens on disk, to batches of token ids.
 
     sources.py     Python's own documentation
+    tasks.py       questions with exact answers; task_windows.py makes windows of them
     inputs.py      the user's files of text: which there are, and what is in them, as formats.py reads it
     tokenizer.py   byte-level BPE: train, save, load, encode
     chat.py        conversations, by the template of a chat model's tokenizer

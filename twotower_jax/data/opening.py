@@ -1,12 +1,13 @@
 """What `config.data` names, opened: text, prepared data, a Megatron set, or a mixture of these.
 
     ""                        the documentation shipped with Python
+    tasks                     questions with exact answers, made on the spot (tasks.py)
     FILE.txt, FILE.jsonl ...  text of any kind that formats.py reads, tokenized and packed in memory
     FILE.jsonl                of conversations, which the first row tells, likewise
     FOLDER with dataset.json  prepared data
     FOLDER                    of files of text, or of conversations, as above
     PREFIX, PREFIX.bin        a Megatron set
-    FILE.json                 a mixture of any of these but the first
+    FILE.json                 a mixture of any of these but the first two
 
 Each kind is a small class that can say which tokenizer its tokens need, and gives windows.
 """
@@ -17,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -36,37 +37,25 @@ from twotower_jax.data.documents import Documents, held_out
 from twotower_jax.data.inputs import File, distinct_documents, holds_conversations, text_files
 from twotower_jax.data.megatron import MegatronDocuments, is_megatron
 from twotower_jax.data.mixture import Mixture, read_mixture
-from twotower_jax.data.packing import PackedSequences, pack_documents
+from twotower_jax.data.packing import PackedSequences, Packing, pack_documents
 from twotower_jax.data.prepared import TRAIN, VALIDATION, is_prepared, open_prepared, read_manifest
 from twotower_jax.data.sources import python_documentation
-from twotower_jax.data.tokenizer import EOS_ID, load_tokenizer, train_tokenizer
+from twotower_jax.data.task_windows import TaskWindows
+from twotower_jax.data.tasks import all_words
+from twotower_jax.data.tokenizer import load_tokenizer, train_tokenizer, word_tokenizer
 from twotower_jax.data.windows import AllLearned, Concatenation, DocumentWindows
 from twotower_jax.shares import ceil_share
 
-Windows = PackedSequences | DocumentWindows | ConversationWindows | AllLearned
+Windows = PackedSequences | DocumentWindows | TaskWindows | ConversationWindows | AllLearned
 
 Report = Callable[[str], None]
 
 _HELD_OUT = ", documents held out (validation_fraction=0 goes without)"
 
 
+TASKS = "tasks"  # The name; a folder of that name is ./tasks.
+
 _LOOKED_AT = 64  # Documents of a Megatron set whose ends are compared with the model's.
-
-
-class Packing(NamedTuple):
-    """How documents become windows; see `TrainConfig`. `align` is None where documents are not told apart; `end_tokens`
-    are the model's, of which the first closes a document; the others are for conversations, see `ConversationWindows`,
-    whose tokenizer comes from `tokenizer_folder`, None for one that was trained on the data."""
-
-    sequence_length: int
-    vocab_size: int
-    validation_fraction: float
-    seed: int
-    align: int | None
-    end_tokens: tuple[int, ...] = (EOS_ID,)
-    turn_align: int = 1
-    padding_weight: float = 0.1
-    tokenizer_folder: Path | None = None
 
 
 class Source(Protocol):
@@ -93,6 +82,8 @@ def open_source(path: str, report: Report) -> Source:
     Raises:
       ValueError, OSError: nothing usable is there.
     """
+    if path == TASKS:
+        return TaskSource()
     if path and is_prepared(path):
         return PreparedSource(path, report)
     if path and not Path(path).is_dir() and is_megatron(path):
@@ -214,6 +205,20 @@ class ConversationSource:
             return training, None
         name = self._path + _HELD_OUT
         return training, _conversation_windows(ConversationList(turns[:held_out]), packing, name, self._report)
+
+
+class TaskSource:
+    """Questions and answers without end; what is held out is the split for validation."""
+
+    files: set[str] = set()
+    conversational = False
+
+    def tokenizer(self, vocab_size: int) -> Tokenizer:
+        return word_tokenizer(all_words(), vocab_size)
+
+    def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
+        training = TaskWindows(tokenizer, packing, "train")
+        return training, TaskWindows(tokenizer, packing, "validation") if packing.validation_fraction else None
 
 
 class PreparedSource:

@@ -7,7 +7,8 @@ end-of-text token is all that separates them.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,6 +18,22 @@ from twotower_jax.data.tokenizer import EOS_ID, encode
 from twotower_jax.data.windows import DocumentWindows
 from twotower_jax.shares import ceil_share
 from twotower_jax.tokens import check_ids
+
+
+class Packing(NamedTuple):
+    """How documents become windows; see `TrainConfig`. `align` is None where documents are not told apart; `end_tokens`
+    are the model's, of which the first closes a document; the others are for conversations, see `ConversationWindows`,
+    whose tokenizer comes from `tokenizer_folder`, None for one that was trained on the data."""
+
+    sequence_length: int
+    vocab_size: int
+    validation_fraction: float
+    seed: int
+    align: int | None
+    end_tokens: tuple[int, ...] = (EOS_ID,)
+    turn_align: int = 1
+    padding_weight: float = 0.1
+    tokenizer_folder: Path | None = None
 
 
 class PackedSequences:

@@ -6,6 +6,7 @@ spells one ("</s>") is encoded as ordinary characters, so no document or prompt 
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,12 +39,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     Raises:
       ValueError: `vocab_size` has no room for the special tokens and the 256 bytes.
     """
-    smallest = len(_SPECIAL_TOKENS) + _NUM_BYTES
-    if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size {vocab_size} is too small: {len(_SPECIAL_TOKENS)} special tokens and {_NUM_BYTES} bytes "
-            f"need {smallest}"
-        )
+    _check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,6 +51,36 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(documents, trainer)
     return _plain(tokenizer)
+
+
+def word_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A byte-level tokenizer in which each word of the documents is one token, and any other text is spelled in bytes.
+
+    Words are those that `train_tokenizer` would not merge beyond; the most frequent get the lowest ids, and of at most
+    `vocab_size` tokens those that fit are there.
+
+    Raises:
+      ValueError: `vocab_size` has no room for the special tokens and the 256 bytes.
+    """
+    _check_vocab_size(vocab_size)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    seen = Counter(word for text in documents for word, _ in split.pre_tokenize_str(text) if len(word) > 1)
+    words = sorted(seen, key=lambda word: (-seen[word], word))
+    tokens = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words][:vocab_size]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
+    tokenizer.add_special_tokens(_SPECIAL_TOKENS)
+    return _plain(tokenizer)
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    smallest = len(_SPECIAL_TOKENS) + _NUM_BYTES
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: {len(_SPECIAL_TOKENS)} special tokens and {_NUM_BYTES} bytes "
+            f"need {smallest}"
+        )
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

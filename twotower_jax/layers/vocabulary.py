@@ -4,6 +4,7 @@ With a mesh that has "tensor", each device has its share of the vocabulary.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from twotower_jax.sharding import TENSOR
 _TOKENS = ("batch", "length")
 # Logits that may exist at once on a device, 1 GiB in float32.
 _MAX_LOGITS = 2**28
+_WEIGHT = sharding.AtRest(("embed", "vocab"))
 
 
 def lookup(table: Float[Array, "V D"] | Quantized, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -93,8 +95,27 @@ class Head(nnx.Module):
         Returns:
           (B, L) float32.
         """
-        axes = (*_TOKENS, None), sharding.AtRest(("embed", "vocab")), _TOKENS
+        axes = (*_TOKENS, None), _WEIGHT, _TOKENS
         return sharding.local(_log_probabilities, axes, _TOKENS)(h, at_rest(self.weight, h.dtype), ids)
+
+    def divergence(
+        self, h: Float[Array, "B L D"], teacher: "Head", taught: Float[Array, "B L D"], temperature: float = 1.0
+    ) -> Float[Array, "B L"]:
+        """KL(softmax(teacher(taught) / T) ‖ softmax(self(h) / T)) at each position, in tiles like `log_probabilities`.
+
+        The teacher gets no gradient.
+
+        Args:
+          h, taught: (B, L, D). temperature: T, positive.
+
+        Returns:
+          (B, L) float32, in nats.
+        """
+        own, theirs = (at_rest(head.weight, x.dtype) for head, x in ((self, h), (teacher, taught)))
+        taught, theirs = jax.lax.stop_gradient((taught, theirs))
+        axes = (*_TOKENS, None), (*_TOKENS, None), _WEIGHT, _WEIGHT
+        divergence = functools.partial(_divergence, temperature)
+        return sharding.local(divergence, axes, _TOKENS)(h, taught, own, theirs)
 
 
 def _logits(h: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
@@ -102,24 +123,37 @@ def _logits(h: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
 
 
 def _log_probabilities(h, weight, ids):
-    tokens, width, size = ids.size, h.shape[-1], weight.shape[1]
-    tile = max(1, _MAX_LOGITS // size)
-    if tokens <= tile:
-        return _tile_log_probabilities(h.reshape(-1, width), ids.reshape(-1), weight).reshape(ids.shape)
-    tiles = -(-tokens // tile)
-    tile = -(-tokens // tiles)
-    padding = tiles * tile - tokens
-    h = jnp.pad(h.reshape(-1, width), [(0, padding), (0, 0)]).reshape(tiles, tile, width)
-    targets = jnp.pad(ids.reshape(-1), (0, padding)).reshape(tiles, tile)
-    # The weight goes in as float32, so that its gradient is summed over the tiles in float32.
-    wide = weight if isinstance(weight, Quantized) else weight.astype(jnp.float32)
+    return _by_tiles(_tile_log_probabilities, (h, ids), (weight,))
+
+
+def _divergence(temperature, h, taught, weight, theirs):
+    return _by_tiles(functools.partial(_tile_divergence, temperature), (h, taught), (weight, theirs))
+
+
+def _by_tiles(
+    one_tile: Callable[..., jax.Array], tokens: Sequence[jax.Array], weights: Sequence[jax.Array | Quantized]
+) -> jax.Array:
+    """`one_tile(*tokens, *weights)` of arrays (B, L, …), taken as (T, …) for as many positions as there may be logits
+    of at once: (B, L)."""
+    shape = tokens[0].shape[:2]
+    count = shape[0] * shape[1]
+    tile = max(1, _MAX_LOGITS // sum(weight.shape[1] for weight in weights))
+    flat = [v.reshape(count, *v.shape[2:]) for v in tokens]
+    if count <= tile:
+        return one_tile(*flat, *weights).reshape(shape)
+    tiles = -(-count // tile)
+    tile = -(-count // tiles)
+    padding = tiles * tile - count
+    flat = [jnp.pad(v, [(0, padding)] + [(0, 0)] * (v.ndim - 1)).reshape(tiles, tile, *v.shape[1:]) for v in flat]
+    # The weights go in as float32, so that their gradients are summed over the tiles in float32.
+    wide = [weight if isinstance(weight, Quantized) else weight.astype(jnp.float32) for weight in weights]
 
     @jax.checkpoint
-    def one_tile(inputs):
-        narrow = wide if isinstance(weight, Quantized) else wide.astype(weight.dtype)
-        return _tile_log_probabilities(*inputs, narrow)
+    def one(inputs):
+        narrow = (w if isinstance(w, Quantized) else w.astype(v.dtype) for w, v in zip(wide, weights, strict=True))
+        return one_tile(*inputs, *narrow)
 
-    return jax.lax.map(one_tile, (h, targets)).reshape(-1)[:tokens].reshape(ids.shape)
+    return jax.lax.map(one, tuple(flat)).reshape(-1)[:count].reshape(shape)
 
 
 def _tile_log_probabilities(h: jax.Array, ids: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
@@ -132,6 +166,21 @@ def _tile_log_probabilities(h: jax.Array, ids: jax.Array, weight: jax.Array | Qu
     high = largest(jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
     normalizer = high + jnp.log(summed(jnp.sum(jnp.exp(logits - high[:, None]), axis=-1)))
     return summed(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)) - normalizer
+
+
+def _tile_divergence(
+    temperature: float, h: jax.Array, taught: jax.Array, weight: jax.Array | Quantized, theirs: jax.Array | Quantized
+) -> jax.Array:
+    """(T, D) twice → (T,) float32, with this device's shares (D, V/n) of both weights."""
+    summed, largest = _over_vocabulary()
+
+    def log_softmax(logits):
+        logits = logits if temperature == 1 else logits / temperature
+        high = largest(jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+        return logits - (high + jnp.log(summed(jnp.sum(jnp.exp(logits - high[:, None]), axis=-1))))[:, None]
+
+    expected, found = log_softmax(_logits(taught, theirs)), log_softmax(_logits(h, weight))
+    return summed(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1))
 
 
 def _over_vocabulary():

@@ -22,6 +22,7 @@ from twotower_jax.kernels import Backends
 from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
 from twotower_jax.train.objectives import OBJECTIVES
+from twotower_jax.train.terms import Distillation
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -55,6 +56,8 @@ ADDED = {
     "diffusion.complementary": False,
     "moments_dtype": "float32",
     "padding_weight": 0.1,
+    "distillation.weight": 0.0,
+    "distillation.temperature": 1.0,
 }
 
 
@@ -99,12 +102,16 @@ class TrainConfig:
     variant: Variant = Variant()
     # For the denoiser objective: how tokens are masked, and how much they count. See `MaskedDiffusion`.
     diffusion: DiffusionConfig = DiffusionConfig()
+    # For the denoiser objective: how much the context tower's own distribution of each masked token counts beside the
+    # token. See `Distillation`.
+    distillation: Distillation = Distillation()
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
     # A file of text (.txt, .jsonl and more) or of conversations (.jsonl), or a folder of them; a folder made by
     # launch/prepare.py; the prefix of a Megatron set; or a .json file that mixes several by weight. "" is the
-    # documentation shipped with Python. See docs/guide/data.md and docs/guide/finetuning.md.
+    # documentation shipped with Python, "tasks" questions with exact answers. See docs/guide/data.md and
+    # docs/guide/finetuning.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
@@ -293,16 +300,27 @@ class TrainConfig:
         return ModelConfig.from_hf(dict(self.model) | {"vocab_size": vocab_size})
 
 
+# The fields that hold fields of their own.
+_PARTS = {
+    "variant": Variant,
+    "diffusion": DiffusionConfig,
+    "distillation": Distillation,
+    "kernels": Backends,
+    "mesh": MeshShape,
+}
+
+
 def base_config(model: Mapping[str, Any]) -> ConfigDict:
     """A mutable config with the defaults of `TrainConfig` and a model given by its fields, without `vocab_size`."""
     config = ConfigDict()
     config.model = ConfigDict({name: model.get(name, default) for name, default in _model_fields().items()})
     config.model.update(model)
     for field in dataclasses.fields(TrainConfig):
-        if field.name not in ("model", "variant", "diffusion", "kernels", "mesh", "block_size", "block_curriculum"):
+        if field.name not in ("model", *_PARTS, "block_size", "block_curriculum"):
             config[field.name] = field.default
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
     config.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
+    config.distillation = ConfigDict(dataclasses.asdict(Distillation()))
     config.kernels = ConfigDict({field.name: config_dict.placeholder(str) for field in dataclasses.fields(Backends)})
     config.mesh = ConfigDict(dataclasses.asdict(MeshShape()))
     config.block_size = config_dict.placeholder(int)
@@ -341,12 +359,7 @@ def freeze(config: ConfigDict) -> TrainConfig:
         if isinstance(values.get(name), str):
             values[name] = local_path(values[name])
     parts = {}
-    for name, part in (
-        ("variant", Variant),
-        ("diffusion", DiffusionConfig),
-        ("kernels", Backends),
-        ("mesh", MeshShape),
-    ):
+    for name, part in _PARTS.items():
         given = values.pop(name)
         _check(isinstance(given, Mapping), f"{name} must hold fields of its own, found {given!r}")
         for field in dataclasses.fields(part):
@@ -375,7 +388,7 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
     Raises:
       ValueError: naming the first one and why.
     """
-    default, without = DiffusionConfig(), {}
+    without = {}
     if not (config.sample_every or config.sample_answers) and config.sample_tokens != TrainConfig.sample_tokens:
         without["sample_tokens"] = config.sample_tokens, "sample_every=0"
     if not config.decay_fraction and config.final_learning_rate != config.learning_rate:
@@ -385,9 +398,13 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
     if not config.two_towers:
         if config.padding_weight != TrainConfig.padding_weight:
             without["padding_weight"] = config.padding_weight, f"objective={config.objective!r}"
-        for name, value in dataclasses.asdict(config.diffusion).items():
-            if value != getattr(default, name):
-                without[f"diffusion.{name}"] = value, f"objective={config.objective!r}"
+        for part in ("diffusion", "distillation"):
+            default = getattr(TrainConfig, part)
+            for name, value in dataclasses.asdict(getattr(config, part)).items():
+                if value != getattr(default, name):
+                    without[f"{part}.{name}"] = value, f"objective={config.objective!r}"
+    elif not config.distillation.weight and config.distillation.temperature != Distillation.temperature:
+        without["distillation.temperature"] = config.distillation.temperature, "distillation.weight=0"
     for name in given:
         if name in without:
             value, why = without[name]

@@ -66,7 +66,9 @@ def step_flops(config: TrainConfig, model: ModelConfig, block_size: int, in_kern
         scans = 2 if variant.bidirectional_mamba else 1
         denoiser = tower_flops(model, (length + block_size) / 2, scans, in_kernels)
         context = (frozen if variant.context == "frozen" else trained) * causal
-        per_token = context + trained * (denoiser + (2 if variant.context_loss else 1) * head)
+        # Distillation reads the context's head; with a context loss that is read anyway.
+        taught = 0 if variant.context_loss or not config.distillation.weight else head
+        per_token = context + trained * (denoiser + (2 if variant.context_loss else 1) * head) + frozen * taught
         width, conditioned = model.hidden_size, variant.time_conditioning and not in_kernels
         per_sequence = trained * 2 * (NUM_SINUSOIDS * width + 4 * width**2) if conditioned else 0
     passes = config.diffusion.process.passes if config.two_towers else 1

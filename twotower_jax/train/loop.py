@@ -155,7 +155,7 @@ def begin(setup: Setup) -> tuple[Run, Setup]:
     setup.report(f"starting from {config.init_from or 'random weights'}")
     if config.two_towers and not config.init_from and config.variant.context == "frozen":
         setup.report("warning: the context tower is random and frozen; give init_from a trained backbone")
-    run = Run(0, state, frozen, setup.data(), LossWindow(setup.objective.terms), Skips(config.max_skipped_steps))
+    run = Run(0, state, frozen, setup.data(), LossWindow(setup.objective.weights), Skips(config.max_skipped_steps))
     return run, dataclasses.replace(setup, start=start._replace(params=None))
 
 
@@ -170,7 +170,7 @@ def resume(setup: Setup) -> tuple[Run, Setup]:
     skips.set_state(rest["skips"])
     folder.write_settings(setup.start.model)
     setup.report(f"resuming at step {folder.step} of {config.steps}")
-    window = LossWindow(setup.objective.terms, rest["window"])
+    window = LossWindow(setup.objective.weights, rest["window"])
     return Run(folder.step, state, frozen, data, window, skips, saved_step=folder.step), setup
 
 
@@ -210,7 +210,7 @@ def train_stage(
         if logging:
             passes = functools.partial(_validate, setup, run, stage, validate) if validating else None
             log.write(run.step, run.window.means(), metrics, run.skips.total, step_flops, passes)
-            run.window = LossWindow(setup.objective.terms)
+            run.window = LossWindow(setup.objective.weights)
         if setup.samples and _due(run.step, config.sample_every):
             with log.paused():
                 params = merge(run.state.params, run.frozen)

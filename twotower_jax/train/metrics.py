@@ -29,9 +29,10 @@ class LossWindow:
     Its state goes into a checkpoint, so that the first log line after a resume is that of an uninterrupted run.
     """
 
-    def __init__(self, terms: tuple[str, ...], state: Mapping[str, Any] | None = None):
-        """`terms` name the losses that add up to the one that is minimized; `state` is what `get_state` returned."""
-        self._terms = terms
+    def __init__(self, weights: Mapping[str, float], state: Mapping[str, Any] | None = None):
+        """`weights` are those of the losses that add up to the one that is minimized; `state` is what `get_state`
+        returned."""
+        self._weights = dict(weights)
         self._sums = {name: [np.asarray(v, np.float64) for v in sums] for name, sums in (state or {}).items()}
 
     def add(self, losses: Mapping[str, LossSum]) -> None:
@@ -52,9 +53,10 @@ class LossWindow:
         That is so in a bin without tokens, and of all losses before the first batch.
         """
         means = {name: _mean(*sums) for name, sums in self._sums.items()}
-        terms = [means.get(term) for term in self._terms]
-        row = {"loss": None if None in terms else sum(terms)}
-        shown = set(means) if len(self._terms) > 1 else set(means) - set(self._terms)
+        terms = [means.get(term) for term in self._weights]
+        total = None if None in terms else sum(w * v for w, v in zip(self._weights.values(), terms, strict=True))
+        row = {"loss": total}
+        shown = set(means) if len(self._weights) > 1 else set(means) - set(self._weights)
         return row | {f"loss_{name}" if name.startswith("by_") else name: means[name] for name in sorted(shown)}
 
 

@@ -25,6 +25,7 @@ from twotower_jax.diffusion import (
 )
 from twotower_jax.parameters import Params, Path, bind, initialize, parameter_table
 from twotower_jax.registry import Registry
+from twotower_jax.train.terms import Distillation
 from twotower_jax.two_tower import Backbone, TrainingStates, TwoTower, from_backbone, is_trainable
 
 if TYPE_CHECKING:  # A config checks there which objectives there are.
@@ -97,9 +98,16 @@ class Objective:
 
     Attributes:
       is_noisy: whether another draw of the noise gives another loss of the same tokens.
+      terms: names of the losses whose means, times their weights, are added up to what is minimized.
     """
 
     is_noisy = False
+    terms: tuple[str, ...]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term, 1 unless said otherwise."""
+        return dict.fromkeys(self.terms, 1.0)
 
     @classmethod
     def make(cls, config: "TrainConfig", model: ModelConfig) -> "Objective":
@@ -146,11 +154,7 @@ OBJECTIVES = Registry("objective", Objective)
 @OBJECTIVES.register("autoregressive")
 @dataclasses.dataclass(frozen=True)
 class Autoregressive(Objective):
-    """A backbone on next tokens.
-
-    Attributes:
-      terms: names of the losses whose means are added up to what is minimized.
-    """
+    """A backbone on next tokens."""
 
     model: Backbone
     terms = ("next_token_loss",)
@@ -202,20 +206,19 @@ class Denoiser(Objective):
     """A two-tower model on masked tokens (arXiv 2606.26493), under any `Variant`.
 
     Cross-entropy of masked positions as `diffusion` draws and weighs them; with `context_loss` plus the mean next-token
-    cross-entropy of the context head.
-
-    Attributes:
-      terms: names of the losses whose means are added up to what is minimized.
+    cross-entropy of the context head; with `distillation` plus the divergence from what the context tower says of each
+    masked token, but for the first of a document.
     """
 
     model: TwoTower
     diffusion: MaskedDiffusion = MaskedDiffusion()
+    distillation: Distillation = Distillation()
     is_noisy = True
 
     @classmethod
     def make(cls, config: "TrainConfig", model: ModelConfig) -> "Denoiser":
         """The objective of the variant and the diffusion that the settings name."""
-        return cls(TwoTower(model, config.variant, config.execution), config.diffusion.process)
+        return cls(TwoTower(model, config.variant, config.execution), config.diffusion.process, config.distillation)
 
     def for_validation(self) -> "Denoiser":
         """With times that are as even over the rows as can be."""
@@ -229,7 +232,13 @@ class Denoiser(Objective):
 
     @property
     def terms(self) -> tuple[str, ...]:
-        return ("masked_loss", "context_loss") if self.model.variant.context_loss else ("masked_loss",)
+        added = {"context_loss": self.model.variant.context_loss, "distillation_loss": self.distillation.weight}
+        return ("masked_loss", *(term for term, wanted in added.items() if wanted))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        weights = super().weights
+        return weights | {"distillation_loss": self.distillation.weight} if self.distillation.weight else weights
 
     def is_trained(self, path: Path) -> bool:
         return is_trainable(self.model.variant, path)
@@ -302,12 +311,24 @@ class Denoiser(Objective):
                 masked_loss_sum(log_p, masked, weight, self._counted(examples), 1, token_weight)
             )
         if model.variant.context_loss:
-            targets, counted, token_weight = _next_tokens(examples)
+            targets, counted, next_weight = _next_tokens(examples)
             log_p = model.context_head.log_probabilities(states.context, targets)
-            losses["context_loss"] = masked_loss_sum(log_p, counted, token_weight=token_weight)
+            losses["context_loss"] = masked_loss_sum(log_p, counted, token_weight=next_weight)
             if validating:
                 losses["context_loss" + BY_ROW] = self._by_sequence(
-                    masked_loss_sum(log_p, counted, axis=1, token_weight=token_weight)
+                    masked_loss_sum(log_p, counted, axis=1, token_weight=next_weight)
+                )
+        if self.distillation.weight:
+            temperature, foreseen = self.distillation.temperature, _foreseen(examples)
+            # What the context says of position i stands at i − 1.
+            taught = jnp.roll(states.context, 1, axis=1)
+            gain = -(temperature**2) * model.denoiser_head.divergence(
+                states.denoiser, model.context_head, taught, temperature
+            )
+            losses["distillation_loss"] = masked_loss_sum(gain, foreseen, token_weight=token_weight)
+            if validating:
+                losses["distillation_loss" + BY_ROW] = self._by_sequence(
+                    masked_loss_sum(gain, foreseen, axis=1, token_weight=token_weight)
                 )
         if states.expert_load is not None and validating:
             tokens = jnp.broadcast_to(count(examples.counted), states.expert_load.shape)
@@ -323,6 +344,8 @@ class Denoiser(Objective):
         if self.model.variant.context_loss:
             _, counted, token_weight = _next_tokens(examples)
             counts["context_loss"] = count(counted, token_weight=token_weight)
+        if self.distillation.weight:
+            counts["distillation_loss"] = count(_foreseen(examples), token_weight=examples.token_weight)
         return counts
 
     def _by_sequence(self, of_rows: LossSum) -> LossSum:
@@ -349,6 +372,12 @@ def _next_tokens(examples: Examples) -> tuple[jax.Array, jax.Array, jax.Array | 
         mask &= jnp.roll(examples.start, -1, axis=1) == examples.start
     weight = examples.token_weight
     return targets, mask, None if weight is None else jnp.roll(weight, -1, axis=1)
+
+
+def _foreseen(examples: Examples) -> jax.Array:
+    """(R, L) bool, the masked positions that are not the first of their document."""
+    first = 0 if examples.start is None else examples.start
+    return examples.masked & (jax.lax.broadcasted_iota(jnp.int32, examples.masked.shape, 1) > first)
 
 
 def make_objective(config: "TrainConfig", model: ModelConfig) -> Objective:

@@ -162,8 +162,8 @@ def start_state(
 
 
 def total_loss(objective: Objective, losses: Losses) -> jax.Array:
-    """What is minimized: the sum of the means of the objective's terms, each with weight 1."""
-    return sum(losses[term].mean for term in objective.terms)
+    """What is minimized: the sum of the means of the objective's terms, by their weights."""
+    return sum(weight * losses[term].mean for term, weight in objective.weights.items())
 
 
 def make_step(
@@ -186,7 +186,8 @@ def make_step(
 
         def loss_fn(trained: Params) -> tuple[jax.Array, Losses]:
             losses = objective.losses_of(merge(trained, frozen), examples, block_size)
-            return sum(LossSum(losses[term].total, counts[term]).mean for term in objective.terms), losses
+            shares = {term: LossSum(losses[term].total, count) for term, count in counts.items()}
+            return total_loss(objective, shares), losses
 
         gradients, losses = jax.grad(loss_fn, has_aux=True)(params)
         return _as_stored(stored, gradients), losses

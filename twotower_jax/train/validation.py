@@ -64,10 +64,10 @@ class Validation:
 
         It is None with a single window, which tells nothing of others.
         """
-        placement, size, terms = self._placement, self._batch_size, self._objective.terms
-        window = LossWindow(terms)
+        placement, size, weights = self._placement, self._batch_size, self._objective.weights
+        window = LossWindow(weights)
         load = LossSum(0.0, 0.0)
-        sums = {term: np.zeros((2, self._count)) for term in terms}
+        sums = {term: np.zeros((2, self._count)) for term in weights}
         repeated = _Repeated(self._windows, self.draws)
         for i, read in enumerate(validation_batches(repeated, size, **placement.reading)):
             batch = placement.batch(read)
@@ -78,7 +78,7 @@ class Validation:
             if "expert_load" in losses:
                 load = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64), load, losses.pop("expert_load"))
             rows = placement.order + i * size
-            for term in terms:
+            for term in weights:
                 # Filler has sums of 0 and counts for nothing, wherever it is added.
                 np.add.at(sums[term], (slice(None), rows % self._count), np.stack(losses.pop(term + BY_ROW)))
             window.add(losses)
@@ -94,7 +94,7 @@ class Validation:
         return (rows // self._count * self._count + self._place[rows % self._count]).astype(np.int32)
 
     def _standard_error(self, sums: Mapping[str, np.ndarray]) -> float:
-        """The standard error of the sum of the terms' means, each a ratio of totals over windows.
+        """The standard error of the weighted sum of the terms' means, each a ratio of totals over windows.
 
         From the differences of neighbors in noise level (successive differences, as for systematic samples: Wolter
         2007, Introduction to Variance Estimation, section 8.2): that the loss depends on the level is no uncertainty of
@@ -103,11 +103,11 @@ class Validation:
         if self._count < 2:
             return math.nan
         residual = np.zeros(self._count)
-        for total, count in sums.values():
+        for term, (total, count) in sums.items():
             whole = count.sum()
             if whole == 0:
                 return math.nan
-            residual += (total - total.sum() / whole * count) / whole
+            residual += self._objective.weights[term] * (total - total.sum() / whole * count) / whole
         ordered = residual[np.argsort(self._place)]
         return math.sqrt(self._count / (2 * (self._count - 1)) * np.sum(np.diff(ordered) ** 2))
 
