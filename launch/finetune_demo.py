@@ -2,10 +2,10 @@
 
     python launch/finetune_demo.py
 
-Trains a small backbone and a denoiser on text such as "Anna lives in Rome . What does Leo like ? pink .", then the
-denoiser on conversations about three people in four, and asks it about the others: it knows them from what it read, and
-how to answer from the conversations. A second call goes on where the first one stopped. docs/guide/finetuning.md says
-what the three runs are.
+Trains a small backbone and a denoiser on text such as "The city of Ada is Rome . What is the color of Leo ? red .", then
+the denoiser on conversations about three people in four, and asks it about the others: it knows them from what it read,
+and how to answer from the conversations. A second call goes on where the first one stopped. docs/guide/finetuning.md
+says what the three runs are.
 """
 
 import environment  # noqa: F401, first: it says what is missing
@@ -30,7 +30,7 @@ from twotower_jax.train.config import TrainConfig, base_config, freeze
 from twotower_jax.train.loop import train
 
 _WORKDIR = command_line.DEFINE_path("workdir", "runs/finetune_demo", "Where data and the three training runs go.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 200, 800 and 400.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 200, 600 and 400.", lower_bound=1)
 
 _BLOCK = 8
 _NAMES = [
@@ -58,16 +58,20 @@ def _turns(name: str) -> list[tuple[str, str]]:
     """The two questions about a person, with their answers."""
     city, color = _FACTS[name]
     return [
-        (f"Where does {name} live ?", f"{name} lives in {city} ."),
-        (f"What does {name} like ?", f"{name} likes {color} ."),
+        (f"What is the city of {name} ?", f"It is {city} ."),
+        (f"What is the color of {name} ?", f"It is {color} ."),
     ]
 
 
 def _write_data(folder: pathlib.Path) -> None:
     """Text about everybody, and conversations of one or two questions about three in four."""
     draw = random.Random(0)
-    facts = [f"{question} {answer.split()[-2]} ." for name in _NAMES for question, answer in _turns(name)]
-    facts += [answer for name in _NAMES for _, answer in _turns(name)]
+    facts = [
+        fact
+        for name, (city, color) in _FACTS.items()
+        for what, value in (("city", city), ("color", color))
+        for fact in (f"The {what} of {name} is {value} .", f"What is the {what} of {name} ? {value} .")
+    ]
     texts = [{"text": " ".join(draw.choice(facts) for _ in range(8))} for _ in range(3000)]
     known = [turn for name in _NAMES if name not in _ASKED_LATER for turn in _turns(name)]
     talks = []
@@ -142,7 +146,7 @@ def main() -> None:
     text, talks = str(data / "text.jsonl"), str(data / "conversations.jsonl")
     _stage("1. a backbone reads text", _config(data=text, steps=200), backbone)
     of_text = {"data": text, "objective": "denoiser", "init_from": str(backbone)}
-    _stage("2. a denoiser on it", _config(**of_text, steps=800), base)
+    _stage("2. a denoiser on it", _config(**of_text, steps=600), base)
     # Its tokenizer's folder is where a template is looked for.
     (base / "chat_template.jinja").write_text(_TEMPLATE)
     of_talks = {"data": talks, "objective": "denoiser", "init_from": str(base), "sample_answers": 16}
