@@ -2,10 +2,10 @@
 
     python launch/finetune_demo.py
 
-Trains a small backbone and a denoiser on text such as "The city of Ada is Rome . What is the color of Leo ? red .", then
-the denoiser on conversations about three people in four, and asks it about the others: it knows them from what it read,
-and how to answer from the conversations. A second call goes on where the first one stopped. docs/guide/finetuning.md
-says what the three runs are.
+Trains a small backbone and a denoiser on text such as "The city of Ada is Rome . What is the color of Leo ? red .",
+then the denoiser on conversations about three people in four, and asks it about the others: it knows them from what it
+read, and how to answer from the conversations. A second call goes on where the first one stopped.
+docs/guide/finetuning.md says what the three runs are.
 """
 
 import environment  # noqa: F401, first: it says what is missing
