@@ -137,6 +137,10 @@ class ChatTemplate:
             assistant |= (starts < stop) & (stops > start)
         return Encoded(np.array(encoding.ids, np.int32), assistant)
 
+    def encode_text(self, text: str) -> list[int]:
+        """The tokens of a text that `render` gave, or of a part of it; special tokens that it spells are such."""
+        return self._tokenizer.encode(check_text(text, "the conversation"), add_special_tokens=False).ids
+
     def _render(self, messages, add_generation_prompt, tools, documents) -> tuple[str, list[tuple[int, int]]]:
         """The text and the assistant's spans of it, in characters."""
         check_messages(messages)
