@@ -2,10 +2,10 @@
 
     python launch/finetune_demo.py
 
-Trains a small backbone and a denoiser on text such as "The city of Ada is Rome . What is the color of Leo ? red .",
-then the denoiser on conversations about three people in four, and asks it about the others: it knows them from what it
-read, and how to answer from the conversations. A second call goes on where the first one stopped.
-docs/guide/finetuning.md says what the three runs are.
+Trains a small backbone and a denoiser on sentences such as "3 plus 4 is 7.", then the denoiser on conversations about
+some of these sums, and asks it about sums that no conversation was about: it knows them from what it read, and how to
+answer from the conversations. A second call goes on where the first one stopped. docs/guide/finetuning.md says what the
+three runs are.
 """
 
 import environment  # noqa: F401, first: it says what is missing
@@ -30,18 +30,11 @@ from twotower_jax.train.config import TrainConfig, base_config, freeze
 from twotower_jax.train.loop import train
 
 _WORKDIR = command_line.DEFINE_path("workdir", "runs/finetune_demo", "Where data and the three training runs go.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 200, 600 and 400.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 400, "Steps of each training.", lower_bound=1)
 
-_BLOCK = 8
-_NAMES = [
-    "Ada", "Alan", "Anna", "Boris", "Carl", "Cleo", "Dora", "Edgar", "Ella", "Emil", "Fay", "Felix", "Gina",
-    "Grace", "Hugo", "Ida", "Igor", "Iris", "Jack", "Jane", "Karl", "Kim", "Lea", "Leo", "Lily", "Mara", "Max",
-    "Mia", "Nina", "Noah", "Olga", "Oscar", "Paul", "Pia", "Rosa", "Rudi", "Sara", "Theo", "Uma", "Vera",
-]  # fmt: skip
-_CITIES = ["Rome", "Oslo", "Paris", "Cairo", "Lima", "Delhi", "Tokyo", "Quito"]
-_COLORS = ["blue", "red", "green", "black", "white", "pink", "brown", "gray"]
-_FACTS = {name: (_CITIES[(n * 3 + n // 8) % 8], _COLORS[(n * 5 + n // 8 * 3) % 8]) for n, name in enumerate(_NAMES)}
-_ASKED_LATER = _NAMES[::4]
+_NUMBERS, _BLOCK = range(10), 8
+# One sum in four is asked about in no conversation.
+_ASKED_LATER = [pair for n, pair in enumerate(itertools.product(_NUMBERS, _NUMBERS)) if n * 7 % 4 == 0]
 _TEMPLATE = """
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
@@ -54,31 +47,29 @@ _TEMPLATE = """
 {%- if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"""
 
 
-def _turns(name: str) -> list[tuple[str, str]]:
-    """The two questions about a person, with their answers."""
-    city, color = _FACTS[name]
-    return [
-        (f"What is the city of {name} ?", f"It is {city} ."),
-        (f"What is the color of {name} ?", f"It is {color} ."),
-    ]
+def _question(a: int, b: int) -> str:
+    return f"What is {a} plus {b} ?"
+
+
+def _answer(a: int, b: int) -> str:
+    return f"It is {a + b} ."
 
 
 def _write_data(folder: pathlib.Path) -> None:
-    """Text about everybody, and conversations of one or two questions about three in four."""
-    draw = random.Random(0)
-    facts = [
-        fact
-        for name, (city, color) in _FACTS.items()
-        for what, value in (("city", city), ("color", color))
-        for fact in (f"The {what} of {name} is {value} .", f"What is the {what} of {name} ? {value} .")
-    ]
-    texts = [{"text": " ".join(draw.choice(facts) for _ in range(8))} for _ in range(3000)]
-    known = [turn for name in _NAMES if name not in _ASKED_LATER for turn in _turns(name)]
+    """Text with all sums, and conversations of one or two questions about three in four of them."""
+    draw, numbers = random.Random(0), list(_NUMBERS)
+
+    def sentence() -> str:
+        a, b = draw.choice(numbers), draw.choice(numbers)
+        return draw.choice((f"We know that {a} plus {b} is {a + b} .", f"What is {a} plus {b} is {a + b} ."))
+
+    texts = [{"text": " ".join(sentence() for _ in range(8))} for _ in range(3000)]
+    asked = [pair for pair in itertools.product(_NUMBERS, _NUMBERS) if pair not in _ASKED_LATER]
     talks = []
     for _ in range(1500):
-        said = itertools.chain(*draw.sample(known, draw.choice((1, 2))))
-        roles = itertools.cycle(("user", "assistant"))
-        talks.append({"messages": [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]})
+        pairs = draw.sample(asked, draw.choice((1, 2)))
+        turns = [(("user", _question(*pair)), ("assistant", _answer(*pair))) for pair in pairs]
+        talks.append({"messages": [{"role": r, "content": c} for r, c in itertools.chain(*turns)]})
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("text", texts), ("conversations", talks)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -101,18 +92,17 @@ def _config(**changes) -> TrainConfig:
         }
     )
     config.update(
-        vocab_size=480,
+        vocab_size=320,
         sequence_length=64,
         batch_size=16,
         block_size=_BLOCK,
+        steps=_STEPS.value,
         learning_rate=4e-3,
         final_learning_rate=4e-5,
         log_every=50,
         validation_fraction=0.02,
     )
     config.update(changes)
-    if _STEPS.value is not None:
-        config.steps = _STEPS.value
     return freeze(config)
 
 
@@ -121,14 +111,14 @@ def _stage(title: str, config: TrainConfig, workdir: pathlib.Path) -> None:
     train(config, workdir)
 
 
-def _answers(checkpoint: pathlib.Path, template_folder: pathlib.Path, questions: list[str]) -> tuple[list[str], float]:
-    """What a checkpoint answers, and its tokens per evaluation of the denoiser."""
+def _answers(checkpoint: pathlib.Path, template_folder: pathlib.Path) -> tuple[list[str], float]:
+    """What a checkpoint answers to the questions that no conversation holds, and its tokens per evaluation."""
     loaded = load(checkpoint)
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     template = ChatTemplate.load(template_folder, tokenizer)
     prompts = [
-        template.encode([{"role": "user", "content": question}], add_generation_prompt=True).ids.tolist()
-        for question in questions
+        template.encode([{"role": "user", "content": _question(*pair)}], add_generation_prompt=True).ids.tolist()
+        for pair in _ASKED_LATER
     ]
     sampling = SamplingConfig(block_size=_BLOCK, steps_per_block=_BLOCK)
     settings = Settings(max_new_tokens=2 * _BLOCK, sampling=sampling, batch_size=len(prompts))
@@ -144,24 +134,22 @@ def main() -> None:
     data, backbone, base, tuned = (workdir / name for name in ("data", "backbone", "base", "tuned"))
     _write_data(data)
     text, talks = str(data / "text.jsonl"), str(data / "conversations.jsonl")
-    _stage("1. a backbone reads text", _config(data=text, steps=200), backbone)
-    of_text = {"data": text, "objective": "denoiser", "init_from": str(backbone)}
-    _stage("2. a denoiser on it", _config(**of_text, steps=600), base)
+    _stage("1. a backbone reads text", _config(data=text), backbone)
+    _stage("2. a denoiser on it", _config(data=text, objective="denoiser", init_from=str(backbone)), base)
     # Its tokenizer's folder is where a template is looked for.
     (base / "chat_template.jinja").write_text(_TEMPLATE)
-    of_talks = {"data": talks, "objective": "denoiser", "init_from": str(base), "sample_answers": 16}
-    _stage("3. the denoiser on conversations", _config(**of_talks, sample_tokens=16, steps=400), tuned)
+    conversations = {"data": talks, "objective": "denoiser", "init_from": str(base), "learning_rate": 2e-3}
+    _stage("3. the denoiser on conversations", _config(**conversations, sample_answers=16, sample_tokens=16), tuned)
 
-    print("\n== 4. questions about people of whom no conversation was\n")
-    questions, wanted = zip(*(turn for name in _ASKED_LATER for turn in _turns(name)), strict=True)
-    rows = []
-    for name, checkpoint in (("before", base), ("after conversations", tuned)):
-        said, rate = _answers(checkpoint, base, questions)
+    print("\n== 4. questions that no conversation was about\n")
+    wanted = [_answer(*pair) for pair in _ASKED_LATER]
+    print(f"| {'':20} | {'exact':>7} | tokens per evaluation | {_question(*_ASKED_LATER[-1]):24} |")
+    print(f"| {'-' * 20} | {'-' * 7} | {'-' * 21} | {'-' * 24} |")
+    for name, checkpoint in (("before conversations", base), ("after", tuned)):
+        said, rate = _answers(checkpoint, base)
         exact = sum(a == b for a, b in zip(said, wanted, strict=True))
-        rows.append((name, f"{exact}/{len(said)}", f"{rate:.2f}", said[0].splitlines()[0][:40] if said[0] else ""))
-    print(f"|  | exact answers | tokens per evaluation | {questions[0]} |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+        shown = said[-1] if len(said[-1]) <= 24 else said[-1][:21] + "..."
+        print(f"| {name:20} | {exact:>3}/{len(said)} | {rate:21.2f} | {json.dumps(shown)[1:-1]:24} |")
     print(f"\nAll of it took {time.monotonic() - started:.0f} s. Ask it yourself:")
     print(f"python launch/generate.py --checkpoint={tuned} --chat --block_size={_BLOCK} --max_new_tokens={2 * _BLOCK}")
 
