@@ -61,7 +61,7 @@ class LossWindow:
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> Any:
-    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    means = np.where(count > 0, total / np.where(count > 0, count, 1), np.nan)
     return [finite(v) for v in means] if means.ndim else finite(means)
 
 

@@ -63,7 +63,7 @@ def gradients(function, *arrays):
         return jnp.sum(y * draw(99, *y.shape).astype(np.float32))
 
     compiled = jax.jit(jax.grad(loss, argnums=tuple(range(len(arrays)))))
-    return compiled(*(jnp.asarray(np.asarray(v, np.float32)) for v in arrays))
+    return compiled(*(jax.device_put(np.asarray(v, np.float32)) for v in arrays))
 
 
 def literal_gradients(x, weight, bias, tail):
@@ -89,7 +89,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("length, width, before", [(1, 4, 3), (2, 4, 4), (4, 4, 3), (11, 4, 6), (5, 2, 1), (3, 1, 2)])
 def test_causal_conv_after_a_tail(causal_conv, length, width, before):
     arrays = draw(0, 2, length, 3), draw(1, width, 3), draw(2, 3), draw(3, 2, before, 3)
-    found = causal_conv(*(jnp.asarray(np.asarray(v, np.float32)) for v in arrays))
+    found = causal_conv(*(jax.device_put(np.asarray(v, np.float32)) for v in arrays))
     assert_close(found, literal(*arrays))
     for one, other in zip(gradients(causal_conv, *arrays), literal_gradients(*arrays), strict=True):
         assert_close(one, other)
