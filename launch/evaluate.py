@@ -63,6 +63,7 @@ _SPEED_QUESTIONS = flags.DEFINE_integer(
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed runs of each point, of which the median counts.", lower_bound=1)
 _BASE_URL = flags.DEFINE_string("base_url", None, "Ask this server, in OpenAI's protocol, instead of a checkpoint.")
+_MODEL = flags.DEFINE_string("model", None, "With --base_url: its name there; default: the first that is served.")
 _MAX_GEN_TOKS = 256
 
 
@@ -72,6 +73,8 @@ def main() -> None:
     command_line.refuse_given([generation_flags.MODE], "here: give --modes")
     if (_BASE_URL.value is None) == (model_flags.CHECKPOINT.value is None):
         raise ValueError("give either --checkpoint=DIR or --base_url=URL")
+    if _BASE_URL.value is None:
+        command_line.refuse_given([_MODEL], "without --base_url")
     # Imported when the environment is settled.
     from twotower_jax.evaluation.points import parse_points
     from twotower_jax.evaluation.table import evaluate, find_tasks
@@ -170,7 +173,7 @@ def _served(points, output: pathlib.Path):
     if _CHAT.value:
         raise ValueError("--chat needs the checkpoint's template: give --checkpoint=DIR")
     answers = Answers(output / "answers.jsonl")
-    options = {"together": _BATCH_SIZE.value, "answers": answers}
+    options = {"together": _BATCH_SIZE.value, "model": _MODEL.value, "answers": answers}
     return {
         point.name: Served(_BASE_URL.value, {"mode": point.mode} | point.given, label=point.name, **options)
         for point in points

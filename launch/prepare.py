@@ -96,8 +96,16 @@ def main() -> None:
         shard_size=_SHARD_SIZE.value,
         skip_bad=_SKIP_BAD.value,
         end_token=ids[0],
+        end_tokens=ids,
     )
-    manifest = prepare(list(_inputs(_INPUT.value)), _OUTPUT.value, tokenizer, settings, workers=_WORKERS.value)
+    manifest = prepare(
+        list(_inputs(_INPUT.value)),
+        _OUTPUT.value,
+        tokenizer,
+        settings,
+        workers=_WORKERS.value,
+        tokenizer_folder=folder,
+    )
     print(f"{_OUTPUT.value}: {_summary(manifest)}")
 
 

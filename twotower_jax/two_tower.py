@@ -202,7 +202,7 @@ class TwoTower(nnx.Module):
           t: (B,) or (B, L/S) float32, each sequence's or each block's noise level.
           block_size: S.
           document_start: (B, L) int32, where several documents lie side by side: the first position of each one's own.
-            Every document starts with a block.
+            Every document starts with a block, or nothing before the first block border in it has a loss.
           measured: (B, L) bool, the tokens that `expert_load` and `routing` are of; None for all.
           balance: whether the sums that balance routers are wanted.
 

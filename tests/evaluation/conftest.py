@@ -40,9 +40,10 @@ def loaded(checkpoint):
 def make_lm(loaded):
     """Makes lm_eval's model of the small one, which is loaded once: all of them share what is compiled."""
 
-    def make(mode: str, answers=None, batch_size: int = 4, **options) -> TwoTowerLM:
+    def make(mode: str, answers=None, batch_size: int = 4, likelihood: str = "context", **options) -> TwoTowerLM:
         settings = dataclasses.replace(SETTINGS, mode=mode, batch_size=batch_size)
-        local = Local(*loaded[:2], load_tokenizer(loaded.tokenizer_folder), settings, answers=answers)
+        tokenizer = load_tokenizer(loaded.tokenizer_folder)
+        local = Local(*loaded[:2], tokenizer, settings, answers=answers, likelihood=likelihood, samples=8)
         return TwoTowerLM.of(local, loaded.tokenizer_folder, **options)
 
     return make

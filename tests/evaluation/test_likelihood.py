@@ -136,8 +136,9 @@ def test_blockwise_refuses_what_has_no_order(tiny):
         scores(blockwise_scores, tiny, [Pair((1,), (2,))], sampling=SamplingConfig(strategy="posterior"))
 
 
-def test_the_context_scores_as_score_ar_does_whatever_the_batch(tiny):
-    rng = np.random.default_rng(0)
+def test_the_context_scores_as_score_ar_does_whatever_the_batch(small_config, random_params):
+    model = TwoTower(small_config("*", vocab_size=5))
+    tiny, rng = (model, random_params(model)), np.random.default_rng(0)
     pairs = [
         Pair(tuple(rng.choice(TOKENS, a).tolist()), tuple(rng.choice(TOKENS, b).tolist()))
         for a, b in ((1, 1), (5, 2), (40, 2), (3, 0), (7, 2))

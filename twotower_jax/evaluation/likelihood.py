@@ -55,7 +55,8 @@ ORDERED = ("confidence", "entropy_bounded", "factor")
 
 # Tokens whose logits exist at a time.
 _LOGITS = 512
-_SHORTEST = 32
+# Rows are padded to at least so many tokens, and continuations of several tokens to so many, so that few are compiled.
+_SHORTEST, _FEWEST = 32, 8
 
 
 class Pair(NamedTuple):
@@ -113,10 +114,11 @@ def context_scores(model: TwoTower, params: Params, pairs: Sequence[Pair], done:
             done(number, Scored(0.0, True))
     shapes = defaultdict(list)
     for (ids, count), numbers in same.items():
-        shapes[_width(len(ids)), _power(count), _power(len(numbers))].append((ids, count, numbers))
+        most = 1 if count == 1 else max(_FEWEST, _power(count))
+        shapes[_width(len(ids)), most, _power(len(numbers))].append((ids, count, numbers))
     for (width, most, choices), rows in sorted(shapes.items(), key=lambda item: item[0]):
         for batch in itertools.batched(rows, batch_size):
-            filled = _filled(batch, batch_size, len(rows))
+            filled = _filled(batch, batch_size)
             ids, _ = pad_rows([np.array(row[0], np.int32) for row in filled], model.config.pad_token_id, width)
             starts = np.array([len(row[0]) - row[1] for row in filled], np.int32)
             targets = np.zeros((len(filled), choices, most), np.int32)
@@ -335,7 +337,7 @@ def _batches(
             done(number, Scored(0.0, True))
     for (_, blocks), numbers in sorted(shapes.items()):
         for some in itertools.batched(numbers, batch_size):
-            filled = _filled(some, batch_size, len(numbers))
+            filled = _filled(some, batch_size)
             yield _Batch([pairs[number] for number in filled], list(some)), blocks
 
 
@@ -356,9 +358,9 @@ def _extend(params, cache, block, counts, *, model) -> Cache:
     return bind(model, params).extend(jnp.maximum(block, 0), counts, cache)[1]
 
 
-def _filled(batch: Sequence, batch_size: int, total: int) -> list:
+def _filled(batch: Sequence, batch_size: int) -> list:
     """A smaller batch filled up with its last row, so that it is compiled no second time."""
-    return list(batch) + [batch[-1]] * (rows_together(batch_size, total) - len(batch))
+    return list(batch) + [batch[-1]] * (rows_together(batch_size, batch_size) - len(batch))
 
 
 def _width(length: int) -> int:

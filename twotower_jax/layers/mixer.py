@@ -35,7 +35,8 @@ class Run:
       lengths: (B,) int32, how many of the L tokens of each row are real, the rest being padding on the right that may
         change neither the cache nor any real token; None for all.
       document_start: (B, L) int32, the position of the first token that each one may know of; None for all. In
-        `blockwise` every document starts with a block.
+        `blockwise` every document starts with a block, or with tokens of its own that nobody asks about up to the
+        first block border in it: a block sees all of itself.
       end: whether the cache after the real tokens is wanted: a memory may leave out what is for that alone.
       routing: whether `causal` too is to tell what was routed where, as the memory of a layer that does that.
       balance: whether the sums that balance routers are wanted with it.

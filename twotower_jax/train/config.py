@@ -48,6 +48,7 @@ CHANGEABLE = (
     "sample_every",
     "sample_prompts",
     "sample_tokens",
+    "sample_answers",
 )
 
 
@@ -58,6 +59,7 @@ ADDED = {
     "diffusion.weight": "flat",
     "diffusion.complementary": False,
     "moments_dtype": "float32",
+    "padding_weight": 0.1,
     "distillation.weight": 0.0,
     "distillation.temperature": 1.0,
     "optimizer": "adamw",
@@ -128,13 +130,17 @@ class TrainConfig:
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
-    # A file of text (.txt, .jsonl and more) or a folder of them; a folder made by launch/prepare.py; the prefix of a
-    # Megatron set; or a .json file that mixes several by weight. "" is the documentation shipped with Python, "tasks"
-    # questions with exact answers. See docs/guide/data.md.
+    # A file of text (.txt, .jsonl and more) or of conversations (.jsonl), or a folder of them; a folder made by
+    # launch/prepare.py; the prefix of a Megatron set; or a .json file that mixes several by weight. "" is the
+    # documentation shipped with Python, "tasks" questions with exact answers. See docs/guide/data.md and
+    # docs/guide/finetuning.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
     reset_at_documents: bool = False
+    # In conversations: how much each end token counts that fills the last block of an answer after its own, which
+    # counts 1. Conversations are always told apart.
+    padding_weight: float = 0.1
     # Size of the tokenizer trained on that text, at most. Unused with init_from.
     vocab_size: int = 2048
     # Share of the tokens held out for the validation loss, in whole documents; 0 for no validation. What is held out of
@@ -197,6 +203,9 @@ class TrainConfig:
     sample_every: int = 0
     sample_prompts: tuple = ()
     sample_tokens: int = 64
+    # In a denoiser run on conversations: with each validation, answer so many held-out prompts, by up to sample_tokens
+    # tokens each.
+    sample_answers: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -205,6 +214,9 @@ class TrainConfig:
         _check(self.dtype in DTYPES, f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         _check(self.moments_dtype in DTYPES, f"moments_dtype={self.moments_dtype!r} is not one of {', '.join(DTYPES)}")
         _check(self.remat in REMAT, f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
+        # What counts nothing is never masked, and would tell where the answer ends.
+        small = 0 < self.padding_weight <= 1
+        _check(small, f"padding_weight={self.padding_weight} must be more than 0 and at most 1")
         for name in ("steps", "batch_size", "log_every", "keep_checkpoints", "vocab_size", "accumulate"):
             _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         _check(self.sequence_length >= 2, f"sequence_length={self.sequence_length} must be at least 2")
@@ -292,6 +304,9 @@ class TrainConfig:
             self.sample_every or not self.sample_prompts,
             f"sample_prompts={self.sample_prompts!r} change nothing with sample_every=0",
         )
+        _check(self.sample_answers >= 0, f"sample_answers={self.sample_answers} must not be negative")
+        if self.sample_answers:
+            _check(self.two_towers, f"sample_answers={self.sample_answers} needs objective='denoiser'")
         if self.sample_every:
             _check(self.sample_prompts, f"sample_every={self.sample_every} needs sample_prompts")
             _check(self.two_towers, f"sample_every={self.sample_every} needs objective='denoiser'")
@@ -421,13 +436,15 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
       ValueError: naming the first one and why.
     """
     without = {}
-    if not config.sample_every and config.sample_tokens != TrainConfig.sample_tokens:
+    if not (config.sample_every or config.sample_answers) and config.sample_tokens != TrainConfig.sample_tokens:
         without["sample_tokens"] = config.sample_tokens, "sample_every=0"
     if not config.decay_fraction and config.final_learning_rate != config.learning_rate:
         without["final_learning_rate"] = config.final_learning_rate, "decay_fraction=0"
     if not config.validation_fraction and config.validation_every:
         without["validation_every"] = config.validation_every, "validation_fraction=0"
     if not config.two_towers:
+        if config.padding_weight != TrainConfig.padding_weight:
+            without["padding_weight"] = config.padding_weight, f"objective={config.objective!r}"
         for part in ("diffusion", "distillation"):
             default = getattr(TrainConfig, part)
             for name, value in dataclasses.asdict(getattr(config, part)).items():

@@ -25,7 +25,6 @@ from twotower_jax.train.schedule import BlockStage
 from twotower_jax.train.setup import Report, Setup, look, make_setup, settled
 from twotower_jax.train.skips import Skips, blame
 from twotower_jax.train.step import StepMetrics, TrainState, abstract_state, merge, start_state
-from twotower_jax.train.validation import Validation
 
 # What the processes of a run tell one another at every step; the largest number counts.
 _GO_ON, _STOP, _SAVE_FAILED = range(3)
@@ -217,7 +216,7 @@ def train_stage(
         if saving or logging:
             made = _take_in(setup, run, stage, made)
         if logging:
-            passes = functools.partial(_validate, validation, validate, run) if validating else None
+            passes = functools.partial(_validate, setup, run, stage, validate) if validating else None
             log.write(run.step, run.window.means(), metrics, run.skips.total, step_flops, passes)
             run.window = LossWindow(setup.objective.weights)
         if setup.samples and _due(run.step, config.sample_every):
@@ -335,11 +334,13 @@ def _take_in(setup: Setup, run: Run, stage: BlockStage, made: tuple[StepMetrics,
     )
 
 
-def _validate(validation: Validation, validate: Callable[..., Losses], run: Run) -> Row:
-    """What validation tells of the weights, and the loss of their average where one is kept."""
-    row = validation.run(validate, run.state.weights, run.frozen)
+def _validate(setup: Setup, run: Run, stage: BlockStage, validate: Callable[..., Losses]) -> Row:
+    """What validation tells of the weights, and the loss of their average where one is kept; and answers, if asked."""
+    row = setup.validation.run(validate, run.state.weights, run.frozen)
     if (average := run.state.average) is not None:
-        row["average_loss"] = validation.run(validate, average, run.frozen)["loss"]
+        row["average_loss"] = setup.validation.run(validate, average, run.frozen)["loss"]
+    if setup.answers is not None:
+        row |= setup.answers.measure(merge(run.state.weights, run.frozen), stage.block_size, setup.report)
     return row
 
 

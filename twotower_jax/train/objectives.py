@@ -19,6 +19,7 @@ from twotower_jax.diffusion import (
     count,
     loss_by_block_position,
     loss_by_noise_level,
+    loss_by_turn,
     masked_loss_sum,
     next_tokens,
     spread,
@@ -65,11 +66,16 @@ class Documents(NamedTuple):
 
     Attributes:
       start: (B, L) int32, the first position of each position's document.
-      counted: (B, L) bool, False for the padding between documents.
+      counted: (B, L) bool, False for the padding between documents and, in conversations, for all that is not the
+        assistant's: such tokens are never masked.
+      token_weight: of conversations, (B, L) float32, how much each token counts; None for 1.
+      turn: of conversations, (B, L) int32, the number of each token's answer, from 1; 0 in none.
     """
 
     start: jax.Array
     counted: jax.Array
+    token_weight: jax.Array | None = None
+    turn: jax.Array | None = None
 
 
 class Examples(NamedTuple):
@@ -81,6 +87,7 @@ class Examples(NamedTuple):
       start: (R, L) int32, the first position of each position's document, or None.
       noisy: (R, L) int32; masked: (R, L) bool, those that have a loss; t, weight: (R,) or (R, L/S) float32. None for a
         backbone.
+      token_weight, turn: as in `Documents`; None for other texts.
       dropout: (R, 2) uint32, the data of a random key for each row, or None (adapting.py).
     """
 
@@ -91,6 +98,8 @@ class Examples(NamedTuple):
     masked: jax.Array | None = None
     t: jax.Array | None = None
     weight: jax.Array | None = None
+    token_weight: jax.Array | None = None
+    turn: jax.Array | None = None
     dropout: jax.Array | None = None
 
 
@@ -146,7 +155,8 @@ class Objective:
         mask = jnp.broadcast_to(counted[:, None], ids.shape)
         if documents is None:
             return Examples(ids, mask, None)
-        return Examples(ids, mask & documents.counted, documents.start)
+        told = {"token_weight": documents.token_weight, "turn": documents.turn}
+        return Examples(ids, mask & documents.counted, documents.start, **told)
 
     def losses(
         self,
@@ -237,17 +247,20 @@ class Autoregressive(Objective):
             measured=self.measured(examples, validating),
         )
         h, routing = model.tower.causal_with_routing(examples.clean, run)
-        targets, counted = _next_tokens(examples)
+        targets, counted, token_weight = _next_tokens(examples)
         log_p = model.head.log_probabilities(h, targets)
-        losses = {"next_token_loss": masked_loss_sum(log_p, counted)}
+        losses = {"next_token_loss": masked_loss_sum(log_p, counted, token_weight=token_weight)}
+        if examples.turn is not None:
+            losses["by_turn"] = loss_by_turn(log_p, counted, jnp.roll(examples.turn, -1, axis=1), token_weight)
         if validating:
-            losses["next_token_loss" + BY_ROW] = masked_loss_sum(log_p, counted, axis=1)
+            losses["next_token_loss" + BY_ROW] = masked_loss_sum(log_p, counted, axis=1, token_weight=token_weight)
         load = routing.map(lambda layer: layer.load).stack()
         return losses | self.router_losses({"tower": (routing,)}, examples) | _load(load, examples, validating)
 
     def counts(self, examples: Examples) -> dict[str, jax.Array]:
         """What each term is the mean over, known before any parameter is."""
-        return {"next_token_loss": count(_next_tokens(examples)[1])} | self.router_counts(examples)
+        _, counted, token_weight = _next_tokens(examples)
+        return {"next_token_loss": count(counted, token_weight=token_weight)} | self.router_counts(examples)
 
     def start(self, checkpoint: Params | None, key: jax.Array) -> Params:
         """A two-tower checkpoint's context tower and its head, or random weights."""
@@ -321,8 +334,11 @@ class Denoiser(Objective):
         )
         plain = super().examples(ids, counted, noise, block_size, documents)
         clean = jax.tree.map(self.diffusion.repeated, plain)
+        noisy = corruption.noisy_ids
+        if clean.token_weight is not None:
+            noisy = jnp.where(clean.counted, noisy, clean.clean)
         return clean._replace(
-            noisy=corruption.noisy_ids,
+            noisy=noisy,
             masked=corruption.masked & clean.counted,
             t=corruption.t,
             weight=corruption.weight,
@@ -331,6 +347,8 @@ class Denoiser(Objective):
     def losses_of(self, params: Params, examples: Examples, block_size: int, validating: bool = False) -> Losses:
         """The losses of the examples in blocks of `block_size`; beside the terms, the plain cross-entropy of masked
         tokens by noise level and by block position.
+
+        For conversations also by turn.
 
         And `expert_load`: of each layer with experts, the busiest one's tokens as a multiple of the even share; and
         `expert_entropy`, the entropy of their shares, 1 where all are even.
@@ -354,24 +372,28 @@ class Denoiser(Objective):
 
         An objective that adds a term to these extends this, `terms` and `counts` (configs/example_objective.py).
         """
-        masked, t = examples.masked, examples.t
+        masked, t, token_weight = examples.masked, examples.t, examples.token_weight
         log_p = model.denoiser_head.log_probabilities(states.denoiser, examples.clean)
         weight = spread(examples.weight.reshape(len(masked), -1), masked.shape[1])
         losses = {
-            "masked_loss": masked_loss_sum(log_p, masked, weight, self._counted(examples)),
-            "by_noise_level": loss_by_noise_level(log_p, masked, t),
-            "by_block_position": loss_by_block_position(log_p, masked, block_size),
+            "masked_loss": masked_loss_sum(log_p, masked, weight, self._counted(examples), token_weight=token_weight),
+            "by_noise_level": loss_by_noise_level(log_p, masked, t, token_weight),
+            "by_block_position": loss_by_block_position(log_p, masked, block_size, token_weight),
         }
+        if examples.turn is not None:
+            losses["by_turn"] = loss_by_turn(log_p, masked, examples.turn, token_weight)
         if validating:
             losses["masked_loss" + BY_ROW] = self._by_sequence(
-                masked_loss_sum(log_p, masked, weight, self._counted(examples), axis=1)
+                masked_loss_sum(log_p, masked, weight, self._counted(examples), 1, token_weight)
             )
         if model.variant.context_loss:
-            targets, counted = _next_tokens(examples)
+            targets, counted, next_weight = _next_tokens(examples)
             log_p = model.context_head.log_probabilities(states.context, targets)
-            losses["context_loss"] = masked_loss_sum(log_p, counted)
+            losses["context_loss"] = masked_loss_sum(log_p, counted, token_weight=next_weight)
             if validating:
-                losses["context_loss" + BY_ROW] = self._by_sequence(masked_loss_sum(log_p, counted, axis=1))
+                losses["context_loss" + BY_ROW] = self._by_sequence(
+                    masked_loss_sum(log_p, counted, axis=1, token_weight=next_weight)
+                )
         if self.distillation.weight:
             temperature, foreseen = self.distillation.temperature, _foreseen(examples)
             # What the context says of position i stands at i − 1.
@@ -379,18 +401,21 @@ class Denoiser(Objective):
             gain = -(temperature**2) * model.denoiser_head.divergence(
                 states.denoiser, model.context_head, taught, temperature
             )
-            losses["distillation_loss"] = masked_loss_sum(gain, foreseen)
+            losses["distillation_loss"] = masked_loss_sum(gain, foreseen, token_weight=token_weight)
             if validating:
-                losses["distillation_loss" + BY_ROW] = self._by_sequence(masked_loss_sum(gain, foreseen, axis=1))
+                losses["distillation_loss" + BY_ROW] = self._by_sequence(
+                    masked_loss_sum(gain, foreseen, axis=1, token_weight=token_weight)
+                )
         return losses
 
     def counts(self, examples: Examples) -> dict[str, jax.Array]:
         """What each term is the mean over, known before any parameter is."""
-        counts = {"masked_loss": count(self._counted(examples))}
+        counts = {"masked_loss": count(self._counted(examples), token_weight=examples.token_weight)}
         if self.model.variant.context_loss:
-            counts["context_loss"] = count(_next_tokens(examples)[1])
+            _, counted, token_weight = _next_tokens(examples)
+            counts["context_loss"] = count(counted, token_weight=token_weight)
         if self.distillation.weight:
-            counts["distillation_loss"] = count(_foreseen(examples))
+            counts["distillation_loss"] = count(_foreseen(examples), token_weight=examples.token_weight)
         return counts | self.router_counts(examples)
 
     def _by_sequence(self, of_rows: LossSum) -> LossSum:
@@ -421,13 +446,15 @@ def _load(load: jax.Array | None, examples: Examples, validating: bool) -> Losse
     return {"expert_load": LossSum(busiest, one), "expert_entropy": LossSum(evenness(load), one)}
 
 
-def _next_tokens(examples: Examples) -> tuple[jax.Array, jax.Array]:
-    """`next_tokens`, no token being predicted from another document, and no padding."""
+def _next_tokens(examples: Examples) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """`next_tokens`, no token being predicted from another document, and no padding; and what each target counts, None
+    for 1."""
     targets, mask = next_tokens(examples.clean, jnp.ones(len(examples.clean), bool))
     mask &= jnp.roll(examples.counted, -1, axis=1)
     if examples.start is not None:
         mask &= jnp.roll(examples.start, -1, axis=1) == examples.start
-    return targets, mask
+    weight = examples.token_weight
+    return targets, mask, None if weight is None else jnp.roll(weight, -1, axis=1)
 
 
 def _foreseen(examples: Examples) -> jax.Array:

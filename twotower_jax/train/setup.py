@@ -18,7 +18,7 @@ from twotower_jax.train.config import ADDED, CHANGEABLE, TrainConfig
 from twotower_jax.train.objectives import Objective
 from twotower_jax.train.placement import Placement
 from twotower_jax.train.programs import Programs
-from twotower_jax.train.samples import Samples
+from twotower_jax.train.samples import Answers, Sampler, Samples
 from twotower_jax.train.schedule import BlockStage, block_stages
 from twotower_jax.train.start import Start, make_start
 from twotower_jax.train.step import apart, make_optimizer, tables
@@ -34,7 +34,7 @@ class Setup:
     Attributes:
       folder: what the workdir holds. start: what the run starts from.
       programs: the compiled steps. stages: the block sizes in their order.
-      validation, samples: None where the run has none.
+      validation, samples, answers: None where the run has none.
     """
 
     config: TrainConfig
@@ -47,6 +47,7 @@ class Setup:
     stages: tuple[BlockStage, ...]
     validation: Validation | None
     samples: Samples | None
+    answers: Answers | None
 
     @property
     def objective(self) -> Objective:
@@ -97,15 +98,22 @@ def make_setup(config: TrainConfig, folder: Workdir, report: Report) -> Setup:
     start = make_start(config, folder, report)
     objective, placement = start.objective, Placement(start.mesh, config.batch_size)
     optimizer = make_optimizer(config, tables(objective)[0])
-    programs, stages = Programs(config, objective, optimizer, placement), block_stages(config)
-    programs.check(tuple(stage.block_size for stage in stages))
-    validation = samples = None
+    programs = Programs(config, objective, optimizer, placement, start.conversational)
+    stages = block_stages(config)
+    validation = samples = answers = None
     if start.validation is not None:
         validation = Validation(start.validation, objective, placement, config.batch_size)
+    sampler = Sampler(objective.model, config.sample_tokens, placement.mesh) if config.two_towers else None
     if config.sample_every:
-        prompts = config.sample_prompts, config.sample_tokens
-        samples = Samples(folder.path, start.tokenizer, objective.model, *prompts, placement.mesh)
-    parts = programs, tuple(stages), validation, samples
+        samples = Samples(folder.path, start.tokenizer, sampler, config.sample_prompts)
+    if config.sample_answers:
+        held_out = start.validation if start.conversational else None
+        turns = [] if held_out is None else held_out.first_turns(config.sample_answers)
+        if not turns:
+            raise ValueError(f"sample_answers={config.sample_answers} needs conversations that are held out")
+        answers = Answers(start.tokenizer, sampler, turns)
+    programs.check(tuple(stage.block_size for stage in stages))
+    parts = programs, tuple(stages), validation, samples, answers
     return Setup(config, report, folder, start, optimizer, placement, *parts)
 
 

@@ -39,6 +39,7 @@ class Start(NamedTuple):
         adapter's base does not.
       training, validation: windows of tokens; validation is None where nothing is held out.
       mesh: of the devices that the run uses; None for one.
+      conversational: whether the windows say what each token counts.
       base: the checkpoint that an adapter is of; None without one.
     """
 
@@ -50,6 +51,7 @@ class Start(NamedTuple):
     validation: Windows | Concatenation | None
     mesh: Mesh | None
     tokenizer_folder: pathlib.Path | None = None
+    conversational: bool = False
     base: Base | None = None
 
 
@@ -109,18 +111,22 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
     objective = make_objective(config, model)
     if checkpoint is None:  # Otherwise it was asked before that was loaded.
         check_memory(config, objective, mesh)
+    align = math.lcm(*config.block_sizes)
     packing = Packing(
         sequence_length=config.sequence_length,
         vocab_size=model.vocab_size,
         validation_fraction=config.validation_fraction,
         seed=config.seed,
-        align=math.lcm(*config.block_sizes) if config.reset_at_documents else None,
+        align=align if config.reset_at_documents or data.conversational else None,
         end_tokens=model.eos_token_ids,
+        turn_align=align if config.two_towers else 1,
+        padding_weight=config.padding_weight,
+        tokenizer_folder=workdir.path if workdir.step is not None else folder,
     )
     training, validation = data.windows(tokenizer, packing)
     starts = workdir.step is None or base is not None
     params = _first_parameters(config, objective, checkpoint, mesh) if starts else None
-    return Start(tokenizer, model, objective, params, training, validation, mesh, folder, base=base)
+    return Start(tokenizer, model, objective, params, training, validation, mesh, folder, data.conversational, base)
 
 
 def _base(config: TrainConfig, workdir: Workdir) -> Base:
