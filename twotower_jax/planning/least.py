@@ -162,21 +162,24 @@ def adapter_markdown(config: TrainConfig) -> str:
     """A table: the step of the config's adapter on one device, by how the base is stored."""
     config = dataclasses.replace(config, mesh=MeshShape())
     bases = [dataclasses.replace(config, lora=dataclasses.replace(config.lora, base=base)) for base in BASES[1:]]
-    plans = [least_training(one, ADAPTING[0], 1) for one in bases]
+    columns = [(one.lora.base, least_training(one, ADAPTING[0], 1)) for one in bases]
+
+    def gib(size: Callable[[LeastTraining], int]):
+        return lambda column: f"{size(column[1]) / GIB:.2f}"
 
     def left(card: Card):
-        return lambda plan: f"{plan._replace(card=card).left / GIB:.2f}"
+        return gib(lambda plan: plan._replace(card=card).left)
 
     lines = [
-        ("one step of an adapter, its base in", lambda plan: bases[plans.index(plan)].lora.base),
-        ("base, GiB", _gib("frozen")),
-        ("adapter", _gib("gradients")),
-        ("optimizer", _gib("optimizer")),
-        ("gradients", _gib("gradients")),
-        ("in all, without activations", _gib("total")),
+        ("one step of an adapter, its base in", lambda column: column[0]),
+        ("base, GiB", gib(lambda plan: plan.frozen)),
+        ("adapter", gib(lambda plan: plan.gradients)),
+        ("optimizer", gib(lambda plan: plan.optimizer)),
+        ("gradients", gib(lambda plan: plan.gradients)),
+        ("in all, without activations", gib(lambda plan: plan.total)),
         *((f"left for activations on a {card.name}, {HEADROOM:.0%} of it free", left(card)) for card in ADAPTING),
     ]
-    return _table(lines, plans)
+    return _table(lines, columns)
 
 
 def _bytes(tree: Any) -> int:
