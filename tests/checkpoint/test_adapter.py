@@ -242,7 +242,7 @@ def test_files_that_are_refused(tmp_path, backbone, trained):
     refused({n: t for n, t in whole.items() if n != first}, "lora_B.weight' and not .*lora_A.weight'")
     refused(whole | {"base_model.model.backbone.layers.0.mixer.in_proj.bias": whole[first]}, "is no tensor of base_mod")
     stranger = "base_model.model.backbone.layers.9.mixer.q_proj.lora_A.weight"
-    refused(whole | {stranger: whole[first]}, "1 of its tensors belong to no matrix of this model")
+    refused(whole | {stranger: whole[first]}, "holds tensors that belong to no matrix of this model")
     refused({}, "holds no tensor")
     two = {name.replace("backbone.", "denoiser_tower."): tensor for name, tensor in whole.items()}
     refused(two, "names its towers itself; adapter_tower=both is for adapters of a backbone", adapter_tower="both")

@@ -298,7 +298,7 @@ def fit(
             flat[part.path] = jnp.asarray(array) if place is None else jax.device_put(array, place)
     if left:
         raise CheckpointError(
-            f"{adapter.source}: {len(left)} of its tensors belong to no matrix of this model that can be adapted: "
+            f"{adapter.source}: holds tensors that belong to no matrix of this model that can be adapted: "
             f"{some(sorted(left))}"
         )
     return unflatten(flat)
