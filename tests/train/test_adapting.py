@@ -34,7 +34,9 @@ def make(config, random_params, seed=0):
     flat = flatten(random_params(objective.model))
     rng = np.random.default_rng(seed)
     for path, p in getattr(objective, "adapter", {}).items():
-        flat[path] = jnp.asarray(rng.standard_normal(p.shape) / np.sqrt(p.shape[-2]), jnp.float32)
+        # Updates of a tenth of their matrices: doubled, these would amplify rounding.
+        size = 0.1 if path[-1] == lora.B else 1.0
+        flat[path] = jnp.asarray(size * rng.standard_normal(p.shape) / np.sqrt(p.shape[-2]), jnp.float32)
     return objective, unflatten(flat)
 
 
@@ -162,7 +164,7 @@ def test_what_trains_is_the_adapter_alone(step_config, random_params, ids):
 
 
 def steps(config, random_params, ids, params=None):
-    """Two steps: the state, the last metrics."""
+    """Two steps: the state, the last metrics, and the optimizer's state after the first."""
     objective, drawn = make(config, random_params)
     optimizer = make_optimizer(config, tables(objective)[0])
     mesh = make_mesh(config.mesh) if config.mesh != MeshShape() else None
@@ -171,9 +173,8 @@ def steps(config, random_params, ids, params=None):
         state, frozen = start_state(objective, optimizer, drawn if params is None else params(objective, drawn), mesh)
         step = jax.jit(make_step(config, objective, optimizer, BLOCK))
         batch = ids if mesh is None else jax.device_put(ids, batch_sharding(mesh))
-        for _ in range(2):
-            state, metrics = step(state, frozen, batch)
-        return state, metrics
+        first, _ = step(state, frozen, batch)
+        return *step(first, frozen, batch), first.optimizer
 
     if mesh is None:
         return run()
@@ -196,13 +197,13 @@ def alone(step_config, random_params, ids):
 )
 def test_two_steps_are_those_of_one_device(step_config, random_params, ids, alone, changes):
     """With dropout, whose draws belong to the rows and not to the devices."""
-    state, metrics = steps(step_config(**DROPPED, **changes), random_params, ids)
+    _, metrics, first = steps(step_config(**DROPPED, **changes), random_params, ids)
     np.testing.assert_allclose(metrics.loss, alone[1].loss, rtol=3e-6)
     np.testing.assert_allclose(metrics.grad_norm, alone[1].grad_norm, rtol=1e-5)
-    # Moments, which are sums of gradients: AdamW's first steps divide a small gradient by its own size.
-    for array, expected in zip(*(jax.tree.leaves(s.optimizer) for s in (state, alone[0])), strict=True):
+    # The first moments, which are the gradients and their squares: AdamW then divides small ones by their own size.
+    for array, expected in zip(*map(jax.tree.leaves, (first, alone[2])), strict=True):
         other = np.asarray(expected, np.float64)
-        assert np.linalg.norm(np.asarray(array, np.float64) - other) <= 2e-5 * np.linalg.norm(other)
+        assert np.linalg.norm(np.asarray(array, np.float64) - other) <= 1e-5 * np.linalg.norm(other)
 
 
 def test_dropout_belongs_to_seed_step_layer_and_row(step_config, random_params, ids):
@@ -259,9 +260,9 @@ def test_a_quantized_base_has_the_gradients_of_its_numbers(step_config, random_p
 
 def test_a_quantized_base_on_a_mesh(step_config, random_params, ids):
     settings = SETTINGS | {"lora.base": "int8", PATTERN: "E*"}
-    one, metrics = steps(step_config(**settings), random_params, ids, quantized("int8"))
+    one, metrics, _ = steps(step_config(**settings), random_params, ids, quantized("int8"))
     changes = {"mesh.fsdp": 2, "mesh.expert": 4}
-    several, on_mesh = steps(step_config(**settings, **changes), random_params, ids, quantized("int8"))
+    several, on_mesh, _ = steps(step_config(**settings, **changes), random_params, ids, quantized("int8"))
     np.testing.assert_allclose(on_mesh.loss, metrics.loss, rtol=3e-6)
     for path, array in flatten(several.params).items():
         other = np.asarray(flatten(one.params)[path], np.float64)
