@@ -17,4 +17,6 @@ def call_of(model, request: Request, rows: int):
     width = scheduling.end_token_width(table[0])
     blocks = Blocks(np.zeros((rows, kind.block_size), np.int32), np.zeros(rows, np.int32))
     recipe = scheduling.recipe(kind, table, False, False, model.config.vocab_size)
-    return blocks if table[0].blockwise else None, scheduling.call(kind, table, rows, width, model.config), recipe
+    standing = scheduling.standing(kind, table, width, model.config)
+    call = scheduling.now(standing, kind, table, rows, model.config)
+    return blocks if table[0].blockwise else None, call, recipe

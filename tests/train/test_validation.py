@@ -88,7 +88,8 @@ def simulated(count: int, is_noisy: bool, seed: int) -> dict:
     """A validation of windows whose loss is 3 + noise, plus 4 · level where there is one; sizes vary."""
     rng = np.random.default_rng(seed)
     own, sizes = 3 + 0.5 * rng.standard_normal(count), rng.integers(5, 20, count).astype(float)
-    objective = types.SimpleNamespace(is_noisy=is_noisy, terms=("a",))
+    objective = types.SimpleNamespace(is_noisy=is_noisy, weights={"a": 1.0})
+    objective.for_validation = lambda: objective
     validation = Validation(windows(count), objective, Placement(None, 8), 8)
     place = 0
 

@@ -18,7 +18,7 @@ import numpy as np
 from twotower_jax import memory, sharding
 from twotower_jax.generation import scheduling
 from twotower_jax.generation.blocks import Table
-from twotower_jax.generation.modes import Emitted
+from twotower_jax.generation.modes import Call, Emitted
 from twotower_jax.generation.placement import TowerMeshes
 from twotower_jax.generation.prefix_cache import PrefixCache, borders
 from twotower_jax.generation.quorum import Quorum
@@ -102,6 +102,10 @@ class Engine:
         self._submitted = 0
         self._prefixes = prefix_cache
         self._quorums: defaultdict[Kind, Quorum] = defaultdict(Quorum)
+        # Of each kind the rows that it was said for, and what it says.
+        self._standing: dict[Kind, tuple[tuple, Call]] = {}
+        # NumPy's arrays go anywhere, those on a device not to a mesh of several processes.
+        self._on_mesh = placement.context is not None or jax.process_count() > 1
         self.cache_bytes = cache_bytes(model, batch, self.capacity, placement.context)
         _check_memory(self.cache_bytes, batch, self.capacity, settings.max_cache_gb, placement)
         # AR needs no denoiser: apart from the context it is then left out.
@@ -300,10 +304,16 @@ class Engine:
         config = self._model.config
         recipe = scheduling.recipe(kind, places, self._record, self._routing, config.vocab_size)
         quorum = self._quorums[kind].of(sum(row is not None for row in places))
-        call = scheduling.call(kind, places, quorum, self._eos_width, config)
-        emitted = self._rows.block(call, recipe, kind)
-        wanted = any(row is not None and row.request.provisional for row in places)
-        return emitted if wanted else emitted._replace(blocks=None)
+        call = scheduling.now(self._stand(kind, places), kind, places, quorum, config)
+        return scheduling.told(self._rows.block(call, recipe, kind), places)
+
+    def _stand(self, kind: Kind, places: list[Row | None]) -> Call:
+        """What is the same in every call for these rows; where there is one device, on it already."""
+        rows = self._eos_width, *(None if row is None else row.number for row in places)
+        if self._standing.get(kind, (None, None))[0] != rows:
+            call = scheduling.standing(kind, places, self._eos_width, self._model.config)
+            self._standing[kind] = rows, call if self._on_mesh else jax.device_put(call)
+        return self._standing[kind][1]
 
 
 def generate(

@@ -283,10 +283,11 @@ def diffusion_commit(
 
     def extend(cache, last):
         states, cache = model.extend_states(draft.block, jnp.where(read, size, 0), cache)
-        thought = None
-        if recipe.context:
-            before = jnp.concatenate([last[:, None], states[:, :-1].astype(last.dtype)], axis=1)
-            thought = said(model.context_head(before), draft.block, done, 0).log_probability
+        if not recipe.context:
+            # Nobody asks for the states: what of the last layers the cache does not need is then not computed.
+            return cache, last, None
+        before = jnp.concatenate([last[:, None], states[:, :-1].astype(last.dtype)], axis=1)
+        thought = said(model.context_head(before), draft.block, done, 0).log_probability
         return cache, jnp.where(read[:, None], states[:, -1].astype(last.dtype), last), thought
 
     def leave(cache, last):

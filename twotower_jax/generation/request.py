@@ -74,6 +74,11 @@ class Request:
         """Whether it says something of single positions."""
         return bool(self.pinned or self.allowed or self.start)
 
+    @property
+    def tells(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        return self.logprobs is not None or self.context_logprobs
+
     def check(self, config: ModelConfig) -> None:
         """Refuses what a model of this configuration cannot do.
 

@@ -66,9 +66,12 @@ class Block:
 
     def add(self, emitted: Emitted, slot: int) -> None:
         step, log_probability, top = emitted.revealed
-        for place in np.flatnonzero(step[slot]).tolist():
-            self.step[place], self.log_probability[place] = step[slot, place], log_probability[slot, place]
-            if top is not None:
+        places = np.flatnonzero(step[slot])
+        self.step[places] = step[slot, places]
+        if log_probability is not None:
+            self.log_probability[places] = log_probability[slot, places]
+        if top is not None:
+            for place in places.tolist():
                 self.top[place] = _pairs(top, (slot, place))
 
 
@@ -169,12 +172,14 @@ class Row:
                 return self._provisional(emitted, slot)
             self.evaluations, self._block = block.evaluations, Block(len(block.step))
         new = emitted.said.tokens[slot, :count].tolist()
-        if self.request.mode == "diffusion":
-            log_probability, top = block.log_probability, block.top
-        else:
-            log_probability = emitted.said.log_probability[slot]
-            top = [_pairs(emitted.said.top, (slot, i)) for i in range(count)]
-        logprobs, context = self._tell(new, log_probability, top, emitted.context, slot)
+        logprobs = context = None
+        if self.request.tells:
+            if self.request.mode == "diffusion":
+                log_probability, top = block.log_probability, block.top
+            else:
+                log_probability = emitted.said.log_probability[slot]
+                top = [_pairs(emitted.said.top, (slot, i)) for i in range(count)]
+            logprobs, context = self._tell(new, log_probability, top, emitted.context, slot)
         accepted = None if emitted.accepted is None else int(emitted.accepted[slot])
         step_map = self._steps_of(block, count, accepted)
         self.step_map += step_map or []

@@ -8,7 +8,7 @@ import numpy as np
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import Choice
 from twotower_jax.generation.blocks import TOKENS_PER_CALL
-from twotower_jax.generation.modes import Call, Recipe
+from twotower_jax.generation.modes import Call, Emitted, Recipe
 from twotower_jax.generation.rows import Kind, Row
 from twotower_jax.generation.slots import Draws, Given, allowed_bits, end_token_array
 
@@ -54,9 +54,11 @@ def alternatives(requests, vocab_size: int) -> int:
     return min(1 << (most - 1).bit_length(), vocab_size) if most else 0
 
 
-def call(kind: Kind, rows: Places, quorum: int, eos_width: int, config: ModelConfig) -> Call:
-    """A call for the rows of a kind; places that are None take no part."""
-    alive = np.array([row is not None for row in rows])
+def standing(kind: Kind, rows: Places, eos_width: int, config: ModelConfig) -> Call:
+    """What a call for the rows of a kind says as long as they are the same rows; places that are None take no part.
+
+    Where a caller says something of positions, the blocks to come included, `given` is not among it: see `now`.
+    """
     some = next(row for row in rows if row is not None)
     strategy = None
     if some.blockwise:
@@ -64,17 +66,38 @@ def call(kind: Kind, rows: Places, quorum: int, eos_width: int, config: ModelCon
         strategy = jax.tree.map(lambda *knobs: np.array(knobs, _knob_dtype(knobs[0])), *rules)
     provisional = any(row is not None and row.request.provisional for row in rows)
     return Call(
-        alive=alive,
+        alive=np.array([row is not None for row in rows]),
         draws=draws(rows),
         eos=end_tokens(rows, eos_width),
         strategy=strategy,
         steps=_column(rows, np.int32, 1, lambda row: row.request.sampling.steps_per_block),
         tolerance=_column(rows, np.float32, 0.0, lambda row: row.request.tolerance),
-        fresh=_column(rows, bool, False, lambda row: row.fresh),
-        given=given(rows, [row.position - row.given if row else 0 for row in rows], _positions(kind), config),
-        quorum=np.int32(quorum),
+        fresh=np.zeros(len(rows), bool),
+        given=given([None] * len(rows), [0] * len(rows), _positions(kind), config),
+        quorum=np.int32(0),
         most=np.int32(1 if provisional else _NO_LIMIT),
     )
+
+
+def now(standing: Call, kind: Kind, rows: Places, quorum: int, config: ModelConfig) -> Call:
+    """The call, of what stands and what is said this time."""
+    fresh = _column(rows, bool, False, lambda row: row.fresh)
+    standing = standing._replace(fresh=fresh, quorum=np.int32(quorum))
+    if not any(row is not None and row.request.holds for row in rows):
+        return standing
+    firsts = [row.position - row.given if row else 0 for row in rows]
+    return standing._replace(given=given(rows, firsts, _positions(kind), config))
+
+
+def told(emitted: Emitted, rows: Places) -> Emitted:
+    """What of a call the rows are to be told: to fetch an array from a device takes its time."""
+    requests = [row.request for row in rows if row is not None]
+    said, revealed = emitted.said._replace(finite=None), emitted.revealed
+    if not any(request.tells for request in requests):
+        said = said._replace(log_probability=None)
+        revealed = revealed and revealed._replace(log_probability=None)
+    provisional = any(request.provisional for request in requests)
+    return emitted._replace(said=said, revealed=revealed, blocks=emitted.blocks if provisional else None)
 
 
 def draws(rows: Places) -> Draws:

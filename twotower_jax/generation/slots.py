@@ -34,7 +34,8 @@ class Slots:
       count: (B,) int32, new tokens so far.
       limit: (B,) int32, new tokens wanted.
       active: (B,) bool, whether a row is being generated here.
-      last: (B, D), the context's final hidden state at the last token that the cache has read.
+      last: (B, D), the context's final hidden state at the last token that the cache has read; kept up in calls that
+        tell what the context thinks of diffusion's tokens (`modes.Recipe`), and of the prompt otherwise.
     """
 
     cache: Cache
