@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     config.sequence_length = 192
     config.batch_size = 12
     config.accumulate = 2  # Parts that stay in a processor's cache.
-    config.block_size = 16
+    config.block_size = 32
     config.diffusion.times = "first_look"
     config.steps = 1000
     config.learning_rate = 2e-3

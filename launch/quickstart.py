@@ -28,7 +28,6 @@ import time
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.atomic import write_text
 from twotower_jax.checkpoint.load import Loaded, load
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.data import encode, load_tokenizer
@@ -36,25 +35,29 @@ from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.execution import Execution
 from twotower_jax.generation import Result, Settings, generate
 from twotower_jax.generation.answers import Answerer, Answers, ask, fastest, in_turns
+from twotower_jax.outputs import output_file
 from twotower_jax.train.config import TrainConfig, freeze, shipped, shipped_file
 from twotower_jax.train.loop import train
 
 _WORKDIR = command_line.DEFINE_path("workdir", "runs/quickstart", "Where the training runs go, and summary.json.")
 _DATA = flags.DEFINE_enum("data", "tasks", ["tasks", "python"], "Questions, or Python's documentation.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 60 on tasks, 320 on documentation.")
+_STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 200 on tasks, 320 on documentation.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "With --data=python: new tokens per prompt.", lower_bound=1
 )
+_BLOCKS = flags.DEFINE_list("blocks", ["32"], "With --data=tasks: block sizes that are tried, with commas.")
+_TASKS = flags.DEFINE_list(
+    "tasks", ["letter", "spell", "getters", "sql", "sort", "add"],
+    "Of --data=tasks, those to train on and to ask; default: those that the backbone has learned.",
+)  # fmt: skip
 _QUESTIONS = flags.DEFINE_integer("questions", 20, "With --data=tasks: questions of each task.", lower_bound=1)
 
-# Those that the checkpoint was trained on to the end; docs/reports/miniature.md says what became of the others.
-TASKS = ("letter", "spell", "getters", "sql", "sort", "add")
 # Training on tasks goes on where the checkpoint stopped: few steps, at a small rate.
-_TASK_STEPS, _TASK_RATE = 60, 1e-4
-# Blocks and thresholds that are tried, on a part of the questions; how much of AR's accuracy is to be kept.
-_BLOCKS, _THRESHOLDS, _TRIED, _RETAINED = (8, 16), (0.3, 0.5, 0.7, 0.8, 0.9, 0.95), 0.5, 0.99
+_TASK_STEPS, _TASK_RATE = 200, 5e-4
+# Thresholds that are tried, on a part of the questions; how much of AR's accuracy is to be kept.
+_THRESHOLDS, _TRIED, _RETAINED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98), 0.5, 0.99
 _BATCHES = (1, 8)
-_SHOWN = ("letter", "spell", "sql")
+_SHOWN = 3  # Answers whose steps are printed.
 _MOST_TOKENS = 128  # Of an answer; the longest have fewer.
 
 PROMPTS = (
@@ -77,7 +80,8 @@ MODES = {
 def _config(name: str, steps: int | None = None, **changes) -> TrainConfig:
     config = shipped(name)
     config.update(changes)
-    if (chosen := _STEPS.value or steps) is not None:
+    chosen = steps if _STEPS.value is None else _STEPS.value
+    if chosen is not None:
         config.steps = chosen
     return freeze(config)
 
@@ -115,14 +119,14 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
 def _tasks(workdir: pathlib.Path, started: float) -> None:
     start = shipped_file("quickstart")
     print(f"The checkpoint in {start}, trained on these tasks before (docs/reports/miniature.md), and some more steps:")
-    stage = _stage(
-        "train the denoiser further",
-        _config(
-            "quickstart", _TASK_STEPS, objective="denoiser", init_from=str(start), learning_rate=_TASK_RATE,
-            final_learning_rate=_TASK_RATE / 10,
-        ),
-        workdir / "denoiser",
-    )  # fmt: skip
+    changes = {
+        "objective": "denoiser",
+        "init_from": str(start),
+        "data": f"tasks:{','.join(_TASKS.value)}",
+        "learning_rate": _TASK_RATE,
+        "final_learning_rate": _TASK_RATE / 10,
+    }
+    stage = _stage("train the denoiser further", _config("quickstart", _TASK_STEPS, **changes), workdir / "denoiser")
     # Layers apart: they take longer to compile, and less time to run.
     loaded = load(workdir / "denoiser", execution=Execution(scan_layers=False))
     who = Answerer(loaded.model, loaded.params, load_tokenizer(loaded.tokenizer_folder))
@@ -144,11 +148,11 @@ def _settings(sampling: SamplingConfig | None, batch: int) -> Settings:
 def _tuned(who: Answerer) -> SamplingConfig:
     """The fastest setting of diffusion that keeps AR's accuracy on questions for validation, one at a time."""
     count = max(1, round(_TRIED * _QUESTIONS.value))
-    print(f"\n== choose the setting, on {count * len(TASKS)} questions for validation\n", flush=True)
-    asked = ask(who.tokenizer, TASKS, "validation", count)
+    print(f"\n== choose the setting, on {count * len(_TASKS.value)} questions for validation\n", flush=True)
+    asked = ask(who.tokenizer, _TASKS.value, "validation", count)
     samplings = {
         f"blocks of {block}, threshold {threshold}": SamplingConfig(block, block, confidence_threshold=threshold)
-        for block in _BLOCKS
+        for block in map(int, _BLOCKS.value)
         for threshold in _THRESHOLDS
     }
     ways = {"AR": None} | samplings
@@ -167,7 +171,7 @@ def _numbers(answers: Answers) -> list[str]:
 
 def _compared(who: Answerer, sampling: SamplingConfig) -> dict[int, dict[str, Answers]]:
     """AR and diffusion on the questions of the test: batch size → mode → answers."""
-    asked = ask(who.tokenizer, TASKS, "test", _QUESTIONS.value)
+    asked = ask(who.tokenizer, _TASKS.value, "test", _QUESTIONS.value)
     print(f"\n== compare, on {len(asked)} questions of the test\n", flush=True)
     return {
         batch: in_turns(who, asked, {"ar": _settings(None, batch), "diffusion": _settings(sampling, batch)})
@@ -177,7 +181,7 @@ def _compared(who: Answerer, sampling: SamplingConfig) -> dict[int, dict[str, An
 
 def _show_steps(who: Answerer, sampling: SamplingConfig) -> None:
     """Three answers as they resolve: a line for each evaluation of a block."""
-    for task in _SHOWN:
+    for task in _TASKS.value[:_SHOWN]:
         (question,) = ask(who.tokenizer, [task], "test", 1, seed=1)
         settings = _settings(sampling, 1)
         (result,) = generate(who.model, who.params, [question.ids], settings, record_trace=True)
@@ -192,7 +196,7 @@ def _report(found: dict[int, dict[str, Answers]], sampling: SamplingConfig, work
     """Prints the comparison, and writes summary.json."""
     ar, diffusion = found[1]["ar"], found[1]["diffusion"]
     rows = []
-    for task in TASKS:
+    for task in _TASKS.value:
         own = diffusion.of(task)
         rows.append([task, f"{ar.of(task).accuracy:.0%}", f"{own.accuracy:.0%}", f"{own.tokens_per_evaluation:.1f}"])
     rows.append(["all", f"{ar.accuracy:.1%}", f"{diffusion.accuracy:.1%}", f"{diffusion.tokens_per_evaluation:.1f}"])
@@ -212,12 +216,13 @@ def _report(found: dict[int, dict[str, Answers]], sampling: SamplingConfig, work
         "tokens_per_evaluation": diffusion.tokens_per_evaluation,
         "seconds": time.monotonic() - started,
         "speedup_by_batch": {str(batch): value for batch, value in speedups.items()},
-        "tasks": {t: {"ar": ar.of(t).accuracy, "diffusion": diffusion.of(t).accuracy} for t in TASKS},
+        "tasks": {t: {"ar": ar.of(t).accuracy, "diffusion": diffusion.of(t).accuracy} for t in _TASKS.value},
         "block_size": sampling.block_size,
         "confidence_threshold": sampling.confidence_threshold,
         "questions": len(ar.right),
     }
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    with output_file(workdir / "summary.json") as file:
+        file.write(json.dumps(summary, indent=2) + "\n")
     kept = "no right answer of AR to keep" if retained is None else f"{retained:.1%} of AR's accuracy kept"
     print(
         f"\n{kept}, at {speedups[1]:.2f} times its tokens per second, one question at a time "

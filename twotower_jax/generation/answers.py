@@ -119,8 +119,10 @@ def in_turns(
 
 def fastest(ar: Answers, ways: Mapping[str, Answers], retained: float) -> str:
     """The name of the way with most tokens per second among those that keep this part of AR's accuracy; where none
-    does, the one that keeps most, and of equals the fastest."""
-    enough = [name for name, answers in ways.items() if answers.accuracy >= retained * ar.accuracy]
-    if enough:
-        return max(enough, key=lambda name: ways[name].tokens_per_second)
-    return max(ways, key=lambda name: (ways[name].accuracy, ways[name].tokens_per_second))
+    does, among those that keep all but a fiftieth of the most that any keeps."""
+    most = max(answers.accuracy for answers in ways.values())
+    least = retained * ar.accuracy if most >= retained * ar.accuracy else 0.98 * most
+    return max(
+        (name for name, answers in ways.items() if answers.accuracy >= least),
+        key=lambda name: ways[name].tokens_per_second,
+    )
