@@ -2,9 +2,11 @@
 
     python launch/prepare.py --input=texts --output=DIR --tokenizer=checkpoints/start --workers=16
     python launch/prepare.py --verify=DIR
+    python launch/prepare.py --sample_from=CHECKPOINT --input=texts --output=DIR --prompt_tokens=32
 
 Reads .txt, .jsonl, .ndjson and .json files (all also .gz and .zst) and .parquet. The same command goes on where an
-interrupted one stopped.
+interrupted one stopped. The last one makes a set of what a checkpoint's context tower writes itself, each text's first
+tokens continued token by token; it appears whole or not at all.
 """
 
 import environment  # noqa: F401, first: it says what is missing
@@ -12,13 +14,17 @@ import environment  # noqa: F401, first: it says what is missing
 # isort: split
 import os
 import pathlib
+import sys
+from collections.abc import Iterator
 
+import numpy as np
 from absl import flags
 
 from twotower_jax import command_line
 from twotower_jax.data.end_tokens import end_tokens
 from twotower_jax.data.prepare import Settings, prepare
 from twotower_jax.data.prepared import TRAIN, VALIDATION, Manifest, verify
+from twotower_jax.data.sampled import SampleSettings, text_prompts, write_sampled
 from twotower_jax.data.tokenizer import load_tokenizer
 from twotower_jax.paths import local_path
 from twotower_jax.tokens import parse_ids
@@ -46,7 +52,23 @@ _EOS = flags.DEFINE_list(
 _VERIFY = command_line.DEFINE_path(
     "verify", None, "A prepared folder to check against its recorded hashes; nothing else."
 )
-_OF_A_SET = _INPUT, _OUTPUT, _TOKENIZER, _TEXT_FIELD, _FRACTION, _SEED, _WORKERS, _SHARD_SIZE, _SKIP_BAD, _EOS
+_SAMPLE_FROM = command_line.DEFINE_path(
+    "sample_from", None, "A checkpoint whose context tower continues the beginnings of the texts; its tokenizer counts."
+)
+_OF_SAMPLES = SampleSettings
+_PROMPT_TOKENS = flags.DEFINE_integer(
+    "prompt_tokens", _OF_SAMPLES.prompt_tokens, "With --sample_from: tokens of each text to begin with; 0: all of it."
+)
+_NEW = flags.DEFINE_integer("max_new_tokens", _OF_SAMPLES.max_new_tokens, "With it: tokens to add, at most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", _OF_SAMPLES.temperature, "With it: 0 is greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", _OF_SAMPLES.top_k, "With it: sample among the k most probable tokens; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", _OF_SAMPLES.top_p, "With it: among those that hold this much; 1: all.")
+_DOCUMENTS = flags.DEFINE_integer("documents", _OF_SAMPLES.documents, "With it: texts to continue; 0: all.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "With it: rows computed together; no row depends on it.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "With it: of weights and activations.")
+_SAMPLED = _PROMPT_TOKENS, _NEW, _TEMPERATURE, _TOP_K, _TOP_P, _DOCUMENTS, _BATCH_SIZE, _DTYPE
+_OF_TEXT = _TOKENIZER, _WORKERS, _SHARD_SIZE, _SKIP_BAD
+_OF_A_SET = _INPUT, _OUTPUT, *_OF_TEXT, _TEXT_FIELD, _FRACTION, _SEED, _EOS, _SAMPLE_FROM, *_SAMPLED
 
 
 def main() -> None:
@@ -54,6 +76,10 @@ def main() -> None:
         command_line.refuse_given(_OF_A_SET, "with --verify, which reads a prepared folder and nothing else")
         print(f"{_VERIFY.value}: {_summary(verify(_VERIFY.value))}, all as recorded")
         return
+    if _SAMPLE_FROM.value:
+        _sample()
+        return
+    command_line.refuse_given(_SAMPLED, "without --sample_from")
     for flag in (_INPUT, _OUTPUT, _TOKENIZER):
         if not flag.value:
             raise ValueError(f"--{flag.name} is missing; only --verify goes without")
@@ -70,9 +96,78 @@ def main() -> None:
         shard_size=_SHARD_SIZE.value,
         skip_bad=_SKIP_BAD.value,
         end_token=ids[0],
+        end_tokens=ids,
     )
-    manifest = prepare(list(_inputs(_INPUT.value)), _OUTPUT.value, tokenizer, settings, workers=_WORKERS.value)
+    manifest = prepare(
+        list(_inputs(_INPUT.value)),
+        _OUTPUT.value,
+        tokenizer,
+        settings,
+        workers=_WORKERS.value,
+        tokenizer_folder=folder,
+    )
     print(f"{_OUTPUT.value}: {_summary(manifest)}")
+
+
+def _sample() -> None:
+    """A set of what a checkpoint writes."""
+    command_line.refuse_given(_OF_TEXT, "with --sample_from")
+    for flag in (_INPUT, _OUTPUT):
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is missing; only --verify goes without")
+    # Here, so that text is prepared without them.
+    from twotower_jax.checkpoint.load import contents, load
+    from twotower_jax.checkpoint.orbax_steps import latest_step
+    from twotower_jax.checkpoint.workdir import CHECKPOINTS
+    from twotower_jax.diffusion import SamplingConfig
+    from twotower_jax.execution import Execution
+    from twotower_jax.generation import Settings as Generation
+    from twotower_jax.generation.sampled import continued
+    from twotower_jax.parameters import cast, parameter_table
+    from twotower_jax.train.config import DTYPES
+
+    folder, dtype = pathlib.Path(_SAMPLE_FROM.value), DTYPES[_DTYPE.value]
+    contents(folder)  # says what is wrong with it
+    tokenizer = load_tokenizer(folder)
+    ids = parse_ids(_EOS.value, "--eos") if _EOS.value else end_tokens(folder, tokenizer)
+    settings = SampleSettings(
+        sample_from=str(folder),
+        sample_step=latest_step(folder / CHECKPOINTS) if (folder / CHECKPOINTS).is_dir() else None,
+        text_field=_TEXT_FIELD.value,
+        validation_fraction=_FRACTION.value,
+        end_token=ids[0],
+        seed=_SEED.value,
+        prompt_tokens=_PROMPT_TOKENS.value,
+        documents=_DOCUMENTS.value,
+        max_new_tokens=_NEW.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        dtype=_DTYPE.value,
+    )
+    generation = Generation(
+        mode="ar",
+        max_new_tokens=settings.max_new_tokens,
+        sampling=SamplingConfig(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p),
+        seed=settings.seed,
+        eos=tuple(ids),
+        batch_size=_BATCH_SIZE.value,
+    )
+    if os.path.lexists(_OUTPUT.value):
+        raise ValueError(f"{_OUTPUT.value}: exists already; choose another output or remove it")
+    prompts, files = text_prompts(list(_inputs(_INPUT.value)), tokenizer, settings)
+    model, params, _ = load(folder, execution=Execution(dtype=dtype))
+    documents = continued(model, cast(parameter_table(model), params, dtype), prompts, generation)
+    manifest = write_sampled(_counted(documents, len(prompts)), _OUTPUT.value, tokenizer, settings, files)
+    print(f"{_OUTPUT.value}: {_summary(manifest)}")
+
+
+def _counted(documents: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The documents, their number shown on stderr ten times in all."""
+    for done, document in enumerate(documents, 1):
+        yield document
+        if done % -(-count // 10) == 0 or done == count:
+            print(f"{done:,} of {count:,} documents", file=sys.stderr)
 
 
 def _inputs(values: list[str]):

@@ -74,19 +74,21 @@ SMALL = {
 # The files that take longest, which start first, so that no worker is left alone with one of them at the end.
 _LONG = (
     "kernels/ssd/test_ssd",
+    "train/test_processes",
     "test_sharding",
     "test_reference",
     "test_quantization",
     "test_tower",
     "generation/test_mesh",
-    "train/test_processes",
     "train/test_durability",
+    "generation/test_requests",
     "generation/test_engine",
     "kernels/attention/test_hardware",
     "checkpoint/test_family",
     "launch/test_verify",
     "kernels/experts/test_hardware",
     "train/test_loop",
+    "docs/test_changing",
     "layers/test_layers",
     "generation/test_speculative",
     "layers/test_own_kind",
@@ -291,8 +293,9 @@ def random_params():
                 value = 0.3 * value + np.array([0.0, 0.0, 1.0])[:, None]
             elif name != "embeddings":
                 value = value * (1.5 if "router" in path else 1.0) / np.sqrt(shape[-2])
-            flat[path] = jax.numpy.asarray(value, jax.numpy.float32)
-        return parameters.unflatten(flat)
+            flat[path] = np.asarray(value, np.float32)
+        # In one program: `asarray` would compile one for each shape.
+        return jax.jit(lambda flat: jax.tree.map(jax.numpy.copy, flat))(parameters.unflatten(flat))
 
     return draw
 

@@ -479,7 +479,7 @@ def test_on_a_mesh(step_config, random_params, tmp_path):
     """Eight devices: each holds its part of values and scales, and the model computes what one device does."""
     from twotower_jax.checkpoint.export import model_tensors, write_folder
 
-    config = step_config().model_config(40)
+    config = step_config(**{"model.hybrid_override_pattern": "ME*"}).model_config(40)
     model = TwoTower(config)
     files = {"config.json": json.dumps(config.to_hf()).encode()}
     write_folder(tmp_path / "source", model_tensors(model, random_params(model)), files, 10**9)

@@ -2,6 +2,7 @@
 
 import importlib
 
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
@@ -32,7 +33,7 @@ def test_a_wrong_shape_is_refused(call):
 def test_methods_of_modules_are_checked(small_config, random_params):
     model = Backbone(small_config("M"), Execution())
     model = bind(model, random_params(model))
-    assert model.logits(jnp.zeros((1, 2), jnp.int32)).shape == (1, 2, 40)
+    assert jax.jit(lambda ids: model.logits(ids))(jnp.zeros((1, 2), jnp.int32)).shape == (1, 2, 40)
     with pytest.raises(jaxtyping.TypeCheckError):
         model.tower.extend(jnp.zeros((2, 3), jnp.int32), jnp.zeros(1, jnp.int32), capacity=3)
 

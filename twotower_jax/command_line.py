@@ -3,7 +3,7 @@
 Exit statuses: 0 done; 2 a flag, path or value that cannot be used; 3 a checkpoint that is broken or not of this model;
 5 training diverged; 6 a checkpoint could not be saved; 130 interrupted (Ctrl-C, SIGTERM, or SIGHUP); 141 whoever read
 the output has closed it. What the user named and is not there counts as 2, what is there and is broken as 3. With
-`--verbosity=1` the traceback is printed too.
+`--verbosity=1` the traceback is printed too; `--version` prints the version alone.
 """
 
 import _thread
@@ -21,6 +21,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+import twotower_jax
 from twotower_jax import compilation_cache
 from twotower_jax.files import CheckpointError
 from twotower_jax.paths import local_path
@@ -103,6 +104,8 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
                 fail(reason, USAGE)
             raise
 
+    if "--version" in sys.argv[1:]:
+        show(twotower_jax.__version__, 0)
     # Shown by --help, as if the command had defined it.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[compilation_cache.FLAG])
     _print_anything()

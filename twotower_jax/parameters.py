@@ -57,6 +57,7 @@ class Parameter:
       trainable: False for a buffer that no gradient reaches.
       scales: how it may be stored in fewer bits: GROUPS, COLUMNS or ROWS; None for what never is.
       in_backbone: whether a published backbone has it; what it lacks starts from `init`.
+      balanced: whether it is a router's bias, which training may move by the load of the experts.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Parameter:
     trainable: bool
     scales: str | None
     in_backbone: bool
+    balanced: bool = False
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -119,6 +121,7 @@ class Scope:
         decay: bool = True,
         float32: bool = False,
         trainable: bool = True,
+        balanced: bool = False,
         scales: str | None = None,
     ) -> nnx.Param:
         """Declares one array and returns it as an abstract `nnx.Param`.
@@ -143,7 +146,7 @@ class Scope:
             tensors = tensors[0]
         declaration = Parameter(
             *((), shape, axes, init, np.asarray(tensors, dtype=object)),
-            *(layout, decay, float32, trainable, scales, self.in_backbone),
+            *(layout, decay, float32, trainable, scales, self.in_backbone, balanced),
         )
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), declaration=declaration)
 

@@ -1,4 +1,4 @@
-"""How far long work over bytes has come, on stderr: rate and time left."""
+"""How far long work has come, on stderr: rate and time left."""
 
 import sys
 import threading
@@ -38,3 +38,13 @@ class Progress:
             f"{self._label}: {self._done / unit:.2f} of {self._total / unit:.2f} {name}, {rate / unit:.2f} {name}/s, "
             f"{seconds:.0f} s, {left:.0f} s left"
         )
+
+
+class Counted(Progress):
+    """Counts things, of which `total` are to come."""
+
+    def line(self, now: float) -> str:
+        """The state as one line."""
+        seconds = max(now - self._start, 1e-9)
+        left = (self._total - self._done) * seconds / self._done if self._done else 0.0
+        return f"{self._label}: {self._done} of {self._total}, {seconds:.0f} s, {left:.0f} s left"

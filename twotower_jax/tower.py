@@ -10,9 +10,9 @@ from twotower_jax.config import ModelConfig
 from twotower_jax.execution import Execution
 from twotower_jax.layers import registry
 from twotower_jax.layers.common import RMSNorm
-from twotower_jax.layers.mixer import Mixer, Run
+from twotower_jax.layers.mixer import Mixer, Routing, Run
 from twotower_jax.layers.vocabulary import lookup
-from twotower_jax.parameters import ROWS, Scope, normal, use
+from twotower_jax.parameters import ROWS, Params, Scope, normal, unflatten, use
 from twotower_jax.stack import PerLayer, Segment, segments, walk
 
 
@@ -53,12 +53,29 @@ class Tower(nnx.Module):
 
         `document_start` (B, L) int32 is the first position that each one may know of; None for the start of the text.
         """
+        return self.causal_with_routing(ids, Run(document_start=document_start))[0]
+
+    def causal_with_routing(self, ids: Int[Array, "B L"], run: Run) -> tuple[Float[Array, "B L D"], PerLayer]:
+        """As `causal`, and what each layer that routes tokens did, a `Routing` without `experts`, if the run asks."""
 
         def step(layers, h, _):
-            return layers[0].causal(h, run=Run(document_start=document_start))[0], None
+            h, memory = layers[0].causal(h, run=run)
+            return h, memory.over(run.measured) if isinstance(memory, Routing) else None
 
-        h, _ = walk((self,), self.embed(ids), step)
-        return self.finish(h)
+        h, routing = walk((self,), self.embed(ids), step)
+        return self.finish(h), routing
+
+    @staticmethod
+    def by_router(things: PerLayer) -> Params:
+        """One thing of each layer that routes tokens, laid out as the biases of the routers in a tower's parameters."""
+        return unflatten(
+            {
+                (f"segment_{i}", f"layer_{j}", "mixer", "router", "bias"): thing
+                for i, segment in enumerate(things.segments)
+                for j, thing in enumerate(segment)
+                if thing is not None
+            }
+        )
 
     def layer_outputs(self, ids: Int[Array, "B L"]) -> list[Float[Array, "B L D"]]:
         """The embedding of (B, L) tokens and the output of each layer but the last, whose place the final norm's takes:

@@ -8,6 +8,7 @@ dictionary of arrays into one for a functional call, and every method is then a 
     logits = parameters.bind(model, params).context_logits(ids)
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from twotower_jax.cache import Cache
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
-from twotower_jax.layers.mixer import Run
+from twotower_jax.layers.mixer import Routing, Run
 from twotower_jax.layers.time_conditioning import TimeConditioning, modulation
 from twotower_jax.layers.vocabulary import Head
 from twotower_jax.parameters import Initializer, Params, Path, Scope, fresh, initialize, parameter_table, use
@@ -47,11 +48,14 @@ class TrainingStates(NamedTuple):
       context: (B, L, D), which `context_head` turns into next-token logits.
       expert_load: (layers with experts, E) float32, the tokens of each of the denoiser's experts as a multiple of the
         even share, all tokens or those measured; None without experts.
+      routing: what the layers did, a `Routing` without `experts`, in each pass through a tower that trains, by its name
+        among the parameters.
     """
 
     denoiser: jax.Array
     context: jax.Array
     expert_load: jax.Array | None
+    routing: dict[str, tuple[PerLayer, ...]]
 
 
 class TwoTower(nnx.Module):
@@ -186,6 +190,7 @@ class TwoTower(nnx.Module):
         block_size: int,
         document_start: Int[Array, "B L"] | None = None,
         measured: Bool[Array, "B L"] | None = None,
+        balance: bool = False,
     ) -> TrainingStates:
         """One context pass over the clean tokens and one denoiser pass over all blocks of the noisy ones.
 
@@ -197,29 +202,40 @@ class TwoTower(nnx.Module):
           t: (B,) or (B, L/S) float32, each sequence's or each block's noise level.
           block_size: S.
           document_start: (B, L) int32, where several documents lie side by side: the first position of each one's own.
-            Every document starts with a block.
-          measured: (B, L) bool, the tokens that `expert_load` is of; None for all.
+            Every document starts with a block, or nothing before the first block border in it has a loss.
+          measured: (B, L) bool, the tokens that `expert_load` and `routing` are of; None for all.
+          balance: whether the sums that balance routers are wanted.
 
         Raises:
           ValueError: if S does not divide L.
         """
         if clean.shape[1] % block_size:
             raise ValueError(f"the sequence length {clean.shape[1]} is not a multiple of the block size {block_size}")
-        context, denoiser, run = self.context_tower, self.denoiser_tower, Run(document_start=document_start)
+        context, denoiser = self.context_tower, self.denoiser_tower
+        trains = self.variant.context != "frozen"
+        blockwise_run = Run(document_start=document_start, balance=balance, measured=measured)
+        run = dataclasses.replace(blockwise_run, routing=trains) if trains else Run(document_start=document_start)
 
         def step(layers, carry, _, modulation):
             (context_layer, denoiser_layer), (h_context, h) = layers, carry
             h_context, memory = context_layer.causal(h_context, run=run)
-            if self.variant.context == "frozen":
+            if not trains:
                 h_context, memory = jax.lax.stop_gradient((h_context, memory))
-            h, routing = denoiser_layer.blockwise(h, memory, block_size, run, modulation)
-            if routing is None:
-                return (h_context, h), None
-            return (h_context, h), routing.load if measured is None else routing.load_over(measured)
+            read = None
+            if isinstance(memory, Routing):
+                memory, read = None, memory.over(measured)
+            h, routing = denoiser_layer.blockwise(h, memory, block_size, blockwise_run, modulation)
+            return (h_context, h), None if routing is None else (routing.over(measured), read)
 
         carry = context.embed(clean), denoiser.embed(noisy)
-        (h_context, h), loads = self._walk_denoiser((context, denoiser), carry, step, t, None, block_size)
-        return TrainingStates(denoiser.finish(h), context.finish(h_context), loads.stack())
+        (h_context, h), routings = self._walk_denoiser((context, denoiser), carry, step, t, None, block_size)
+        own, contexts = (routings.map(lambda pair, i=i: pair[i]) for i in range(2))
+        load = own.map(lambda routing: routing.load).stack()
+        if self.variant.context == "tied":
+            routing = {"context_tower": (contexts, own)}
+        else:
+            routing = {"denoiser_tower": (own,)} | ({"context_tower": (contexts,)} if trains else {})
+        return TrainingStates(denoiser.finish(h), context.finish(h_context), load, routing)
 
     def training_logits(
         self, clean: Int[Array, "B L"], noisy: Int[Array, "B L"], t: Float[Array, " B *blocks"], block_size: int

@@ -50,7 +50,11 @@ class Member:
         self.cases = json.loads((FAMILY / f"{kind}.generation.json").read_text())
 
     def logits(self, params, ids):
-        return np.asarray(jax.jit(lambda p, ids: bind(self.model, p).context_logits(ids))(params, ids))
+        return np.asarray(self._logits(params, ids))
+
+    @functools.cached_property
+    def _logits(self):
+        return jax.jit(lambda p, ids: bind(self.model, p).context_logits(ids))
 
     def denoise(self, clean, noisy, t):
         return self._denoise(self.params, clean[None], noisy[None], t)[0]

@@ -92,8 +92,8 @@ def random_blocks(config, rng, batch=3):
     tokens = rng.integers(4, VOCAB, masked.shape)
     scale = rng.choice([0.5, 2.0, 6.0], (batch, config.block_size, 1))
     logits = rng.normal(size=(*masked.shape, VOCAB)) * scale
-    xt = jnp.asarray(np.where(masked, MASK, tokens), jnp.int32)
-    return xt, jnp.asarray(logits, jnp.float32), jax.random.split(jax.random.key(rng.integers(2**32)), batch)
+    xt = np.where(masked, MASK, tokens).astype(np.int32)
+    return xt, logits.astype(np.float32), jax.random.split(jax.random.key(rng.integers(2**32)), batch)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=describe)
@@ -102,7 +102,7 @@ def random_blocks(config, rng, batch=3):
 def test_step_against_the_literal_one(config, seed, block, data):
     step = data.draw(st.integers(0, config.steps_per_block - 1))
     xt, logits, keys = random_blocks(config, np.random.default_rng(seed))
-    result = take_step(config, keys, xt, logits, block, step)
+    result = jax.device_get(take_step(config, keys, xt, logits, block, step))
     assert np.all(result.finite)
     for row in range(len(xt)):
         expected, commits, confidence = literal_step(config, keys[row], xt[row], logits[row], block, step)

@@ -28,7 +28,9 @@ from twotower_jax.generation.stops import cut
 from twotower_jax.parameters import bind, flatten, unflatten
 from twotower_jax.two_tower import TwoTower
 
-PROMPTS = [[5], [9, 8, 7], list(range(10, 50)), [306, 158, 215, 23, 496]]
+# With what is generated, none needs more than 64 positions, the smallest cache: whatever their prompts and limits,
+# tests share what is compiled for a batch.
+PROMPTS = [[5], [9, 8, 7], list(range(10, 42)), [306, 158, 215, 23, 496]]
 SAMPLING = SamplingConfig(block_size=8, steps_per_block=4, confidence_threshold=0.3)
 DIFFUSION = Settings(max_new_tokens=20, sampling=SAMPLING, ignore_eos=True, batch_size=4)
 SAMPLED = dataclasses.replace(SAMPLING, temperature=1.0, top_p=0.9)
@@ -76,7 +78,7 @@ def test_rows_that_finish_make_room_and_nobody_notices(tiny, together):
     limits = [20, 3, 1, 20, 12, 5, 20, 8]
     rows = [PROMPTS[i % 4] for i in range(8)]
     settings = dataclasses.replace(DIFFUSION, sampling=SAMPLED, batch_size=4)
-    engine = Engine(*tiny, settings, capacity=128, slots=2)
+    engine = Engine(*tiny, settings, capacity=64, slots=2)
     assert [engine.submit(row, limit) for row, limit in zip(rows, limits, strict=True)] == list(range(8))
     # The same row numbers, and so the same random numbers, in a table of another size.
     expected = run(tiny, rows, settings)
@@ -156,10 +158,10 @@ def test_prompts_may_be_read_in_pieces(tiny, mode):
 def test_a_long_prompt_does_not_hold_up_the_others(tiny):
     """While a row is generated, a prompt is read one piece a block."""
     settings = dataclasses.replace(DIFFUSION, prefill_chunk=7)
-    engine = Engine(*tiny, settings, capacity=128, slots=2)
+    engine = Engine(*tiny, settings, capacity=64, slots=2)
     engine.submit(PROMPTS[0])
     assert [p.number for p in engine.step()] == [0]
-    engine.submit(PROMPTS[2])  # 40 tokens, six pieces.
+    engine.submit(PROMPTS[2])  # 32 tokens, five pieces.
     assert [p.number for p in engine.step()] == [0]
     last = engine.step()
     assert [p.number for p in last] == [0]
@@ -250,12 +252,12 @@ def test_stop_texts_need_a_tokenizer(tiny):
 
 
 def test_caches_that_do_not_fit_are_refused(tiny):
-    # 40 + 24 + 8 positions at most, in multiples of 64: keys, values, states, convolutions, the newest token's final
+    # 32 + 24 + 8 positions at most, in multiples of 64: keys, values, states, convolutions, the newest token's final
     # state, and 17 bytes of counts.
-    row = 128 * 2 * 2 * 4 * 4 + 6 * 4 * 5 * 4 + 4 * (24 + 2 * 15) * 4 + 16 * 4 + 17
-    assert cache_bytes(tiny[0], 4, 128) == 4 * row
+    row = 64 * 2 * 2 * 4 * 4 + 6 * 4 * 5 * 4 + 4 * (24 + 2 * 15) * 4 + 16 * 4 + 17
+    assert cache_bytes(tiny[0], 4, 64) == 4 * row
     settings = dataclasses.replace(DIFFUSION, max_cache_gb=3.5 * row / 1e9)
-    with pytest.raises(ValueError, match=r"4 rows of 128 positions need .* GB.*max_cache_gb.*lower batch_size to 3,"):
+    with pytest.raises(ValueError, match=r"4 rows of 64 positions need .* GB.*max_cache_gb.*lower batch_size to 3,"):
         generate(*tiny, PROMPTS, settings)
     generate(*tiny, PROMPTS, dataclasses.replace(settings, batch_size=3))
 

@@ -150,7 +150,7 @@ def test_pinned_and_allowed_tokens_stand_where_they_are_said_to(tiny, mode, samp
     free, held = results(
         tiny,
         [request(2, mode=mode, sampling=sampling, sample=0)]
-        + [request(2, mode=mode, sampling=sampling, sample=0, pinned=pinned, allowed=choices, logprobs=2)],
+        + [request(2, mode=mode, sampling=sampling, sample=0, pinned=pinned, allowed=choices, logprobs=3)],
     )
     assert {i: held.tokens[i] for i in pinned} == pinned
     for place, ids in choices.items():

@@ -248,7 +248,8 @@ def test_every_flag_that_is_a_path_understands_home_and_file_addresses():
 
 @pytest.mark.parametrize("given", ["~/nowhere", "file:///somewhere/nowhere"])
 def test_paths_are_expanded_by_the_parser(given):
-    code, _, err = run(ROOT / "launch/inspect_checkpoint.py", f"--checkpoint={given}", HOME="/somewhere")
+    done = run_command("inspect_checkpoint", f"--checkpoint={given}", HOME="/somewhere")
+    code, err = done.returncode, done.stderr
     assert code in (2, 3) and "/somewhere/nowhere" in err and err.count("\n") == 1 and "~" not in err
 
 
@@ -312,7 +313,8 @@ def test_paths_of_a_config_are_expanded(train_config, monkeypatch, tmp_path):
     ],
 )
 def test_a_typo_is_said_in_one_line(flags, said):
-    code, _, err = run(ROOT / "launch/inspect_checkpoint.py", *flags)
+    done = run_command("inspect_checkpoint", *flags)
+    code, err = done.returncode, done.stderr
     assert code == 2 and said in err and err.count("\n") == 1 and "\\n" not in err
 
 

@@ -359,7 +359,7 @@ def test_experts(small_config, random_params, changes):
     mixer = Experts(config, SCOPE)
     params, x = random_params(mixer), draw(1, B, 9, D)
     p = to_float64(params)
-    y, (load, experts) = jax.jit(lambda p, x: bind(mixer, p).with_routing(x))(params, x)
+    y, (load, experts, *_) = jax.jit(lambda p, x: bind(mixer, p).with_routing(x))(params, x)
     tokens = np.zeros(8)
     for row in range(B):
         for i in range(9):

@@ -102,7 +102,8 @@ def _serve(connection: socket.socket) -> tuple[str, list[str]]:
 if __name__ == "__main__":
     for module in _MODULES:
         __import__(module)
-    # What was imported stays: no command looks through it for garbage.
+    # As in conftest.py: what was imported stays, and no command looks through it for garbage.
+    gc.set_threshold(50_000, 20, 20)
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)

@@ -124,7 +124,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name, request, tmp_pa
     assert same_bits(workdir.load(copy)[1], workdir.load(folder)[1])
     start = make_start(config, look(config, folder))
     state, frozen = abstract_state(start.objective, make_optimizer(config, tables(start.objective)[0]))
-    states = [look(config, f).restore(state.params, state.optimizer, frozen) for f in (folder, copy)]
+    states = [look(config, f).restore(state.weights, state.optimizer, frozen) for f in (folder, copy)]
     for a, b in zip(jax.tree.leaves(states[0][:3]), jax.tree.leaves(states[1][:3]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert states[0][3] == states[1][3]

@@ -223,7 +223,7 @@ def test_samples_are_written_and_survive_a_model_out_of_bounds(tmp_path, small_c
     monkeypatch.setattr(samples, "encode", lambda tokenizer, texts: [np.arange(4, 4 + len(t)) for t in texts])
     model = TwoTower(small_config("-"), Variant(time_conditioning=False))
     params = initialize(parameter_table(model), jax.random.key(0))
-    watcher = samples.Samples(pathlib.Path(tmp_path), Tokenizer(), model, ("abc", "de"), new=6)
+    watcher = samples.Samples(pathlib.Path(tmp_path), Tokenizer(), samples.Sampler(model, 6), ("abc", "de"))
     said = []
     for step in (4, 8):
         watcher.write(step, params, 4, said.append)

@@ -3,7 +3,8 @@
     config.json        the run's settings, the model's shape among them
     tokenizer.json …   the tokenizer's files
     frozen/            params/: the parameters that do not train, once
-    checkpoints/STEP/  params/ (float32), optimizer/, run.json (step, data position, open sums, settings)
+    checkpoints/STEP/  params/ (float32), optimizer/, run.json (step, data position, open sums, settings);
+                       average/, of the parameters with gradients, where the run keeps one
 
 Both kinds of folder appear whole or not at all, with the hashes of their files (`orbax_steps.py`). A workdir belongs to
 one run: settings that make it another one are refused, with the differences. One run at a time writes to it.
@@ -14,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ _MODEL_DEFAULTS = {
     if field.default is not dataclasses.MISSING and field.name != "layer_fields"
 }
 # The trees of a step's folder and its JSON values; a frozen folder has params alone.
-PARAMS, OPTIMIZER, RUN = "params", "optimizer", "run"
+PARAMS, OPTIMIZER, AVERAGE, RUN = "params", "optimizer", "average", "run"
 
 Settings = dict[str, Any]
 
@@ -160,7 +161,10 @@ class Workdir:
             raise CheckpointError(f"{self.path}: step {self.step} was saved by a run of other settings than {CONFIG}")
         named, structure = orbax_steps.name_leaves(optimizer)
         params = orbax_steps.restore_arrays(folder / PARAMS, params)
-        optimizer = orbax_steps.restore_arrays(folder / OPTIMIZER, named)
+        optimizer = {}
+        for name, tree in _with_average_apart(named).items():
+            read = orbax_steps.restore_arrays(folder / name, tree)
+            optimizer |= {AVERAGE: read} if name == AVERAGE else read
         optimizer = orbax_steps.unname_leaves(optimizer, named, structure)
         frozen = orbax_steps.restore_arrays(self.path / FROZEN / PARAMS, frozen) if frozen else {}
         return params, optimizer, frozen, run
@@ -203,7 +207,7 @@ class Saver:
         named, _ = orbax_steps.name_leaves(optimizer)
         self._writer.start(
             self._folder / str(step),
-            {PARAMS: params, OPTIMIZER: named},
+            {PARAMS: params} | _with_average_apart(named),
             {RUN: dict(run) | {"step": step} | self._about},
             lambda: orbax_steps.keep_newest(self._folder, self._keep),
         )
@@ -232,8 +236,9 @@ def load(
 ) -> tuple[TwoTower, Params]:
     """The newest step of a workdir as a two-tower model and its parameters, in the dtypes stored or quantized.
 
-    A backbone becomes both towers. A denoiser run can become another variant as far as its parameters allow: time
-    conditioning is left out or starts fresh, tied towers can be untied.
+    Where the run keeps an average of its weights, that is what is loaded. A backbone becomes both towers. A denoiser
+    run can become another variant as far as its parameters allow: time conditioning is left out or starts fresh, tied
+    towers can be untied.
 
     Args:
       variant: of the model to make; None takes the one trained, or the default for a backbone.
@@ -256,7 +261,10 @@ def load(
     variant = variant or (Variant() if single else trained_as)
     stored = Backbone(config) if single else TwoTower(config, trained_as)
     table = parameter_table(stored)
-    params = _read_parameters(path, folder / PARAMS, table, sharding, quantize)
+    folders = [folder / PARAMS]
+    if settings.get("ema_decay"):
+        folders.append(_step_folder(path, step, only=AVERAGE) / AVERAGE)
+    params = _read_parameters(path, folders, table, sharding, quantize)
     model = TwoTower(config, variant)
     if single:
         params = from_backbone(model, params, randomness.key(0))
@@ -365,12 +373,13 @@ def _step_folder(path: pathlib.Path, step: int, only: str = "") -> pathlib.Path:
 
 def _read_parameters(
     path: pathlib.Path,
-    trained: pathlib.Path,
+    trained: Sequence[pathlib.Path],
     table: Mapping[Path, Parameter],
     sharding: ShardingOf | None,
     quantize: Method | None,
 ) -> Params:
-    """Trained and frozen parameters together, in the dtypes stored or quantized."""
+    """Trained and frozen parameters together, in the dtypes stored or quantized. A later folder of trained ones counts
+    more."""
 
     def target(stored: Mapping[Path, Any]) -> Params:
         if odd := stored.keys() - table.keys():
@@ -393,13 +402,19 @@ def _read_parameters(
             return flatten(orbax_steps.restore_arrays(folder, wanted))
         return {p: quantized(p, array) for p, array in orbax_steps.restore_on_host(folder, wanted)}
 
-    params = read(trained)
+    params = {p: array for folder in trained for p, array in read(folder).items()}
     if params.keys() != table.keys():
         orbax_steps.verify(path / FROZEN)
         params |= read(path / FROZEN / PARAMS)
     if absent := table.keys() - params.keys():
         raise CheckpointError(f"{path}: array {'/'.join(min(absent))} is missing")
     return unflatten({p: params[p] for p in table})
+
+
+def _with_average_apart(named: Params) -> dict[str, Params]:
+    """The trees that hold an optimizer's named leaves: an average of the weights has one of its own."""
+    rest = {name: leaf for name, leaf in named.items() if name != AVERAGE}
+    return {OPTIMIZER: rest} | ({AVERAGE: named[AVERAGE]} if AVERAGE in named else {})
 
 
 def _as_variant(path: pathlib.Path, model: TwoTower, params: Params, trained_as: Variant) -> Params:

@@ -6,6 +6,7 @@
     tokenizer.py   byte-level BPE: train, save, load, encode
     chat.py        conversations, by the template of a chat model's tokenizer
     packing.py     documents in memory -> windows of equal length, some documents held out for validation
+    conversations.py conversation_windows.py   rows of conversations -> tokens of turns -> windows of whole ones
     pipeline.py    windows -> shuffled, resumable training batches, and the validation batches
 
 and where the data are too large for memory

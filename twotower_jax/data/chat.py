@@ -7,6 +7,7 @@ environment that `transformers` gives it (blocks trimmed, `raise_exception`, `st
 
 import contextvars
 import datetime
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ class ChatTemplate:
 
     Attributes:
       marks_assistant: whether any template says which spans are the assistant's.
+      sha256: of the templates and of what they may name.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], tokenizer: Tokenizer, where: str):
@@ -75,6 +77,8 @@ class ChatTemplate:
         except Exception as error:  # the template is a foreign program
             raise CheckpointError(f"{where}: the chat template is not valid Jinja ({error})") from None
         self.marks_assistant = any("endgeneration" in source for source in sources.values())
+        told = json.dumps([dict(sources), self._special_tokens], sort_keys=True)
+        self.sha256 = hashlib.sha256(told.encode()).hexdigest()
         # A copy, which takes the special tokens that the template spells for what they are.
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         added = self._tokenizer.get_added_tokens_decoder().values()
@@ -132,6 +136,10 @@ class ChatTemplate:
         for start, stop in spans:
             assistant |= (starts < stop) & (stops > start)
         return Encoded(np.array(encoding.ids, np.int32), assistant)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The tokens of a text that `render` gave, or of a part of it; special tokens that it spells are such."""
+        return self._tokenizer.encode(check_text(text, "the conversation"), add_special_tokens=False).ids
 
     def _render(self, messages, add_generation_prompt, tools, documents) -> tuple[str, list[tuple[int, int]]]:
         """The text and the assistant's spans of it, in characters."""

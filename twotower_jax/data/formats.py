@@ -15,7 +15,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from twotower_jax.data.documents import DataError
@@ -28,6 +28,10 @@ KNOWN = ", ".join(_KINDS) + ", and all but the last also with .gz or .zst"
 
 # Bytes of text that a byte of a compressed file stands for, near enough to make parts of similar size.
 _RATIO = 3
+
+# Where a row of JSON or Parquet has its text: the name of a field or, in JSON alone, a function of the row that gives
+# it or raises ValueError.
+Field = str | Callable[[Any], str]
 
 
 class File(NamedTuple):
@@ -90,7 +94,7 @@ def check_installed(files: Iterable[File]) -> None:
             _parquet(file.path)
 
 
-def read_rows(piece: Slice, field: str) -> Iterator[Row]:
+def read_rows(piece: Slice, field: Field) -> Iterator[Row]:
     """Yields the documents of a slice in order, and what is broken where it stands.
 
     What cannot be read beyond some place (a compressed file cut off, a broken Parquet file) ends with a problem.
@@ -101,7 +105,9 @@ def read_rows(piece: Slice, field: str) -> Iterator[Row]:
     """
     _check_unchanged(piece.file)
     kind, compression = format_of(piece.file.path)
-    if kind == _PARQUET:
+    if callable(field) and kind in (_TEXT, _PARQUET):
+        yield Row(None, f"{piece.file.path}: conversations are rows of JSON; keep other files apart from them", 1.0)
+    elif kind == _PARQUET:
         yield from _read_parquet(piece, field)
     elif kind == _LINES and not compression:
         yield from _read_lines(piece, field)
@@ -114,7 +120,7 @@ def read_rows(piece: Slice, field: str) -> Iterator[Row]:
     _check_unchanged(piece.file)
 
 
-def row_text(line: bytes, field: str = "text") -> str:
+def row_text(line: bytes, field: Field = "text") -> str:
     """Returns the text of a row of JSON Lines; ValueError if it has none."""
     try:
         row = json.loads(line)
@@ -123,7 +129,9 @@ def row_text(line: bytes, field: str = "text") -> str:
     return _object_text(row, field)
 
 
-def _object_text(row: Any, field: str) -> str:
+def _object_text(row: Any, field: Field) -> str:
+    if callable(field):
+        return field(row)
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise ValueError(f'every row must be a JSON object with a string field "{field}"')
     text = row[field]
@@ -239,7 +247,7 @@ def _read_text(piece: Slice) -> Row:
     return Row(text, None, 1.0)
 
 
-def _read_json(piece: Slice, field: str) -> Iterator[Row]:
+def _read_json(piece: Slice, field: Field) -> Iterator[Row]:
     path = piece.file.path
     content, problem = _read_whole(piece)
     if problem:
@@ -260,7 +268,7 @@ def _read_json(piece: Slice, field: str) -> Iterator[Row]:
         yield _row(row, field, f"{path}, entry {number}", number / len(rows))
 
 
-def _row(row: Any, field: str, where: str, done: float) -> Row:
+def _row(row: Any, field: Field, where: str, done: float) -> Row:
     """The text of a line, or of a value that was parsed already."""
     try:
         return Row(row_text(row, field) if isinstance(row, bytes) else _object_text(row, field), None, done)
@@ -268,7 +276,7 @@ def _row(row: Any, field: str, where: str, done: float) -> Row:
         return Row(None, f"{where}: {error}", done)
 
 
-def _read_lines(piece: Slice, field: str) -> Iterator[Row]:
+def _read_lines(piece: Slice, field: Field) -> Iterator[Row]:
     """The lines that begin in the slice."""
     path = piece.file.path
     with open(path, "rb") as file:
@@ -296,7 +304,7 @@ def _line_number(path: str, at: int) -> int:
     return lines
 
 
-def _read_compressed_lines(piece: Slice, field: str) -> Iterator[Row]:
+def _read_compressed_lines(piece: Slice, field: Field) -> Iterator[Row]:
     path, number = piece.file.path, 0
     with open(path, "rb") as raw:
         file = _opened(path, raw)

@@ -6,8 +6,10 @@ The kinds of files are those of formats.py. What a folder holds besides is left 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from twotower_jax.data.formats import KNOWN, File, Row, Slice, check_installed, format_of, read_rows, slices
+from twotower_jax.data.conversations import is_conversation
+from twotower_jax.data.formats import KNOWN, Field, File, Row, Slice, check_installed, format_of, read_rows, slices
 
 __all__ = [
     "File",
@@ -16,6 +18,7 @@ __all__ = [
     "distinct_documents",
     "divide",
     "find_files",
+    "holds_conversations",
     "read_documents",
     "read_rows",
     "text_files",
@@ -41,22 +44,22 @@ def text_files(path: str | Path, report: Callable[[str], None] = lambda line: No
     return find_files([str(path)], report=report)
 
 
-def distinct_documents(files: Sequence[File]) -> list[str]:
-    """All documents of files, the text of rows being in the field, or column, "text".
+def distinct_documents(files: Sequence[File], field: Field = "text") -> list[str]:
+    """All documents of files, `field` saying where rows have their text.
 
     Exact copies are left out, so that a held-out document has no twin in the training text.
 
     Raises:
       ValueError: a file or row holds no usable text; the message names the file and the line or row.
     """
-    return list(dict.fromkeys(_texts(files)))
+    return list(dict.fromkeys(_texts(files, field)))
 
 
-def _texts(files: Sequence[File]) -> Iterator[str]:
+def _texts(files: Sequence[File], field: Field) -> Iterator[str]:
     for file in files:
         empty = True
         for piece in slices(file, max(1, file.size)):
-            for row in read_rows(piece, "text"):
+            for row in read_rows(piece, field):
                 if row.problem:
                     raise ValueError(row.problem)
                 empty = False
@@ -173,10 +176,27 @@ def _listed(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
 
 
+def holds_conversations(files: Sequence[File], field: str = "text") -> bool:
+    """Whether the first row of the first file is a conversation: then all are to be. A `field` of one's own is text."""
+    return field == "text" and bool(files) and _first_text(files[0], _mark) is not None
+
+
 def _holds_text(path: Path, field: str) -> bool:
-    """Whether the first row has a text."""
-    (piece,) = slices(_file(path), 1)
-    return (row := next(read_rows(piece, field), None)) is not None and row.text is not None
+    """Whether the first row has a text, or is a conversation."""
+    file = _file(path)
+    return _first_text(file, field) is not None or holds_conversations([file], field)
+
+
+def _first_text(file: File, field: Field) -> str | None:
+    rows = (row for piece in slices(file, max(1, file.size)) for row in read_rows(piece, field))
+    row = next(rows, None)
+    return None if row is None else row.text
+
+
+def _mark(row: Any) -> str:
+    if not is_conversation(row):
+        raise ValueError("no conversation")
+    return ""
 
 
 def divide(files: Sequence[File], part_bytes: int) -> list[list[Slice]]:

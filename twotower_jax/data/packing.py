@@ -7,6 +7,7 @@ end-of-text token is all that separates them.
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from twotower_jax.tokens import check_ids
 
 class Packing(NamedTuple):
     """How documents become windows; see `TrainConfig`. `align` is None where documents are not told apart; `end_tokens`
-    are the model's, of which the first closes a document."""
+    are the model's, of which the first closes a document; the others are for conversations, see `ConversationWindows`,
+    whose tokenizer comes from `tokenizer_folder`, None for one that was trained on the data."""
 
     sequence_length: int
     vocab_size: int
@@ -29,6 +31,9 @@ class Packing(NamedTuple):
     seed: int
     align: int | None
     end_tokens: tuple[int, ...] = (EOS_ID,)
+    turn_align: int = 1
+    padding_weight: float = 0.1
+    tokenizer_folder: Path | None = None
 
 
 class PackedSequences:

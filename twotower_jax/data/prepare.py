@@ -35,7 +35,9 @@ from tokenizers import Tokenizer
 
 from twotower_jax.atomic import locked_folder
 from twotower_jax.data import inputs, prepared, shards
+from twotower_jax.data.conversations import JOINS, Coder, Encoding
 from twotower_jax.data.documents import DataError
+from twotower_jax.data.formats import Field
 from twotower_jax.data.inputs import File, Row, Slice
 from twotower_jax.data.prepared import TRAIN, VALIDATION, Manifest, read_json, read_manifest, write_json
 from twotower_jax.data.shards import Shard, ShardWriter
@@ -63,6 +65,9 @@ class Settings:
       shard_size: tokens in a shard, about.
       skip_bad: leave out what is broken, and count it, instead of giving up.
       end_token: the token that closes every document.
+      end_tokens: of conversations, all that end an answer, the first of which closes one that has none.
+      template_sha256: of conversations, that of their chat template, "" without one; None for other texts. `prepare`
+        sees to it.
 
     Raises:
       ValueError: at construction, for values that cannot be.
@@ -74,6 +79,8 @@ class Settings:
     shard_size: int = 1 << 28
     skip_bad: bool = False
     end_token: int = EOS_ID
+    end_tokens: tuple[int, ...] = ()
+    template_sha256: str | None = None
 
     def __post_init__(self):
         if not 0 <= self.validation_fraction < 1:
@@ -82,6 +89,17 @@ class Settings:
             raise ValueError(f"shard_size must be positive, not {self.shard_size}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be at least 0 and less than 2**32, not {self.seed}")
+
+    @property
+    def conversational(self) -> bool:
+        return self.template_sha256 is not None
+
+    def values(self) -> dict[str, Any]:
+        """JSON-able, those of conversations only where there are some."""
+        values = dataclasses.asdict(self) | {"end_tokens": list(self.end_tokens)}
+        if not self.conversational:
+            del values["end_tokens"], values["template_sha256"]
+        return values
 
 
 class Part(NamedTuple):
@@ -100,11 +118,14 @@ def prepare(
     *,
     workers: int = 1,
     quiet: bool = False,
+    tokenizer_folder: str | pathlib.Path | None = None,
 ) -> Manifest:
     """Makes a folder of prepared data, or goes on where an interrupted run stopped.
 
     Each document's tokens are followed by `settings.end_token`, and nothing else is added, as in packing.py. A
     document is held out by the hash of its text and the seed, so copies of one document stay on one side.
+
+    Where the first row is a conversation, all rows are to be. What they become is said in conversations.py.
 
     Args:
       sources: files, folders and patterns; see `inputs.find_files`.
@@ -113,6 +134,7 @@ def prepare(
       settings: see `Settings`.
       workers: processes, each of which tokenizes in one thread.
       quiet: print no progress.
+      tokenizer_folder: where the tokenizer's chat template is, for conversations; it becomes part of the data.
 
     Raises:
       ValueError: the folder holds something else or data of other settings or inputs (the message lists what differs),
@@ -128,6 +150,12 @@ def prepare(
         )
     output = pathlib.Path(output)
     files = inputs.find_files(sources, settings.text_field, report=lambda line: quiet or print(line, file=sys.stderr))
+    if inputs.holds_conversations(files, settings.text_field):
+        ends = settings.end_tokens or (settings.end_token,)
+        coder = Coder(tokenizer, tokenizer_folder, ends)  # so that a template that cannot be used is met here
+        settings = dataclasses.replace(settings, end_tokens=ends, template_sha256=coder.template_sha256)
+        if coder.joins and not quiet:
+            print(JOINS, file=sys.stderr)
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; choose a folder")
     output.mkdir(parents=True, exist_ok=True)
@@ -138,7 +166,7 @@ def prepare(
             _refuse_other_tokenizer(output, tokenizer)
             shutil.rmtree(output / _PROGRESS, ignore_errors=True)
             return manifest
-        _begin(output, tokenizer, settings, files)
+        _begin(output, tokenizer, settings, files, tokenizer_folder if settings.template_sha256 else None)
         parts = inputs.divide(files, settings.shard_size * _BYTES_PER_TOKEN)
         done = _finished_parts(output, len(parts))
         left = {number: part for number, part in enumerate(parts) if number not in done}
@@ -148,7 +176,13 @@ def prepare(
         return _complete(output, tokenizer, settings, files, [done[number] for number in range(len(parts))])
 
 
-def _begin(output: pathlib.Path, tokenizer: Tokenizer, settings: Settings, files: Sequence[File]) -> None:
+def _begin(
+    output: pathlib.Path,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    files: Sequence[File],
+    source: str | pathlib.Path | None,
+) -> None:
     """Sees whether the folder is new or of the same run, and clears what was left half-written."""
     folder, wanted = output / _PROGRESS, _wanted(settings, files, True)
     if (folder / _PLAN).exists():
@@ -162,11 +196,11 @@ def _begin(output: pathlib.Path, tokenizer: Tokenizer, settings: Settings, files
         if file.suffix != ".json":
             file.unlink()
     write_json(folder / _PLAN, wanted)
-    save_tokenizer(tokenizer, output, settings.end_token)
+    save_tokenizer(tokenizer, output, settings.end_token, None if source is None else pathlib.Path(source))
 
 
 def _wanted(settings: Settings, files: Sequence[File], with_times: bool) -> dict[str, Any]:
-    return _identity(dataclasses.asdict(settings), [file._asdict() for file in files], with_times)
+    return _identity(settings.values(), [file._asdict() for file in files], with_times)
 
 
 def _identity(settings: dict[str, Any], files: list[dict[str, Any]], with_times: bool = False) -> dict[str, Any]:
@@ -219,7 +253,7 @@ def _complete(
         tokenizer_sha256=shards.size_and_sha256(output / "tokenizer.json")[1],
         vocab_size=id_range(tokenizer),
         dtype=_dtype(tokenizer).name,
-        settings=dataclasses.asdict(settings),
+        settings=settings.values(),
         inputs=[{"path": file.path, "size": file.size} for file in files],
         skipped=sum(part.skipped for part in parts),
         shards=listed,
@@ -269,6 +303,7 @@ class _Worker(NamedTuple):
     output: pathlib.Path
     settings: Settings
     tokenizer: Tokenizer
+    coder: Coder | None
     weight: Any
     tokens: Any
     stop: Any
@@ -282,7 +317,10 @@ def _start_worker(output: str, settings: Settings, weight: Any, tokens: Any, sto
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     folder = pathlib.Path(output)
-    _worker = _Worker(folder, settings, load_tokenizer(folder), weight, tokens, stop)
+    tokenizer, coder = load_tokenizer(folder), None
+    if settings.conversational:
+        coder = Coder(tokenizer, folder if settings.template_sha256 else None, settings.end_tokens)
+    _worker = _Worker(folder, settings, tokenizer, coder, weight, tokens, stop)
     # Nobody would tell a worker whose parent was killed; it would wait for its next part for ever.
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
@@ -298,7 +336,8 @@ def _make_part(number: int, part: list[Slice]) -> Part:
     writers = {s: _SplitWriter(number, s, output / _PROGRESS, settings.shard_size, _dtype(tokenizer))
                for s in (TRAIN, VALIDATION)}  # fmt: skip
     skipped, problems = 0, []
-    for rows, weight in _chunks(part, settings.text_field):
+    encoding = None if _worker.coder is None else Encoding(_worker.coder)
+    for rows, weight in _chunks(part, settings.text_field if encoding is None else encoding):
         if _worker.stop.is_set():
             raise InterruptedError("another part failed")
         for problem in (row.problem for row in rows if row.problem):
@@ -308,10 +347,16 @@ def _make_part(number: int, part: list[Slice]) -> Part:
             problems = [*problems, problem][:_SHOWN_PROBLEMS]
         texts = [row.text for row in rows if row.text is not None]
         tokens = 0
-        for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
+        if encoding is None:
+            end = np.int32(settings.end_token)
+            documents = ((np.append(ids, end), None) for ids in encode(tokenizer, texts))
+        else:
+            documents = [encoding.turns[text] for text in texts]
+            encoding.turns.clear()
+        for text, (ids, parts) in zip(texts, documents, strict=True):
             split = VALIDATION if _is_held_out(text, settings) else TRAIN
-            writers[split].add(np.append(ids, np.int32(settings.end_token)))
-            tokens += len(ids) + 1
+            writers[split].add(ids, parts)
+            tokens += len(ids)
         with _worker.weight.get_lock():
             _worker.weight.value += weight
             _worker.tokens.value += tokens
@@ -333,12 +378,12 @@ class _SplitWriter:
         self._current: ShardWriter | None = None
         self._done: list[tuple[pathlib.Path, Shard]] = []
 
-    def add(self, ids: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, parts: np.ndarray | None = None) -> None:
         if self._current is not None and self._current.tokens + len(ids) > self._shard_size:
             self._close()
         if self._current is None:
             self._current = ShardWriter(self._partial(), self._dtype)
-        self._current.add(ids)
+        self._current.add(ids, parts)
 
     def finish(self) -> list[tuple[pathlib.Path, Shard]]:
         """Each shard and where it lies for now."""
@@ -357,7 +402,7 @@ class _SplitWriter:
         return self._folder / f"{self._name()}.{os.getpid()}"
 
 
-def _chunks(part: list[Slice], field: str) -> Iterator[tuple[list[Row], float]]:
+def _chunks(part: list[Slice], field: Field) -> Iterator[tuple[list[Row], float]]:
     """The rows of a part, some at a time, and the weight of the input that they took."""
     rows: list[Row] = []
     characters = given = before = 0.0

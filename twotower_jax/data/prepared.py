@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from twotower_jax.data import shards
+from twotower_jax.data.conversations import Turns
 from twotower_jax.data.documents import DataError
 from twotower_jax.data.shards import Shard, ShardReader
 from twotower_jax.data.tokenizer import EOS_ID
@@ -61,6 +62,11 @@ class Manifest:
     def end_token(self) -> int:
         """The token that closes every document; sets made before there was a choice have token 2."""
         return self.settings.get("end_token", EOS_ID)
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the documents are conversations."""
+        return "template_sha256" in self.settings
 
     def total(self, split: str, what: str) -> int:
         """Sum of "tokens" or "documents" of a split."""
@@ -171,11 +177,45 @@ class PreparedDocuments:
                 self._readers.move_to_end(number)
                 return self._readers[number]
             shard = self._shards[number]
-            reader = ShardReader(self._folder / shard.name, shard, self._dtype)
+            reader = ShardReader(self._folder / shard.name, shard, self._dtype, self.manifest.conversational)
             self._readers[number] = reader
             if len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)  # a thread that reads from it holds it until it is done
             return reader
+
+
+class PreparedConversations(PreparedDocuments):
+    """One split of a folder of prepared conversations; see `conversations.Conversations`.
+
+    What is said is read when asked for. How much is held in memory, 16 bytes for each turn and each conversation.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, split: str):
+        """As `PreparedDocuments`."""
+        super().__init__(folder, split)
+        told = [(reader.turns(), reader.parts()) for reader in map(self._reader, range(len(self._shards)))]
+        self._counts = np.concatenate([np.zeros(0, np.int64), *(turns for turns, _ in told)])
+        self._parts = np.concatenate([np.zeros((0, 2), np.int64), *(parts for _, parts in told)])
+        self._ends = np.cumsum(self._counts)
+        if int(self._parts.sum()) != self.tokens or (self._counts < 1).any():
+            raise DataError(f"{self._folder}: the turns of its conversations are not those of its tokens")
+        self._token_stops = np.cumsum(self._parts.sum(axis=1))
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._counts, self._parts
+
+    def __getitem__(self, number: int) -> Turns:
+        last = int(self._ends[number])
+        first = last - int(self._counts[number])
+        start = int(self._token_stops[first - 1]) if first else 0
+        ids = self.read(start, int(self._token_stops[last - 1]))
+        return Turns(ids.astype(np.int32), self._parts[first:last])
+
+
+def open_prepared(folder: str | pathlib.Path, split: str) -> PreparedDocuments | PreparedConversations:
+    """One split of a folder, of whichever kind it holds; errors as `PreparedDocuments`."""
+    kind = PreparedConversations if read_manifest(pathlib.Path(folder)).conversational else PreparedDocuments
+    return kind(folder, split)
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -1,8 +1,10 @@
 """One shard of prepared data: an ArrayRecord file with the tokens of documents, and their lengths.
 
 Its records are, in order: the documents end to end, `RECORD_TOKENS` tokens per record; then the documents' lengths as
-uint32, `RECORD_TOKENS` a record. The last record of each kind is shorter. Records are neither grouped nor compressed,
-so that any window is read without the rest. How many tokens and documents there are stands in the data set's manifest.
+uint32, `RECORD_TOKENS` a record. Of conversations, in the same way, how many turns each has, and of each turn two
+numbers, `conversations.Turns.parts`. The last record of each kind is shorter. Records are neither grouped nor
+compressed, so that any window is read without the rest. How many tokens and documents there are stands in the data
+set's manifest.
 """
 
 import hashlib
@@ -40,10 +42,11 @@ class ShardWriter:
         self._path, self._dtype = path, dtype
         self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         self._lengths, self._waiting = array("I"), np.zeros(0, dtype)
+        self._turns, self._parts = array("I"), array("I")
         self.tokens = 0
 
-    def add(self, ids: np.ndarray) -> None:
-        """Appends a document, token ids (length,) that fit the dtype.
+    def add(self, ids: np.ndarray, parts: np.ndarray | None = None) -> None:
+        """Appends a document, token ids (length,) that fit the dtype; of a conversation with its parts (turns, 2).
 
         Raises:
           ValueError: it has 2**32 tokens or more.
@@ -52,6 +55,9 @@ class ShardWriter:
         if len(ids) > _LONGEST_DOCUMENT:
             raise ValueError(f"a document of {len(ids)} tokens is too long; {_LONGEST_DOCUMENT} is the limit")
         self._lengths.append(len(ids))
+        if parts is not None:
+            self._turns.append(len(parts))
+            self._parts.extend(parts.ravel().tolist())
         self.tokens += len(ids)
         if len(ids) and not 0 <= ids.min() <= ids.max() <= np.iinfo(self._dtype).max:
             raise ValueError(f"{self._path}: token ids {ids.min()} to {ids.max()} do not fit {self._dtype.name}")
@@ -67,7 +73,8 @@ class ShardWriter:
           OSError: the file cannot be written.
         """
         self._write(self._waiting)
-        self._write(np.frombuffer(self._lengths, np.uint32).astype("<u4"))
+        for numbers in (self._lengths, self._turns, self._parts):
+            self._write(np.frombuffer(numbers, np.uint32).astype("<u4"))
         self._do(self._writer.close)
         descriptor = os.open(self._path, os.O_RDONLY)
         try:
@@ -90,20 +97,25 @@ class ShardWriter:
 class ShardReader:
     """Reads one shard, whose size or hash has been checked before: ArrayRecord may crash on a broken file."""
 
-    def __init__(self, path: pathlib.Path, shard: Shard, dtype: np.dtype):
-        """Opens the file.
+    def __init__(self, path: pathlib.Path, shard: Shard, dtype: np.dtype, conversations: bool = False):
+        """Opens the file; `conversations` says whether it holds them.
 
         Raises:
           DataError: it does not hold as many records as it should.
         """
         self._path, self._shard, self._dtype = path, shard, dtype
         self._first_lengths = -(-shard.tokens // RECORD_TOKENS)
-        expected = self._first_lengths - (-shard.documents // RECORD_TOKENS)
+        expected = self._first_turns = self._first_lengths - (-shard.documents // RECORD_TOKENS)
         try:
             self._reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
             found = self._reader.num_records()
         except Exception as error:  # the library raises what it likes
             raise DataError(f"{path}: cannot be read as ArrayRecord ({error})") from error
+        if conversations:
+            expected -= -shard.documents // RECORD_TOKENS
+            self._first_parts = expected
+            if found > expected:
+                expected -= -2 * int(self.turns().sum()) // RECORD_TOKENS
         if found != expected:
             raise DataError(f"{path}: holds {found} records where {expected} were recorded")
 
@@ -114,6 +126,15 @@ class ShardReader:
     def lengths(self, start: int, stop: int) -> np.ndarray:
         """Lengths of the documents `start` ... `stop` - 1, int64 (stop - start,)."""
         return self._read(self._first_lengths, start, stop, np.dtype("<u4")).astype(np.int64)
+
+    def turns(self) -> np.ndarray:
+        """How many turns each of the conversations has, int64 (documents,)."""
+        return self._read(self._first_turns, 0, self._shard.documents, np.dtype("<u4")).astype(np.int64)
+
+    def parts(self) -> np.ndarray:
+        """The parts of all conversations end to end, int64 (turns, 2)."""
+        count = 2 * int(self.turns().sum())
+        return self._read(self._first_parts, 0, count, np.dtype("<u4")).astype(np.int64).reshape(-1, 2)
 
     def _read(self, first_record: int, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
         first, last = start // RECORD_TOKENS, -(-stop // RECORD_TOKENS)

@@ -23,6 +23,7 @@ _SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<SPECIAL_3>"]
 
 # What a checkpoint says about its tokenizer, beside tokenizer.json.
 _ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_MORE_ABOUT = "additional_chat_templates"
 
 _NUM_BYTES = 256
 
@@ -132,9 +133,12 @@ def save_tokenizer(
     _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=1))
     _write(folder / "special_tokens_map.json", json.dumps(roles, indent=1))
-    for file in (source / name for name in _ABOUT) if source is not None else ():
-        if file.is_file():
-            _write(folder / file.name, file.read_text(encoding="utf-8").removesuffix("\n"))
+    if source is None:
+        return
+    for name in (*_ABOUT, *(f"{_MORE_ABOUT}/{file.name}" for file in sorted((source / _MORE_ABOUT).glob("*.jinja")))):
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            _write(folder / name, (source / name).read_text(encoding="utf-8").removesuffix("\n"))
 
 
 class Decoder:

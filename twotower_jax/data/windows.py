@@ -26,6 +26,10 @@ class Unloaded:
 
     tokens: int
 
+    def first_turns(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Those of conversations, if there are any; see `ConversationWindows`."""
+        return []
+
     @property
     def windows(self) -> "Unloaded":
         return self
@@ -176,6 +180,31 @@ class DocumentWindows(Unloaded):
         return check_ids(ids, self._vocab_size, f"{self.name}: window {index}")
 
 
+class AllLearned(Unloaded):
+    """Windows that tell documents apart as those of conversations are: every token that is no padding counts 1.
+
+    Attributes:
+      sequence_length: tokens in a window, L.
+      tokens: in all windows together.
+    """
+
+    def __init__(self, windows: DocumentWindows):
+        self._windows = windows
+        self.sequence_length, self.tokens = windows.sequence_length, windows.tokens
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        window = self._windows[index]
+        counted = window["counted"]
+        return window | {"token_weight": counted.astype(np.float32), "turn": np.zeros(counted.shape, np.int32)}
+
+    def identity(self) -> dict[str, Any]:
+        """That of the windows."""
+        return self._windows.identity()
+
+
 class Concatenation(Unloaded):
     """Several sources' windows one after the other.
 
@@ -193,6 +222,9 @@ class Concatenation(Unloaded):
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def first_turns(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [turn for part in self._parts for turn in part.first_turns(count)][:count]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         part = int(np.searchsorted(self._ends, index, side="right"))

@@ -18,6 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 NOISE_LEVEL_BINS = 10
 
+# Answers of a conversation whose losses are told apart; the last stands for all later ones.
+TURNS = 8
+
 
 class LossSum(NamedTuple):
     """Summed loss and what its mean is over, the number of tokens or the sum of their weights: float32 of the same
@@ -63,6 +66,7 @@ def masked_loss_sum(
     weight: Float[Array, "*tokens"] | None = None,
     counted: Bool[Array, "*tokens"] | None = None,
     axis: int | None = None,
+    token_weight: Float[Array, "*tokens"] | None = None,
 ) -> LossSum:
     """Sum of −log p over masked positions, as scalars; over an axis alone, 1 for sums of each row, (B,).
 
@@ -71,15 +75,22 @@ def masked_loss_sum(
         masked: (B, L) bool.
         weight: (B, L) float32, of each position; None for 1.
         counted: (B, L) bool, the positions that the mean is over; None for the masked ones.
+        token_weight: (B, L) float32, how much each position's token is worth, in the sum and in the count; None for 1.
     """
     losses = _token_losses(log_probabilities, masked)
     if weight is not None:
         losses = jnp.where(masked, weight * losses, 0.0)
-    return LossSum(jnp.sum(losses, axis=axis), count(masked if counted is None else counted, axis))
+    if token_weight is not None:
+        losses = jnp.where(masked, token_weight * losses, 0.0)
+    return LossSum(jnp.sum(losses, axis=axis), count(masked if counted is None else counted, axis, token_weight))
 
 
-def count(mask: Bool[Array, "..."], axis: int | None = None) -> Float[Array, "..."]:
-    """How many are true, () float32, or along an axis."""
+def count(
+    mask: Bool[Array, "..."], axis: int | None = None, token_weight: Float[Array, "..."] | None = None
+) -> Float[Array, "..."]:
+    """How many are true, or the sum of their weights: () float32, or along an axis."""
+    if token_weight is not None:
+        return jnp.sum(jnp.where(mask, token_weight, 0.0), axis=axis)
     return jnp.sum(mask, axis=axis, dtype=jnp.float32)
 
 
@@ -95,7 +106,10 @@ def next_tokens(ids: Int[Array, "B L"], counted: Bool[Array, " B"]) -> tuple[Int
 
 
 def loss_by_noise_level(
-    log_probabilities: Float[Array, "B L"], masked: Bool[Array, "B L"], t: Float[Array, " B *blocks"]
+    log_probabilities: Float[Array, "B L"],
+    masked: Bool[Array, "B L"],
+    t: Float[Array, " B *blocks"],
+    token_weight: Float[Array, "B L"] | None = None,
 ) -> LossSum:
     """The masked loss in equal bins of the noise level: bin k holds k / 10 ≤ t < (k + 1) / 10, the last one 1 as well.
 
@@ -103,6 +117,7 @@ def loss_by_noise_level(
         log_probabilities: (B, L) float32, of the clean tokens.
         masked: (B, L) bool.
         t: (B,) or (B, L/S) float32 noise levels in [0, 1], one per sequence or per block.
+        token_weight: as in `masked_loss_sum`.
 
     Returns:
         Sums and counts (10,).
@@ -110,8 +125,9 @@ def loss_by_noise_level(
     level = jnp.minimum((t.reshape(-1) * NOISE_LEVEL_BINS).astype(jnp.int32), NOISE_LEVEL_BINS - 1)
     in_bin = level[:, None] == jnp.arange(NOISE_LEVEL_BINS)[None, :]
     parts = level.shape[0]
-    row_total = jnp.sum(_token_losses(log_probabilities, masked).reshape(parts, -1), axis=1)
-    row_count = jnp.sum(masked.reshape(parts, -1), axis=1, dtype=jnp.float32)
+    losses, counts = _weighed(log_probabilities, masked, token_weight)
+    row_total = jnp.sum(losses.reshape(parts, -1), axis=1)
+    row_count = jnp.sum(counts.reshape(parts, -1), axis=1, dtype=jnp.float32)
     return LossSum(
         jnp.sum(jnp.where(in_bin, row_total[:, None], 0.0), axis=0),
         jnp.sum(jnp.where(in_bin, row_count[:, None], 0.0), axis=0),
@@ -119,7 +135,10 @@ def loss_by_noise_level(
 
 
 def loss_by_block_position(
-    log_probabilities: Float[Array, "B L"], masked: Bool[Array, "B L"], block_size: int
+    log_probabilities: Float[Array, "B L"],
+    masked: Bool[Array, "B L"],
+    block_size: int,
+    token_weight: Float[Array, "B L"] | None = None,
 ) -> LossSum:
     """The masked loss at each position of a block, over all blocks of the batch: sums and counts (S,).
 
@@ -128,5 +147,33 @@ def loss_by_block_position(
     length = masked.shape[1]
     if length % block_size:
         raise ValueError(f"length={length} is not a multiple of block_size={block_size}")
-    losses = _token_losses(log_probabilities, masked).reshape(-1, block_size)
-    return LossSum(jnp.sum(losses, axis=0), jnp.sum(masked.reshape(-1, block_size), axis=0, dtype=jnp.float32))
+    losses, counts = (v.reshape(-1, block_size) for v in _weighed(log_probabilities, masked, token_weight))
+    return LossSum(jnp.sum(losses, axis=0), jnp.sum(counts, axis=0, dtype=jnp.float32))
+
+
+def loss_by_turn(
+    log_probabilities: Float[Array, "B L"],
+    masked: Bool[Array, "B L"],
+    turn: Int[Array, "B L"],
+    token_weight: Float[Array, "B L"],
+) -> LossSum:
+    """The masked loss of a conversation's first answer, its second, …, and of all from `TURNS` on: sums and counts
+    (TURNS,).
+
+    `turn` (B, L) int32 is the number of each token's answer, from 1; 0 for what is in none. Other arguments as in
+    `loss_by_noise_level`.
+    """
+    losses, counts = _weighed(log_probabilities, masked, token_weight)
+    in_bin = jnp.minimum(turn, TURNS)[..., None] == jnp.arange(1, TURNS + 1)
+    both = (jnp.sum(jnp.where(in_bin, v[..., None], 0.0), axis=(0, 1)) for v in (losses, counts))
+    return LossSum(*both)
+
+
+def _weighed(
+    log_probabilities: jax.Array, masked: jax.Array, token_weight: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Each token's loss, and what it counts."""
+    losses = _token_losses(log_probabilities, masked)
+    if token_weight is None:
+        return losses, masked
+    return jnp.where(masked, token_weight * losses, 0.0), jnp.where(masked, token_weight, 0.0)

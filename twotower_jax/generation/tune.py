@@ -33,6 +33,8 @@ class Point:
       agreement_prefix: the part of them that comes before a row's first difference.
       log_likelihood: of the new tokens under the context tower given what precedes them, nats per token.
       pareto: no other setting has both more agreement and more tokens per second, or one more and the other equal.
+      quality: by the caller's measure, the higher the better; None without one. It then takes the place of agreement
+        where settings are compared.
     """
 
     sampling: SamplingConfig | None
@@ -43,10 +45,18 @@ class Point:
     agreement_prefix: float
     log_likelihood: float
     pareto: bool = False
+    quality: float | None = None
+
+    @property
+    def judged_by(self) -> float:
+        """What is to be high beside the speed: quality, or agreement where it is not known."""
+        return self.agreement if self.quality is None else self.quality
 
     def row(self) -> dict[str, Any]:
         """For results.json."""
         values = dataclasses.asdict(self)
+        if self.quality is None:
+            del values["quality"]
         sampling = values.pop("sampling")
         names = ("block_size", "steps_per_block", "confidence_threshold") if sampling else ()
         if sampling and "confidence_threshold" not in knobs(sampling["strategy"]):
@@ -75,12 +85,13 @@ class Sweep:
     points: list[Point]
     needed: dict[int, float]
 
-    def best(self, min_agreement: float) -> Point:
-        """The fastest of at least this agreement; where there is none, the one of most, and of equals the fastest."""
-        enough = [point for point in self.points if point.agreement >= min_agreement]
+    def best(self, least: float) -> Point:
+        """The fastest of at least this agreement, or this part of AR's quality where it is known; where there is none,
+        the one of most, and of equals the fastest."""
+        enough = [point for point in self.points if point.judged_by >= least * self.ar.judged_by]
         if enough:
             return max(enough, key=lambda point: point.tokens_per_second)
-        return max(self.points, key=lambda point: (point.agreement, point.tokens_per_second))
+        return max(self.points, key=lambda point: (point.judged_by, point.tokens_per_second))
 
 
 def grid(
@@ -129,6 +140,7 @@ def sweep(
     rounds: int = 3,
     report: Callable[[str], None] = lambda message: None,
     placement: TowerMeshes = TowerMeshes(),  # noqa: B008 (frozen)
+    quality: Callable[[Settings], float] | None = None,
 ) -> Sweep:
     """Measures AR and every sampling.
 
@@ -137,6 +149,7 @@ def sweep(
       rounds: timed ones.
       report: gets a line after each run.
       placement: the devices, the same for both towers.
+      quality: of settings, the higher the better, such as the part of a task's questions that they answer rightly.
 
     Raises:
       ValueError, FloatingPointError: as of `generate`.
@@ -164,6 +177,9 @@ def sweep(
         sampling = run.sampling if run.mode == "diffusion" else None
         total = sum(x.log_likelihood for x in likelihoods) / sum(x.tokens for x in likelihoods)
         points.append(_point(sampling, rows, results[0], statistics.median(times), total))
+        if quality is not None:
+            points[-1].quality = quality(run)
+            report(f"quality {len(points)}/{len(runs)}: {points[-1].quality:.4f}")
     ar, points = points[0], points[1:]
     for point in points:
         point.pareto = not any(_dominates(other, point) for other in points)
@@ -203,5 +219,5 @@ def _point(
 
 
 def _dominates(a: Point, b: Point) -> bool:
-    ours, theirs = (a.agreement, a.tokens_per_second), (b.agreement, b.tokens_per_second)
+    ours, theirs = (a.judged_by, a.tokens_per_second), (b.judged_by, b.tokens_per_second)
     return ours != theirs and all(x >= y for x, y in zip(ours, theirs, strict=True))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from twotower_jax import kernels, sharding
 from twotower_jax.config import ModelConfig
@@ -54,6 +54,7 @@ class Router(nnx.Module):
             decay=False,
             float32=True,
             trainable=False,
+            balanced=True,
         )
 
     def __call__(self, x: Float[Array, "T D"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
@@ -76,6 +77,29 @@ class Router(nnx.Module):
     def choose(self, x: Float[Array, "T D"]) -> Int[Array, "T k"]:
         """The experts (T, k) int32 of tokens (T, D), best first."""
         return self(x)[0]
+
+    def sums(
+        self, x: Float[Array, "B L D"], measured: Bool[Array, "B L"] | None
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """What balances the router, of each sequence of tokens x (B, L, D) that are `measured`, None for all.
+
+        With s the scores σ(x W), E Σ_e f_e P_e: f_e the share of the tokens' k best scores, without the bias, that are
+        expert e's, which gets no gradient, and P_e the mean of s_e / Σ s (DeepSeek-V3, arXiv 2412.19437, equations 17
+        to 20); 1 where either is even. And Σ (log Σ_e exp(x W)_e)² over the tokens (ST-MoE, arXiv 2202.08906,
+        equation 5). Both (B,) float32, 0 for a sequence without tokens.
+        """
+        count, per_token = self.config.n_routed_experts, self.config.num_experts_per_tok
+        measured = jnp.ones(x.shape[:2], bool) if measured is None else measured
+        here = measured[..., None].astype(jnp.float32)
+        logits = jnp.matmul(x.astype(jnp.float32), use(self.weight, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        scores = jax.nn.sigmoid(logits)
+        best = jax.lax.top_k(jax.lax.stop_gradient(scores), per_token)[1]
+        chosen = jnp.sum(best[..., None] == jnp.arange(count), axis=2, dtype=jnp.float32)
+        tokens = jnp.maximum(jnp.sum(here, axis=1), 1)
+        shares = jnp.sum(chosen * here, axis=1) / (tokens * per_token)
+        means = jnp.sum(scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20) * here, axis=1) / tokens
+        z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * here[..., 0], axis=1)
+        return count * jnp.sum(shares * means, axis=-1), z
 
     def _choose(self, x, weight, bias):
         c = self.config
@@ -160,9 +184,22 @@ class Experts(Pointwise):
         block_size: int,
         run: Run = Run(),  # noqa: B008 (frozen)
     ) -> tuple[Float[Array, "B L D"], Routing]:
-        return self.with_routing(x)
+        return self.with_routing(x, run)
 
-    def with_routing(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], Routing]:
+    def causal(
+        self,
+        x: Float[Array, "B L D"],
+        cache: None = None,
+        run: Run = Run(),  # noqa: B008 (frozen)
+    ) -> tuple[Float[Array, "B L D"], Routing | None]:
+        y, routing = self.with_routing(x, run)
+        return y, routing if run.routing else None
+
+    def with_routing(
+        self,
+        x: Float[Array, "B L D"],
+        run: Run = Run(),  # noqa: B008 (frozen)
+    ) -> tuple[Float[Array, "B L D"], Routing]:
         """(B, L, D) → (B, L, D), and which experts it went through."""
         latent = None if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
         axes = (_TOKENS, _TOKENS, _ROUTER_AXES, _WEIGHT_AXES)
@@ -174,7 +211,8 @@ class Experts(Pointwise):
         if self.fc2_latent_proj is not None:
             y = self.fc2_latent_proj(y)
         load = tokens * (tokens.size / (x.shape[0] * x.shape[1] * self.router.config.num_experts_per_tok))
-        return (y if self.shared_experts is None else y + self.shared_experts(x)), Routing(load, chosen)
+        sums = self.router.sums(x, run.measured) if run.balance else ()
+        return (y if self.shared_experts is None else y + self.shared_experts(x)), Routing(load, chosen, tokens, *sums)
 
     def _routed(self, x, latent, router, weights):
         """One device's tokens through the routed experts, which may be on other devices and read `latent` where it is

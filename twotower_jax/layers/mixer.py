@@ -35,14 +35,21 @@ class Run:
       lengths: (B,) int32, how many of the L tokens of each row are real, the rest being padding on the right that may
         change neither the cache nor any real token; None for all.
       document_start: (B, L) int32, the position of the first token that each one may know of; None for all. In
-        `blockwise` every document starts with a block.
+        `blockwise` every document starts with a block, or with tokens of its own that nobody asks about up to the
+        first block border in it: a block sees all of itself.
       end: whether the cache after the real tokens is wanted: a memory may leave out what is for that alone.
+      routing: whether `causal` too is to tell what was routed where, as the memory of a layer that does that.
+      balance: whether the sums that balance routers are wanted with it.
+      measured: (B, L) bool, the tokens that count in those sums; None for all.
     """
 
     cache_lengths: jax.Array | None = None
     lengths: jax.Array | None = None
     document_start: jax.Array | None = None
     end: bool = True
+    routing: bool = False
+    balance: bool = False
+    measured: jax.Array | None = None
 
 
 class Routing(NamedTuple):
@@ -50,19 +57,29 @@ class Routing(NamedTuple):
 
     Attributes:
       load: (E,) float32, each expert's number of tokens as a multiple of the even share.
-      experts: (B, L, k) int32, those of each token, best first.
+      experts: (B, L, k) int32, those of each token, best first; None once it was looked at.
+      tokens: (E,) float32, each expert's number of tokens, by which its router's bias can be balanced; or None.
+      balance: (B,) float32, how uneven the router's scores are in each sequence, E Σ f P; where a run asks for it.
+      z: (B,) float32, the squared logarithms of the normalizers of its scores, summed over each sequence; likewise.
     """
 
     load: jax.Array
-    experts: jax.Array
+    experts: jax.Array | None
+    tokens: jax.Array | None = None
+    balance: jax.Array | None = None
+    z: jax.Array | None = None
 
-    def load_over(self, measured: jax.Array) -> jax.Array:
-        """`load` over the tokens of `measured` (B, L) bool alone; 0 where there are none."""
+    def over(self, measured: jax.Array | None) -> "Routing":
+        """Without `experts`, and load and tokens of `measured` (B, L) bool alone, None for all; 0 where there are
+        none."""
+        if measured is None:
+            return self._replace(experts=None)
         count, per_token = self.load.size, self.experts.shape[-1]
         chosen = (self.experts[..., None] == jnp.arange(count)) & measured[..., None, None]
         tokens = jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32)
         even = per_token / count
-        return tokens / jnp.maximum(jnp.sum(measured, dtype=jnp.float32) * even, even)
+        load = tokens / jnp.maximum(jnp.sum(measured, dtype=jnp.float32) * even, even)
+        return self._replace(load=load, experts=None, tokens=tokens)
 
 
 class Mixer(nnx.Module):

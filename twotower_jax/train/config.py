@@ -19,12 +19,14 @@ from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.diffusion import SCHEDULES, TIMES, WEIGHTS, MaskedDiffusion
 from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
+from twotower_jax.layers import registry
 from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
 from twotower_jax.train.objectives import OBJECTIVES
-from twotower_jax.train.terms import Distillation
+from twotower_jax.train.terms import Balance, Distillation
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+OPTIMIZERS = ("adamw", "muon")
 
 # A resumed run may change these: none of them alters the steps already made.
 CHANGEABLE = (
@@ -41,9 +43,11 @@ CHANGEABLE = (
     "max_skipped_steps",
     "peak_flops",
     "wandb_project",
+    "gradient_noise_scale",
     "sample_every",
     "sample_prompts",
     "sample_tokens",
+    "sample_answers",
 )
 
 
@@ -54,9 +58,19 @@ ADDED = {
     "diffusion.weight": "flat",
     "diffusion.complementary": False,
     "moments_dtype": "float32",
+    "padding_weight": 0.1,
     "distillation.weight": 0.0,
     "distillation.temperature": 1.0,
+    "optimizer": "adamw",
+    "ema_decay": 0.0,
+    "router_bias_rate": 0.0,
+    "router_balance_loss": 0.0,
+    "router_z_loss": 0.0,
 }
+
+# What a backbone that is trained from random weights does for its experts, as Nemotron 3 Nano's pretraining did (arXiv
+# 2512.20848). A checkpoint's routers are balanced already.
+_NEW_BACKBONE = Balance(bias_rate=1e-3, balance_loss=1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +117,25 @@ class TrainConfig:
     # For the denoiser objective: how much the context tower's own distribution of each masked token counts beside the
     # token. See `Distillation`.
     distillation: Distillation = Distillation()
+    # How the experts of layers that train are kept evenly busy, see `Balance`. None is 1e-3, 1e-4 and 0 for a backbone
+    # that starts from random weights, and 0 for all others; a run that goes on keeps its own.
+    router_bias_rate: float | None = None
+    router_balance_loss: float | None = None
+    router_z_loss: float | None = None
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
-    # A file of text (.txt, .jsonl and more) or a folder of them; a folder made by launch/prepare.py; the prefix of a
-    # Megatron set; or a .json file that mixes several by weight. "" is the documentation shipped with Python, "tasks"
-    # questions with exact answers, "tasks:NAME,NAME" those of some tasks. See docs/guide/data.md.
+    # A file of text (.txt, .jsonl and more) or of conversations (.jsonl), or a folder of them; a folder made by
+    # launch/prepare.py; the prefix of a Megatron set; or a .json file that mixes several by weight. "" is the
+    # documentation shipped with Python, "tasks" questions with exact answers, "tasks:NAME,NAME" those of some tasks.
+    # See docs/guide/data.md and docs/guide/finetuning.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
     reset_at_documents: bool = False
+    # In conversations: how much each end token counts that fills the last block of an answer after its own, which
+    # counts 1. Conversations are always told apart.
+    padding_weight: float = 0.1
     # Size of the tokenizer trained on that text, at most. Unused with init_from.
     vocab_size: int = 2048
     # Share of the tokens held out for the validation loss, in whole documents; 0 for no validation. What is held out of
@@ -126,22 +149,27 @@ class TrainConfig:
     # config and in flags one of the two is given, and the other is None.
     block_size: int | None = None
     block_curriculum: tuple = ((0.0, 32), (2 / 3, 16))  # the paper's 32, 32, 16 in thirds
-    # AdamW under warmup-stable-decay: fractions of the steps in which the rate rises linearly from 0 and, at the end,
-    # falls linearly to its final value.
+    # "adamw", or "muon": that for the matrices between embedding and head, and AdamW for the rest.
+    optimizer: str = "adamw"
+    # Its rate, warmup-stable-decay: fractions of the steps in which it rises linearly from 0 and, at the end, falls
+    # linearly to its final value.
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-6
     warmup_fraction: float = 0.02
     decay_fraction: float = 0.2
     adam_betas: tuple = (0.9, 0.95)
     weight_decay: float = 0.1
+    # How much an average of the weights keeps of itself at each step, 0.999 for one; 0 keeps none. Validation tells its
+    # loss as well, and whatever loads the run's checkpoint takes the average.
+    ema_decay: float = 0.0
     # The largest global norm of the gradients; longer ones are scaled down to it.
     clip_norm: float = 1.0
     # Seed of weights, data order and noise.
     seed: int = 0
     # The dtype of activations and of the frozen parameters; trained parameters and their moments are float32.
     dtype: str = "float32"
-    # The dtype of Adam's two moments between steps: "float32", or "bfloat16" where memory is short. Computing is in
-    # float32.
+    # The dtype of the optimizer's moments between steps: "float32", or "bfloat16" where memory is short. Computing is
+    # in float32.
     moments_dtype: str = "float32"
     # What the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each layer;
     # "unit", which keeps what enters each unit of a repeated segment.
@@ -152,6 +180,8 @@ class TrainConfig:
     mesh: MeshShape = MeshShape()
     # Parts of a batch whose gradients are computed one after the other and added up.
     accumulate: int = 1
+    # Tell from how much the gradients of these parts differ how noisy the batch's is; needs two parts at least.
+    gradient_noise_scale: bool = False
     # In steps; 0 validates, or saves, at the end only.
     log_every: int = 10
     validation_every: int = 0
@@ -168,6 +198,9 @@ class TrainConfig:
     sample_every: int = 0
     sample_prompts: tuple = ()
     sample_tokens: int = 64
+    # In a denoiser run on conversations: with each validation, answer so many held-out prompts, by up to sample_tokens
+    # tokens each.
+    sample_answers: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -176,6 +209,9 @@ class TrainConfig:
         _check(self.dtype in DTYPES, f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         _check(self.moments_dtype in DTYPES, f"moments_dtype={self.moments_dtype!r} is not one of {', '.join(DTYPES)}")
         _check(self.remat in REMAT, f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
+        # What counts nothing is never masked, and would tell where the answer ends.
+        small = 0 < self.padding_weight <= 1
+        _check(small, f"padding_weight={self.padding_weight} must be more than 0 and at most 1")
         for name in ("steps", "batch_size", "log_every", "keep_checkpoints", "vocab_size", "accumulate"):
             _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         _check(self.sequence_length >= 2, f"sequence_length={self.sequence_length} must be at least 2")
@@ -191,9 +227,14 @@ class TrainConfig:
             f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}",
         )
         _check(
+            self.accumulate > 1 or not self.gradient_noise_scale,
+            f"gradient_noise_scale=True compares parts of a batch, of which accumulate={self.accumulate} makes one",
+        )
+        _check(
             self.two_towers or self.variant == Variant(),
             f"variant={self.variant} changes nothing with objective={self.objective!r}: it needs objective='denoiser'",
         )
+        _ = self.balance  # which checks itself
         self._check_optimizer()
         self._check_blocks()
         self._check_samples()
@@ -201,6 +242,8 @@ class TrainConfig:
     def _check_optimizer(self):
         for name in ("learning_rate", "clip_norm"):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        _check(self.optimizer in OPTIMIZERS, f"optimizer={self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        _check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must be at least 0 and less than 1")
         _check(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
         _check(
             0 <= self.final_learning_rate <= self.learning_rate,
@@ -256,6 +299,9 @@ class TrainConfig:
             self.sample_every or not self.sample_prompts,
             f"sample_prompts={self.sample_prompts!r} change nothing with sample_every=0",
         )
+        _check(self.sample_answers >= 0, f"sample_answers={self.sample_answers} must not be negative")
+        if self.sample_answers:
+            _check(self.two_towers, f"sample_answers={self.sample_answers} needs objective='denoiser'")
         if self.sample_every:
             _check(self.sample_prompts, f"sample_every={self.sample_every} needs sample_prompts")
             _check(self.two_towers, f"sample_every={self.sample_every} needs objective='denoiser'")
@@ -264,6 +310,13 @@ class TrainConfig:
     def two_towers(self) -> bool:
         """Whether the model has both towers: with every objective but that of a backbone."""
         return self.objective != "autoregressive"
+
+    @property
+    def balance(self) -> Balance:
+        """How the experts are kept busy, also where the settings leave that to the run."""
+        default = Balance() if self.two_towers or self.init_from else _NEW_BACKBONE
+        given = {field.name: getattr(self, f"router_{field.name}") for field in dataclasses.fields(Balance)}
+        return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
 
     @property
     def block_sizes(self) -> list[int]:
@@ -301,7 +354,9 @@ def base_config(model: Mapping[str, Any]) -> ConfigDict:
     config.model = ConfigDict({name: model.get(name, default) for name, default in _model_fields().items()})
     config.model.update(model)
     for field in dataclasses.fields(TrainConfig):
-        if field.name not in ("model", *_PARTS, "block_size", "block_curriculum"):
+        if field.type == float | None:
+            config[field.name] = config_dict.placeholder(float)
+        elif field.name not in ("model", *_PARTS, "block_size", "block_curriculum"):
             config[field.name] = field.default
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
     config.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
@@ -383,13 +438,15 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
       ValueError: naming the first one and why.
     """
     without = {}
-    if not config.sample_every and config.sample_tokens != TrainConfig.sample_tokens:
+    if not (config.sample_every or config.sample_answers) and config.sample_tokens != TrainConfig.sample_tokens:
         without["sample_tokens"] = config.sample_tokens, "sample_every=0"
     if not config.decay_fraction and config.final_learning_rate != config.learning_rate:
         without["final_learning_rate"] = config.final_learning_rate, "decay_fraction=0"
     if not config.validation_fraction and config.validation_every:
         without["validation_every"] = config.validation_every, "validation_fraction=0"
     if not config.two_towers:
+        if config.padding_weight != TrainConfig.padding_weight:
+            without["padding_weight"] = config.padding_weight, f"objective={config.objective!r}"
         for part in ("diffusion", "distillation"):
             default = getattr(TrainConfig, part)
             for name, value in dataclasses.asdict(getattr(config, part)).items():
@@ -397,6 +454,10 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
                     without[f"{part}.{name}"] = value, f"objective={config.objective!r}"
     elif not config.distillation.weight and config.distillation.temperature != Distillation.temperature:
         without["distillation.temperature"] = config.distillation.temperature, "distillation.weight=0"
+    kinds = map(registry.kind, config.model["hybrid_override_pattern"])
+    if not config.init_from and not any(kind.num_experts(config.model_config(config.vocab_size)) for kind in kinds):
+        for name in ("router_bias_rate", "router_balance_loss", "router_z_loss"):
+            without[name] = getattr(config, name), "a model without experts"
     for name in given:
         if name in without:
             value, why = without[name]
@@ -432,7 +493,9 @@ def _check(ok: bool, message: str):
 
 
 def _check_type(field: dataclasses.Field, value: Any, part: str = ""):
-    wanted = {float: int | float, Mapping[str, Any]: Mapping}.get(field.type, field.type)
+    wanted = {float: int | float, float | None: int | float | None, Mapping[str, Any]: Mapping}.get(
+        field.type, field.type
+    )
     ok = isinstance(value, wanted) and (field.type is bool or not isinstance(value, bool))
     name = getattr(field.type, "__name__", str(field.type))
     _check(ok, f"{part}{field.name} must be {name}, found {value!r}")

@@ -18,11 +18,11 @@ from twotower_jax.train import distributed, flops, watch
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.log import Log
 from twotower_jax.train.metrics import LossWindow, MetricsWriter, Row, Stopwatch, import_wandb, last_row, writing
-from twotower_jax.train.objectives import NoiseKey
+from twotower_jax.train.objectives import Losses, NoiseKey
 from twotower_jax.train.placement import Batch
 from twotower_jax.train.programs import Step
 from twotower_jax.train.schedule import BlockStage
-from twotower_jax.train.setup import Report, Setup, look, make_setup
+from twotower_jax.train.setup import Report, Setup, look, make_setup, settled
 from twotower_jax.train.skips import Skips, blame
 from twotower_jax.train.step import StepMetrics, TrainState, abstract_state, merge, start_state
 
@@ -79,6 +79,7 @@ def train(
       SaveError: if a checkpoint or the metrics cannot be written; the checkpoints before are whole.
       ProcessLost: if another process of the run does not answer any more.
     """
+    config = settled(config, workdir)
     folder = look(config, workdir)
     if config.wandb_project:
         import_wandb(config.wandb_project)
@@ -100,7 +101,7 @@ def train(
         if run.step == config.steps:
             report(f"step {run.step} is already made; nothing to do")
             return TrainResult(run.step, last_row(setup.folder.path) or {})
-        report(watch.memory_line(run.state.params, run.state.optimizer, run.frozen))
+        report(watch.memory_line(run.state.weights, run.state.optimizer, run.frozen))
         with contextlib.ExitStack() as stack:
             saver = stack.enter_context(setup.folder.saver(config.keep_checkpoints))
             log = stack.enter_context(_open_log(setup, run.step + 1))
@@ -138,7 +139,7 @@ class Run:
     def save(self, saver: Saver) -> None:
         """Hands a checkpoint to the saver."""
         rest = {"data": self.data.get_state(), "window": self.window.get_state(), "skips": self.skips.get_state()}
-        saver.save(self.step, self.state.params, self.state.optimizer, rest)
+        saver.save(self.step, self.state.weights, self.state.optimizer, rest)
         self.saved_step = self.step
 
 
@@ -163,8 +164,8 @@ def resume(setup: Setup) -> tuple[Run, Setup]:
     """The run as its newest checkpoint has it, and the setup."""
     config, folder, placement = setup.config, setup.folder, setup.placement
     state, frozen = abstract_state(setup.objective, setup.optimizer, placement.mesh)
-    params, optimizer, frozen, rest = folder.restore(state.params, state.optimizer, frozen)
-    state = state.replace(step=placement.whole(jnp.int32(folder.step)), params=params, optimizer=optimizer)
+    weights, optimizer, frozen, rest = folder.restore(state.weights, state.optimizer, frozen)
+    state = state.with_weights(weights).replace(step=placement.whole(jnp.int32(folder.step)), optimizer=optimizer)
     data, skips = setup.data(), Skips(config.max_skipped_steps)
     data.set_state(rest["data"])
     skips.set_state(rest["skips"])
@@ -208,12 +209,12 @@ def train_stage(
         if saving or logging:
             made = _take_in(setup, run, stage, made)
         if logging:
-            passes = functools.partial(validation.run, validate, run.state.params, run.frozen) if validating else None
+            passes = functools.partial(_validate, setup, run, stage, validate) if validating else None
             log.write(run.step, run.window.means(), metrics, run.skips.total, step_flops, passes)
             run.window = LossWindow(setup.objective.weights)
         if setup.samples and _due(run.step, config.sample_every):
             with log.paused():
-                params = merge(run.state.params, run.frozen)
+                params = merge(run.state.weights, run.frozen)
                 setup.samples.write(run.step, params, stage.block_size, setup.report)
         if saving:
             with log.paused():
@@ -317,13 +318,23 @@ def _take_in(setup: Setup, run: Run, stage: BlockStage, made: tuple[StepMetrics,
         return
     config = setup.config
     noise = functools.partial(NoiseKey, config.seed, run.step - 1)
-    weights = run.state.params, run.frozen
+    weights = run.state.weights, run.frozen
     found = blame(setup.objective, noise, stage.block_size, *weights, batch, setup.placement)
     raise FloatingPointError(
         f"{what}, {run.skips.in_a_row} steps in a row (max_skipped_steps={config.max_skipped_steps}); "
         f"{found.text(setup.start.tokenizer)}; no such step has reached the weights. Try a lower "
         f"learning_rate={config.learning_rate} or clip_norm={config.clip_norm}, or other data"
     )
+
+
+def _validate(setup: Setup, run: Run, stage: BlockStage, validate: Callable[..., Losses]) -> Row:
+    """What validation tells of the weights, and the loss of their average where one is kept; and answers, if asked."""
+    row = setup.validation.run(validate, run.state.weights, run.frozen)
+    if (average := run.state.average) is not None:
+        row["average_loss"] = setup.validation.run(validate, average, run.frozen)["loss"]
+    if setup.answers is not None:
+        row |= setup.answers.measure(merge(run.state.weights, run.frozen), stage.block_size, setup.report)
+    return row
 
 
 def _due(step: int, every: int) -> bool:

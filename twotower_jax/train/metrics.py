@@ -61,7 +61,7 @@ class LossWindow:
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> Any:
-    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    means = np.where(count > 0, total / np.where(count > 0, count, 1), np.nan)
     return [finite(v) for v in means] if means.ndim else finite(means)
 
 
@@ -206,6 +206,9 @@ def progress_line(row: Row, steps: int, seconds_left: float, shows_error: bool =
         parts.insert(
             2, f"validation {_shown(row['validation_loss'], '.4f')}" + ("" if error is None else f" ± {error:.4f}")
         )
+    if row.get("validation_exact_answers") is not None:
+        per_evaluation = f"{row['validation_tokens_per_evaluation']:.2f} tokens/evaluation"
+        parts.insert(3, f"{row['validation_exact_answers']:.0%} exact answers, {per_evaluation}")
     if "model_flops_utilization" in row:
         parts.append(f"MFU {row['model_flops_utilization']:.1%}")
     if row["skipped_steps"]:

@@ -12,6 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from twotower_jax.sharding import MeshShape, batch_sharding, make_mesh
 from twotower_jax.train.objectives import Documents
 
+# What batches call the fields of `Documents`; the last two are of conversations.
+DOCUMENTS = ("document_start", "counted", "token_weight", "turn")
+
 
 class Batch(NamedTuple):
     """A batch as this process read it, its rows (B / P, L) int32, and as the step gets it, global arrays.
@@ -94,7 +97,8 @@ class Placement:
         """What `TrainingData` or `validation_batches` yield, placed."""
         documents = None
         if "document_start" in read:
-            documents = Documents(self.rows(read["document_start"]), self.rows(read["counted"]))
+            told = [name for name in DOCUMENTS if name in read]
+            documents = Documents(*(self.rows(read[name]) for name in told))
         return Batch(read["ids"], self.rows(read["ids"]), self.index, documents)
 
     def whole(self, value: Any) -> Any:

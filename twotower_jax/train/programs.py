@@ -25,8 +25,11 @@ class Programs:
         objective: Objective,
         optimizer: optax.GradientTransformation,
         placement: Placement,
+        conversational: bool = False,
     ):
+        """`conversational`: whether batches say what each token counts, as those of conversations do."""
         self._config, self._objective, self._optimizer, self._placement = config, objective, optimizer, placement
+        self._conversational = conversational
         self._jitted: dict[int, Callable] = {}
 
     def check(self, block_sizes: tuple[int, ...]) -> None:
@@ -71,7 +74,8 @@ class Programs:
         shape = (config.batch_size, config.sequence_length)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.ids_sharding())
         documents = None
-        if config.reset_at_documents:
-            documents = Documents(ids, jax.ShapeDtypeStruct(shape, jnp.bool, sharding=ids.sharding))
+        if config.reset_at_documents or self._conversational:
+            told = (jnp.int32, jnp.bool, jnp.float32, jnp.int32)[: 4 if self._conversational else 2]
+            documents = Documents(*(jax.ShapeDtypeStruct(shape, dtype, sharding=ids.sharding) for dtype in told))
         with placement.in_force():
             return self._jitted[block_size].trace(state, frozen, ids, placement.index, documents)

@@ -1,5 +1,6 @@
 """All of a run that does not change while it runs, read and checked before anything is written."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -8,18 +9,19 @@ from collections.abc import Callable
 import jax
 import optax
 
-from twotower_jax.checkpoint.workdir import Workdir
+from twotower_jax.checkpoint.workdir import CONFIG, Workdir, read_settings
 from twotower_jax.data import TrainingData
-from twotower_jax.parameters import count
+from twotower_jax.files import CheckpointError
+from twotower_jax.parameters import count, flatten, unflatten
 from twotower_jax.registry import registered
 from twotower_jax.train.config import ADDED, CHANGEABLE, TrainConfig
 from twotower_jax.train.objectives import Objective
 from twotower_jax.train.placement import Placement
 from twotower_jax.train.programs import Programs
-from twotower_jax.train.samples import Samples
+from twotower_jax.train.samples import Answers, Sampler, Samples
 from twotower_jax.train.schedule import BlockStage, block_stages
 from twotower_jax.train.start import Start, make_start
-from twotower_jax.train.step import make_optimizer, tables
+from twotower_jax.train.step import apart, make_optimizer, tables
 from twotower_jax.train.validation import Validation
 
 Report = Callable[[str], None]
@@ -32,7 +34,7 @@ class Setup:
     Attributes:
       folder: what the workdir holds. start: what the run starts from.
       programs: the compiled steps. stages: the block sizes in their order.
-      validation, samples: None where the run has none.
+      validation, samples, answers: None where the run has none.
     """
 
     config: TrainConfig
@@ -45,6 +47,7 @@ class Setup:
     stages: tuple[BlockStage, ...]
     validation: Validation | None
     samples: Samples | None
+    answers: Answers | None
 
     @property
     def objective(self) -> Objective:
@@ -66,13 +69,15 @@ class Setup:
     def describe(self) -> None:
         """Says what is trained, where, and on how much text."""
         config, start = self.config, self.start
-        trained, frozen = (count(table) for table in tables(self.objective))
+        trained, others = tables(self.objective)
+        balanced, frozen = (count(flatten(part)) for part in apart(self.objective, unflatten(others)))
+        follow = f"{balanced:,} follow the load of experts, " if balanced else ""
         devices, processes = self.devices, jax.process_count()
         among = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
         among += f" in {processes} processes" if processes > 1 else ""
         self.report(
-            f"{config.objective}: {trained:,} parameters train, {frozen:,} are frozen; {config.dtype} on {among}, "
-            f"{start.model.num_hidden_layers} layers {start.model.hybrid_override_pattern}"
+            f"{config.objective}: {count(trained):,} parameters train, {follow}{frozen:,} are frozen; {config.dtype} "
+            f"on {among}, {start.model.num_hidden_layers} layers {start.model.hybrid_override_pattern}"
         )
         held_out = 0 if start.validation is None else start.validation.tokens
         self.report(
@@ -93,16 +98,39 @@ def make_setup(config: TrainConfig, folder: Workdir, report: Report) -> Setup:
     start = make_start(config, folder, report)
     objective, placement = start.objective, Placement(start.mesh, config.batch_size)
     optimizer = make_optimizer(config, tables(objective)[0])
-    programs, stages = Programs(config, objective, optimizer, placement), block_stages(config)
-    programs.check(tuple(stage.block_size for stage in stages))
-    validation = samples = None
+    programs = Programs(config, objective, optimizer, placement, start.conversational)
+    stages = block_stages(config)
+    validation = samples = answers = None
     if start.validation is not None:
         validation = Validation(start.validation, objective, placement, config.batch_size)
+    sampler = Sampler(objective.model, config.sample_tokens, placement.mesh) if config.two_towers else None
     if config.sample_every:
-        prompts = config.sample_prompts, config.sample_tokens
-        samples = Samples(folder.path, start.tokenizer, objective.model, *prompts, placement.mesh)
-    parts = programs, tuple(stages), validation, samples
+        samples = Samples(folder.path, start.tokenizer, sampler, config.sample_prompts)
+    if config.sample_answers:
+        held_out = start.validation if start.conversational else None
+        turns = [] if held_out is None else held_out.first_turns(config.sample_answers)
+        if not turns:
+            raise ValueError(f"sample_answers={config.sample_answers} needs conversations that are held out")
+        answers = Answers(start.tokenizer, sampler, turns)
+    programs.check(tuple(stage.block_size for stage in stages))
+    parts = programs, tuple(stages), validation, samples, answers
     return Setup(config, report, folder, start, optimizer, placement, *parts)
+
+
+def settled(config: TrainConfig, workdir: str | pathlib.Path) -> TrainConfig:
+    """The settings with what they leave to the run decided: as the workdir's run has it, or as a new one would.
+
+    A run from before there were such settings had none of what they do.
+    """
+    path, saved = pathlib.Path(workdir), None
+    if (path / CONFIG).is_file():
+        with contextlib.suppress(CheckpointError):  # which `Workdir` is to report
+            saved = read_settings(path)
+    new = {f"router_{name}": value for name, value in dataclasses.asdict(config.balance).items()}
+    open_ = [name for name in new if getattr(config, name) is None]
+    return dataclasses.replace(
+        config, **{name: new[name] if saved is None else saved.get(name, ADDED[name]) for name in open_}
+    )
 
 
 def look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
@@ -111,7 +139,7 @@ def look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
     Raises:
       ValueError: if that is something else, or a run with other settings, or one that is beyond `config.steps`.
     """
-    settings, own = dataclasses.asdict(config), registered()
+    settings, own = dataclasses.asdict(settled(config, workdir)), registered()
     folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED)
     if folder.step is not None and folder.step > config.steps:
         raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")

@@ -36,6 +36,7 @@ class Start(NamedTuple):
       params: the first parameters of all of the model; None where they come from the workdir's checkpoint.
       training, validation: windows of tokens; validation is None where nothing is held out.
       mesh: of the devices that the run uses; None for one.
+      conversational: whether the windows say what each token counts.
     """
 
     tokenizer: Tokenizer
@@ -46,6 +47,7 @@ class Start(NamedTuple):
     validation: Windows | Concatenation | None
     mesh: Mesh | None
     tokenizer_folder: pathlib.Path | None = None
+    conversational: bool = False
 
 
 def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], None] = lambda line: None) -> Start:
@@ -93,17 +95,21 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
     objective = make_objective(config, model)
     if checkpoint is None:  # Otherwise it was asked before that was loaded.
         check_memory(config, objective, mesh)
+    align = math.lcm(*config.block_sizes)
     packing = Packing(
         sequence_length=config.sequence_length,
         vocab_size=model.vocab_size,
         validation_fraction=config.validation_fraction,
         seed=config.seed,
-        align=math.lcm(*config.block_sizes) if config.reset_at_documents else None,
+        align=align if config.reset_at_documents or data.conversational else None,
         end_tokens=model.eos_token_ids,
+        turn_align=align if config.two_towers else 1,
+        padding_weight=config.padding_weight,
+        tokenizer_folder=workdir.path if workdir.step is not None else folder,
     )
     training, validation = data.windows(tokenizer, packing)
     params = _first_parameters(config, objective, checkpoint, mesh) if workdir.step is None else None
-    return Start(tokenizer, model, objective, params, training, validation, mesh, folder)
+    return Start(tokenizer, model, objective, params, training, validation, mesh, folder, data.conversational)
 
 
 def check_memory(config: TrainConfig, objective: Objective, mesh: Mesh | None, available: Room | None = None) -> None:

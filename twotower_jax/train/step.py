@@ -19,10 +19,13 @@ from twotower_jax.kernels.dispatch import platform
 from twotower_jax.parameters import Parameter, Params, Path, flatten, parameter_table, unflatten
 from twotower_jax.sharding import constrain, stored_sharding
 from twotower_jax.train.config import DTYPES, TrainConfig
-from twotower_jax.train.objectives import Documents, Losses, NoiseKey, Objective
+from twotower_jax.train.objectives import ROUTED, Documents, Losses, NoiseKey, Objective
+from twotower_jax.train.optimizers import OPTIMIZERS, Averaged, averaged
 from twotower_jax.train.placement import place
 from twotower_jax.train.schedule import learning_rate
 
+# Names the gradient's noise scale among the losses.
+NOISE = "gradient_noise_scale"
 # The noise of validation is the same in every run, so that runs compare.
 VALIDATION_SEED = 1
 
@@ -35,11 +38,29 @@ class TrainState:
       step: () int32, steps made so far.
       params: the trained parameters, float32.
       optimizer: optax's state for them.
+      balanced: the routers' biases that move by the load of the experts, float32; none by default.
     """
 
     step: jax.Array
     params: Params
     optimizer: Any
+    balanced: Params = flax.struct.field(default_factory=dict)
+
+    @property
+    def weights(self) -> Params:
+        """All parameters that a step changes."""
+        return merge(self.params, self.balanced)
+
+    @property
+    def average(self) -> Params | None:
+        """The same with an average of those that have gradients, where one is kept."""
+        return merge(self.optimizer.average, self.balanced) if isinstance(self.optimizer, Averaged) else None
+
+    def with_weights(self, weights: Params) -> "TrainState":
+        """With other such parameters."""
+        flat = flatten(weights)
+        params, balanced = (unflatten({path: flat[path] for path in flatten(t)}) for t in (self.params, self.balanced))
+        return self.replace(params=params, balanced=balanced)
 
 
 class StepMetrics(NamedTuple):
@@ -67,6 +88,19 @@ def tables(objective: Objective) -> tuple[dict[Path, Parameter], dict[Path, Para
     return trained, {path: p for path, p in table.items() if path not in trained}
 
 
+def apart(objective: Objective, frozen: Params) -> tuple[Params, Params]:
+    """Parameters without gradients as those that the load of the experts moves, and the rest.
+
+    They are biases of routers that train, if the objective balances any.
+    """
+    table, flat = tables(objective)[1], flatten(frozen)
+    moved = {
+        path for path in flat if objective.balance.bias_rate and table[path].balanced and objective.is_trained(path)
+    }
+    balanced, rest = ({path: flat[path] for path in flat if (path in moved) == side} for side in (True, False))
+    return unflatten(balanced), unflatten(rest)
+
+
 def split(objective: Objective, params: Params) -> tuple[Params, Params]:
     """All parameters as trained ones, in float32 copies of their own, and frozen ones."""
     trained, frozen = tables(objective)
@@ -83,18 +117,12 @@ def merge(trained: Params, frozen: Params) -> Params:
 
 
 def make_optimizer(config: TrainConfig, trained: Mapping[Path, Parameter]) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay where the table says so."""
-    beta1, beta2 = config.adam_betas
-    adam = optax.adamw(
-        learning_rate(config),
-        b1=beta1,
-        b2=beta2,
-        weight_decay=config.weight_decay,
-        mask=unflatten({path: parameter.decay for path, parameter in trained.items()}),
-    )
+    """Clipping by global norm, then the optimizer named, with an average of the weights if one is wanted."""
+    named = OPTIMIZERS[config.optimizer](config, trained)
     if config.moments_dtype != "float32":
-        adam = _stored_in(DTYPES[config.moments_dtype], adam)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+        named = _stored_in(DTYPES[config.moments_dtype], named)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), named)
+    return averaged(config.ema_decay, optimizer) if config.ema_decay else optimizer
 
 
 def _stored_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -113,9 +141,11 @@ def _stored_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.G
     return optax.GradientTransformation(init, update)
 
 
-def initial_state(optimizer: optax.GradientTransformation, trained: Params) -> TrainState:
+def initial_state(
+    optimizer: optax.GradientTransformation, trained: Params, balanced: Params | None = None
+) -> TrainState:
     """The state before the first step."""
-    return TrainState(step=jnp.zeros((), jnp.int32), params=trained, optimizer=optimizer.init(trained))
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), balanced or {})
 
 
 def abstract_state(
@@ -134,17 +164,25 @@ def abstract_state(
         path: jax.ShapeDtypeStruct(p.shape, jnp.float32 if p.float32 else objective.dtype, sharding=sharding(p))
         for path, p in frozen.items()
     }
-    state = jax.eval_shape(lambda p: initial_state(optimizer, p), params)
+    balanced, rest = apart(objective, unflatten(rest))
+    state = jax.eval_shape(lambda *p: initial_state(optimizer, *p), params, balanced)
     if mesh is not None:
         everywhere = NamedSharding(mesh, PartitionSpec())
 
         def placed(leaf, like=None):
+            if _is_masked(leaf):  # The parameter is another optimizer's.
+                return leaf
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere if like is None else like.sharding)
 
         # Moments lie where their parameters do.
-        moments = optax.tree.map_params(optimizer, placed, state.optimizer, params, transform_non_params=placed)
-        state = TrainState(step=placed(state.step), params=params, optimizer=moments)
-    return state, unflatten(rest)
+        trees = state.optimizer, params
+        moments = optax.tree.map_params(optimizer, placed, *trees, transform_non_params=placed, is_leaf=_is_masked)
+        state = TrainState(placed(state.step), params, moments, balanced)
+    return state, rest
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def start_state(
@@ -153,12 +191,14 @@ def start_state(
     """The state before the first step and the frozen parameters, on a mesh if there is one."""
     if mesh is None:
         trained, frozen = split(objective, params)
-        return initial_state(optimizer, trained), frozen
+        balanced, frozen = apart(objective, frozen)
+        return initial_state(optimizer, trained, jax.tree.map(jnp.copy, balanced)), frozen
     table = parameter_table(objective.model)
     placed = {path: place(a, stored_sharding(mesh, table[path].axes, a.shape)) for path, a in flatten(params).items()}
     trained, frozen = split(objective, unflatten(placed))
+    balanced, frozen = apart(objective, frozen)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh)[0])
-    return jax.jit(lambda p: initial_state(optimizer, p), out_shardings=shardings)(trained), frozen
+    return jax.jit(lambda *p: initial_state(optimizer, *p), out_shardings=shardings)(trained, balanced), frozen
 
 
 def total_loss(objective: Objective, losses: Losses) -> jax.Array:
@@ -176,7 +216,8 @@ def make_step(
 
     Rows are taken in `config.accumulate` parts one after the other, whose gradients add up to those of the whole batch.
     The noise is a function of seed, step and row of the batch alone. A loss or gradient that is not finite never
-    reaches the weights: such a step changes nothing but the number of steps made.
+    reaches the weights: such a step changes nothing but the number of steps made. Biases of routers that are balanced
+    move after the step, by the tokens of the whole batch.
     """
     schedule = learning_rate(config)
     stored = tables(objective)[0]
@@ -204,6 +245,7 @@ def make_step(
         noise = NoiseKey(config.seed, state.step, index)
         examples = objective.examples(ids, jnp.ones(ids.shape[0], bool), noise, block_size, documents)
         counts = objective.counts(examples)
+        frozen = merge(state.balanced, frozen)
         if config.accumulate == 1:
             gradients, losses = gradients_of(state.params, frozen, examples, counts)
         else:
@@ -211,30 +253,67 @@ def make_step(
             def of_part(part):
                 return gradients_of(state.params, frozen, part, counts)
 
+            def with_square(gradients, losses):
+                if not config.gradient_noise_scale:
+                    return gradients, losses
+                square = jnp.square(optax.tree.norm(gradients))
+                return gradients, losses | {NOISE: LossSum(square, jnp.zeros_like(square))}
+
             def add_part(total, part):
-                found = of_part(part)
+                found = with_square(*of_part(part))
                 # Where a sum over devices is added to a sum over parts, XLA's pass that takes the first out of the loop
                 # fails (libtpu 0.0.52, while_loop_all_reduce_code_motion). The numbers are the same.
                 found = jax.lax.optimization_barrier(found) if platform() == "tpu" else found
                 return jax.tree.map(jnp.add, total, found), None
 
             parts = jax.tree.map(lambda v: _in_parts(v, config.accumulate), examples)
-            shapes = jax.eval_shape(of_part, jax.tree.map(lambda v: v[0], parts))
+            shapes = jax.eval_shape(lambda part: with_square(*of_part(part)), jax.tree.map(lambda v: v[0], parts))
             zeros, no_losses = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
             (gradients, losses), _ = jax.lax.scan(add_part, (_as_stored(stored, zeros), no_losses), parts)
+        routed = losses.pop(ROUTED, None)
         loss = total_loss(objective, losses)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         grad_norm = optax.tree.norm(gradients)
+        if config.gradient_noise_scale:
+            losses[NOISE] = noise_scale(grad_norm**2, losses[NOISE].total, ids.shape[0], config.accumulate)
         skipped = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         # The optimizer counts the updates it made, and takes its rate by that count.
         rate = schedule(optax.tree.get_all_with_path(state.optimizer, "count")[0][1])
         metrics = StepMetrics(losses, loss, grad_norm, rate, skipped)
         # A choice between whole arrays, element by element, which is part of the update's own loop over them.
-        old, new = (state.params, state.optimizer), (optax.apply_updates(state.params, updates), optimizer_state)
-        params, optimizer_state = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), old, new)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        old = state.params, state.optimizer, state.balanced
+        balanced = _moved(objective.balance.bias_rate, state.balanced, routed) if state.balanced else {}
+        new = optax.apply_updates(state.params, updates), optimizer_state, balanced
+        return TrainState(state.step + 1, *jax.tree.map(lambda a, b: jnp.where(skipped, a, b), old, new)), metrics
 
     return step
+
+
+def noise_scale(whole: jax.Array, parts: jax.Array, batch_size: int, count: int) -> LossSum:
+    """How many sequences a batch takes until more of them make its gradient little better: tr Σ / |G|².
+
+    Both are estimated without bias from gradients over batches of two sizes, each noisy: of the batch and of its parts
+    (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1). They are averaged over steps before they are divided, as
+    sum and count of a `LossSum` are.
+
+    Args:
+      whole: () float32, |gradient|² of the batch.
+      parts: () float32, the sum of |gradient|² of its parts, each a share of the batch's gradient.
+      count: of the parts, equally many sequences each.
+    """
+    small, each = count * parts, batch_size / count  # |count · gradient|², on average over the parts
+    squared = (batch_size * whole - each * small) / (batch_size - each)
+    trace = (small - whole) / (1 / each - 1 / batch_size)
+    return LossSum(trace, squared)
+
+
+def _moved(rate: float, biases: Params, routed: LossSum) -> Params:
+    """Biases after a step: + rate where an expert had fewer tokens than the mean of its layer, − rate where it had
+    more."""
+    tokens, means = flatten(routed.total), flatten(routed.count)
+    return unflatten(
+        {path: bias + rate * jnp.sign(means[path] - tokens[path]) for path, bias in flatten(biases).items()}
+    )
 
 
 def _in_parts(rows: jax.Array, count: int) -> jax.Array:

@@ -19,6 +19,7 @@ from twotower_jax.train.metrics import LossWindow, Row, finite
 from twotower_jax.train.objectives import BY_ROW, Losses, Objective
 from twotower_jax.train.placement import Placement
 from twotower_jax.train.step import make_validation
+from twotower_jax.train.terms import evenness
 
 # Rows that a denoiser sees at least, by drawing noise for each window several times.
 MIN_ROWS = 64
@@ -64,7 +65,7 @@ class Validation:
 
         It is None with a single window, which tells nothing of others.
         """
-        placement, size, weights = self._placement, self._batch_size, self._objective.weights
+        placement, size, weights = self._placement, self._batch_size, self._objective.for_validation().weights
         window = LossWindow(weights)
         load = LossSum(0.0, 0.0)
         sums = {term: np.zeros((2, self._count)) for term in weights}
@@ -85,8 +86,11 @@ class Validation:
         row = window.means()
         if np.ndim(load.total):
             # Not the mean of the batches' busiest, which would be the larger the smaller the batches are.
-            row["expert_load"] = [finite(v) for v in np.max(load.total / load.count, axis=1)]
-        return row | {"loss_stderr": finite(self._standard_error(sums))}
+            whole = load.total / load.count
+            row["expert_load"] = [finite(v) for v in np.max(whole, axis=1)]
+            row["expert_entropy"] = [finite(v) for v in np.asarray(evenness(np.float32(whole)))]
+        weighted = {term: np.stack([weights[term] * total, count]) for term, (total, count) in sums.items()}
+        return row | {"loss_stderr": finite(self._standard_error(weighted))}
 
     def _index(self, rows: np.ndarray) -> np.ndarray:
         """The number that the noise of each row depends on, int32: window by window in a draw, draw after draw."""
@@ -94,7 +98,7 @@ class Validation:
         return (rows // self._count * self._count + self._place[rows % self._count]).astype(np.int32)
 
     def _standard_error(self, sums: Mapping[str, np.ndarray]) -> float:
-        """The standard error of the weighted sum of the terms' means, each a ratio of totals over windows.
+        """The standard error of the sum of the terms' means, each a ratio of totals over windows.
 
         From the differences of neighbors in noise level (successive differences, as for systematic samples: Wolter
         2007, Introduction to Variance Estimation, section 8.2): that the loss depends on the level is no uncertainty of
@@ -103,11 +107,11 @@ class Validation:
         if self._count < 2:
             return math.nan
         residual = np.zeros(self._count)
-        for term, (total, count) in sums.items():
+        for total, count in sums.values():
             whole = count.sum()
             if whole == 0:
                 return math.nan
-            residual += self._objective.weights[term] * (total - total.sum() / whole * count) / whole
+            residual += (total - total.sum() / whole * count) / whole
         ordered = residual[np.argsort(self._place)]
         return math.sqrt(self._count / (2 * (self._count - 1)) * np.sum(np.diff(ordered) ** 2))
 

@@ -1,4 +1,4 @@
-"""A sweep as an SVG: agreement with AR and likelihood, over tokens per evaluation and over tokens per second."""
+"""A sweep as an SVG: agreement with AR (or quality) and likelihood, over tokens per evaluation and per second."""
 
 import html
 
@@ -7,18 +7,19 @@ from twotower_jax.visualize.charts import color, svg
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP_X, _GAP_Y = 300, 220, 62, 40, 78, 62
 _ACROSS = (("tokens_per_evaluation", "tokens per evaluation"), ("tokens_per_second", "tokens per second"))
-_UP = (("agreement", "agreement with AR"), ("log_likelihood", "log-likelihood, nats a token"))
+_UP = (("judged_by", "agreement with AR"), ("log_likelihood", "log-likelihood, nats a token"))
 
 
 def plot(sweep: Sweep, chosen: Point) -> str:
-    """Circles are settings, colored by block size. Those with a gray ring are on the Pareto front of agreement and
-    tokens per second, the one with a red ring is `chosen`. The diamond is AR, the dashed line its speed: diffusion
-    breaks even to the right of it."""
+    """Circles are settings, colored by block size. Those with a gray ring are on the Pareto front of agreement (or
+    quality, where it is known) and tokens per second, the one with a red ring is `chosen`. The diamond is AR, the
+    dashed line its speed: diffusion breaks even to the right of it."""
     sizes = list(sweep.needed)
     fills = {size: f"rgb{color(0.15 + 0.7 * i / max(1, len(sizes) - 1))}" for i, size in enumerate(sizes)}
     parts = []
     for column, (x_name, x_label) in enumerate(_ACROSS):
         for line, (y_name, y_label) in enumerate(_UP):
+            y_label = "quality" if y_name == "judged_by" and sweep.ar.quality is not None else y_label
             left, top = _LEFT + column * (_WIDTH + _GAP_X), _TOP + line * (_HEIGHT + _GAP_Y)
             parts.append(_panel(sweep, chosen, fills, (x_name, x_label), (y_name, y_label), left, top))
     bottom = _TOP + 2 * (_HEIGHT + _GAP_Y) + 4

@@ -63,6 +63,10 @@ def compiled(implementation, next_state=True, **tiles):
     return jax.jit(functools.partial(function, groups=GROUPS, epsilon=EPSILON, next_state=next_state))
 
 
+def to_float32(arrays):
+    return jax.tree.map(lambda v: jax.device_put(np.asarray(v, np.float32)), arrays)
+
+
 def check(arrays, implementation, **tiles):
     rounded = jax.tree.map(lambda v: np.asarray(v, np.float32), arrays)
     out, last = compiled(implementation, **tiles)(*jax.tree.map(jnp.asarray, rounded))
@@ -107,7 +111,7 @@ def test_block_scan_from_random_states_under_any_decay(seed, decay, implementati
 
 def test_padding_leaves_the_state_as_it_is(implementation):
     """As the shorter block alone would."""
-    z, xbc, dt, log_decay, *rest = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(1, Shape(2, 16)))
+    z, xbc, dt, log_decay, *rest = to_float32(draw(1, Shape(2, 16)))
     real = (jnp.arange(16) < 9)[:, None]
     dt, log_decay = jnp.where(real, dt, 0), jnp.where(real, log_decay, 0)
     out, last = compiled(implementation)(z, xbc, dt, log_decay, *rest)
@@ -117,7 +121,7 @@ def test_padding_leaves_the_state_as_it_is(implementation):
 
 
 def test_the_next_state_may_be_left_out(implementation):
-    arrays = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(2, Shape(2, 16)))
+    arrays = to_float32(draw(2, Shape(2, 16)))
     out, last = compiled(implementation, next_state=False)(*arrays)
     assert last is None
     np.testing.assert_array_equal(out, compiled(implementation)(*arrays)[0])
@@ -125,7 +129,7 @@ def test_the_next_state_may_be_left_out(implementation):
 
 def test_block_scan_in_bfloat16(implementation):
     """Rounded where the layers round: the convolution's output, and the result."""
-    arrays = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(3, Shape(2, 16)))
+    arrays = to_float32(draw(3, Shape(2, 16)))
     z, xbc, dt, log_decay, weights, tail, state = arrays
     z, xbc, tail = (v.astype(jnp.bfloat16) for v in (z, xbc, tail))
     out, last = compiled(implementation)(z, xbc, dt, log_decay, weights, tail, state)
@@ -173,7 +177,7 @@ def test_programs_of_several_heads():
 
 def test_block_scan_in_bfloat16_on_a_gpu():
     """Rounded where the layers round, and without a next state."""
-    arrays = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(3, wide(2, 16, heads=2)))
+    arrays = to_float32(draw(3, wide(2, 16, heads=2)))
     z, xbc, dt, log_decay, weights, tail, state = arrays
     z, xbc, tail = (v.astype(jnp.bfloat16) for v in (z, xbc, tail))
     out, last = compiled(GPU, next_state=False)(z, xbc, dt, log_decay, weights, tail, state)

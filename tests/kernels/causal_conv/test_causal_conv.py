@@ -24,12 +24,12 @@ def implementation(request):
 
 @pytest.fixture
 def causal_conv(implementation):
-    return functools.partial(kernels.causal_conv, implementation=implementation)
+    return jax.jit(functools.partial(kernels.causal_conv, implementation=implementation))
 
 
 @pytest.fixture
 def block_causal_conv(implementation):
-    return functools.partial(kernels.block_causal_conv, implementation=implementation)
+    return jax.jit(functools.partial(kernels.block_causal_conv, implementation=implementation), static_argnums=4)
 
 
 def draw(seed, *shape):
@@ -63,7 +63,7 @@ def gradients(function, *arrays):
         return jnp.sum(y * draw(99, *y.shape).astype(np.float32))
 
     compiled = jax.jit(jax.grad(loss, argnums=tuple(range(len(arrays)))))
-    return compiled(*(jnp.asarray(v, jnp.float32) for v in arrays))
+    return compiled(*(jax.device_put(np.asarray(v, np.float32)) for v in arrays))
 
 
 def literal_gradients(x, weight, bias, tail):
@@ -89,7 +89,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("length, width, before", [(1, 4, 3), (2, 4, 4), (4, 4, 3), (11, 4, 6), (5, 2, 1), (3, 1, 2)])
 def test_causal_conv_after_a_tail(causal_conv, length, width, before):
     arrays = draw(0, 2, length, 3), draw(1, width, 3), draw(2, 3), draw(3, 2, before, 3)
-    found = causal_conv(*(jnp.asarray(v, jnp.float32) for v in arrays))
+    found = causal_conv(*(jax.device_put(np.asarray(v, np.float32)) for v in arrays))
     assert_close(found, literal(*arrays))
     for one, other in zip(gradients(causal_conv, *arrays), literal_gradients(*arrays), strict=True):
         assert_close(one, other)
@@ -98,15 +98,15 @@ def test_causal_conv_after_a_tail(causal_conv, length, width, before):
 def test_without_a_tail_or_a_bias(causal_conv):
     x, weight = draw(0, 2, 7, 3), draw(1, 4, 3)
     zeros = np.zeros((2, 3, 3))
-    assert_close(causal_conv(jnp.float32(x), jnp.float32(weight), None), literal(x, weight, None, zeros))
+    assert_close(causal_conv(np.float32(x), np.float32(weight), None), literal(x, weight, None, zeros))
 
 
 def test_a_tail_continues_a_sequence(causal_conv):
-    x, weight, bias = (jnp.float32(v) for v in (draw(0, 2, 9, 3), draw(1, 4, 3), draw(2, 3)))
+    x, weight, bias = (np.float32(v) for v in (draw(0, 2, 9, 3), draw(1, 4, 3), draw(2, 3)))
     whole = causal_conv(x, weight, bias)
     for cut in (1, 2, 3, 8):
         # All of the past, zeros included, is a valid tail.
-        tail = jnp.concatenate([jnp.zeros((2, 3, 3)), x[:, :cut]], axis=1)
+        tail = np.concatenate([np.zeros((2, 3, 3), np.float32), x[:, :cut]], axis=1)
         np.testing.assert_allclose(causal_conv(x[:, cut:], weight, bias, tail), whole[:, cut:], rtol=1e-6, atol=1e-6)
 
 
@@ -124,7 +124,7 @@ def test_block_causal_conv_block_by_block(block_causal_conv, block, blocks):
     """Blocks shorter than the window reach over several blocks of the context."""
     length = block * blocks
     x, context, weight, bias = draw(0, 2, length, 3), draw(1, 2, length, 3), draw(2, 4, 3), draw(3, 3)
-    found = block_causal_conv(*(jnp.float32(v) for v in (x, context, weight, bias)), block)
+    found = block_causal_conv(*(np.float32(v) for v in (x, context, weight, bias)), block)
     padded = np.concatenate([np.zeros((2, 3, 3)), context], axis=1)
     expected = [literal(x[:, e : e + block], weight, bias, padded[:, : 3 + e]) for e in range(0, length, block)]
     assert_close(found, np.concatenate(expected, axis=1))
@@ -186,7 +186,7 @@ def check_against_the_reference(seed, blocks, implementation, longest=70, channe
         y, back = jax.vjp(function, *arrays)
         return y, *back(jnp.asarray(draw(99, *y.shape), y.dtype))
 
-    found = run(implementation, *map(jnp.float32, arrays), **tiles)
+    found = run(implementation, *map(np.float32, arrays), **tiles)
     with jax.enable_x64(True):
         expected = run("reference", *(jnp.asarray(v, jnp.float64) for v in arrays))
     for one, other in zip(found, expected, strict=True):
@@ -229,7 +229,7 @@ def test_a_frozen_context_costs_no_gradient_of_it():
 
 def test_a_convolution_of_width_one_reads_no_context(block_causal_conv):
     x, context, weight, bias = draw(0, 2, 6, 3), draw(1, 2, 6, 3), draw(2, 1, 3), draw(3, 3)
-    found = block_causal_conv(*(jnp.float32(v) for v in (x, context, weight, bias)), 2)
+    found = block_causal_conv(*(np.float32(v) for v in (x, context, weight, bias)), 2)
     assert_close(found, silu(weight[0] * x + bias))
 
 

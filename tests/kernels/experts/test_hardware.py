@@ -40,12 +40,16 @@ def draw(dtype, bits=16, width=F):
     """Weights of E experts, quantized if `bits` is 8 or 4."""
     rng = np.random.default_rng(0)
     up, down = rng.standard_normal((E, D, width)) / 8, rng.standard_normal((E, width, D)) / 8
-    up, down = jnp.asarray(up, dtype), jnp.asarray(down, dtype)
-    return (
-        Weights(up, down)
-        if bits == 16
-        else Weights(*(quantize(w, bits, 64, scale_dtype=jnp.bfloat16) for w in (up, down)))
+    up, down = (jax.device_put(np.asarray(w, dtype)) for w in (up, down))
+    if bits == 16:
+        return Weights(up, down)
+    # One program, and not one for each of its operations.
+    return jax.jit(lambda *matrices: Weights(*(quantize(w, bits, 64, scale_dtype=jnp.bfloat16) for w in matrices)))(
+        up, down
     )
+
+
+_dequantized = jax.jit(dequantize, static_argnums=1)
 
 
 def rows(seed, tokens, choices, dtype, favourites=E, nobody=0.2):
@@ -53,7 +57,7 @@ def rows(seed, tokens, choices, dtype, favourites=E, nobody=0.2):
     rng = np.random.default_rng(seed)
     indices = np.stack([rng.permutation(favourites)[:choices] for _ in range(tokens)])
     indices = np.where(rng.random(indices.shape) < nobody, E, indices).astype(np.int32)
-    x = jnp.asarray(rng.standard_normal((tokens, D)), dtype)
+    x = jax.device_put(np.asarray(rng.standard_normal((tokens, D)), dtype))
     return x, indices, rng.uniform(0.1, 1, indices.shape).astype(np.float32)
 
 
@@ -64,7 +68,7 @@ def one_by_one(x, indices, gates, weights):
         return np.asarray(v.astype(x.dtype), np.float64)
 
     up, down = (
-        np.asarray(dequantize(w, jnp.float32) if isinstance(w, Quantized) else w, np.float64) for w in weights[:2]
+        np.asarray(_dequantized(w, jnp.float32) if isinstance(w, Quantized) else w, np.float64) for w in weights[:2]
     )
     total, rows = np.zeros(x.shape), np.asarray(x, np.float64)
     for expert in range(E):
@@ -148,7 +152,7 @@ def test_experts_and_rows_do_not_touch_each_other(form, dtype):
 def test_quantized(form, dtype, up, down):
     """XLA and the TPU kernel round a weight to the rows' dtype, the GPU kernel does not."""
     weights = Weights(draw(dtype, up).up, draw(dtype, down).down)
-    meant = None if form == GPU else Weights(*(dequantize(w, dtype) for w in weights[:2]))
+    meant = None if form == GPU else Weights(*(_dequantized(w, dtype) for w in weights[:2]))
     check(form, dtype, rows(T, T, K, dtype), weights, meant)
 
 
@@ -158,22 +162,20 @@ def test_quantized_experts_as_tpus_store_them():
     F = 320: 384 as stored, which is one tile more than the groups of down that mean anything.
     """
     plain = Weights(draw(jnp.bfloat16, 8, 320).up, draw(jnp.bfloat16, 4, 320).down)
-    stored = Weights(experts_tpu.stored(plain.up, -1), experts_tpu.stored(plain.down, -2))
+    stored = jax.jit(lambda w: Weights(experts_tpu.stored(w.up, -1), experts_tpu.stored(w.down, -2)))(plain)
     assert stored.up.shape == (E, D, 384) and stored.down.shape == (E, 384, D)
     assert stored.up.scales.shape == (E, 16, 384) and stored.down.scales.shape == (E, 16, D)
     for one, other in zip(stored[:2], plain[:2], strict=True):
         assert one.group == other.group == 64 and one.spare > 0
-        whole = np.asarray(dequantize(one, jnp.float32))
-        np.testing.assert_array_equal(
-            whole[tuple(slice(n) for n in other.shape)], np.asarray(dequantize(other, jnp.float32))
-        )
-        assert np.count_nonzero(whole) == np.count_nonzero(np.asarray(dequantize(other, jnp.float32)))
+        whole, meant = (np.asarray(_dequantized(w, jnp.float32)) for w in (one, other))
+        np.testing.assert_array_equal(whole[tuple(slice(n) for n in other.shape)], meant)
+        assert np.count_nonzero(whole) == np.count_nonzero(meant)
     # What stands for nothing may be anything.
     odd = Weights(
         *(dataclasses.replace(q, scales=q.scales.at[:, q.groups :].set(jnp.nan)) for q in (stored.up, stored.down))
     )
     arguments = rows(1, 20, 2, jnp.bfloat16)
-    meant = Weights(*(dequantize(w, jnp.bfloat16) for w in plain[:2]))
+    meant = Weights(*(_dequantized(w, jnp.bfloat16) for w in plain[:2]))
     for form in TPU, "xla":
         check(form, jnp.bfloat16, arguments, odd, meant)
     check(GPU, jnp.bfloat16, arguments, odd, plain)
@@ -279,7 +281,8 @@ def test_no_races_on_gpus(module, bits):
 
     x, indices, gates = rows(9, 20, 2, jnp.bfloat16)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    y = module.expert_mlp(x, indices, gates, draw(jnp.bfloat16, bits), activation=relu2, interpret=interpret)
+    run = jax.jit(functools.partial(module.expert_mlp, activation=relu2, interpret=interpret))
+    y = run(x, indices, gates, draw(jnp.bfloat16, bits))
     assert distance(y, one_by_one(x, indices, gates, draw(jnp.bfloat16, bits))) < TOLERANCE[jnp.bfloat16]
     assert not interpret_pallas_call.get_races().races_found
 

@@ -58,7 +58,7 @@ def draw(seed, batch, length, heads, head_dim, groups, state, *, decay=1.0):
 
 
 def to_float32(arrays):
-    return tuple(jnp.asarray(v, jnp.float32) for v in arrays)
+    return tuple(jax.device_put(np.asarray(v, np.float32)) for v in arrays)
 
 
 def difference(found, expected):
