@@ -45,6 +45,7 @@ _STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 2
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "With --data=python: new tokens per prompt.", lower_bound=1
 )
+_BATCHES = flags.DEFINE_list("batches", ["1", "8"], "With --data=tasks: how many questions are answered together.")
 _BLOCKS = flags.DEFINE_list("blocks", ["32"], "With --data=tasks: block sizes that are tried, with commas.")
 _TASKS = flags.DEFINE_list(
     "tasks", ["letter", "spell", "getters", "sql", "sort", "add"],
@@ -56,7 +57,6 @@ _QUESTIONS = flags.DEFINE_integer("questions", 20, "With --data=tasks: questions
 _TASK_STEPS, _TASK_RATE = 200, 5e-4
 # Thresholds that are tried, on a part of the questions; how much of AR's accuracy is to be kept.
 _THRESHOLDS, _TRIED, _RETAINED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98), 0.5, 0.99
-_BATCHES = (1, 8)
 _SHOWN = 3  # Answers whose steps are printed.
 _MOST_TOKENS = 128  # Of an answer; the longest have fewer.
 
@@ -175,7 +175,7 @@ def _compared(who: Answerer, sampling: SamplingConfig) -> dict[int, dict[str, An
     print(f"\n== compare, on {len(asked)} questions of the test\n", flush=True)
     return {
         batch: in_turns(who, asked, {"ar": _settings(None, batch), "diffusion": _settings(sampling, batch)})
-        for batch in _BATCHES
+        for batch in map(int, _BATCHES.value)
     }
 
 
@@ -194,7 +194,8 @@ def _show_steps(who: Answerer, sampling: SamplingConfig) -> None:
 
 def _report(found: dict[int, dict[str, Answers]], sampling: SamplingConfig, workdir: pathlib.Path, started: float):
     """Prints the comparison, and writes summary.json."""
-    ar, diffusion = found[1]["ar"], found[1]["diffusion"]
+    first, *_ = found
+    ar, diffusion = found[first]["ar"], found[first]["diffusion"]
     rows = []
     for task in _TASKS.value:
         own = diffusion.of(task)
@@ -212,7 +213,7 @@ def _report(found: dict[int, dict[str, Answers]], sampling: SamplingConfig, work
     summary = {
         "accuracy": {"ar": ar.accuracy, "diffusion": diffusion.accuracy},
         "retained_quality": retained,
-        "speedup": speedups[1],
+        "speedup": speedups[first],
         "tokens_per_evaluation": diffusion.tokens_per_evaluation,
         "seconds": time.monotonic() - started,
         "speedup_by_batch": {str(batch): value for batch, value in speedups.items()},
@@ -225,7 +226,8 @@ def _report(found: dict[int, dict[str, Answers]], sampling: SamplingConfig, work
         file.write(json.dumps(summary, indent=2) + "\n")
     kept = "no right answer of AR to keep" if retained is None else f"{retained:.1%} of AR's accuracy kept"
     print(
-        f"\n{kept}, at {speedups[1]:.2f} times its tokens per second, one question at a time "
+        f"\n{kept}, at {speedups[first]:.2f} times its tokens per second, "
+        f"{'one question' if first == 1 else f'{first} questions'} at a time "
         f"({summary['seconds']:.0f} s in all; {workdir / 'summary.json'})"
     )
 
