@@ -6,13 +6,15 @@
     python launch/compile.py --config=configs/nano4b.py --table=scale.json --programs=DIR [--page=PAGE.md] [--again]
 
     python launch/compile.py --config=configs/nano4b.py --least [--batch_size=4 --capacity=2048]
+    python launch/compile.py --config=configs/nano30b.py --least --config.lora.rank=32
 
 The second compiles what generation runs on one device, both towers in bfloat16 or --quantize, instead of the train
 step. The third makes the table of docs/guide/scale.md, the fourth that of docs/reports/nano4b.md: every row that the
 file lacks, each in a process of its own, and prints the table; with --topology it makes these rows again, and no
 others. --page puts the table into a page, --programs keeps the compiled programs in a folder, and --again predicts
-times from them once more, with other rates say, without compiling. The last compiles nothing: it prints what state and
-weights take at the least on the hardware that configs/nano4b.py names.
+times from them once more, with other rates say, without compiling. The last two compile nothing: they print what state
+and weights take at the least on the hardware that configs/nano4b.py names, and what the step of an adapter takes on one
+device.
 
 Topologies are TPUs, such as v5p:8x8x4, v6e:16x16 or tpu7x:4x4x8 (package libtpu), and NVIDIA GPUs, such as h200:64,
 h100:1 or l4:1 (packages jax-cuda13-plugin and jax-cuda13-pjrt). Several may be given, separated by commas. Ends with
@@ -73,7 +75,11 @@ def main() -> None:
     config = freeze(CONFIG.value)
     notes = check_given(config, config_flags.get_override_values(flags.FLAGS["config"]))
     if LEAST.value:
-        print(least.markdown(_on, rows=BATCH_SIZE.value, capacity=CAPACITY.value))
+        if config.lora.rank:
+            command_line.refuse_given([BATCH_SIZE, CAPACITY], "with --least and an adapter, which is not served here")
+            print(least.adapter_markdown(config))
+        else:
+            print(least.markdown(_on, rows=BATCH_SIZE.value, capacity=CAPACITY.value))
         return
     if TABLE.value:
         fine = _make_table(pathlib.Path(TABLE.value))

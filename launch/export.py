@@ -1,6 +1,12 @@
-"""Writes a checkpoint as a Hugging Face folder, bit for bit what it was converted from.
+"""Writes a checkpoint as a Hugging Face folder, bit for bit what it was converted from; or an adapter as PEFT's files.
 
-python launch/export.py --checkpoint=DIR --output=HF_DIR [--tower=both|context|denoiser]
+    python launch/export.py --checkpoint=DIR --output=HF_DIR [--tower=both|context|denoiser]
+    python launch/export.py --checkpoint=WORKDIR --output=ADAPTER_DIR --adapter
+    python launch/export.py --checkpoint=WORKDIR --output=HF_DIR --merge
+    python launch/export.py --checkpoint=DIR --output=HF_DIR --adapter=ADAPTER_DIR
+
+The second is of a workdir that holds an adapter (config.lora), the third adds its update to its base, the fourth that
+of PEFT's files to any checkpoint.
 """
 
 import environment  # noqa: F401, first: it says what is missing
@@ -14,7 +20,8 @@ import jax
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint.export import TOWERS, export
+from twotower_jax.checkpoint.adapter import APPLIED_TO
+from twotower_jax.checkpoint.export import TOWERS, export, export_adapter
 
 _CHECKPOINT = command_line.DEFINE_path(
     "checkpoint", None, "Converted checkpoint, training workdir or Hugging Face folder.", required=True
@@ -23,18 +30,36 @@ _OUTPUT = command_line.DEFINE_path("output", None, "The folder to make; must not
 _TOWER = flags.DEFINE_enum("tower", "both", TOWERS, "One tower makes a single-tower folder (NemotronHForCausalLM).")
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "Of one file, in bytes or with KB, MB or GB.")
 _CHECK = flags.DEFINE_bool("check", True, "Compare the checkpoint's files with their recorded hashes.")
+_ADAPTER = command_line.DEFINE_path_or_bool(
+    "adapter", None, "Alone: write the workdir's adapter as PEFT's files. With a folder of these: merge them."
+)
+_MERGE = flags.DEFINE_bool("merge", False, "Add the update of the workdir's adapter to its base.")
+_ADAPTER_TOWER = flags.DEFINE_enum(
+    "adapter_tower", None, APPLIED_TO, "Which tower an adapter of a backbone changes; see launch/generate.py."
+)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # Nothing here is worth an accelerator.
-    count = export(
-        pathlib.Path(_CHECKPOINT.value),
-        pathlib.Path(_OUTPUT.value),
-        _TOWER.value,
-        parse_size(_MAX_SHARD_SIZE.value),
-        verify=_CHECK.value,
-    )
+    checkpoint, output = pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUTPUT.value)
+    limit = parse_size(_MAX_SHARD_SIZE.value)
+    if _ADAPTER.value is True:
+        if _MERGE.value:
+            raise ValueError("--adapter writes the adapter by itself and --merge a whole folder: give one of the two")
+        command_line.refuse_given([_MAX_SHARD_SIZE, _ADAPTER_TOWER], "with --adapter")
+        count = export_adapter(checkpoint, output, _TOWER.value)
+    else:
+        folder = _ADAPTER.value or None
+        if folder is None:
+            command_line.refuse_given([_ADAPTER_TOWER], "without --adapter=DIR")
+        count = export(
+            *(checkpoint, output, _TOWER.value, limit),
+            verify=_CHECK.value,
+            merge=_MERGE.value or folder is not None,
+            adapter=None if folder is None else pathlib.Path(folder),
+            adapter_tower=_ADAPTER_TOWER.value,
+        )
     print(f"{_OUTPUT.value}: {count:,} tensors")
 
 

@@ -8,8 +8,8 @@ DIR is a Hugging Face folder, a converted checkpoint, or a training workdir. Row
 the denoiser drafts well. --chat speaks to a chat model through its tokenizer's template: conversations of a file, rows
 {"messages": [...]}, or, without one, typed turn by turn (/exit or Ctrl-D ends). --watch shows blocks filling in;
 --trace=FILE writes every step down. What launch/tune.py wrote into DIR/generation_config.json takes the place of the
-defaults of the flags of the same names. --mesh=expert=4,tensor=2 divides the model and the rows over devices,
---separate_towers gives each tower its own.
+defaults of the flags of the same names. --adapter=DIR puts a LoRA adapter beside the weights. --mesh=expert=4,tensor=2
+divides the model and the rows over devices, --separate_towers gives each tower its own.
 """
 
 import environment  # noqa: F401, first: it says what is missing
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 from tokenizers import Tokenizer
 
-from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
+from twotower_jax import adapter_flags, command_line, generation_flags, model_flags, strategy_flags
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
@@ -39,6 +39,7 @@ from twotower_jax.outputs import check_apart
 from twotower_jax.texts import check_text
 
 flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(adapter_flags)
 flags.adopt_module_key_flags(generation_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
 _PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
@@ -120,7 +121,7 @@ def _generate(
     # Read first, because a model takes long to load.
     template = ChatTemplate.load(checkpoint, load_tokenizer(checkpoint)) if _CHAT.value else None
     prompts = conversation_ids(rows, template) if rows and template else None
-    loaded = model_flags.load_model(_SEPARATE_TOWERS.value)
+    loaded = model_flags.load_model(_SEPARATE_TOWERS.value, **adapter_flags.given())
     text = _CHAT.value or any("text" in row for row in rows)
     tokenizer = _tokenizer(loaded.folder, bool(settings.stop) or text)
     if rows is None:

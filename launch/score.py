@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from twotower_jax import command_line, model_flags
+from twotower_jax import adapter_flags, command_line, model_flags
 from twotower_jax.data import load_tokenizer
 from twotower_jax.generation import quality
 from twotower_jax.generation.placement import in_force
@@ -34,6 +34,7 @@ from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
 flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(adapter_flags)
 _INPUT = command_line.DEFINE_path("input", None, "JSON Lines file of rows to score.", required=True)
 _OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the scores.", required=True)
 # What rows need beside their tokens.
@@ -90,7 +91,7 @@ def main() -> None:
     check_apart({"--output": _OUTPUT.value}, {"--input": _INPUT.value})
     rows = _cut(_read())
     with row_writer(_OUTPUT.value) as write:
-        model, params, folder, placement = model_flags.load_model()
+        model, params, folder, placement = model_flags.load_model(**adapter_flags.given())
         if _OBJECTIVE.value in ("denoiser", "nll_bound"):
             remedy = "--objective=ar scores with the backbone itself"
             model_flags.warn_if_untrained(folder, f"--objective={_OBJECTIVE.value}", remedy)

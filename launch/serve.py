@@ -5,9 +5,10 @@
 
 DIR is what launch/generate.py takes, and so are the flags of how to generate: here they are the defaults of requests. A
 browser finds a page at / that shows blocks as they are denoised. --slots rows are computed together, each of at most
---capacity tokens, prompt and answer; --max_waiting more may wait. Who may ask: without --api_keys everybody who reaches
-the address, which is this machine's own unless --host says otherwise. SIGTERM, or Ctrl-C, lets what was begun be
-finished; a second one does not. docs/guide/serving.md tells of the routes.
+--capacity tokens, prompt and answer; --max_waiting more may wait. --adapter=NAME=DIR, which may be repeated, serves a
+LoRA adapter beside the model: requests name it as their `model`, and all share one copy of the weights. Who may ask:
+without --api_keys everybody who reaches the address, which is this machine's own unless --host says otherwise. SIGTERM,
+or Ctrl-C, lets what was begun be finished; a second one does not. docs/guide/serving.md tells of the routes.
 """
 
 import environment  # noqa: F401, first: it says what is missing
@@ -22,6 +23,9 @@ import sys
 from absl import flags
 
 from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
+from twotower_jax.checkpoint import load
+from twotower_jax.checkpoint.adapter import APPLIED_TO, Adapter
+from twotower_jax.paths import local_path
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
@@ -38,6 +42,12 @@ _CORS = flags.DEFINE_multi_string(
 _PREFIX_CACHE_GB = flags.DEFINE_float(
     "prefix_cache_gb", 0.0, "Keep so much (GB of 10⁹ bytes) of prompts, for those that begin alike.", lower_bound=0
 )
+_ADAPTERS = flags.DEFINE_multi_string(
+    "adapter", [], "NAME=DIR: a LoRA adapter in PEFT's files, which clients choose as `model`; may be repeated."
+)
+_ADAPTER_TOWER = flags.DEFINE_enum(
+    "adapter_tower", None, APPLIED_TO, "Which tower adapters of a backbone change; see launch/generate.py."
+)
 _WARMUP = flags.DEFINE_bool("warmup", False, "Compile what the default settings need before /ready says yes.")
 
 
@@ -47,6 +57,21 @@ def _here(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _adapters(name: str) -> dict[str, Adapter]:
+    """Those of the flags by name, read and checked."""
+    if not _ADAPTERS.value:
+        command_line.refuse_given([_ADAPTER_TOWER], "without --adapter")
+    found: dict[str, Adapter] = {}
+    for given in _ADAPTERS.value:
+        model, equals, folder = given.partition("=")
+        if not (model and equals and folder):
+            raise ValueError(f"--adapter={given} is not of the form NAME=DIR")
+        if model in (name, *found):
+            raise ValueError(f"--adapter={given}: {model!r} is the name of another model already")
+        found[model] = load.read_adapter(local_path(folder), model_flags.CHECKPOINT.value)
+    return found
 
 
 def main() -> None:
@@ -63,7 +88,10 @@ def main() -> None:
     listener = bind(_HOST.value, _PORT.value)
     if not keys and not _here(_HOST.value):
         print(f"warning: whoever reaches {_HOST.value} may ask: there is no --api_keys=FILE", file=sys.stderr)
+    name = _NAME.value or pathlib.Path(model_flags.CHECKPOINT.value).resolve().name
+    adapters = _adapters(name)
     loaded = model_flags.load_model()
+    beside = {one: model_flags.beside(loaded, found, _ADAPTER_TOWER.value) for one, found in adapters.items()}
     generation_flags.warn_of_unused()
     if settings.mode != "ar":
         model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", "--mode=ar is the backbone itself")
@@ -72,7 +100,7 @@ def main() -> None:
         loaded.params,
         loaded.folder,
         settings,
-        name=_NAME.value or pathlib.Path(model_flags.CHECKPOINT.value).resolve().name,
+        name=name,
         slots=_SLOTS.value,
         capacity=_CAPACITY.value,
         max_waiting=_MAX_WAITING.value,
@@ -81,6 +109,7 @@ def main() -> None:
         seed=settings.seed if generation_flags.SEED.present else None,
         prefix_cache_bytes=int(_PREFIX_CACHE_GB.value * 1e9),
         warm_up=_WARMUP.value,
+        adapters=beside,
     )
 
     async def run() -> None:

@@ -50,6 +50,23 @@ def DEFINE_path(name: str, default: str | None, help: str, **options) -> flags.F
     return flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), **options)
 
 
+class _PathOrBool(flags.Flag):
+    """A flag whose value is True where it stands alone."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.boolean = True
+
+    def _parse(self, value):
+        words = {"true": True, True: True, "false": None}
+        return words[value] if value in words else super()._parse(value)
+
+
+def DEFINE_path_or_bool(name: str, default: str | None, help: str) -> flags.FlagHolder:  # noqa: N802 (absl's style)
+    """A flag that may stand alone, its value then being True, or have a path: one called `true` is written ./true."""
+    return flags.DEFINE_flag(_PathOrBool(_PathParser(), flags.ArgumentSerializer(), name, default, help))
+
+
 def refuse_given(holders: Iterable[flags.FlagHolder], why: str) -> None:
     """Refuses flags that were given and that nothing looks at.
 

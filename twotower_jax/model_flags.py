@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from absl import flags
 
 from twotower_jax import command_line, memory, quantization
+from twotower_jax.checkpoint.adapter import Adapter
 from twotower_jax.checkpoint.load import Contents, contents, is_small, load, stored_method
+from twotower_jax.checkpoint.load import beside as load_beside
 from twotower_jax.execution import Execution
 from twotower_jax.generation.placement import TowerMeshes, parse_mesh, tower_meshes
 from twotower_jax.generation.trained import untrained_denoiser
@@ -54,8 +56,11 @@ def end_tokens() -> tuple[int, ...] | None:
     return parse_ids(EOS.value, "--eos") if EOS.value else None
 
 
-def load_model(apart: bool = False) -> Loaded:
+def load_model(apart: bool = False, adapter: str | None = None, adapter_tower: str | None = None) -> Loaded:
     """The model of the flags; with `apart` each tower on a mesh of its own.
+
+    Args:
+      adapter, adapter_tower: an adapter beside its weights, see `checkpoint.load.load`.
 
     Raises:
       ValueError, OSError, CheckpointError: see `checkpoint.load.load`; ValueError also for --kernels and --mesh, and,
@@ -66,9 +71,20 @@ def load_model(apart: bool = False) -> Loaded:
     scan_layers = jax.default_backend() == "cpu" and is_small(pathlib.Path(CHECKPOINT.value))
     execution = Execution(dtype=DTYPE.value, scan_layers=scan_layers, backends=Backends.parse(KERNELS.value))
     places = None if placement.context is None else placement.parameter_sharding
-    model, params, folder = load(CHECKPOINT.value, execution=execution, sharding=places, quantize=QUANTIZE.value)
+    beside = {"adapter": adapter, "adapter_tower": adapter_tower}
+    model, params, folder = load(
+        CHECKPOINT.value, execution=execution, sharding=places, quantize=QUANTIZE.value, **beside
+    )
     placement.check(model.config)
     return Loaded(model, cast(parameter_table(model), params, DTYPE.value), folder, placement)
+
+
+def beside(loaded: Loaded, adapter: Adapter, tower: str | None = None) -> Params:
+    """The parameters of a loaded model with an adapter beside them; see `checkpoint.load.beside`."""
+    model, params, _, placement = loaded
+    places = None if placement.context is None else placement.parameter_sharding
+    found = load_beside(adapter, model, params, CHECKPOINT.value, tower, places)
+    return cast(parameter_table(model), found, DTYPE.value)
 
 
 def _check_memory(found: Contents, placement: TowerMeshes) -> None:

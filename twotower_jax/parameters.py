@@ -5,7 +5,8 @@ tensor in a published checkpoint. Modules are built abstractly (no array exists)
 declarations, and initialization, loading, saving, sharding, freezing and weight decay all read that table.
 
 Parameters themselves are plain nested dictionaries of arrays, keyed as the table's paths; `bind` puts such a
-dictionary into a module for one functional call. In place of a matrix there may be a `Quantized` one (quantization.py).
+dictionary into a module for one functional call. In place of a matrix there may be a `Quantized` one (quantization.py)
+or one with an update beside it (lora.py).
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from twotower_jax import sharding
+from twotower_jax.adapted import Adapted
 from twotower_jax.kernels.numerics.quantized import Quantized
 
 Path = tuple[str, ...]
@@ -58,6 +60,7 @@ class Parameter:
       scales: how it may be stored in fewer bits: GROUPS, COLUMNS or ROWS; None for what never is.
       in_backbone: whether a published backbone has it; what it lacks starts from `init`.
       balanced: whether it is a router's bias, which training may move by the load of the experts.
+      adaptable: whether an `Adapted` matrix may stand in its place.
     """
 
     path: Path
@@ -72,6 +75,7 @@ class Parameter:
     scales: str | None
     in_backbone: bool
     balanced: bool = False
+    adaptable: bool = False
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -123,6 +127,7 @@ class Scope:
         trainable: bool = True,
         balanced: bool = False,
         scales: str | None = None,
+        adaptable: bool = False,
     ) -> nnx.Param:
         """Declares one array and returns it as an abstract `nnx.Param`.
 
@@ -146,7 +151,7 @@ class Scope:
             tensors = tensors[0]
         declaration = Parameter(
             *((), shape, axes, init, np.asarray(tensors, dtype=object)),
-            *(layout, decay, float32, trainable, scales, self.in_backbone, balanced),
+            *(layout, decay, float32, trainable, scales, self.in_backbone, balanced, adaptable),
         )
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), declaration=declaration)
 
@@ -169,21 +174,25 @@ def bind[M: nnx.Module](module: M, params: Params) -> M:
     return nnx.merge(nnx.graphdef(module), params)
 
 
-def at_rest(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array | Quantized:
+def at_rest(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array | Quantized | Adapted:
     """The array of a bound parameter, cast, where it is stored: for a `sharding.local` that gathers it (`AtRest`).
 
     A quantized matrix stays one: only who multiplies with it knows when its numbers are best made of it. A layer that
-    declares a parameter with `scales` takes either.
+    declares a parameter with `scales` takes either, and one that is `adaptable` also with an update beside it.
     """
     value = variable.get_value()
+    if isinstance(value, Adapted):
+        return value if dtype is None else value.cast(dtype)
     return value if dtype is None or isinstance(value, Quantized) else value.astype(dtype)
 
 
-def use(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array | Quantized:
+def use(variable: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array | Quantized | Adapted:
     """The array of a bound parameter as a layer computes with it: `at_rest`, then gathered from where it is stored."""
     value = at_rest(variable, dtype)
     axes = variable.get_metadata()["declaration"].axes
     # Inside a scan "layers" is gone.
+    if isinstance(value, Adapted):
+        return value.map_arrays(sharding.gathered, axes[len(axes) - value.ndim :])
     return jax.tree.map(lambda v: sharding.gathered(v, axes[len(axes) - v.ndim :]), value)
 
 
@@ -231,7 +240,9 @@ def count(table: Mapping[Path, Parameter]) -> int:
 def cast(table: Mapping[Path, Parameter], params: Params, dtype: jnp.dtype) -> Params:
     """`params` stored as `dtype`, except those that the table keeps in float32, and quantized ones."""
 
-    def one(path: Path, array: jax.Array | Quantized) -> jax.Array | Quantized:
+    def one(path: Path, array: jax.Array | Quantized | Adapted) -> jax.Array | Quantized | Adapted:
+        if isinstance(array, Adapted):
+            return array.cast(dtype)
         return array if isinstance(array, Quantized) else array.astype(jnp.float32 if table[path].float32 else dtype)
 
     return unflatten({path: one(path, array) for path, array in flatten(params).items()})

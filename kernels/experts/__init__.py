@@ -36,10 +36,9 @@ class Weights(NamedTuple):
     down_bias: Float[Array, "E D"] | None = None
 
 
-def refuse_gradient(weights: Weights) -> None:
-    """Raises ValueError if a matrix is quantized: whole numbers have no gradient."""
-    if any(isinstance(part, Quantized) for part in weights):
-        raise ValueError("quantized experts have no gradient; dequantize them for training")
+def is_quantized(weights: Weights) -> bool:
+    """Whether a matrix is quantized. Whole numbers have no gradient, so that weights are then constants, biases too."""
+    return any(isinstance(part, Quantized) for part in weights)
 
 
 EXPERT_MLP = Op(
@@ -65,7 +64,7 @@ def expert_mlp(
 ) -> Float[Array, "T D"]:
     """The weighted sum of each row's experts.
 
-    Differentiable in x, gates and weights, unless they are quantized.
+    Differentiable in x and gates, and in weights unless one of them is quantized.
 
     Args:
       x: (T, D).

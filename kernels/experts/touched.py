@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels.experts import Activation, Weights, refuse_gradient, sort_by_expert
+from twotower_jax.kernels.experts import Activation, Weights, is_quantized, sort_by_expert, xla
 
 
 class Touched(NamedTuple):
@@ -54,15 +54,21 @@ Forward = Callable[[Activation, bool, jax.Array, jax.Array, jax.Array, Weights],
 
 
 def with_gradient(forward: Forward, again: Forward) -> Forward:
-    """`forward` with the gradient of `again`, which computes the same."""
+    """`forward` with the gradient of `again`, which computes the same; of quantized experts, with that of xla.py."""
     function = functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))(forward)
 
     def keep(activation, interpret, x, indices, gates, weights):
-        refuse_gradient(weights)
         return forward(activation, interpret, x, indices, gates, weights), (x, indices, gates, weights)
 
     def backward(activation, interpret, residuals, g):
         x, indices, gates, weights = residuals
+        if is_quantized(weights):
+
+            def by_tiles(x, gates):
+                return xla.expert_mlp(x, indices, gates, weights, activation=activation)
+
+            dx, dgates = jax.vjp(by_tiles, x, gates)[1](g)
+            return dx, None, dgates, None
 
         def call(x, gates, weights):
             return again(activation, interpret, x, indices, gates, weights)

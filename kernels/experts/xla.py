@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels.experts import Activation, Weights, refuse_gradient
+from twotower_jax.kernels.experts import Activation, Weights, is_quantized
 from twotower_jax.kernels.experts.tiles import Tiles, in_tiles
 from twotower_jax.kernels.numerics.quantized import Quantized, as_array
 
@@ -55,13 +55,20 @@ def _tiled_mlp(activation: Activation, batched: bool, x: jax.Array, weights: Wei
 
 
 def _tiled_mlp_forward(activation, batched, x, weights, tiles):
-    refuse_gradient(weights)
     return _tiled_mlp(activation, batched, x, weights, tiles), (x, weights, tiles)
 
 
 def _tiled_mlp_backward(activation, batched, residuals, g):
     x, weights, tiles = residuals
     expert = tiles.expert
+    if is_quantized(weights):
+
+        def of_rows(i, dx):
+            of_expert = jax.tree.map(lambda w: w[expert[i]], weights)
+            _, pullback = jax.vjp(lambda rows: _one_tile(activation, rows, of_expert), x[i])
+            return dx.at[i].set(pullback(g[i])[0])
+
+        return jax.lax.fori_loop(0, tiles.used, of_rows, jnp.zeros_like(x)), None, None
 
     def body(i, carry):
         dx, dweights = carry

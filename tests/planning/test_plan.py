@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from helpers import ROOT, run_command
-from twotower_jax.parameters import Parameter, parameter_table
-from twotower_jax.planning import checks, hardware, report, serving, table
+from twotower_jax.parameters import Parameter, count, parameter_table
+from twotower_jax.planning import checks, hardware, least, report, serving, table
 from twotower_jax.planning.hardware import Hardware
 from twotower_jax.planning.plan import compile_or_refuse, plan_step
 from twotower_jax.sharding import MeshShape
@@ -271,6 +271,21 @@ def test_the_compiler_s_own_words_for_a_copy_are_known():
     used = jax.jit(lambda w: w @ w.T).lower(jnp.zeros((64, 96))).compile().as_text()
     assert checks.weight_copies(turned, [matrix], {}, least=1).found
     assert not checks.weight_copies(used, [matrix], {}, least=1).found
+
+
+# The least of an adapter's step.
+
+
+def test_the_bytes_of_an_adapters_step(step_config):
+    config = step_config(**{"lora.rank": 2, "lora.base": "bfloat16", "dtype": "bfloat16", "mesh.fsdp": -1})
+    objective = make_objective(config, config.model_config(config.vocab_size))
+    numbers, declared = count(objective.adapter), parameter_table(objective.model)
+    half = sum(math.prod(p.shape) * (4 if p.float32 else 2) for p in declared.values())
+    one = least.least_training(config, least.ADAPTING[0], 1)
+    assert (one.frozen, one.gradients, one.optimizer - 8 * numbers) == (half, 4 * numbers, 8)  # two counts of steps
+    text = least.adapter_markdown(config).splitlines()
+    assert text[0] == "| one step of an adapter, its base in | bfloat16 | int8 | int4 |"
+    assert text[2].startswith(f"| base, GiB | {half / 2**30:.2f} |") and len(text) == 10
 
 
 # The table of docs/guide/scale.md.

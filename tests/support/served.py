@@ -82,7 +82,7 @@ async def listening(service: Service) -> AsyncIterator[tuple[tuple[str, int], Se
 def scripted_service(folder: pathlib.Path, engine: "Scripted", places: int = 6, **options: Any) -> Service:
     """A service whose engine has no model; to be called where an event loop runs."""
 
-    def score(prompts, top):
+    def score(prompts, top, adapter=None):
         return [[None, *(TokenLogprob(token, -2.0, [(token, -2.0)][:top]) for token in ids[1:])] for ids in prompts]
 
     make = assemble(

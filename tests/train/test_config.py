@@ -279,7 +279,7 @@ def test_every_field_that_may_be_none_can_be_given_as_none(monkeypatch, tmp_path
             given(f"--config.{unknown}=None")
         assert capsys.readouterr().err.startswith(f"error: --config.{unknown}: the configuration has no such field")
     for field in dataclasses.fields(TrainConfig):
-        parts = ("model", "variant", "diffusion", "distillation", "kernels", "mesh")
+        parts = ("model", "variant", "diffusion", "distillation", "lora", "kernels", "mesh")
         if field.name in ("block_size", "block_curriculum", *parts) or field.type == float | None:
             continue
         with pytest.raises(ValueError, match=f"{field.name} must be .*, found None"):

@@ -15,6 +15,7 @@ import numpy as np
 
 from twotower_jax import parameters, randomness
 from twotower_jax.atomic import new_folder
+from twotower_jax.checkpoint import adapter as adapters
 from twotower_jax.checkpoint import arrays, huggingface, load, manifest, store, workdir
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.config_file import CONFIG, SMALL_FILES, read_small_file
@@ -23,10 +24,10 @@ from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.checkpoint.plan import table_places
 from twotower_jax.checkpoint.safetensors_file import DTYPES
 from twotower_jax.config import MASK_TOKEN_ID
-from twotower_jax.files import read_file, read_json
+from twotower_jax.files import check_folder, read_file, read_json
 from twotower_jax.parameters import Params, parameter_table
 from twotower_jax.progress import Progress
-from twotower_jax.two_tower import TwoTower
+from twotower_jax.two_tower import Backbone, TwoTower
 
 TOWERS = ("both", "context", "denoiser")
 _ARCHITECTURES = {"both": "NemotronHTwoTowerForCausalLM"}
@@ -47,7 +48,46 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard_size: int, verify: bool = True) -> int:
+def export_adapter(checkpoint: pathlib.Path, output: pathlib.Path, tower: str) -> int:
+    """Writes the adapter of a training workdir as PEFT's files; `output` as in `export`.
+
+    Args:
+      tower: "both" names modules as the whole folder of this model has them; one tower as its single-tower folder.
+
+    Returns:
+      the number of tensors.
+
+    Raises:
+      CheckpointError: if the checkpoint is broken.
+      ValueError, OSError: if it is no adapter's workdir, the tower has no adapter, or it cannot be written.
+    """
+    check_folder(checkpoint, "give the workdir of an adapter")
+    found, (config, variant, single) = adapters.from_workdir(checkpoint), workdir.described(checkpoint)
+    modules = adapters.modules_of(parameter_table(Backbone(config) if single else TwoTower(config, variant)))
+    if tower != "both" and not single:
+        prefix = f"{tower}_tower."
+        tensors = {f"backbone.{n.removeprefix(prefix)}": t for n, t in found.tensors.items() if n.startswith(prefix)}
+        if len(tensors) < len(found.tensors):
+            raise ValueError(
+                f"{checkpoint}: its adapter is {'also' if tensors else 'only'} of another tower than --tower={tower}"
+            )
+        base = {tower: found.base[tower]}
+        found = found._replace(tensors=tensors, base=base, tower=tower)
+        modules = [f"backbone.{n.removeprefix(prefix)}" if n.startswith(prefix) else n for n in modules]
+    return adapters.write(found, output, modules)
+
+
+def export(
+    checkpoint: pathlib.Path,
+    output: pathlib.Path,
+    tower: str,
+    max_shard_size: int,
+    verify: bool = True,
+    *,
+    merge: bool = False,
+    adapter: pathlib.Path | None = None,
+    adapter_tower: str | None = None,
+) -> int:
     """Writes a folder; afterwards `output` is whole, or is not there where anything went wrong.
 
     Args:
@@ -56,17 +96,29 @@ def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard
       tower: "both", or one of them as a single-tower folder.
       max_shard_size: in bytes, of one file; a larger tensor gets a file of its own.
       verify: compares the checkpoint's files with their recorded hashes.
+      merge: adds the update of an adapter, a workdir's own or one of PEFT's files, to the matrices that it is of:
+        summed in float32 and rounded to the dtype that they have in the base.
+      adapter, adapter_tower: the folder of PEFT's files, see `load.load`.
 
     Returns:
       the number of tensors.
 
     Raises:
       CheckpointError: if the checkpoint is broken.
-      ValueError, OSError: if the published code would compute something else from the output, or it cannot be written.
+      ValueError, OSError: if it is an adapter's workdir and not to be merged, or holds no adapter and is, if the
+        published code would compute something else from the output, or it cannot be written.
     """
     if max_shard_size <= 0:
         raise ValueError(f"max_shard_size={max_shard_size} must be positive")
-    if (checkpoint / store.MANIFEST).exists():
+    holds_adapter = checkpoint.is_dir() and workdir.read_base(checkpoint) is not None
+    if holds_adapter and not merge:
+        raise ValueError(
+            f"{checkpoint}: holds an adapter; give --adapter to write it by itself, in PEFT's files, or --merge for a "
+            "whole folder with its update added"
+        )
+    if merge and not holds_adapter and adapter is None:
+        raise ValueError(f"{checkpoint}: holds no adapter to merge; give one with --adapter=DIR")
+    if adapter is None and (checkpoint / store.MANIFEST).exists():
         opened = store.open_store(checkpoint, verify)
         if opened.manifest.method is not None:
             raise ValueError(
@@ -77,7 +129,7 @@ def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard
         came = _SOURCE_TOWERS[opened.manifest.kind]
         config = read_json(checkpoint / CONFIG)
     else:
-        loaded = load.load(checkpoint)
+        loaded = load.load_merged(checkpoint, adapter, adapter_tower) if merge else load.load(checkpoint)
         check_expressible(loaded.model, tower)
         if (checkpoint / workdir.CHECKPOINTS).exists():
             for remark in remarks(loaded.model, workdir.read_settings(checkpoint)["objective"], tower):
@@ -85,7 +137,7 @@ def export(checkpoint: pathlib.Path, output: pathlib.Path, tower: str, max_shard
         tensors = model_tensors(loaded.model, loaded.params)
         # A workdir's own config.json is about the run.
         came, config = None, loaded.model.config.to_hf() | {"tie_word_embeddings": False}
-        if not (checkpoint / workdir.CHECKPOINTS).exists():
+        if not merge and not (checkpoint / workdir.CHECKPOINTS).exists():
             came = "one" if huggingface.open_folder(checkpoint).single_tower else "both"
             config = read_json(checkpoint / CONFIG)
     tensors = _select(tensors, tower)

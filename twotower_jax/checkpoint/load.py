@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from twotower_jax import lora, randomness
+from twotower_jax.checkpoint import adapter as adapters
 from twotower_jax.checkpoint import huggingface, manifest, store, workdir
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
@@ -14,7 +16,7 @@ from twotower_jax.files import check_folder
 from twotower_jax.parameters import Params, ShardingOf, parameter_table
 from twotower_jax.quantization import METHODS, Method, check_mesh
 from twotower_jax.sharding import stored_sharding
-from twotower_jax.two_tower import TwoTower
+from twotower_jax.two_tower import TwoTower, from_backbone
 
 # Bytes on disk.
 _SMALL = 256 * 2**20
@@ -38,8 +40,11 @@ def load(
     sharding: ShardingOf | None = None,
     verify: bool = True,
     quantize: str | None = None,
+    adapter: str | pathlib.Path | None = None,
+    adapter_tower: str | None = None,
 ) -> Loaded:
-    """Loads a checkpoint of any kind. A single tower becomes both towers.
+    """Loads a checkpoint of any kind. A single tower becomes both towers; an adapter's workdir becomes its base with
+    the adapter beside it.
 
     Args:
       path: a Hugging Face folder, a folder written by `launch/convert.py`, or a training workdir (its newest step).
@@ -51,7 +56,10 @@ def load(
       verify: compare the files of a converted checkpoint with their recorded hashes first; those of a workdir always
         are.
       quantize: a name of `quantization.METHODS`, by which weights are stored in fewer bits as they are read; None
-        takes them as they are, which may be quantized.
+        takes them as they are, which may be quantized; of an adapter's workdir, as it was trained.
+      adapter: a folder of PEFT's files, put beside the weights (checkpoint/adapter.py).
+      adapter_tower: which tower an adapter of a backbone changes, one of `adapter.APPLIED_TO`; None takes both where
+        the checkpoint is a backbone, else the context tower.
 
     Raises:
       CheckpointError: if the folder is none of these, or is broken.
@@ -63,16 +71,119 @@ def load(
     if mesh is not None:
         sharding = lambda p: stored_sharding(mesh, p.axes, p.shape)  # noqa: E731
     check_folder(path, _WANTED)
-    if (path / store.MANIFEST).exists():
+    base = workdir.read_base(path)
+    found = None if adapter is None else read_adapter(adapter, path)
+    if base is not None:
+        model, params = _load_adapted(path, base, variant, execution, sharding, verify, method or stored_method(path))
+    elif (path / store.MANIFEST).exists():
         model, params = store.load(path, variant, execution, sharding=sharding, verify=verify, quantize=method)
     elif (path / workdir.CHECKPOINTS).exists():
         model, params = workdir.load(path, variant, execution, sharding=sharding, quantize=method)
     else:
         variant = variant or Variant()
         model, params = huggingface.load(path, variant, execution, sharding=sharding, quantize=method)
+    if found is not None:
+        params = beside(found, model, params, path, adapter_tower, sharding)
     if mesh is not None:
         check_mesh(parameter_table(model), params, mesh)
     return Loaded(model, params, path)
+
+
+def read_adapter(folder: str | pathlib.Path, checkpoint: str | pathlib.Path) -> adapters.Adapter:
+    """The adapter of a folder of PEFT's files, which is of this checkpoint as far as can be told.
+
+    Raises:
+      CheckpointError, ValueError: see `adapter.read` and `adapter.check_base`; also if the checkpoint has one already.
+    """
+    checkpoint = pathlib.Path(checkpoint)
+    if (base := workdir.read_base(checkpoint)) is not None:
+        raise ValueError(f"{checkpoint}: holds an adapter already; give its base, {base.checkpoint}, as the checkpoint")
+    found = adapters.read(pathlib.Path(folder))
+    adapters.check_base(found, checkpoint)
+    return found
+
+
+def beside(
+    adapter: adapters.Adapter,
+    model: TwoTower,
+    params: Params,
+    checkpoint: str | pathlib.Path,
+    tower: str | None = None,
+    sharding: ShardingOf | None = None,
+) -> Params:
+    """The parameters of a loaded checkpoint with an adapter beside them; what it does not change is shared.
+
+    Args:
+      tower: see `adapter.towers_of`. sharding: where the adapter's arrays go.
+
+    Raises:
+      CheckpointError: if it does not fit the model.
+    """
+    towers = adapters.towers_of(adapter, is_backbone(pathlib.Path(checkpoint)), tower)
+    if model.variant.context == "tied":
+        towers = towers[:1] and ("context",)
+    return lora.attach(params, adapters.fit(adapter, parameter_table(model), towers, sharding), adapter.scale)
+
+
+def _load_adapted(
+    path: pathlib.Path,
+    base: workdir.Base,
+    variant: Variant | None = None,
+    execution: Execution = Execution(),  # noqa: B008 (frozen)
+    sharding: ShardingOf | None = None,
+    verify: bool = True,
+    quantize: Method | None = None,
+) -> tuple[TwoTower, Params]:
+    """The base of an adapter's workdir, and the adapter beside it."""
+    found, source = adapters.from_workdir(path), base_folder(path, base)
+    adapters.check_base(found, source)
+    _, trained_as, single = workdir.described(path)
+    variant, method = variant or trained_as, None if quantize is None else quantize.name
+    model, params, _ = load(source, variant, execution, sharding=sharding, verify=verify, quantize=method)
+    if single:
+        # What a backbone's run took of the base was the context tower; now it becomes both again.
+        backbone = {"tower": params["context_tower"], "head": params["context_head"]}
+        params = from_backbone(model, backbone, randomness.key(0))
+    # A backbone's changes both towers that it becomes, if there are two.
+    towers = ("context", "denoiser")[: 1 if variant.context == "tied" else 2] if single else ()
+    return model, lora.attach(params, adapters.fit(found, parameter_table(model), towers, sharding), found.scale)
+
+
+def load_merged(
+    path: str | pathlib.Path, adapter: str | pathlib.Path | None = None, adapter_tower: str | None = None
+) -> Loaded:
+    """As `load`, with one matrix in place of each that has an update beside it (`lora.merged`).
+
+    The update is added to the matrices that the base has on disk, also where it was trained beside quantized ones.
+    """
+    path = pathlib.Path(path)
+    if adapter is None and path.is_dir() and (base := workdir.read_base(path)) is not None:
+        loaded = Loaded(*_load_adapted(path, base), path)
+    else:
+        loaded = load(path, adapter=adapter, adapter_tower=adapter_tower)
+    return loaded._replace(params=lora.merged(loaded.params))
+
+
+def base_folder(path: pathlib.Path, base: workdir.Base) -> pathlib.Path:
+    """Where the base of an adapter's workdir lies.
+
+    Raises:
+      ValueError: if it is not where it was.
+    """
+    folder = pathlib.Path(base.checkpoint)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{path}: its base is not at {folder} any more; put it back, or export the adapter (launch/export.py "
+            "--adapter) and give it beside the base (--adapter=DIR)"
+        )
+    return folder
+
+
+def is_backbone(path: pathlib.Path) -> bool:
+    """Whether a checkpoint was made from one tower, which nothing has changed since."""
+    if (path / store.MANIFEST).exists():
+        return manifest.read(path).kind == "single_tower"
+    return contents(path).shared
 
 
 class Contents(NamedTuple):
@@ -101,6 +212,10 @@ def contents(path: str | pathlib.Path) -> Contents:
     check_folder(path, _WANTED)
     if (path / store.MANIFEST).exists():
         return Contents(store.open_store(path).config, Variant(), False, None)
+    if (base := workdir.read_base(path)) is not None:
+        _, variant, single = workdir.described(path)
+        of_base = contents(base_folder(path, base))
+        return of_base._replace(variant=of_base.variant if single else variant)
     if (path / workdir.CHECKPOINTS).exists():
         config, variant, single = workdir.described(path)
         return Contents(config, variant, single, np.dtype(np.float32) if single else None)
@@ -119,6 +234,8 @@ def stored_method(path: str | pathlib.Path) -> Method | None:
       CheckpointError: if it is a converted one with a broken manifest.
     """
     path = pathlib.Path(path)
+    if workdir.read_base(path) is not None:
+        return METHODS.get(workdir.read_settings(path)["lora"]["base"])
     return manifest.read(path).method if (path / store.MANIFEST).exists() else None
 
 
@@ -130,4 +247,6 @@ def is_small(folder: pathlib.Path) -> bool:
     as long as the rest: a token of `ar` with 100 million parameters a tower took 71 ms of processor time, and 11 ms
     with layers one by one.
     """
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < _SMALL
+    base = workdir.read_base(folder)
+    folders = [folder] if base is None else [folder, base_folder(folder, base)]
+    return sum(file.stat().st_size for one in folders for file in one.rglob("*") if file.is_file()) < _SMALL

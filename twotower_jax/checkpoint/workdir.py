@@ -2,7 +2,8 @@
 
     config.json        the run's settings, the model's shape among them
     tokenizer.json …   the tokenizer's files
-    frozen/            params/: the parameters that do not train, once
+    frozen/            params/: the parameters that do not train, once; an adapter's run has none
+    base.json          of an adapter's run: the checkpoint that it adapts, and the hash of each of its towers
     checkpoints/STEP/  params/ (float32), optimizer/, run.json (step, data position, open sums, settings);
                        average/, of the parameters with gradients, where the run keeps one
 
@@ -16,7 +17,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ from twotower_jax.parameters import (
 from twotower_jax.quantization import Method
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
-CONFIG, CHECKPOINTS, FROZEN = "config.json", "checkpoints", "frozen"
+CONFIG, CHECKPOINTS, FROZEN, BASE = "config.json", "checkpoints", "frozen", "base.json"
 _MODEL_DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
@@ -133,6 +134,11 @@ class Workdir:
             writer.wait()
             writer.close()
 
+    def write_base(self, base: "Base") -> None:
+        """Writes base.json, all of it or nothing; on process 0."""
+        if jax.process_index() == 0:
+            orbax_steps.write_atomically(self.path / BASE, json.dumps(base._asdict(), indent=2) + "\n")
+
     def write_settings(self, model: ModelConfig) -> None:
         """Writes config.json, all of it or nothing; on process 0."""
         if jax.process_index() == 0:
@@ -172,6 +178,30 @@ class Workdir:
     def saver(self, keep: int) -> "Saver":
         """What writes checkpoints, keeping the newest `keep`; a context manager."""
         return Saver(self.path, keep, self._settings, _digest(self._identity))
+
+
+class Base(NamedTuple):
+    """What an adapter's run adapts: a checkpoint's path, and the hash of each of its towers (fingerprint.py)."""
+
+    checkpoint: str
+    towers: dict[str, str]
+
+
+def read_base(path: pathlib.Path) -> Base | None:
+    """The base of the adapter that a workdir holds; None where it holds a whole model.
+
+    Raises:
+      CheckpointError: if what says it is broken.
+    """
+    file = path / BASE
+    if not file.exists():
+        return None
+    raw = read_json(file)
+    ok = isinstance(raw, dict) and raw.keys() == set(Base._fields) and isinstance(raw["checkpoint"], str)
+    towers = raw["towers"] if ok else None
+    if not isinstance(towers, dict) or not all(isinstance(value, str) for value in towers.values()):
+        raise CheckpointError(f"{file}: is not an object of checkpoint and towers")
+    return Base(raw["checkpoint"], towers)
 
 
 class Saver:

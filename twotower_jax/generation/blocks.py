@@ -6,7 +6,7 @@ changed, the states and the newest keys.
 """
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,7 @@ class Table:
     Args:
       batch: rows, a multiple of `placement.rows`. capacity: cache positions of each.
       denoiser: whether a mode is used that needs one.
+      adapters: by name, parameters in place of `params`; arrays that they share are there once.
     """
 
     def __init__(
@@ -108,24 +109,26 @@ class Table:
         batch: int,
         capacity: int,
         denoiser: bool = True,
+        adapters: Mapping[str, Params] | None = None,
     ):
         self._model, self._placement, self._batch = model, placement, batch
-        self._params = placement.context_params(model, params)
+        named = {None: params, **(adapters or {})}
+        self._params = {name: placement.context_params(model, one) for name, one in named.items()}
         with in_force(placement.context):
             self._slots = allocate(model=model, batch=batch, capacity=capacity)
         # The blocks of each kind of rows, as far as they are.
         self._blocks: dict[Hashable, Blocks] = {}
         self._apart = placement.denoiser is not None and denoiser
         if self._apart:
-            self._denoiser_params = placement.denoiser_params(model, params)
+            self._denoiser_params = {name: placement.denoiser_params(model, one) for name, one in named.items()}
             with in_force(placement.denoiser):
                 self._view = allocate(model=model, batch=batch, capacity=capacity)
 
-    def read(self, piece: Piece, *, first: bool, alternatives: int = 0) -> Said | None:
+    def read(self, piece: Piece, *, first: bool, alternatives: int = 0, adapter: str | None = None) -> Said | None:
         """Reads pieces of prompts into their slots; see `slots.prefill`."""
         with in_force(self._placement.context):
             self._slots, chosen = prefill(
-                self._params, self._slots, piece, model=self._model, first=first, alternatives=alternatives
+                self._params[adapter], self._slots, piece, model=self._model, first=first, alternatives=alternatives
             )
         if self._apart and piece.last.any():
             # A prompt is sent once all of it is read.
@@ -150,7 +153,7 @@ class Table:
                 where = np.array([slot]), np.array([i == 0])
                 self._slots = put_piece(self._slots, *where, piece, model=self._model)
 
-    def block(self, call: Call, recipe: Recipe, kind: Hashable = None) -> Emitted:
+    def block(self, call: Call, recipe: Recipe, kind: Hashable = None, adapter: str | None = None) -> Emitted:
         """What `call` says of the rows of one kind, whose blocks are kept under that name; one token of each, in mode
         mock_ar with the towers apart."""
         options = {"model": self._model, "recipe": recipe}
@@ -162,17 +165,17 @@ class Table:
         blocks = self._blocks.get(kind)
         if not apart:
             with in_force(mesh):
-                self._slots, blocks, emitted = block(self._params, self._slots, blocks, call, **options)
+                self._slots, blocks, emitted = block(self._params[adapter], self._slots, blocks, call, **options)
             return self._keep(kind, blocks, emitted)
         with in_force(mesh):
-            blocks, draft = _draft(self._denoiser_params, self._view, blocks, call, **options)
+            blocks, draft = _draft(self._denoiser_params[adapter], self._view, blocks, call, **options)
         told = {}
         if isinstance(draft, Denoised):  # What the context does not read.
             told = {"revealed": draft.revealed, "trace": draft.trace}
             draft = draft._replace(revealed=None, trace=None)
         with in_force(self._placement.context):
             draft = moved(draft, self._placement.context)
-            self._slots, news, emitted = _commit(self._params, self._slots, call, draft, **options)
+            self._slots, news, emitted = _commit(self._params[adapter], self._slots, call, draft, **options)
         with in_force(mesh):
             self._view = absorb(self._view, moved(news, mesh), model=self._model)
         return self._keep(kind, blocks, emitted._replace(**told))

@@ -10,7 +10,7 @@ of the matrix products are others, and so may be the last bits of its logits, bu
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -65,6 +65,8 @@ class Engine:
       record_routing: with them the experts that it used.
       placement: the devices of both towers; parameters that lie elsewhere are moved.
       prefix_cache: of prompts that begin alike, see prefix_cache.py; its own alone.
+      adapters: by name, parameters in place of `params` for the requests that name one: the same arrays, with an update
+        beside some of them (lora.py). Rows of several adapters share the table; each is called for by itself.
 
     Attributes:
       capacity, slots: as they are after rounding. cache_bytes: what the slots take on each device.
@@ -87,6 +89,7 @@ class Engine:
         record_routing: bool = False,
         placement: TowerMeshes = TowerMeshes(),  # noqa: B008 (frozen)
         prefix_cache: PrefixCache | None = None,
+        adapters: Mapping[str, Params] | None = None,
     ):
         _check_stop(settings.stop, decode)
         placement.check(model.config)
@@ -110,7 +113,9 @@ class Engine:
         _check_memory(self.cache_bytes, batch, self.capacity, settings.max_cache_gb, placement)
         # AR needs no denoiser: apart from the context it is then left out.
         self._ar_only = settings.mode == "ar" and placement.denoiser is not None
-        self._rows = Table(model, params, placement, batch=batch, capacity=self.capacity, denoiser=not self._ar_only)
+        self._adapters = adapters or {}
+        options = {"denoiser": not self._ar_only, "adapters": self._adapters}
+        self._rows = Table(model, params, placement, batch=batch, capacity=self.capacity, **options)
 
     def submit(self, request: Request | Sequence[int], max_new_tokens: int | None = None) -> int:
         """Adds a row; it waits until a slot is free. Returns its number, counting from 0.
@@ -136,6 +141,8 @@ class Engine:
         _check_stop(request.stop, self._decode)
         if self._ar_only and request.mode != "ar":
             raise ValueError(f"mode {request.mode!r}: the engine was made for mode 'ar', without a denoiser")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise ValueError(f"adapter {request.adapter!r} is not one of the engine's")
         needed = positions(len(ids), request.max_new_tokens, self._settings, request)
         if needed > self.capacity:
             raise ValueError(f"prompt {number + 1} needs {needed} cache positions, and a slot has {self.capacity}")
@@ -216,8 +223,8 @@ class Engine:
             for slot in reading:
                 row = self._table[slot]
                 width = piece_width(len(row.to_read) - row.read, self._settings.prefill_chunk)
-                groups.setdefault((width, row.chooses_first), []).append(slot)
-            for (width, _), group in sorted(groups.items()):
+                groups.setdefault((width, row.chooses_first, row.request.adapter or ""), []).append(slot)
+            for (width, *_), group in sorted(groups.items()):
                 firsts += self._read_pieces(width, group)
             others = any(row is not None and not row.reading for row in self._table)
             if others or not reading:
@@ -263,7 +270,7 @@ class Engine:
             piece.limit[i], piece.unread[i] = row.request.max_new_tokens, row.ids[-1]
         first = rows[0].chooses_first
         told = scheduling.alternatives([row.request for row in rows], config.vocab_size) if first else 0
-        chosen = self._rows.read(piece, first=first, alternatives=told)
+        chosen = self._rows.read(piece, first=first, alternatives=told, adapter=rows[0].request.adapter)
         self._keep_prefixes(group, piece.lengths.tolist())
         ready = [(i, rows[i]) for i in np.flatnonzero(piece.last).tolist()]
         return [(ready, chosen)] if first and ready else []
@@ -272,7 +279,7 @@ class Engine:
         """Begins a prompt with what is known of it."""
         if self._prefixes is not None:
             chunk = self._settings.prefill_chunk
-            row.borders = borders(row.to_read, chunk)
+            row.borders = borders(row.to_read, chunk, row.request.adapter)
             # The last token is read again in any case, since the logits after it are wanted.
             pieces = self._prefixes.find(row.borders[: max(0, len(row.to_read) - 1) // chunk])
             self._rows.put_pieces(slot, pieces)
@@ -305,7 +312,7 @@ class Engine:
         recipe = scheduling.recipe(kind, places, self._record, self._routing, config.vocab_size)
         quorum = self._quorums[kind].of(sum(row is not None for row in places))
         call = scheduling.now(self._stand(kind, places), kind, places, quorum, config)
-        return scheduling.told(self._rows.block(call, recipe, kind), places)
+        return scheduling.told(self._rows.block(call, recipe, kind, kind.adapter), places)
 
     def _stand(self, kind: Kind, places: list[Row | None]) -> Call:
         """What is the same in every call for these rows; where there is one device, on it already."""

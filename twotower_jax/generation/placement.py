@@ -22,6 +22,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import sharding
+from twotower_jax.adapted import Adapted
 from twotower_jax.config import ModelConfig
 from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import Parameter, Params, bind, flatten, parameter_table, unflatten
@@ -103,10 +104,13 @@ def _on(mesh: Mesh, model: TwoTower, params: Params, names: tuple[str, ...] | No
     check_mesh(table, params, mesh)
 
     def put(path, value):
-        # A quantized matrix is two arrays, each divided as its own shape allows.
-        return jax.tree.map(
-            lambda v: jax.device_put(v, _resting(mesh, dataclasses.replace(table[path], shape=v.shape))), value
-        )
+        # A quantized matrix is two arrays, each divided as its own shape allows; an adapted one has more beside it.
+        def one(v, axes):
+            return jax.device_put(v, _resting(mesh, dataclasses.replace(table[path], shape=v.shape, axes=axes)))
+
+        if isinstance(value, Adapted):
+            return value.map_arrays(one, table[path].axes)
+        return jax.tree.map(lambda v: one(v, table[path].axes), value)
 
     return unflatten({path: put(path, value) for path, value in flatten(params).items()})
 

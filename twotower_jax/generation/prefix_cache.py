@@ -69,9 +69,9 @@ class PrefixCache:
             self._pieces.move_to_end(key)
 
 
-def borders(ids: np.ndarray, chunk: int) -> list[bytes]:
-    """A hash for each border of a prompt (n,) int32, of all tokens before it."""
-    out, key = [], b""
+def borders(ids: np.ndarray, chunk: int, weights: str | None = None) -> list[bytes]:
+    """A hash for each border of a prompt (n,) int32, of all tokens before it and the name of what reads them."""
+    out, key = [], b"" if weights is None else weights.encode()
     for end in range(chunk, len(ids) + 1, chunk):
         key = hashlib.sha256(key + np.ascontiguousarray(ids[end - chunk : end], np.int32).tobytes()).digest()
         out.append(key)

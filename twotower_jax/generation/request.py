@@ -31,6 +31,7 @@ class Request:
       logprobs: tell of each token its log-probability, and of so many of the most probable ones; None tells nothing.
       context_logprobs: tell of each token its exact log-probability under the context tower.
       provisional: tell of every step of a block; in modes of one token at a time, of every token alone.
+      adapter: the name of one of the engine's adapters, beside whose weights the row is made; None for none.
 
     Raises:
       ValueError: at construction, naming the value. What depends on the model, `check` finds.
@@ -51,6 +52,7 @@ class Request:
     logprobs: int | None = None
     context_logprobs: bool = False
     provisional: bool = False
+    adapter: str | None = None
 
     def __post_init__(self):
         check_row(self)

@@ -47,11 +47,13 @@ class Progress(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Rows of one kind are made by one compiled function, together: their mode, block size and strategy."""
+    """Rows of one kind are made by one compiled function, together: their mode, block size and strategy, and the
+    adapter whose weights they are made with, if any."""
 
     mode: str
     block_size: int
     strategy: jax.tree_util.PyTreeDef | None
+    adapter: str | None = None
 
 
 class Block:
@@ -102,7 +104,8 @@ class Row:
         self.blockwise = has_blocks(mode)
         self.rule: Strategy | None = sampling.rule if self.blockwise else None
         size = sampling.block_size if self.blockwise else 1
-        self.kind = Kind(mode, size, jax.tree.structure(self.rule) if self.blockwise else None)
+        strategy = jax.tree.structure(self.rule) if self.blockwise else None
+        self.kind = Kind(mode, size, strategy, self.request.adapter)
         self.to_read = self.ids[:-1] if mode == "mock_ar" else self.ids
         self.read, self.begun = 0, False
         self.borders: list[bytes] = []

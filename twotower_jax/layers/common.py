@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from twotower_jax.adapted import Adapted
 from twotower_jax.kernels.experts import relu2
 from twotower_jax.kernels.numerics.gated_norm import rms_norm
 from twotower_jax.kernels.numerics.quantized import Quantized, as_array
@@ -40,14 +41,21 @@ def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 
 def matmul(
-    x: Float[Array, "... fan_in"], w: Float[Array, "fan_in fan_out"] | Quantized, dtype: DTypeLike | None = None
+    x: Float[Array, "... fan_in"],
+    w: Float[Array, "fan_in fan_out"] | Quantized | Adapted,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "... fan_out"]:
-    """x · w in `dtype`, or x's; with a matrix (K, N) that may be quantized.
+    """x · w in `dtype`, or x's; with a matrix (K, N) that may be quantized, or have a low-rank update beside it.
 
     With one scale per column the product is (x · values) · scales: the values are whole numbers that bfloat16
     holds exactly, so that only the result is rounded, and what is read from memory are the values.
+
+    An update is added as scale · (x · a) · b, in float32 before the sum is rounded.
     """
     dtype, precision = dtype or x.dtype, precision_of(x.dtype)
+    if isinstance(w, Adapted):
+        update = matmul(matmul(w.seen(x), w.a), w.b, jnp.float32)
+        return (matmul(x, w.base, jnp.float32) + w.scale * update).astype(dtype)
     if isinstance(w, Quantized) and w.bits == 8 and w.scales.shape[-2] == 1:
         y = jnp.matmul(x, w.values.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
         return (y * w.scales[0].astype(jnp.float32)).astype(dtype)
@@ -73,12 +81,14 @@ class Linear(nnx.Module):
         bias: bool,
         scales: str | None = COLUMNS,
     ):
-        self.weight = scope.declare("weight", shape, axes, init, layout=LINEAR, scales=scales)
+        self.weight = scope.declare("weight", shape, axes, init, layout=LINEAR, scales=scales, adaptable=True)
         self.bias = scope.declare("bias", shape[1:], axes[1:], constant(0.0), decay=False) if bias else None
 
     def __call__(
         self, x: Float[Array, "... fan_in"], arrange: Callable[[jax.Array], jax.Array] = _as_is
     ) -> Float[Array, "... fan_out"]:
         """(…, in) → (…, out); `arrange` reorders the columns of weight and bias, and so those of the result."""
-        y = matmul(x, jax.tree.map(arrange, use(self.weight, x.dtype)))
+        weight = use(self.weight, x.dtype)
+        weight = weight.arranged(arrange) if isinstance(weight, Adapted) else jax.tree.map(arrange, weight)
+        y = matmul(x, weight)
         return y if self.bias is None else y + arrange(use(self.bias, y.dtype))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from twotower_jax import kernels, sharding
-from twotower_jax.kernels.experts import Activation, Weights, sort_by_expert
+from twotower_jax.kernels.experts import Activation, Weights, is_quantized, sort_by_expert
 from twotower_jax.sharding import EXPERT, TENSOR
 
 # Room for a pair of devices, as a multiple of its even share of the rows.
@@ -113,6 +113,14 @@ def _in_rounds_forward(mlp, capacity, x, weights, plan, rounds):
 
 def _in_rounds_backward(mlp, capacity, residuals, g):
     x, weights, plan, rounds = residuals
+
+    if is_quantized(weights):
+
+        def of_rows(number, total):
+            _, pullback = jax.vjp(lambda rows: _one_round(mlp, capacity, plan, number, rows, weights), x)
+            return total + pullback(g)[0]
+
+        return jax.lax.fori_loop(0, rounds, of_rows, jnp.zeros_like(x)), None, None, None
 
     def body(number, total):
         _, pullback = jax.vjp(functools.partial(_one_round, mlp, capacity, plan, number), x, weights)

@@ -1,9 +1,11 @@
 """What a model needs at the least of hardware that is not there, from shapes alone: no compiler, in seconds.
 
-Of a train step: weights, moments and gradients; activations come on top, and plan.py compiles to learn how many. Of
-serving: the weights of both towers and the caches of some rows.
+Of a train step: weights, moments and gradients; activations come on top, and plan.py compiles to learn how many. The
+same of an adapter's step on one device, by how its base is stored. Of serving: the weights of both towers and the
+caches of some rows.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from twotower_jax.execution import Execution
+from twotower_jax.lora import BASES
 from twotower_jax.memory import sharded_bytes
 from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import parameter_table
@@ -19,7 +22,7 @@ from twotower_jax.planning.hardware import GIB, device_figures
 from twotower_jax.planning.plan import HEADROOM, UTILIZATION
 from twotower_jax.planning.table import RUNS
 from twotower_jax.quantization import Method, abstract
-from twotower_jax.sharding import MESH_AXES
+from twotower_jax.sharding import MESH_AXES, MeshShape
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.flops import step_flops
 from twotower_jax.train.objectives import make_objective
@@ -52,6 +55,10 @@ TRAINING = {
 SERVING = (_card("24 GB GPU", "l4"), _card("80 GB GPU", "h100"), _card("v6e", "v6e"), _card("v5e", "v5e"))
 
 
+# One device each, for an adapter.
+ADAPTING = (_card("24 GB GPU", "l4"), _card("80 GB GPU", "h100"), _card("H200", "h200"))
+
+
 class LeastTraining(NamedTuple):
     """A train step. Bytes of one device.
 
@@ -73,6 +80,11 @@ class LeastTraining(NamedTuple):
     @property
     def total(self) -> int:
         return self.weights + self.optimizer + self.gradients
+
+    @property
+    def frozen(self) -> int:
+        """Of the weights, those that do not train."""
+        return self.weights - self.gradients
 
     @property
     def left(self) -> int:
@@ -144,6 +156,30 @@ def markdown(get_config: Callable[[str], TrainConfig], *, rows: int, capacity: i
     trained = [least_training(get_config(name), *hardware) for name, hardware in TRAINING.items()]
     served = [least_serving(get_config(""), card, rows=rows, capacity=capacity) for card in SERVING]
     return "\n\n".join([_table(_TRAINING, trained), _table(_SERVING, served)])
+
+
+def adapter_markdown(config: TrainConfig) -> str:
+    """A table: the step of the config's adapter on one device, by how the base is stored."""
+    config = dataclasses.replace(config, mesh=MeshShape())
+    bases = [dataclasses.replace(config, lora=dataclasses.replace(config.lora, base=base)) for base in BASES[1:]]
+    columns = [(one.lora.base, least_training(one, ADAPTING[0], 1)) for one in bases]
+
+    def gib(size: Callable[[LeastTraining], int]):
+        return lambda column: f"{size(column[1]) / GIB:.2f}"
+
+    def left(card: Card):
+        return gib(lambda plan: plan._replace(card=card).left)
+
+    lines = [
+        ("one step of an adapter, its base in", lambda column: column[0]),
+        ("base, GiB", gib(lambda plan: plan.frozen)),
+        ("adapter", gib(lambda plan: plan.gradients)),
+        ("optimizer", gib(lambda plan: plan.optimizer)),
+        ("gradients", gib(lambda plan: plan.gradients)),
+        ("in all, without activations", gib(lambda plan: plan.total)),
+        *((f"left for activations on a {card.name}, {HEADROOM:.0%} of it free", left(card)) for card in ADAPTING),
+    ]
+    return _table(lines, columns)
 
 
 def _bytes(tree: Any) -> int:

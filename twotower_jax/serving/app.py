@@ -189,7 +189,7 @@ async def _chat(request: Request) -> Response:
 async def _generate(request: Request, read: Callable[[dict], Job]) -> Any:
     service: Service = request.app.state.service
     job: Job = await service.read(request, read)
-    answer = Answer(job, service.name, service.texts, service.reader.config.mask_token_id)
+    answer = Answer(job, job.adapter or service.name, service.texts, service.reader.config.mask_token_id)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(service.enter(job))
         done = await _unless_left(request, _begin(job, group))
@@ -209,7 +209,7 @@ async def _begin(job: Job, group: Group) -> tuple[list | None]:
     """Waits until the rows are accepted and, if asked for, the prompts are scored."""
     for ticket in group.tickets:
         await ticket.accepted()
-    return (await group.score(job.prompts, job.logprobs) if job.scored else None,)
+    return (await group.score(job.prompts, job.logprobs, job.adapter) if job.scored else None,)
 
 
 async def _results(job: Job, group: Group) -> list:
@@ -245,21 +245,22 @@ async def _detokenize(request: Request) -> Response:
 # About the server.
 
 
-def _about(service: Service) -> dict[str, Any]:
-    about = {"id": service.name, "object": "model", "created": service.created, "owned_by": "twotower_jax"}
-    return about | {"max_model_len": service.reader.capacity}
+def _about(service: Service, adapter: str | None = None) -> dict[str, Any]:
+    about = {"id": adapter or service.name, "object": "model", "created": service.created, "owned_by": "twotower_jax"}
+    about |= {"max_model_len": service.reader.capacity}
+    return about if adapter is None else about | {"parent": service.name}
 
 
 async def _models(request: Request) -> Response:
-    return _json({"object": "list", "data": [_about(request.app.state.service)]})
+    service: Service = request.app.state.service
+    return _json(
+        {"object": "list", "data": [_about(service), *(_about(service, name) for name in service.reader.adapters)]}
+    )
 
 
 async def _model(request: Request) -> Response:
     service: Service = request.app.state.service
-    if request.path_params["name"] != service.name:
-        message = f"model: served is {service.name!r} alone"
-        raise ApiError(404, message, param="model", code="model_not_found")
-    return _json(_about(service))
+    return _json(_about(service, service.reader.adapter(request.path_params["name"])))
 
 
 async def _health(request: Request) -> Response:

@@ -136,6 +136,7 @@ class Ticket:
 class _Score:
     prompts: Sequence[Sequence[int]]
     top: int
+    adapter: str | None
     future: asyncio.Future
 
 
@@ -165,14 +166,14 @@ class Group:
         self._loop._say(("submit", ticket))
         return ticket
 
-    async def score(self, prompts: Sequence[Sequence[int]], top: int) -> list[Scored]:
+    async def score(self, prompts: Sequence[Sequence[int]], top: int, adapter: str | None = None) -> list[Scored]:
         """Log-probabilities of prompts under the context tower, see `Scorer`.
 
         Raises:
           ApiError: if the engine has failed.
         """
         future = asyncio.get_running_loop().create_future()
-        self._loop._say(("score", _Score(prompts, top, future)))
+        self._loop._say(("score", _Score(prompts, top, adapter, future)))
         return await future
 
 
@@ -369,7 +370,7 @@ class EngineLoop:
 
     def _score(self, scorer: Scorer, score: _Score) -> None:
         try:
-            answer = scorer(score.prompts, score.top)
+            answer = scorer(score.prompts, score.top, score.adapter)
         except ValueError as error:
             answer = ApiError(400, str(error), param="prompt")
         self._call(self._answer, score.future, answer)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -51,7 +51,7 @@ class Job:
       requests: for each prompt `n` rows; none where no token is to be generated.
       n: choices of each prompt.
       logprobs: alternatives to tell of each token; None tells nothing.
-      echo: the text of the prompt comes first. seed: of all rows.
+      echo: the text of the prompt comes first. seed: of all rows. adapter: beside the model, if one was asked for.
     """
 
     chat: bool
@@ -66,6 +66,7 @@ class Job:
     token_ids: bool
     step_map: bool
     stream_steps: bool
+    adapter: str | None = None
 
     @property
     def places(self) -> int:
@@ -86,6 +87,7 @@ class Reader:
         prompt of so many, in a mode, with a block size. places: rows that may be running or waiting.
       template: of conversations; a text says why there is none.
       longest_token: the most characters that a token can stand for.
+      adapters: names of models that are adapters of this one.
     """
 
     def __init__(
@@ -101,9 +103,10 @@ class Reader:
         most_new: Callable[[int, str, int], int],
         places: int,
         longest_token: int,
+        adapters: Sequence[str] = (),
     ):
         self.name, self.config, self.defaults, self.limits = name, config, defaults, limits
-        self.capacity, self._most_new = capacity, most_new
+        self.capacity, self._most_new, self.adapters = capacity, most_new, tuple(adapters)
         self._tokenizer, self._template = tokenizer, template
         self._places, self._longest_token = places, longest_token
         self._kinds: set[tuple] = set()
@@ -123,17 +126,17 @@ class Reader:
           ApiError: naming the field.
         """
         fields = Fields(body)
-        self._check_model(fields)
+        adapter = self._check_model(fields)
         prompts = self._prompts(fields)
         echo = fields.boolean("echo")
         logprobs = fields.integer("logprobs", None, 0, self.limits.logprobs)
         tokens = fields.integer("max_tokens", None, 0 if echo else 1)
-        return self._job(fields, False, prompts, tokens, "max_tokens", logprobs, echo)
+        return self._job(fields, False, prompts, tokens, "max_tokens", logprobs, echo, adapter=adapter)
 
     def chat(self, body: Mapping[str, Any]) -> Job:
         """Of /v1/chat/completions. Raises as `completion`."""
         fields = Fields(body)
-        self._check_model(fields)
+        adapter = self._check_model(fields)
         prompts = [self._conversation(fields.take("messages"))]
         logprobs = fields.boolean("logprobs")
         top = fields.integer("top_logprobs", None, 0, self.limits.logprobs)
@@ -144,7 +147,7 @@ class Reader:
         if old is not None and tokens != old:
             raise refused("max_completion_tokens", f"says {tokens}, and max_tokens {old}: give one of the two")
         name = "max_tokens" if old is not None else "max_completion_tokens"
-        return self._job(fields, True, prompts, tokens, name, (top or 0) if logprobs else None)
+        return self._job(fields, True, prompts, tokens, name, (top or 0) if logprobs else None, adapter=adapter)
 
     def tokenize(self, body: Mapping[str, Any]) -> list[int]:
         """The token ids of "prompt", a text, or of "messages"."""
@@ -175,13 +178,26 @@ class Reader:
 
     # Their parts.
 
-    def _check_model(self, fields: Fields) -> None:
+    def adapter(self, model: str) -> str | None:
+        """The adapter that a model's name stands for; None for the model itself.
+
+        Raises:
+          ApiError: for a name that is not served.
+        """
+        if model == self.name:
+            return None
+        if model not in self.adapters:
+            served = ", ".join(map(repr, (self.name, *self.adapters)))
+            message = f"model: there is no {shown(model)} here; served is {served}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return model
+
+    def _check_model(self, fields: Fields) -> str | None:
+        """The adapter asked for."""
         model = fields.take("model", self.name)
         if not isinstance(model, str):
             raise refused("model", "must be a text")
-        if model != self.name:
-            message = f"model: there is no {shown(model)} here; served is {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        return self.adapter(model)
 
     def _prompts(self, fields: Fields) -> list[list[int]]:
         """Of a text, token ids, or a list of either."""
@@ -255,6 +271,7 @@ class Reader:
         tokens_name: str,
         logprobs: int | None,
         echo: bool = False,
+        adapter: str | None = None,
     ) -> Job:
         n = fields.integer("n", 1, 1, min(self.limits.choices, self._places))
         if fields.integer("best_of", n, 1) != n:
@@ -290,6 +307,7 @@ class Reader:
             "pinned": self._pinned(fields, tokens),
             "logprobs": None if logprobs is None else next(most for most in _ALTERNATIVES if most >= logprobs),
             "provisional": stream_steps,
+            "adapter": adapter,
         }
         if shared["tolerance"] is None:
             shared["tolerance"] = self.defaults.tolerance if shared["mode"] == "speculative" else 0.0
@@ -323,6 +341,7 @@ class Reader:
             token_ids=token_ids,
             step_map=step_map,
             stream_steps=stream_steps,
+            adapter=adapter,
         )
 
     def _new_tokens(self, tokens: int | None, name: str, longest: int, mode: str, block_size: int) -> int:

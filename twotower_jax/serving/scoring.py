@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -55,14 +55,21 @@ def _score(params: Params, ids: Int[Array, "B L"], *, model: TwoTower, top: int)
 
 
 class Scorer:
-    """Scores prompts with parameters where `placement` has them."""
+    """Scores prompts with parameters, or those of an adapter's name, where `placement` has them."""
 
-    def __init__(self, model: TwoTower, params: Params, placement: TowerMeshes):
+    def __init__(
+        self,
+        model: TwoTower,
+        params: Params,
+        placement: TowerMeshes,
+        adapters: Mapping[str, Params] | None = None,
+    ):
         self._model, self._placement = model, placement
         with in_force(placement.context):
-            self._params = placement.context_params(model, params)
+            named = {None: params, **(adapters or {})}
+            self._params = {name: placement.context_params(model, one) for name, one in named.items()}
 
-    def __call__(self, prompts: Sequence[Sequence[int]], top: int) -> list[Scored]:
+    def __call__(self, prompts: Sequence[Sequence[int]], top: int, adapter: str | None = None) -> list[Scored]:
         """What the context thinks of each token of each prompt, and of its `top` best.
 
         Raises:
@@ -80,13 +87,13 @@ class Scorer:
             for batch in itertools.batched(numbers, size):
                 # Filled up with the last row, so that it is compiled for one size.
                 given = [rows[n] for n in batch] + [rows[batch[-1]]] * (size - len(batch))
-                found |= dict(zip(batch, self._batch(given, width, top), strict=False))
+                found |= dict(zip(batch, self._batch(given, width, top, adapter), strict=False))
         return [found[number] for number in range(len(rows))]
 
-    def _batch(self, rows: list[np.ndarray], width: int, top: int) -> list[Scored]:
+    def _batch(self, rows: list[np.ndarray], width: int, top: int, adapter: str | None) -> list[Scored]:
         ids, lengths = pad_rows(rows, self._model.config.pad_token_id, width)
         with in_force(self._placement.context):
-            out = jax.device_get(_score(self._params, ids, model=self._model, top=top))
+            out = jax.device_get(_score(self._params[adapter], ids, model=self._model, top=top))
         scored: list[Scored] = []
         for row, length in enumerate(lengths.tolist()):
             told: Scored = [None]

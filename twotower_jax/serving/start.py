@@ -2,7 +2,7 @@
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def make_service(
     seed: int | None = None,
     prefix_cache_bytes: int = 0,
     warm_up: bool = False,
+    adapters: Mapping[str, Params] | None = None,
     **options: Any,
 ) -> Callable[[], Service]:
     """Allocates all that a server needs.
@@ -75,6 +76,7 @@ def make_service(
         more than slots.
       prefix_cache_bytes: what may be kept of prompts, on all devices together; 0 keeps nothing.
       warm_up: compile before the server is ready.
+      adapters: by the names that requests call them, parameters in place of `params`; see `Engine`.
       options: keys and limits, see `assemble`.
 
     Returns:
@@ -97,12 +99,14 @@ def make_service(
         decode=decode,
         placement=placement,
         prefix_cache=prefixes,
+        adapters=adapters,
     )
-    scorer = Scorer(model, params, placement)
+    scorer = Scorer(model, params, placement, adapters)
 
     def begin() -> tuple[Engine, Scorer]:
         if warm_up:
-            compile_all(engine, settings)
+            for adapter in (None, *(adapters or ())):
+                compile_all(engine, settings, adapter)
         return engine, scorer
 
     def most_new(prompt_length: int, mode: str, block_size: int) -> int:
@@ -123,6 +127,7 @@ def make_service(
         most_new=most_new,
         places=engine.slots + max_waiting,
         prefixes=prefixes,
+        adapters=tuple(adapters or ()),
         **options,
     )
 
@@ -140,13 +145,14 @@ def assemble(
     prefixes: PrefixCache | None = None,
     keys: Sequence[bytes] = (),
     limits: Limits = Limits(),  # noqa: B008 (frozen)
+    adapters: Sequence[str] = (),
 ) -> Callable[[], Service]:
     """A service around any engine.
 
     Args:
       begin: gives engine and scorer, in the engine's thread. config: of the model. folder: of the tokenizer.
       given: defaults of requests. keys: one of which a client must give. limits: of what it may ask for.
-      name, capacity, most_new, places: see `Reader`. prefixes: the engine's, for the metrics.
+      name, capacity, most_new, places, adapters: see `Reader`. prefixes: the engine's, for the metrics.
     """
     tokenizer = load_tokenizer(folder)
     try:
@@ -168,6 +174,7 @@ def assemble(
             most_new=most_new,
             places=places,
             longest_token=texts.longest(),
+            adapters=adapters,
         )
         return Service(
             loop=EngineLoop(begin, places, metrics),
@@ -181,8 +188,8 @@ def assemble(
     return make
 
 
-def compile_all(engine: Engine, settings: Settings) -> None:
-    """Has the engine compile what requests with these settings need, by running some.
+def compile_all(engine: Engine, settings: Settings, adapter: str | None = None) -> None:
+    """Has the engine compile what requests with these settings need, of one adapter if it says so, by running some.
 
     Prompts of every width in which they are read, one alone and as many as there are slots.
     """
@@ -192,6 +199,7 @@ def compile_all(engine: Engine, settings: Settings) -> None:
         mode=settings.mode,
         sampling=settings.sampling,
         end_tokens=(),
+        adapter=adapter,
     )
     # One of each width, each four times the one before, and one that takes several pieces.
     lengths = [PIECE, *(width + 1 for width in (PIECE, 4 * PIECE, 16 * PIECE) if width < settings.prefill_chunk)]

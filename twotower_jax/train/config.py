@@ -20,6 +20,7 @@ from twotower_jax.diffusion import SCHEDULES, TIMES, WEIGHTS, MaskedDiffusion
 from twotower_jax.execution import REMAT, Execution
 from twotower_jax.kernels import Backends
 from twotower_jax.layers import registry
+from twotower_jax.lora import Lora
 from twotower_jax.paths import local_path
 from twotower_jax.sharding import MeshShape
 from twotower_jax.train.objectives import OBJECTIVES
@@ -66,6 +67,7 @@ ADDED = {
     "router_bias_rate": 0.0,
     "router_balance_loss": 0.0,
     "router_z_loss": 0.0,
+    **{f"lora.{field.name}": field.default for field in dataclasses.fields(Lora)},
 }
 
 # What a backbone that is trained from random weights does for its experts, as Nemotron 3 Nano's pretraining did (arXiv
@@ -122,13 +124,16 @@ class TrainConfig:
     router_bias_rate: float | None = None
     router_balance_loss: float | None = None
     router_z_loss: float | None = None
+    # An adapter in place of the parameters that would train: its rank, what it is of, and how its base is stored. See
+    # `Lora`; a rank of 0 is none.
+    lora: Lora = Lora()
     # A checkpoint of any kind to start from: the model's shape and the tokenizer are its own. "" starts from random
     # weights. A run that resumes from its workdir does not read it again.
     init_from: str = ""
     # A file of text (.txt, .jsonl and more) or of conversations (.jsonl), or a folder of them; a folder made by
     # launch/prepare.py; the prefix of a Megatron set; or a .json file that mixes several by weight. "" is the
-    # documentation shipped with Python, "tasks" questions with exact answers. See docs/guide/data.md and
-    # docs/guide/finetuning.md.
+    # documentation shipped with Python, "tasks" questions with exact answers, "tasks:NAME,NAME" those of some tasks.
+    # See docs/guide/data.md and docs/guide/finetuning.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
@@ -343,6 +348,7 @@ _PARTS = {
     "variant": Variant,
     "diffusion": DiffusionConfig,
     "distillation": Distillation,
+    "lora": Lora,
     "kernels": Backends,
     "mesh": MeshShape,
 }
@@ -361,6 +367,7 @@ def base_config(model: Mapping[str, Any]) -> ConfigDict:
     config.variant = ConfigDict(dataclasses.asdict(Variant()))
     config.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
     config.distillation = ConfigDict(dataclasses.asdict(Distillation()))
+    config.lora = ConfigDict(dataclasses.asdict(Lora()))
     config.kernels = ConfigDict({field.name: config_dict.placeholder(str) for field in dataclasses.fields(Backends)})
     config.mesh = ConfigDict(dataclasses.asdict(MeshShape()))
     config.block_size = config_dict.placeholder(int)
@@ -374,12 +381,21 @@ def shipped(name: str) -> ConfigDict:
     Raises:
       ValueError: if there is none of that name.
     """
+    return runpy.run_path(str(shipped_file(f"{name}.py")))["get_config"]()
+
+
+def shipped_file(name: str) -> pathlib.Path:
+    """What lies in `configs/` under that name, wherever that folder is.
+
+    Raises:
+      ValueError: if there is nothing of that name.
+    """
     folders = [pathlib.Path(__file__).resolve().parents[n] / "configs" for n in (1, 2)]  # An installation, a checkout.
-    path = next((file for folder in folders if (file := folder / f"{name}.py").is_file()), None)
+    path = next((file for folder in folders if (file := folder / name).exists()), None)
     if path is None:
         names = sorted(file.stem for folder in folders for file in folder.glob("*.py"))
-        raise ValueError(f"there is no config {name!r}; there are {', '.join(names)}")
-    return runpy.run_path(str(path))["get_config"]()
+        raise ValueError(f"there is no config {name.removesuffix('.py')!r}; there are {', '.join(names)}")
+    return path
 
 
 def freeze(config: ConfigDict) -> TrainConfig:
@@ -449,6 +465,10 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
     if not config.init_from and not any(kind.num_experts(config.model_config(config.vocab_size)) for kind in kinds):
         for name in ("router_bias_rate", "router_balance_loss", "router_z_loss"):
             without[name] = getattr(config, name), "a model without experts"
+    if not config.lora.rank:
+        for name, value in dataclasses.asdict(config.lora).items():
+            if value != getattr(Lora, name):
+                without[f"lora.{name}"] = value, "lora.rank=0"
     for name in given:
         if name in without:
             value, why = without[name]

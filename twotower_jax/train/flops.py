@@ -16,6 +16,8 @@ expert, k of E experts per token, S block, V vocabulary):
     time        2 (256 D + D² + 3 D²) a sequence
 
 A trained part counts three times, once forward and twice backward (by its input and by its weights), a frozen one once.
+Under an adapter what would train counts twice, as its weights have no gradient, and the adapter itself three times 2 R
+(in + out) for each of its matrices.
 """
 
 from collections.abc import Sequence
@@ -25,7 +27,10 @@ import jax
 from twotower_jax.config import ModelConfig
 from twotower_jax.layers import registry
 from twotower_jax.layers.time_conditioning import NUM_SINUSOIDS
+from twotower_jax.parameters import count
 from twotower_jax.train.config import TrainConfig
+from twotower_jax.train.objectives import make_objective
+from twotower_jax.train.step import tables
 
 # Dense bfloat16 FLOP/s of one device as JAX counts devices, by the start of its kind; from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -56,7 +61,7 @@ def tower_flops(model: ModelConfig, keys: float, scans: int = 1, in_kernels: boo
 
 def step_flops(config: TrainConfig, model: ModelConfig, block_size: int, in_kernels: bool = False) -> float:
     """The FLOPs of one step over the whole batch; only those of kernels if `in_kernels`."""
-    length, trained, frozen = config.sequence_length, 3, 1
+    length, trained, frozen = config.sequence_length, 2 if config.lora.rank else 3, 1
     causal = tower_flops(model, (length + 1) / 2, in_kernels=in_kernels)
     head = 0 if in_kernels else 2 * model.hidden_size * model.vocab_size
     if not config.two_towers:
@@ -71,6 +76,9 @@ def step_flops(config: TrainConfig, model: ModelConfig, block_size: int, in_kern
         per_token = context + trained * (denoiser + (2 if variant.context_loss else 1) * head) + frozen * taught
         width, conditioned = model.hidden_size, variant.time_conditioning and not in_kernels
         per_sequence = trained * 2 * (NUM_SINUSOIDS * width + 4 * width**2) if conditioned else 0
+    if config.lora.rank and not in_kernels:
+        adapter = tables(make_objective(config, model))[0]
+        per_token += 3 * 2 * count(adapter)
     passes = config.diffusion.process.passes if config.two_towers else 1
     return passes * config.batch_size * (length * per_token + per_sequence)
 

@@ -148,7 +148,10 @@ def begin(setup: Setup) -> tuple[Run, Setup]:
     that memory holds them once."""
     config, folder, start = setup.config, setup.folder, setup.start
     state, frozen = start_state(setup.objective, setup.optimizer, start.params, setup.placement.mesh)
-    folder.create(start.model, frozen)
+    # What an adapter is of lies where it came from, and is not written once more.
+    folder.create(start.model, {} if start.base else frozen)
+    if start.base:
+        folder.write_base(start.base)
     if distributed.is_leader():
         with writing(folder.path):
             roles = {"end_token": start.model.eos_token_ids[0], "source": start.tokenizer_folder}
@@ -164,8 +167,12 @@ def resume(setup: Setup) -> tuple[Run, Setup]:
     """The run as its newest checkpoint has it, and the setup."""
     config, folder, placement = setup.config, setup.folder, setup.placement
     state, frozen = abstract_state(setup.objective, setup.optimizer, placement.mesh)
-    weights, optimizer, frozen, rest = folder.restore(state.weights, state.optimizer, frozen)
+    own = {} if setup.start.base else frozen
+    weights, optimizer, frozen, rest = folder.restore(state.weights, state.optimizer, own)
     state = state.with_weights(weights).replace(step=placement.whole(jnp.int32(folder.step)), optimizer=optimizer)
+    if setup.start.base:
+        _, frozen = start_state(setup.objective, setup.optimizer, setup.start.params, placement.mesh)
+        setup = dataclasses.replace(setup, start=setup.start._replace(params=None))
     data, skips = setup.data(), Skips(config.max_skipped_steps)
     data.set_state(rest["data"])
     skips.set_state(rest["skips"])
@@ -214,7 +221,7 @@ def train_stage(
             run.window = LossWindow(setup.objective.weights)
         if setup.samples and _due(run.step, config.sample_every):
             with log.paused():
-                params = merge(run.state.weights, run.frozen)
+                params = setup.objective.model_params(merge(run.state.weights, run.frozen))
                 setup.samples.write(run.step, params, stage.block_size, setup.report)
         if saving:
             with log.paused():

@@ -6,6 +6,7 @@ is divided.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -23,8 +24,9 @@ from twotower_jax.diffusion import (
     next_tokens,
     spread,
 )
+from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.layers.mixer import Run
-from twotower_jax.parameters import Params, Path, bind, initialize, parameter_table
+from twotower_jax.parameters import Parameter, Params, Path, bind, initialize, parameter_table
 from twotower_jax.registry import Registry
 from twotower_jax.stack import PerLayer
 from twotower_jax.tower import Tower
@@ -86,6 +88,7 @@ class Examples(NamedTuple):
       noisy: (R, L) int32; masked: (R, L) bool, those that have a loss; t, weight: (R,) or (R, L/S) float32. None for a
         backbone.
       token_weight, turn: as in `Documents`; None for other texts.
+      dropout: (R, 2) uint32, the data of a random key for each row, or None (adapting.py).
     """
 
     clean: jax.Array
@@ -97,6 +100,7 @@ class Examples(NamedTuple):
     weight: jax.Array | None = None
     token_weight: jax.Array | None = None
     turn: jax.Array | None = None
+    dropout: jax.Array | None = None
 
 
 class Objective:
@@ -121,6 +125,19 @@ class Objective:
     def make(cls, config: "TrainConfig", model: ModelConfig) -> "Objective":
         """The objective of a run with these settings."""
         raise NotImplementedError(f"{cls.__name__} does not say how it is made of a config")
+
+    @property
+    def table(self) -> Mapping[Path, Parameter]:
+        """All parameters, those that train and those that do not."""
+        return parameter_table(self.model)
+
+    def frozen(self, parameter: Parameter) -> jax.ShapeDtypeStruct | Quantized:
+        """How a parameter that does not train is stored: its shape and dtype."""
+        return jax.ShapeDtypeStruct(parameter.shape, jnp.float32 if parameter.float32 else self.dtype)
+
+    def model_params(self, params: Params) -> Params:
+        """The parameters of `model`, of those of `table`."""
+        return params
 
     def for_validation(self) -> "Objective":
         """The same objective on rows that are seen once, without what is for the routers' sake."""
@@ -452,9 +469,12 @@ def make_objective(config: "TrainConfig", model: ModelConfig) -> Objective:
     Raises:
       ValueError: for one of a user's own that trains something else than both towers, which a workdir could not tell.
     """
+    # Below this module, which says what an objective is.
+    from twotower_jax.train.adapting import with_adapter
+
     objective = OBJECTIVES[config.objective].make(config, model)
     if config.two_towers and not isinstance(objective.model, TwoTower):
         raise ValueError(
             f"objective={config.objective!r}: its model is a {type(objective.model).__name__}, and must be a TwoTower"
         )
-    return objective
+    return with_adapter(objective, config.lora) if config.lora.rank else objective

@@ -10,14 +10,16 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from twotower_jax import memory, randomness
+from twotower_jax.checkpoint.fingerprint import fingerprint
 from twotower_jax.checkpoint.load import contents, load, stored_method
-from twotower_jax.checkpoint.workdir import Workdir
+from twotower_jax.checkpoint.workdir import Base, Workdir, read_base
 from twotower_jax.config import ModelConfig
 from twotower_jax.data import load_tokenizer
 from twotower_jax.data.mixture import Mixture
 from twotower_jax.data.opening import Data, Packing, Windows
 from twotower_jax.data.tokenizer import id_range
 from twotower_jax.data.windows import Concatenation
+from twotower_jax.files import check_folder
 from twotower_jax.memory import Room
 from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import Params, parameter_table, unflatten
@@ -33,10 +35,12 @@ class Start(NamedTuple):
 
     Attributes:
       tokenizer_folder: the checkpoint that the tokenizer comes from; None where it comes with the data or a workdir.
-      params: the first parameters of all of the model; None where they come from the workdir's checkpoint.
+      params: the first parameters of all of the model; None where they come from the workdir's checkpoint; an
+        adapter's base does not.
       training, validation: windows of tokens; validation is None where nothing is held out.
       mesh: of the devices that the run uses; None for one.
       conversational: whether the windows say what each token counts.
+      base: the checkpoint that an adapter is of; None without one.
     """
 
     tokenizer: Tokenizer
@@ -48,31 +52,43 @@ class Start(NamedTuple):
     mesh: Mesh | None
     tokenizer_folder: pathlib.Path | None = None
     conversational: bool = False
+    base: Base | None = None
 
 
 def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], None] = lambda line: None) -> Start:
     """Reads all inputs and checks them against one another; writes nothing, and reports what is left out.
 
     A workdir with a checkpoint comes first: tokenizer and model are its own. Then `init_from`; then random weights
-    and a tokenizer that comes with the data or is trained on the text.
+    and a tokenizer that comes with the data or is trained on the text. The base of an adapter is read from `init_from`
+    each time, and has to be the one that it was.
 
     Raises:
       ValueError, OSError: for inputs that are missing, broken, or do not fit together.
     """
     data, mesh = Data(config.data, report), choose_mesh(config.mesh)
     checkpoint, folder = None, None
-    if workdir.step is not None:
+    if config.init_from and read_base(pathlib.Path(config.init_from)) is not None:
+        raise ValueError(
+            f"init_from={config.init_from}: holds an adapter and not a whole model; launch/export.py --merge makes one "
+            "of it"
+        )
+    base = _base(config, workdir) if config.lora.rank else None
+    if workdir.step is not None and base is None:
         tokenizer, model = load_tokenizer(workdir.path), workdir.model
     elif config.init_from:
         # Any will do for a backbone, which takes the context tower alone.
         if (method := stored_method(config.init_from)) is not None:
+            instead = f", and lora.base={method.name}" if base is not None else ""
             raise ValueError(
                 f"init_from={config.init_from}: its weights are quantized ({method.name}), from which training cannot "
-                "start; give the checkpoint that it was made from"
+                f"start; give the checkpoint that it was made from{instead}"
             )
         check_memory(config, make_objective(config, contents(config.init_from).config), mesh)
         variant = config.variant if config.two_towers else None
-        loaded = load(config.init_from, variant, config.execution, mesh=mesh)
+        method = config.lora.method
+        loaded = load(
+            config.init_from, variant, config.execution, mesh=mesh, quantize=None if method is None else method.name
+        )
         tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
         folder = loaded.tokenizer_folder
         if (used := id_range(tokenizer)) > model.vocab_size:
@@ -108,8 +124,29 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
         tokenizer_folder=workdir.path if workdir.step is not None else folder,
     )
     training, validation = data.windows(tokenizer, packing)
-    params = _first_parameters(config, objective, checkpoint, mesh) if workdir.step is None else None
-    return Start(tokenizer, model, objective, params, training, validation, mesh, folder, data.conversational)
+    starts = workdir.step is None or base is not None
+    params = _first_parameters(config, objective, checkpoint, mesh) if starts else None
+    return Start(tokenizer, model, objective, params, training, validation, mesh, folder, data.conversational, base)
+
+
+def _base(config: TrainConfig, workdir: Workdir) -> Base:
+    """The checkpoint that the adapter of a run is of.
+
+    Raises:
+      ValueError: if there is none, or another than the run began with.
+    """
+    if not config.init_from:
+        raise ValueError(f"config: lora.rank={config.lora.rank} needs init_from, a checkpoint to adapt")
+    path = pathlib.Path(config.init_from)
+    check_folder(path, "init_from has to be a checkpoint")
+    base = Base(str(path.absolute()), fingerprint(path) or {})
+    began = read_base(workdir.path) if workdir.step is not None else None
+    if began is not None and began.towers != base.towers:
+        raise ValueError(
+            f"workdir {workdir.path}: its adapter is of another base than the one now in init_from={config.init_from}; "
+            "put that back, or use a new workdir"
+        )
+    return base
 
 
 def check_memory(config: TrainConfig, objective: Objective, mesh: Mesh | None, available: Room | None = None) -> None:

@@ -5,6 +5,7 @@ Parameters are split in two by the table. Those that train are float32 master we
 dtype (but float32 where the table says so).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax.diffusion import LossSum
 from twotower_jax.kernels.dispatch import platform
-from twotower_jax.parameters import Parameter, Params, Path, flatten, parameter_table, unflatten
+from twotower_jax.kernels.numerics.quantized import Quantized
+from twotower_jax.parameters import Parameter, Params, Path, flatten, unflatten
 from twotower_jax.sharding import constrain, stored_sharding
 from twotower_jax.train.config import DTYPES, TrainConfig
 from twotower_jax.train.objectives import ROUTED, Documents, Losses, NoiseKey, Objective
@@ -83,7 +85,7 @@ class StepMetrics(NamedTuple):
 
 def tables(objective: Objective) -> tuple[dict[Path, Parameter], dict[Path, Parameter]]:
     """The parameter table of an objective's model, split into trained and frozen."""
-    table = parameter_table(objective.model)
+    table = objective.table
     trained = {path: p for path, p in table.items() if p.trainable and objective.is_trained(path)}
     return trained, {path: p for path, p in table.items() if path not in trained}
 
@@ -104,11 +106,15 @@ def apart(objective: Objective, frozen: Params) -> tuple[Params, Params]:
 def split(objective: Objective, params: Params) -> tuple[Params, Params]:
     """All parameters as trained ones, in float32 copies of their own, and frozen ones."""
     trained, frozen = tables(objective)
-    dtype = objective.dtype
     flat = flatten(params)
+
+    def stored(path: Path, parameter: Parameter) -> jax.Array | Quantized:
+        array = flat[path]
+        return array if isinstance(array, Quantized) else array.astype(objective.frozen(parameter).dtype)
+
     # Copies: the step donates them, and two towers may have started from the same arrays.
     ours = unflatten({path: jnp.array(flat[path], jnp.float32, copy=True) for path in trained})
-    return ours, unflatten({path: flat[path].astype(jnp.float32 if p.float32 else dtype) for path, p in frozen.items()})
+    return ours, unflatten({path: stored(path, p) for path, p in frozen.items()})
 
 
 def merge(trained: Params, frozen: Params) -> Params:
@@ -160,10 +166,17 @@ def abstract_state(
     params = unflatten(
         {path: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding(p)) for path, p in trained.items()}
     )
-    rest = {
-        path: jax.ShapeDtypeStruct(p.shape, jnp.float32 if p.float32 else objective.dtype, sharding=sharding(p))
-        for path, p in frozen.items()
-    }
+
+    def stored(parameter: Parameter) -> jax.ShapeDtypeStruct | Quantized:
+        # A quantized matrix is two arrays, each divided as its own shape allows.
+        return jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct(
+                v.shape, v.dtype, sharding=sharding(dataclasses.replace(parameter, shape=v.shape))
+            ),
+            objective.frozen(parameter),
+        )
+
+    rest = {path: stored(p) for path, p in frozen.items()}
     balanced, rest = apart(objective, unflatten(rest))
     state = jax.eval_shape(lambda *p: initial_state(optimizer, *p), params, balanced)
     if mesh is not None:
@@ -193,8 +206,12 @@ def start_state(
         trained, frozen = split(objective, params)
         balanced, frozen = apart(objective, frozen)
         return initial_state(optimizer, trained, jax.tree.map(jnp.copy, balanced)), frozen
-    table = parameter_table(objective.model)
-    placed = {path: place(a, stored_sharding(mesh, table[path].axes, a.shape)) for path, a in flatten(params).items()}
+    table = objective.table
+
+    def placed_as(path: Path, value: jax.Array | Quantized) -> jax.Array | Quantized:
+        return jax.tree.map(lambda v: place(v, stored_sharding(mesh, table[path].axes, v.shape)), value)
+
+    placed = {path: placed_as(path, value) for path, value in flatten(params).items()}
     trained, frozen = split(objective, unflatten(placed))
     balanced, frozen = apart(objective, frozen)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh)[0])

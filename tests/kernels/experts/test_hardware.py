@@ -232,10 +232,19 @@ def test_gradients(form, dtype):
 
 
 @pytest.mark.parametrize("form, dtype", [("xla", jnp.float32), (TPU, jnp.float32), (GPU, jnp.bfloat16)])
-def test_quantized_experts_have_no_gradient(form, dtype):
+def test_quantized_experts_have_the_gradients_of_what_they_stand_for_in_rows_and_gates(form, dtype):
     x, indices, gates = rows(9, 4, 3, dtype)
-    with pytest.raises(ValueError, match="quantized experts have no gradient"):
-        jax.grad(lambda x: jnp.sum(compiled(form)(x, indices, gates, draw(jnp.float32, 8))))(x)
+    weights = draw(jnp.float32, 8)
+    toward = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), jnp.float32)
+
+    def loss(x, gates, weights, form):
+        return jnp.sum(compiled(form)(x, indices, gates, weights).astype(jnp.float32) * toward)
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    whole = Weights(*(None if w is None else dequantize(w, jnp.float32) for w in weights))
+    found, expected = gradient(x, gates, weights, form), gradient(x.astype(jnp.float32), gates, whole, "xla")
+    for one, other in zip(found, expected, strict=True):
+        assert distance(one, np.asarray(other, np.float64)) < (1e-5 if dtype == jnp.float32 else 2e-2)
 
 
 @hypothesis.settings(max_examples=4)
