@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from twotower_jax.checkpoint.load import Loaded, contents, load, stored_method
-from twotower_jax.checkpoint.workdir import Saver, Workdir
+from twotower_jax.checkpoint.load import Loaded, load_merged, stored_method
+from twotower_jax.checkpoint.workdir import CONFIG, Saver, Workdir
 from twotower_jax.data import Decoder, encode, load_tokenizer
 from twotower_jax.data.tokenizer import save_tokenizer
 from twotower_jax.diffusion import SamplingConfig
@@ -27,6 +27,7 @@ from twotower_jax.reinforce.policy import Batch, Objective, Sums
 from twotower_jax.reinforce.questions import Question
 from twotower_jax.reinforce.rewards import REWARDS, Answer, rewards_of
 from twotower_jax.reinforce.rollouts import Layout, Sampler, Steps, steps_of
+from twotower_jax.tokens import check_ids
 from twotower_jax.train.config import ADDED, CHANGEABLE, TrainConfig
 from twotower_jax.train.metrics import METRICS, open_lines, writing
 from twotower_jax.train.objectives import Denoiser
@@ -200,7 +201,7 @@ def reinforce(
         with writing(folder.path):
             roles = {"end_token": learner.model.config.eos_token_ids[0], "source": setup.tokenizer_folder}
             save_tokenizer(setup.tokenizer, folder.path, **roles)
-        with folder.saver(keep=2) as saver, writing(folder.path / METRICS), open_lines(folder.path / METRICS) as file:
+        with folder.saver(keep=2) as saver, open_lines(folder.path / METRICS) as file:
             for step in range(1, config.steps + 1):
                 started = time.monotonic()
                 try:
@@ -209,8 +210,9 @@ def reinforce(
                     raise FloatingPointError(f"step {step}: {error}") from None
                 row["seconds"] = round(time.monotonic() - started, 3)
                 rows.append(row)
-                file.write(json.dumps(row, allow_nan=False) + "\n")
-                file.flush()
+                with writing(folder.path / METRICS):
+                    file.write(json.dumps(row, allow_nan=False) + "\n")
+                    file.flush()
                 report(_line(row, config.steps))
                 if step == config.steps or config.checkpoint_every and step % config.checkpoint_every == 0:
                     _save(saver, step, learner)
@@ -224,7 +226,7 @@ class _Setup(NamedTuple):
     tokenizer: Tokenizer
     tokenizer_folder: pathlib.Path
     questions: Sequence[Question]
-    prompts: list[list[int]]
+    prompts: list[np.ndarray]
     sampler: Sampler
     layout: Layout
     learner: Learner
@@ -236,15 +238,23 @@ class _Setup(NamedTuple):
                 f"{config.checkpoint}: its weights are quantized ({method.name}), from which training cannot start; "
                 "give the checkpoint that it was made from"
             )
+        path = pathlib.Path(workdir)
+        if (path / CONFIG).exists():
+            raise ValueError(f"workdir {path} holds a run; choose another one, and go on with it as checkpoint")
         size = config.sampling.block_size
-        variant = contents(config.checkpoint).variant
+        loaded = load_merged(config.checkpoint)
+        tokenizer = load_tokenizer(loaded.tokenizer_folder)
+        prompts = encode(tokenizer, [question.prompt for question in questions])
+        check_ids(np.concatenate(prompts), loaded.model.config.vocab_size, "questions")
+        longest = max(map(len, prompts))
+        layout = Layout.of(longest, config.max_new_tokens, size, loaded.model.config.pad_token_id)
         settings = TrainConfig(
             model={},
             objective="denoiser",
-            variant=variant,
+            variant=loaded.model.variant,
             init_from=str(config.checkpoint),
             block_size=size,
-            sequence_length=size * max(2, config.max_new_tokens),
+            sequence_length=layout.length,
             batch_size=config.answers,
             steps=config.steps,
             learning_rate=config.learning_rate,
@@ -255,23 +265,15 @@ class _Setup(NamedTuple):
             seed=config.seed,
             checkpoint_every=config.checkpoint_every,
         )
-        loaded = load(config.checkpoint, variant, settings.execution)
-        tokenizer = load_tokenizer(loaded.tokenizer_folder)
-        prompts = [ids.tolist() for ids in encode(tokenizer, [question.prompt for question in questions])]
-        longest = max(map(len, prompts))
-        layout = Layout.of(longest, config.max_new_tokens, size, loaded.model.config.pad_token_id)
-        settings = dataclasses.replace(settings, sequence_length=layout.length)
         own = registered()
         folder = Workdir(
-            workdir,
+            path,
             dataclasses.asdict(settings)
             | {"reinforce": dataclasses.asdict(config)}
             | ({"registered": own} if own else {}),
             CHANGEABLE,
             ADDED,
         )
-        if folder.step is not None:
-            raise ValueError(f"workdir {folder.path} holds a run; choose another one, and go on with it as checkpoint")
         sampler = Sampler(
             loaded.model, config.sampling, longest=longest, new=config.max_new_tokens, batch_size=config.answers
         )

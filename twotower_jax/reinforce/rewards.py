@@ -8,6 +8,7 @@ A file of one's own that holds this, given as --register, makes --reward=short k
 """
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -53,12 +54,15 @@ def rewards_of(name: str, answers: Sequence[Answer]) -> list[float]:
     """The reward of each answer.
 
     Raises:
-      ValueError: for an unknown name, or a reward that is no finite number.
+      ValueError: for an unknown name, or a function that fails or gives no finite number.
     """
     reward, found = REWARDS[name], []
     for answer in answers:
-        value = reward(answer)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        try:
+            value = reward(answer)
+        except Exception as error:  # the user's own code may raise anything
+            raise ValueError(f"reward {name!r}: {type(error).__name__}: {error}") from error
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise ValueError(f"reward {name!r} gave {value!r}, and must give a finite number")
         found.append(float(value))
     return found
