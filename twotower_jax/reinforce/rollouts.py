@@ -34,7 +34,8 @@ class Steps(NamedTuple):
       noisy: (R, L) int32, the blocks before a step; as `clean` where a block took no such step.
       t: (R, L/S) float32, the noise level that the denoiser was told.
       start: (R, L) int32, the first position of each position's document.
-      revealed: (R, L) bool, the positions that the step decided; token: (R, L) int32, as what, 0 elsewhere.
+      revealed: (R, L) bool, the positions that the step decided and that the answer depends on; token: (R, L) int32, as
+        what, 0 elsewhere.
       answer: (R,) int32, the number of the row's answer.
     """
 
@@ -100,7 +101,8 @@ class Layout(NamedTuple):
 def steps_of(results: Sequence[Result], layout: Layout) -> Steps:
     """All steps of some answers with their traces, answer by answer.
 
-    What a step decides after an answer's end token is part of it: what was decided later has seen it.
+    Of what a step decides after an answer's end, only that counts which tokens of the answer, decided later, have seen:
+    the rest is noise of mean 0.
     """
     rows = [row for number, result in enumerate(results) for row in _rows(number, result, layout)]
     return Steps(*(np.stack(field) for field in zip(*rows, strict=True)))
@@ -114,7 +116,12 @@ def _rows(number: int, result: Result, layout: Layout) -> list[Steps]:
     places = [slice(first, first + size) for first in range(layout.before, layout.length, size)]
     for place, steps in zip(places, blocks, strict=False):
         clean[place] = steps[-1].tokens
-    start = np.where(np.arange(layout.length) < offset, 0, offset).astype(np.int32)
+    at = np.arange(layout.length)
+    start = np.where(at < offset, 0, offset).astype(np.int32)
+    said = at < layout.before + len(result.tokens)
+    # The last step of the last block that decides a token of the answer.
+    within = len(result.tokens) - (result.blocks - 1) * size
+    latest = max(k for k, step in enumerate(blocks[-1]) if any(i < within for i in step.committed))
     rows = []
     for k in range(max(map(len, blocks))):
         noisy, t = clean.copy(), np.zeros(layout.length // size, np.float32)
@@ -123,7 +130,7 @@ def _rows(number: int, result: Result, layout: Layout) -> list[Steps]:
             if k < len(steps):
                 noisy[place], t[place.start // size] = steps[k].xt, steps[k].t
                 decided = place.start + np.array(steps[k].committed, np.int64)
-                revealed[decided] = True
+                revealed[decided] = said[decided] | (k < latest)
                 token[place] = np.where(revealed[place], steps[k].tokens, 0)
         rows.append(Steps(clean, noisy, t, start, revealed, token, np.int32(number)))
     return rows
