@@ -4,8 +4,8 @@
     python launch/train.py --config=configs/tiny.py --workdir=runs/denoiser \\
         --config.objective=denoiser --config.init_from=runs/backbone
 
-Each takes some minutes (launch/quickstart.py runs both). Expect validation losses near 3.6 of the backbone on next
-tokens and 5.0 of the denoiser on masked ones, over a vocabulary of 1024.
+Each takes some minutes (launch/quickstart.py --data=python runs both). Expect validation losses near 3.6 of the
+backbone on next tokens and 5.0 of the denoiser on masked ones, over a vocabulary of 1024.
 """
 
 from ml_collections import ConfigDict

@@ -24,7 +24,7 @@ import sys
 import jax
 from absl import flags
 
-from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
+from twotower_jax import adapter_flags, command_line, generation_flags, model_flags, strategy_flags
 from twotower_jax.data import load_tokenizer
 from twotower_jax.evaluation.environment import settle_environment
 from twotower_jax.generation.settings import MODES, Settings
@@ -34,6 +34,7 @@ from twotower_jax.paths import local_path
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
+flags.adopt_module_key_flags(adapter_flags)
 _TASKS = flags.DEFINE_list("tasks", None, "Names, several with commas: see above.", required=True)
 _INCLUDE_PATH = command_line.DEFINE_path("include_path", None, "A folder of task files of your own.")
 _MODES = flags.DEFINE_list(
@@ -65,16 +66,20 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed runs of each point, of which 
 _BASE_URL = flags.DEFINE_string("base_url", None, "Ask this server, in OpenAI's protocol, instead of a checkpoint.")
 _MODEL = flags.DEFINE_string("model", None, "With --base_url: its name there; default: the first that is served.")
 _MAX_GEN_TOKS = 256
+_ANSWERS = "answers.jsonl"
 
 
 def main() -> None:
     strategy_flags.register()
     settle_environment()
     command_line.refuse_given([generation_flags.MODE], "here: give --modes")
-    if (_BASE_URL.value is None) == (model_flags.CHECKPOINT.value is None):
+    if (_BASE_URL.value is None) == (not model_flags.CHECKPOINT.present):
         raise ValueError("give either --checkpoint=DIR or --base_url=URL")
     if _BASE_URL.value is None:
         command_line.refuse_given([_MODEL], "without --base_url")
+    else:
+        adapters = adapter_flags.ADAPTER, adapter_flags.ADAPTER_TOWER
+        command_line.refuse_given(adapters, "with --base_url: --model names one that is served")
     # Imported when the environment is settled.
     from twotower_jax.evaluation.points import parse_points
     from twotower_jax.evaluation.table import evaluate, find_tasks
@@ -111,7 +116,12 @@ def main() -> None:
                 report=lambda message: print(message, file=sys.stderr, flush=True),
             )
         except FloatingPointError as error:
-            command_line.fail(f"{model_flags.CHECKPOINT.value}: {error}", command_line.BROKEN_CHECKPOINT)
+            source = _BASE_URL.value or model_flags.CHECKPOINT.value
+            command_line.fail(f"{source}: {error}", command_line.BROKEN_CHECKPOINT)
+        finally:
+            answers = output / _ANSWERS
+            if answers.is_file() and not answers.stat().st_size:
+                answers.unlink()
         done.about |= _about(points)
         table = done.markdown()
         write_file(output / "results.json", json.dumps(done.results(), indent=2, ensure_ascii=False) + "\n")
@@ -137,14 +147,17 @@ def _local(points, output: pathlib.Path):
 
     for point in points:
         check_likelihood(_LIKELIHOOD.value, point.settings)
-    loaded = model_flags.load_model()
+    adapter = adapter_flags.given()
+    loaded = model_flags.load_model(**adapter)
     tokenizer = load_tokenizer(loaded.folder)
     checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
     how = [model_flags.DTYPE.value, model_flags.QUANTIZE.value, model_flags.KERNELS.value]
     # Strategies of one's own: another file gives other answers.
     own = [pathlib.Path(local_path(path)).read_bytes() for path in strategy_flags.REGISTER.value]
     how += [hashlib.sha256(content).hexdigest() for content in own]
-    answers = Answers(output / "answers.jsonl", [fingerprint(checkpoint), *how])
+    if (beside := adapter["adapter"]) is not None:
+        how += [fingerprint(beside), adapter["adapter_tower"]]
+    answers = Answers(output / _ANSWERS, [fingerprint(checkpoint), *how])
     _warn(points, loaded.folder)
     answerers = {
         point.name: Local(
@@ -172,7 +185,7 @@ def _served(points, output: pathlib.Path):
         raise ValueError(f"--likelihood={_LIKELIHOOD.value}: a server tells the context tower's alone")
     if _CHAT.value:
         raise ValueError("--chat needs the checkpoint's template: give --checkpoint=DIR")
-    answers = Answers(output / "answers.jsonl")
+    answers = Answers(output / _ANSWERS)
     options = {"together": _BATCH_SIZE.value, "model": _MODEL.value, "answers": answers}
     return {
         point.name: Served(_BASE_URL.value, {"mode": point.mode} | point.given, label=point.name, **options)

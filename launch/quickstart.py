@@ -1,16 +1,27 @@
-"""The whole story on two CPU cores, in some minutes and without a download.
+"""The method in miniature on two CPU cores, in some minutes and without a download.
 
     python launch/quickstart.py
 
-Pretrains a small backbone on the documentation that ships with Python, trains a denoiser tower on top of it with the
-backbone frozen, continues a few prompts in three modes, and compares. It runs the code of the other commands with
-configs/tiny.py; what it leaves in --workdir works with all of them. A second call goes on where the first one stopped.
+Questions with exact answers, answered by a small two-tower model: by the context tower a token at a time (AR), and by
+the denoiser tower in blocks (diffusion), to see how many of the right answers remain and how much faster that is. It
+starts from the checkpoint in configs/quickstart/, which an hour of training on the same tasks made
+(docs/reports/miniature.md), and trains its denoiser for some minutes more; finds the fastest setting of diffusion that
+keeps the accuracy, on questions for validation; and compares on questions of the test. `summary.json` holds the result.
+
+    python launch/quickstart.py --data=python
+
+trains both towers from nothing on the documentation that ships with Python, and continues a few prompts. That text has
+no right answers, and the model is too small to speak it well.
+
+Either runs the code of the other commands; what it leaves in --workdir works with all of them. A second call goes on
+where the first one stopped.
 """
 
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
-import importlib.util
+import dataclasses
+import json
 import pathlib
 import time
 
@@ -21,13 +32,33 @@ from twotower_jax.checkpoint.load import Loaded, load
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.data import encode, load_tokenizer
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.execution import Execution
 from twotower_jax.generation import Result, Settings, generate
-from twotower_jax.train.config import TrainConfig, freeze
+from twotower_jax.generation.answers import Answerer, Answers, ask, fastest, in_turns
+from twotower_jax.outputs import output_file
+from twotower_jax.train.config import TrainConfig, freeze, shipped, shipped_file
 from twotower_jax.train.loop import train
 
-_WORKDIR = command_line.DEFINE_path("workdir", "runs/quickstart", "Where both training runs go.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: those of configs/tiny.py.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens per prompt.", lower_bound=1)
+_WORKDIR = command_line.DEFINE_path("workdir", "runs/quickstart", "Where the training runs go, and summary.json.")
+_DATA = flags.DEFINE_enum("data", "tasks", ["tasks", "python"], "Questions, or Python's documentation.")
+_STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 200 on tasks, 320 on documentation.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 64, "With --data=python: new tokens per prompt.", lower_bound=1
+)
+_BATCHES = flags.DEFINE_list("batches", ["1", "8"], "With --data=tasks: how many questions are answered together.")
+_BLOCKS = flags.DEFINE_list("blocks", ["32"], "With --data=tasks: block sizes that are tried, with commas.")
+_TASKS = flags.DEFINE_list(
+    "tasks", ["letter", "spell", "getters", "sql", "sort", "add"],
+    "Of --data=tasks, those to train on and to ask; default: those that the backbone has learned.",
+)  # fmt: skip
+_QUESTIONS = flags.DEFINE_integer("questions", 20, "With --data=tasks: questions of each task.", lower_bound=1)
+
+# Training on tasks goes on where the checkpoint stopped: few steps, at a small rate.
+_TASK_STEPS, _TASK_RATE = 200, 5e-4
+# Thresholds that are tried, on a part of the questions; how much of AR's accuracy is to be kept.
+_THRESHOLDS, _TRIED, _RETAINED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98), 0.5, 0.99
+_SHOWN = 3  # Answers whose steps are printed.
+_MOST_TOKENS = 128  # Of an answer; the longest have fewer.
 
 PROMPTS = (
     "Return a new list",
@@ -46,15 +77,12 @@ MODES = {
 }
 
 
-def _tiny_config(**changes) -> TrainConfig:
-    file = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+def _config(name: str, steps: int | None = None, **changes) -> TrainConfig:
+    config = shipped(name)
     config.update(changes)
-    if _STEPS.value is not None:
-        config.steps = _STEPS.value
+    chosen = steps if _STEPS.value is None else _STEPS.value
+    if chosen is not None:
+        config.steps = chosen
     return freeze(config)
 
 
@@ -88,14 +116,129 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def main() -> None:
-    workdir = pathlib.Path(_WORKDIR.value)
+def _tasks(workdir: pathlib.Path, started: float) -> None:
+    start = shipped_file("quickstart")
+    print(f"The checkpoint in {start}, trained on these tasks before (docs/reports/miniature.md), and some more steps:")
+    changes = {
+        "objective": "denoiser",
+        "init_from": str(start),
+        "data": f"tasks:{','.join(_TASKS.value)}",
+        "learning_rate": _TASK_RATE,
+        "final_learning_rate": _TASK_RATE / 10,
+    }
+    stage = _stage("train the denoiser further", _config("quickstart", _TASK_STEPS, **changes), workdir / "denoiser")
+    # Layers apart: they take longer to compile, and less time to run.
+    loaded = load(workdir / "denoiser", execution=Execution(scan_layers=False))
+    who = Answerer(loaded.model, loaded.params, load_tokenizer(loaded.tokenizer_folder))
+    sampling = _tuned(who)
+    answers = _compared(who, sampling)
+    _show_steps(who, sampling)
+    print("== What happened\n")
+    _print_table(["stage", "steps", "loss", "validation loss", "tokens/s", "time"], [stage])
+    print()
+    _report(answers, sampling, workdir, started)
+
+
+def _settings(sampling: SamplingConfig | None, batch: int) -> Settings:
+    """AR's settings, or those of diffusion with a sampling."""
+    settings = Settings(mode="ar", max_new_tokens=_MOST_TOKENS, batch_size=batch)
+    return settings if sampling is None else dataclasses.replace(settings, mode="diffusion", sampling=sampling)
+
+
+def _tuned(who: Answerer) -> SamplingConfig:
+    """The fastest setting of diffusion that keeps AR's accuracy on questions for validation, one at a time."""
+    count = max(1, round(_TRIED * _QUESTIONS.value))
+    print(f"\n== choose the setting, on {count * len(_TASKS.value)} questions for validation\n", flush=True)
+    asked = ask(who.tokenizer, _TASKS.value, "validation", count)
+    samplings = {
+        f"blocks of {block}, threshold {threshold}": SamplingConfig(block, block, confidence_threshold=threshold)
+        for block in map(int, _BLOCKS.value)
+        for threshold in _THRESHOLDS
+    }
+    ways = {"AR": None} | samplings
+    found = in_turns(who, asked, {name: _settings(sampling, 1) for name, sampling in ways.items()}, rounds=1)
+    ar = found.pop("AR")
+    best = fastest(ar, found, _RETAINED)
+    rows = [[name, *_numbers(answers), "chosen" if name == best else ""] for name, answers in found.items()]
+    _print_table(["setting", "accuracy", "tokens per evaluation", "tokens/s", ""], [["AR", *_numbers(ar), ""], *rows])
+    return samplings[best]
+
+
+def _numbers(answers: Answers) -> list[str]:
+    each = answers.tokens_per_evaluation
+    return [f"{answers.accuracy:.1%}", "-" if each is None else f"{each:.2f}", f"{answers.tokens_per_second:,.0f}"]
+
+
+def _compared(who: Answerer, sampling: SamplingConfig) -> dict[int, dict[str, Answers]]:
+    """AR and diffusion on the questions of the test: batch size → mode → answers."""
+    asked = ask(who.tokenizer, _TASKS.value, "test", _QUESTIONS.value)
+    print(f"\n== compare, on {len(asked)} questions of the test\n", flush=True)
+    return {
+        batch: in_turns(who, asked, {"ar": _settings(None, batch), "diffusion": _settings(sampling, batch)})
+        for batch in map(int, _BATCHES.value)
+    }
+
+
+def _show_steps(who: Answerer, sampling: SamplingConfig) -> None:
+    """Three answers as they resolve: a line for each evaluation of a block."""
+    for task in _TASKS.value[:_SHOWN]:
+        (question,) = ask(who.tokenizer, [task], "test", 1, seed=1)
+        settings = _settings(sampling, 1)
+        (result,) = generate(who.model, who.params, [question.ids], settings, record_trace=True)
+        print(question.prompt)
+        for step in result.trace:
+            parts = (who.tokenizer.decode([i]) if i != step.mask_token_id else "░" for i in step.tokens)
+            print(f"  block {step.block + 1}, evaluation {step.step + 1}: {''.join(parts)!r}")
+        print()
+
+
+def _report(found: dict[int, dict[str, Answers]], sampling: SamplingConfig, workdir: pathlib.Path, started: float):
+    """Prints the comparison, and writes summary.json."""
+    first, *_ = found
+    ar, diffusion = found[first]["ar"], found[first]["diffusion"]
+    rows = []
+    for task in _TASKS.value:
+        own = diffusion.of(task)
+        rows.append([task, f"{ar.of(task).accuracy:.0%}", f"{own.accuracy:.0%}", f"{own.tokens_per_evaluation:.1f}"])
+    rows.append(["all", f"{ar.accuracy:.1%}", f"{diffusion.accuracy:.1%}", f"{diffusion.tokens_per_evaluation:.1f}"])
+    _print_table(["task", "AR answers right", "diffusion", "tokens per evaluation"], rows)
+    print()
+    speedups, rows = {}, []
+    for batch, modes in found.items():
+        speeds = [modes[mode].tokens_per_second for mode in ("ar", "diffusion")]
+        speedups[batch] = speeds[1] / speeds[0]
+        rows.append([str(batch), *(f"{speed:,.0f}" for speed in speeds), f"{speedups[batch]:.2f}"])
+    _print_table(["questions together", "AR, tokens/s", "diffusion, tokens/s", "times"], rows)
+    retained = diffusion.accuracy / ar.accuracy if ar.accuracy else None
+    summary = {
+        "accuracy": {"ar": ar.accuracy, "diffusion": diffusion.accuracy},
+        "retained_quality": retained,
+        "speedup": speedups[first],
+        "tokens_per_evaluation": diffusion.tokens_per_evaluation,
+        "seconds": time.monotonic() - started,
+        "speedup_by_batch": {str(batch): value for batch, value in speedups.items()},
+        "tasks": {t: {"ar": ar.of(t).accuracy, "diffusion": diffusion.of(t).accuracy} for t in _TASKS.value},
+        "block_size": sampling.block_size,
+        "confidence_threshold": sampling.confidence_threshold,
+        "questions": len(ar.right),
+    }
+    with output_file(workdir / "summary.json") as file:
+        file.write(json.dumps(summary, indent=2) + "\n")
+    kept = "no right answer of AR to keep" if retained is None else f"{retained:.1%} of AR's accuracy kept"
+    print(
+        f"\n{kept}, at {speedups[first]:.2f} times its tokens per second, "
+        f"{'one question' if first == 1 else f'{first} questions'} at a time "
+        f"({summary['seconds']:.0f} s in all; {workdir / 'summary.json'})"
+    )
+
+
+def _documentation(workdir: pathlib.Path) -> None:
     backbone, denoiser = workdir / "backbone", workdir / "denoiser"
     stages = [
-        _stage("1. pretrain a backbone, next tokens", _tiny_config(objective="autoregressive"), backbone),
+        _stage("1. pretrain a backbone, next tokens", _config("tiny", objective="autoregressive"), backbone),
         _stage(
             "2. train a denoiser on it, masked tokens",
-            _tiny_config(objective="denoiser", init_from=str(backbone)),
+            _config("tiny", objective="denoiser", init_from=str(backbone)),
             denoiser,
         ),
     ]
@@ -125,6 +268,14 @@ def main() -> None:
     print()
     _print_table([f"mode, {len(PROMPTS)} prompts together", "tokens per denoiser evaluation", "tokens/s"], rows)
     print(f"\nMore of it: python launch/generate.py --checkpoint={denoiser} --prompt='The list object'")
+
+
+def main() -> None:
+    started, workdir = time.monotonic(), pathlib.Path(_WORKDIR.value)
+    if _DATA.value == "python":
+        _documentation(workdir)
+    else:
+        _tasks(workdir, started)
 
 
 if __name__ == "__main__":

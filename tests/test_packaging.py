@@ -47,6 +47,9 @@ def test_a_wheel_works_without_the_clone(tmp_path):
         command = [sys.executable, "-P", "-m", "twotower_jax.console", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
+    assert {file.name for file in (ROOT / "configs/quickstart").iterdir()} <= {
+        file.name for file in (site / "twotower_jax/configs/quickstart").iterdir()
+    }
     checkpoint = ROOT / "tests/recorded/tiny/checkpoint"
     assert run("--version").stdout.strip() == twotower_jax.__version__
     shown = run("inspect_checkpoint", f"--checkpoint={checkpoint}")

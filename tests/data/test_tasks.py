@@ -214,3 +214,11 @@ def test_a_window_is_a_function_of_seed_and_number(data, tokenizer):
     assert (one[9]["ids"] == same[9]["ids"]).all() and (one[9]["ids"] != one[10]["ids"]).any()
     with pytest.raises(ValueError, match="lies outside the vocabulary of 300"):
         data.windows(tokenizer, Packing(64, 300, 0.01, 3, 16))
+
+
+def test_some_tasks_alone(tokenizer):
+    window = Data("tasks:add,sort").windows(tokenizer, Packing(64, VOCAB_SIZE, 0.01, 0, None))[0][2]
+    names = re.findall(r"(\w+):", tokenizer.decode(window["ids"].tolist(), skip_special_tokens=False))
+    assert {"add", "sort"} & set(names) and set(names) <= {"add", "sort"}
+    with pytest.raises(ValueError, match="no task 'fly'"):
+        Data("tasks:add,fly")

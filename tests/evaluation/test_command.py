@@ -12,7 +12,8 @@ POINTS = "ar,diffusion,diffusion:confidence_threshold=0.0"
 
 
 def _run(**flags):
-    return run_command("evaluate", *(f"--{name}={value}" for name, value in flags.items()))
+    given = {name: value for name, value in flags.items() if value is not None}
+    return run_command("evaluate", *(f"--{name}={value}" for name, value in given.items()))
 
 
 def test_the_command_compares_points_on_the_same_questions_and_goes_on(tmp_path, checkpoint, task_files):
@@ -58,6 +59,15 @@ def test_the_command_compares_points_on_the_same_questions_and_goes_on(tmp_path,
         ({"tasks": "needle", "lengths": "1,x"}, "--lengths=1,x: not a list of whole numbers"),
         ({"tasks": "needle", "mode": "ar"}, "--mode changes nothing here: give --modes"),
         ({"tasks": "needle", "base_url": "http://127.0.0.1:1"}, "give either --checkpoint=DIR or --base_url=URL"),
+        ({"tasks": "needle", "checkpoint": None}, "give either --checkpoint=DIR or --base_url=URL"),
+        (
+            {"tasks": "needle", "checkpoint": None, "base_url": "http://127.0.0.1:1", "adapter": "x"},
+            "--adapter changes nothing with --base_url",
+        ),
+        (
+            {"tasks": "needle", "checkpoint": None, "base_url": "http://127.0.0.1:1"},
+            "--base_url: http://127.0.0.1:1/v1/models: ",
+        ),
         ({"tasks": "x", "include_path": "/no/such"}, "--include_path=/no/such: there is no such folder"),
     ],
 )

@@ -1,7 +1,7 @@
 """What `config.data` names, opened: text, prepared data, a Megatron set, or a mixture of these.
 
     ""                        the documentation shipped with Python
-    tasks                     questions with exact answers, made on the spot (tasks.py)
+    tasks, tasks:NAME,NAME    questions with exact answers, made on the spot (tasks.py), of all tasks or some
     FILE.txt, FILE.jsonl ...  text of any kind that formats.py reads, tokenized and packed in memory
     FILE.jsonl                of conversations, which the first row tells, likewise
     FOLDER with dataset.json  prepared data
@@ -41,7 +41,7 @@ from twotower_jax.data.packing import PackedSequences, Packing, pack_documents
 from twotower_jax.data.prepared import TRAIN, VALIDATION, is_prepared, open_prepared, read_manifest
 from twotower_jax.data.sources import python_documentation
 from twotower_jax.data.task_windows import TaskWindows
-from twotower_jax.data.tasks import all_words
+from twotower_jax.data.tasks import TASKS, all_words
 from twotower_jax.data.tokenizer import load_tokenizer, train_tokenizer, word_tokenizer
 from twotower_jax.data.windows import AllLearned, Concatenation, DocumentWindows
 from twotower_jax.shares import ceil_share
@@ -53,7 +53,7 @@ Report = Callable[[str], None]
 _HELD_OUT = ", documents held out (validation_fraction=0 goes without)"
 
 
-TASKS = "tasks"  # The name; a folder of that name is ./tasks.
+_TASKS = "tasks"  # A folder of that name is ./tasks.
 
 _LOOKED_AT = 64  # Documents of a Megatron set whose ends are compared with the model's.
 
@@ -82,8 +82,8 @@ def open_source(path: str, report: Report) -> Source:
     Raises:
       ValueError, OSError: nothing usable is there.
     """
-    if path == TASKS:
-        return TaskSource()
+    if path == _TASKS or path.startswith(f"{_TASKS}:"):
+        return TaskSource(path.removeprefix(_TASKS).removeprefix(":"))
     if path and is_prepared(path):
         return PreparedSource(path, report)
     if path and not Path(path).is_dir() and is_megatron(path):
@@ -210,15 +210,22 @@ class ConversationSource:
 class TaskSource:
     """Questions and answers without end; what is held out is the split for validation."""
 
-    files: set[str] = set()
     conversational = False
+
+    def __init__(self, names: str):
+        self.files: set[str] = set()
+        self._names = tuple(names.split(",")) if names else tuple(TASKS)
+        if unknown := [name for name in self._names if name not in TASKS]:
+            raise ValueError(f"data: there is no task {unknown[0]!r}; choose among {', '.join(TASKS)}")
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         return word_tokenizer(all_words(), vocab_size)
 
     def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
-        training = TaskWindows(tokenizer, packing, "train")
-        return training, TaskWindows(tokenizer, packing, "validation") if packing.validation_fraction else None
+        training = TaskWindows(tokenizer, packing, "train", self._names)
+        if not packing.validation_fraction:
+            return training, None
+        return training, TaskWindows(tokenizer, packing, "validation", self._names)
 
 
 class PreparedSource:

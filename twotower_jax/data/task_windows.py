@@ -35,15 +35,16 @@ class TaskWindows(Unloaded):
       sequence_length: tokens in a window, L. tokens: in all windows together.
     """
 
-    def __init__(self, tokenizer: Tokenizer, packing: Packing, split: str):
-        """`packing.validation_fraction` plays no part: what is held out is a split of its own.
+    def __init__(self, tokenizer: Tokenizer, packing: Packing, split: str, names: tuple[str, ...] = ()):
+        """Questions of some tasks; none named are all. `packing.validation_fraction` plays no part: what is held out is
+        a split of its own.
 
         Raises:
           ValueError: the tokenizer gives ids outside the vocabulary, or `align` does not divide the length.
         """
         if packing.align is not None and (packing.align < 1 or packing.sequence_length % packing.align):
             raise ValueError(f"sequence_length {packing.sequence_length} is not a multiple of align {packing.align}")
-        self._tokenizer, self._packing, self._split = tokenizer, packing, split
+        self._tokenizer, self._packing, self._split, self._names = tokenizer, packing, split, names
         self.sequence_length = packing.sequence_length
         self.tokens = len(self) * self.sequence_length
         self[0]  # Ids are checked before a run begins.
@@ -67,7 +68,7 @@ class TaskWindows(Unloaded):
 
     def _encoded(self, index: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Prompts and answers without end, encoded some at a time, which is faster."""
-        questions = tasks.stream(self._packing.seed, index, self._split)
+        questions = tasks.stream(self._packing.seed, index, self._split, self._names)
         while True:
             texts = [text for question in itertools.islice(questions, _TOGETHER) for text in question]
             ids = encode(self._tokenizer, texts)
@@ -102,7 +103,11 @@ class TaskWindows(Unloaded):
     def identity(self) -> dict[str, Any]:
         """JSON-able values that are equal for equal windows, and in practice for no others."""
         first = np.concatenate([self[i]["ids"] for i in range(_HASHED)]).astype("<i4")
-        values = {"sequence_length": self.sequence_length, "tokens": self.tokens, "tasks": self._split}
+        values = {
+            "sequence_length": self.sequence_length,
+            "tokens": self.tokens,
+            "tasks": f"{self._split} {' '.join(self._names)}",
+        }
         if self._packing.align is not None:
             values["reset_at_documents"] = f"aligned to {self._packing.align}"
         return values | {"seed": self._packing.seed, "sha256": hashlib.sha256(first.tobytes()).hexdigest()}

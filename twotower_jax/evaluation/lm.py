@@ -48,6 +48,7 @@ class TwoTowerLM(TemplateLM):
       batch_size: rows computed together; no answer depends on it.
       dtype, quantize, mesh: as the flags of launch/generate.py, with + between the axes of a mesh, since commas end
         arguments.
+      adapter, adapter_tower: likewise, a LoRA adapter beside the weights.
       likelihood: context, bound or blockwise, see likelihood.py. likelihood_samples: of bound.
       max_gen_toks: of questions that do not say it themselves.
       max_length: tokens that a question may have; longer ones lose their beginning, and rolling windows are as long.
@@ -68,6 +69,8 @@ class TwoTowerLM(TemplateLM):
         dtype: str = "float32",
         quantize: str | None = None,
         mesh: str = "",
+        adapter: str | None = None,
+        adapter_tower: str | None = None,
         likelihood: str = "context",
         likelihood_samples: int = 32,
         max_gen_toks: int = _MAX_GEN_TOKS,
@@ -90,8 +93,11 @@ class TwoTowerLM(TemplateLM):
         scan_layers = jax.default_backend() == "cpu" and is_small(folder)
         execution = Execution(dtype=dtype, scan_layers=scan_layers)
         places = None if placement.context is None else placement.parameter_sharding
-        model, params, tokenizer_folder = load(folder, execution=execution, sharding=places, quantize=quantize)
+        beside = {"adapter": adapter and local_path(adapter), "adapter_tower": adapter_tower}
+        found = load(folder, execution=execution, sharding=places, quantize=quantize, **beside)
+        model, params, tokenizer_folder = found
         placement.check(model.config)
+        about = [fingerprint(folder), dtype, quantize, adapter and fingerprint(local_path(adapter)), adapter_tower]
         answerer = Local(
             model,
             cast(parameter_table(model), params, dtype),
@@ -100,7 +106,7 @@ class TwoTowerLM(TemplateLM):
             placement=placement,
             likelihood=likelihood,
             samples=int(likelihood_samples),
-            answers=Answers(answers, [fingerprint(folder), dtype, quantize]),
+            answers=Answers(answers, about),
             label=mode if progress else None,
         )
         self._set_up(answerer, tokenizer_folder, int(max_gen_toks), max_length and int(max_length))

@@ -315,12 +315,16 @@ class Engine:
         return scheduling.told(self._rows.block(call, recipe, kind, kind.adapter), places)
 
     def _stand(self, kind: Kind, places: list[Row | None]) -> Call:
-        """What is the same in every call for these rows; where there is one device, on it already."""
+        """What is the same in every call for these rows; on the device, if there is one and it was used before."""
         rows = self._eos_width, *(None if row is None else row.number for row in places)
-        if self._standing.get(kind, (None, None))[0] != rows:
+        known = self._standing.get(kind)
+        if known is None or known[0] != rows:
             call = scheduling.standing(kind, places, self._eos_width, self._model.config)
-            self._standing[kind] = rows, call if self._on_mesh else jax.device_put(call)
-        return self._standing[kind][1]
+        else:
+            # To place it takes as long as a call with arrays of the host: rows of a single block would pay it twice.
+            call = known[1] if self._on_mesh or isinstance(known[1].alive, jax.Array) else jax.device_put(known[1])
+        self._standing[kind] = rows, call
+        return call
 
 
 def generate(

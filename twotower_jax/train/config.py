@@ -132,8 +132,8 @@ class TrainConfig:
     init_from: str = ""
     # A file of text (.txt, .jsonl and more) or of conversations (.jsonl), or a folder of them; a folder made by
     # launch/prepare.py; the prefix of a Megatron set; or a .json file that mixes several by weight. "" is the
-    # documentation shipped with Python, "tasks" questions with exact answers. See docs/guide/data.md and
-    # docs/guide/finetuning.md.
+    # documentation shipped with Python, "tasks" questions with exact answers, "tasks:NAME,NAME" those of some tasks.
+    # See docs/guide/data.md and docs/guide/finetuning.md.
     data: str = ""
     # Let batches tell documents apart: each then begins at a multiple of the largest block size, after padding that
     # counts for nothing. In a curriculum, of the least common multiple of all block sizes.
@@ -381,12 +381,21 @@ def shipped(name: str) -> ConfigDict:
     Raises:
       ValueError: if there is none of that name.
     """
+    return runpy.run_path(str(shipped_file(f"{name}.py")))["get_config"]()
+
+
+def shipped_file(name: str) -> pathlib.Path:
+    """What lies in `configs/` under that name, wherever that folder is.
+
+    Raises:
+      ValueError: if there is nothing of that name.
+    """
     folders = [pathlib.Path(__file__).resolve().parents[n] / "configs" for n in (1, 2)]  # An installation, a checkout.
-    path = next((file for folder in folders if (file := folder / f"{name}.py").is_file()), None)
+    path = next((file for folder in folders if (file := folder / name).exists()), None)
     if path is None:
         names = sorted(file.stem for folder in folders for file in folder.glob("*.py"))
-        raise ValueError(f"there is no config {name!r}; there are {', '.join(names)}")
-    return runpy.run_path(str(path))["get_config"]()
+        raise ValueError(f"there is no config {name.removesuffix('.py')!r}; there are {', '.join(names)}")
+    return path
 
 
 def freeze(config: ConfigDict) -> TrainConfig:
