@@ -109,7 +109,8 @@ def test_merged_and_unmerged_agree_within_rounding_and_the_merged_folder_loads(t
     logits_of = jax.jit(lambda params: bind(beside.model, params).context_logits(ids))
     logits = [logits_of(loaded.params) for loaded in (beside, merged, again, load(backbone))]
     size = float(jnp.max(jnp.abs(logits[0])))
-    assert float(jnp.max(jnp.abs(logits[0] - logits[1]))) < 3e-6 * size
+    # Sums in another order: two computations of this model's logits in float32 differ by 1.2e-5 (README, parity).
+    assert float(jnp.max(jnp.abs(logits[0] - logits[1]))) < 2e-5
     np.testing.assert_array_equal(logits[1], logits[2])
     assert float(jnp.max(jnp.abs(logits[0] - logits[3]))) > 0.05 * size
 

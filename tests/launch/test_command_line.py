@@ -261,6 +261,8 @@ def config_words(monkeypatch, tmp_path):
 
     def parse(content: str, *words: str, capsys) -> str:
         file.write_text(content)
+        # Where another test has loaded a file of this name, its module would be filled once more.
+        sys.modules.pop("config_config", None)
         monkeypatch.setattr(command_line.flags, "FLAGS", flags.FlagValues())
         flags.DEFINE_integer("verbosity", 0, "As absl's own.", flag_values=command_line.flags.FLAGS)
         config_flags.DEFINE_config_file("config", flag_values=command_line.flags.FLAGS)
