@@ -34,7 +34,7 @@ from twotower_jax.data import encode, load_tokenizer
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.execution import Execution
 from twotower_jax.generation import Result, Settings, generate
-from twotower_jax.generation.answers import Answerer, Answers, ask, fastest, in_turns
+from twotower_jax.generation.answers import Examinee, Marks, answered, ask, fastest
 from twotower_jax.outputs import output_file
 from twotower_jax.train.config import TrainConfig, freeze, shipped, shipped_file
 from twotower_jax.train.loop import train
@@ -58,7 +58,7 @@ _TASK_STEPS, _TASK_RATE = 200, 5e-4
 # Thresholds that are tried, on a part of the questions; how much of AR's accuracy is to be kept.
 _THRESHOLDS, _TRIED, _RETAINED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98), 0.5, 0.99
 _SHOWN = 3  # Answers whose steps are printed.
-_MOST_TOKENS = 128  # Of an answer; the longest have fewer.
+_MOST_TOKENS = 128  # In an answer; the longest have fewer.
 
 PROMPTS = (
     "Return a new list",
@@ -129,7 +129,7 @@ def _tasks(workdir: pathlib.Path, started: float) -> None:
     stage = _stage("train the denoiser further", _config("quickstart", _TASK_STEPS, **changes), workdir / "denoiser")
     # Layers apart: they take longer to compile, and less time to run.
     loaded = load(workdir / "denoiser", execution=Execution(scan_layers=False))
-    who = Answerer(loaded.model, loaded.params, load_tokenizer(loaded.tokenizer_folder))
+    who = Examinee(loaded.model, loaded.params, load_tokenizer(loaded.tokenizer_folder))
     sampling = _tuned(who)
     answers = _compared(who, sampling)
     _show_steps(who, sampling)
@@ -145,7 +145,7 @@ def _settings(sampling: SamplingConfig | None, batch: int) -> Settings:
     return settings if sampling is None else dataclasses.replace(settings, mode="diffusion", sampling=sampling)
 
 
-def _tuned(who: Answerer) -> SamplingConfig:
+def _tuned(who: Examinee) -> SamplingConfig:
     """The fastest setting of diffusion that keeps AR's accuracy on questions for validation, one at a time."""
     count = max(1, round(_TRIED * _QUESTIONS.value))
     print(f"\n== choose the setting, on {count * len(_TASKS.value)} questions for validation\n", flush=True)
@@ -156,7 +156,7 @@ def _tuned(who: Answerer) -> SamplingConfig:
         for threshold in _THRESHOLDS
     }
     ways = {"AR": None} | samplings
-    found = in_turns(who, asked, {name: _settings(sampling, 1) for name, sampling in ways.items()}, rounds=1)
+    found = answered(who, asked, {name: _settings(sampling, 1) for name, sampling in ways.items()}, rounds=1)
     ar = found.pop("AR")
     best = fastest(ar, found, _RETAINED)
     rows = [[name, *_numbers(answers), "chosen" if name == best else ""] for name, answers in found.items()]
@@ -164,22 +164,22 @@ def _tuned(who: Answerer) -> SamplingConfig:
     return samplings[best]
 
 
-def _numbers(answers: Answers) -> list[str]:
+def _numbers(answers: Marks) -> list[str]:
     each = answers.tokens_per_evaluation
     return [f"{answers.accuracy:.1%}", "-" if each is None else f"{each:.2f}", f"{answers.tokens_per_second:,.0f}"]
 
 
-def _compared(who: Answerer, sampling: SamplingConfig) -> dict[int, dict[str, Answers]]:
+def _compared(who: Examinee, sampling: SamplingConfig) -> dict[int, dict[str, Marks]]:
     """AR and diffusion on the questions of the test: batch size → mode → answers."""
     asked = ask(who.tokenizer, _TASKS.value, "test", _QUESTIONS.value)
     print(f"\n== compare, on {len(asked)} questions of the test\n", flush=True)
     return {
-        batch: in_turns(who, asked, {"ar": _settings(None, batch), "diffusion": _settings(sampling, batch)})
+        batch: answered(who, asked, {"ar": _settings(None, batch), "diffusion": _settings(sampling, batch)})
         for batch in map(int, _BATCHES.value)
     }
 
 
-def _show_steps(who: Answerer, sampling: SamplingConfig) -> None:
+def _show_steps(who: Examinee, sampling: SamplingConfig) -> None:
     """Three answers as they resolve: a line for each evaluation of a block."""
     for task in _TASKS.value[:_SHOWN]:
         (question,) = ask(who.tokenizer, [task], "test", 1, seed=1)
@@ -192,7 +192,7 @@ def _show_steps(who: Answerer, sampling: SamplingConfig) -> None:
         print()
 
 
-def _report(found: dict[int, dict[str, Answers]], sampling: SamplingConfig, workdir: pathlib.Path, started: float):
+def _report(found: dict[int, dict[str, Marks]], sampling: SamplingConfig, workdir: pathlib.Path, started: float):
     """Prints the comparison, and writes summary.json."""
     first, *_ = found
     ar, diffusion = found[first]["ar"], found[first]["diffusion"]

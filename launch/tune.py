@@ -66,7 +66,7 @@ _MIN_RETAINED = flags.DEFINE_float(
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-text token, so that all rows are as long.")
 _WRITE = flags.DEFINE_bool("write", False, f"Also write {FILE} into the checkpoint's folder.")
 _RESULTS = "results.json", "plot.svg"
-# Of the contexts of --tasks=needle and key_value.
+# Lengths of the contexts of --tasks=needle and key_value.
 _LENGTH = 512
 
 

@@ -177,7 +177,7 @@ class Dropout(NamedTuple):
     table: Mapping[Path, Parameter]
 
     def keys_of(self, path: Path) -> UInt32[Array, "*layers R 2"]:
-        """Of the matrix whose A has this path: by the rows' keys and the layer's published name alone."""
+        """The keys of the matrix whose A has this path: by the rows' keys and the layer's published name alone."""
         names = self.table[path].tensors
         hashes = jnp.asarray(np.array([zlib.crc32(str(n).encode()) for n in names.flat], np.uint32))
 

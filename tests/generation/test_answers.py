@@ -7,13 +7,13 @@ import pytest
 from twotower_jax.data import EOS_ID, encode
 from twotower_jax.data.tasks import all_words, questions
 from twotower_jax.data.tokenizer import word_tokenizer
-from twotower_jax.generation.answers import Answerer, Answers, ask, fastest, is_right
+from twotower_jax.generation.answers import Examinee, Marks, ask, fastest, is_right
 from twotower_jax.generation.settings import Result
 
 
 @pytest.fixture(scope="module")
 def who():
-    return Answerer(None, None, word_tokenizer(all_words(), 576))
+    return Examinee(None, None, word_tokenizer(all_words(), 576))
 
 
 def result(tokens, evaluations=0, reason="eos"):
@@ -39,7 +39,7 @@ def test_an_answer_is_right_if_it_says_so_and_ends(who):
 
 def answers(right, seconds, evaluations=2):
     asked = [SimpleNamespace(task="ab"[i % 2]) for i in range(len(right))]
-    return Answers(asked, [result([7] * 10, evaluations) for _ in right], right, seconds)
+    return Marks(asked, [result([7] * 10, evaluations) for _ in right], right, seconds)
 
 
 def test_what_is_counted():

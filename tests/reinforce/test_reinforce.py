@@ -225,7 +225,7 @@ def test_settings_out_of_range_are_refused(changes):
 
 
 def test_the_reward_rises(folder, tmp_path):
-    """Of answers that are worth the share of some tokens in them, one in eight; the same run gives the same numbers."""
+    """Answers are worth the share of some tokens in them, one in eight; the same run gives the same numbers."""
     REWARDS.register("eighths", lambda answer: sum(token % 8 == 5 for token in answer.tokens) / len(answer.tokens))
     sampling = SamplingConfig(block_size=BLOCK, steps_per_block=2, strategy="posterior", temperature=1.0)
     config = ReinforceConfig(

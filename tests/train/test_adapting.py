@@ -103,7 +103,7 @@ def test_settings_that_cannot_be(step_config, changes, message):
 
 @pytest.mark.parametrize("base", ["float32", "int8", "int4"])
 def test_the_product_and_its_gradients_are_those_of_the_matrix_that_it_stands_for(base):
-    """Of float64 by hand; the gradient by x also beside a quantized matrix, of which there is none itself."""
+    """By hand in float64; the gradient by x also beside a quantized matrix, of which there is none itself."""
     rng = np.random.default_rng(0)
     x, w, a, b = (rng.standard_normal(shape) for shape in ((3, 5, 64), (64, 12), (64, 2), (2, 12)))
     x, a, b = (jnp.asarray(v, jnp.float32) for v in (x, a, b))

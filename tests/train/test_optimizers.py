@@ -178,7 +178,7 @@ def test_the_noise_scale_is_its_formula(step_config, random_params):
 
 
 def test_the_noise_scale_is_that_of_known_noise():
-    """Of gradients G + noise, tr Σ / |G|² = 10 · 4 / 20."""
+    """For gradients G + noise, tr Σ / |G|² = 10 · 4 / 20."""
     rng, total = np.random.default_rng(0), np.zeros(2)
     for _ in range(4000):
         parts = np.sqrt(2) + 2 / np.sqrt(4) * rng.standard_normal((4, 10))  # Each the mean of 4 sequences of 16.

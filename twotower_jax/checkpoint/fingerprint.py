@@ -86,7 +86,7 @@ def _positions(size: int) -> np.ndarray:
 
 
 def _sample(name: str, tensor: np.ndarray) -> Sample:
-    """Of a tensor as published, which is read at a few places only."""
+    """What is hashed of a tensor as published, which is read at a few places only."""
     places = np.unravel_index(_positions(tensor.size), tensor.shape)
     return Sample(name, tensor.shape, np.asarray(tensor[places]).astype(np.float32))
 

@@ -46,7 +46,7 @@ class Conversations(Protocol):
         """How many there are."""
 
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all of them: how many turns each has (count,), and `Turns.parts` end to end (turns, 2); integers."""
+        """How many turns each of them has (count,), and `Turns.parts` end to end (turns, 2); integers."""
 
     def __getitem__(self, number: int) -> Turns:
         """One of them."""

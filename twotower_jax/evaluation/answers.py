@@ -51,7 +51,7 @@ class Answers:
         return len(self._known)
 
     def key(self, *request: Any) -> str:
-        """Of a request, all of whose parts are JSON values."""
+        """The key of a request, all of whose parts are JSON values."""
         told = json.dumps([self._about, *request], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -43,7 +43,7 @@ from jaxtyping import Array, Bool, Float, Int
 from twotower_jax.cache import Cache
 from twotower_jax.diffusion import Draft, SamplingConfig, noise_level, per_row, token_log_probabilities
 from twotower_jax.diffusion.prediction import without_token
-from twotower_jax.generation.placement import rows_together
+from twotower_jax.generation.placement import filled_up
 from twotower_jax.parameters import Params, bind
 from twotower_jax.randomness import key as random_key
 from twotower_jax.tokens import check_ids, pad_rows
@@ -118,7 +118,7 @@ def context_scores(model: TwoTower, params: Params, pairs: Sequence[Pair], done:
         shapes[_width(len(ids)), most, _power(len(numbers))].append((ids, count, numbers))
     for (width, most, choices), rows in sorted(shapes.items(), key=lambda item: item[0]):
         for batch in itertools.batched(rows, batch_size):
-            filled = _filled(batch, batch_size)
+            filled = filled_up(batch, batch_size, batch_size)
             ids, _ = pad_rows([np.array(row[0], np.int32) for row in filled], model.config.pad_token_id, width)
             starts = np.array([len(row[0]) - row[1] for row in filled], np.int32)
             targets = np.zeros((len(filled), choices, most), np.int32)
@@ -337,7 +337,7 @@ def _batches(
             done(number, Scored(0.0, True))
     for (_, blocks), numbers in sorted(shapes.items()):
         for some in itertools.batched(numbers, batch_size):
-            filled = _filled(some, batch_size)
+            filled = filled_up(some, batch_size, batch_size)
             yield _Batch([pairs[number] for number in filled], list(some)), blocks
 
 
@@ -356,11 +356,6 @@ def _read(params, ids, lengths, *, model, capacity) -> Cache:
 @functools.partial(jax.jit, static_argnames=("model",))
 def _extend(params, cache, block, counts, *, model) -> Cache:
     return bind(model, params).extend(jnp.maximum(block, 0), counts, cache)[1]
-
-
-def _filled(batch: Sequence, batch_size: int) -> list:
-    """A smaller batch filled up with its last row, so that it is compiled no second time."""
-    return list(batch) + [batch[-1]] * (rows_together(batch_size, batch_size) - len(batch))
 
 
 def _width(length: int) -> int:

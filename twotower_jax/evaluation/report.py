@@ -90,7 +90,7 @@ class Evaluation:
         return found
 
     def _differences(self) -> dict[str, Any]:
-        """Of each task and point, metric by metric, what it has more than AR."""
+        """What each point has more than AR in each task, metric by metric."""
         found: dict[str, Any] = {}
         for task, of_task in self.tasks.items():
             for point, scores in of_task.items():

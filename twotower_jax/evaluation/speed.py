@@ -1,15 +1,15 @@
 """Tokens per second of every operating point, on the same questions and in the same run.
 
-A first round compiles and is not timed; then rounds go through all points in turn, so that a machine that slows down
-slows all of them, and the median of each counts.
+A first round compiles and is not timed; of the others, which go through all points in turn, the median counts.
 """
 
+import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from twotower_jax.evaluation.answering import Answerer, Asked
+from twotower_jax.generation.timing import in_turns
 
 
 class Speed(NamedTuple):
@@ -28,19 +28,11 @@ def measure(
     """The speed of each point on these questions, all of which it answers in each round.
 
     Args:
-      report: gets a line after each round.
+      report: gets a line after each run.
     """
-    answers = {name: point.run(asked) for name, point in points.items()}
-    report("speed: compiled")
-    seconds: dict[str, list[float]] = {name: [] for name in points}
-    for number in range(rounds):
-        for name, point in points.items():
-            start = time.perf_counter()
-            point.run(asked)
-            seconds[name].append(time.perf_counter() - start)
-        report(f"speed: round {number + 1} of {rounds}")
+    ways = [functools.partial(point.run, asked) for point in points.values()]
     found = {}
-    for name, given in answers.items():
+    for name, (given, seconds) in zip(points, in_turns(ways, rounds, lambda m: report(f"speed: {m}")), strict=True):
         tokens, evaluations = (sum(getattr(a, what) for a in given) for what in ("tokens", "evaluations"))
-        found[name] = Speed(tokens / statistics.median(seconds[name]), tokens / max(1, evaluations))
+        found[name] = Speed(tokens / statistics.median(seconds), tokens / max(1, evaluations))
     return found

@@ -15,7 +15,7 @@ import numpy as np
 
 from twotower_jax.evaluation.compare import Scores
 
-# Of examples shown before a question, and of whatever else a task draws.
+# The seed of examples shown before a question, and of whatever else a task draws.
 _SEED = 1234
 # Lines of a task file that name a task, a group or a tag, alone or in a list.
 _NAMING = re.compile(r"^\s*(?:(?:task|group|tag)\w*:|-)[^\n]{0,200}$", re.MULTILINE)

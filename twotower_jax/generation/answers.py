@@ -1,12 +1,11 @@
 """Questions with exact answers (data/tasks.py), answered: how many are right, and how fast that was.
 
-Modes are compared on the same questions, in turns (`in_turns`), so that a machine that slows down slows all of them. A
-first pass of each compiles and is not timed.
+Modes are compared on the same questions, in turns (timing.py). A first pass of each compiles and is not timed.
 """
 
 import dataclasses
+import functools
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,11 +15,12 @@ from twotower_jax.data import encode
 from twotower_jax.data.tasks import check, questions
 from twotower_jax.generation.engine import generate
 from twotower_jax.generation.settings import Result, Settings
+from twotower_jax.generation.timing import in_turns
 from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
 
-class Asked(NamedTuple):
+class TaskPrompt(NamedTuple):
     """A question of a task, and its prompt's tokens."""
 
     task: str
@@ -28,7 +28,7 @@ class Asked(NamedTuple):
     ids: list[int]
 
 
-class Answerer(NamedTuple):
+class Examinee(NamedTuple):
     """Who answers."""
 
     model: TwoTower
@@ -37,7 +37,7 @@ class Answerer(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class Marks:
     """What came of some questions in one way to generate.
 
     Attributes:
@@ -45,7 +45,7 @@ class Answers:
       seconds: of each timed pass over all of them.
     """
 
-    asked: Sequence[Asked]
+    asked: Sequence[TaskPrompt]
     results: list[Result]
     right: list[bool]
     seconds: list[float]
@@ -70,54 +70,47 @@ class Answers:
         evaluations = sum(result.denoiser_evaluations for result in self.results)
         return self.tokens / evaluations if evaluations else None
 
-    def of(self, task: str) -> "Answers":
+    def of(self, task: str) -> "Marks":
         """Those of one task, without times."""
         rows = [i for i, asked in enumerate(self.asked) if asked.task == task]
-        return Answers(
-            [self.asked[i] for i in rows], [self.results[i] for i in rows], [self.right[i] for i in rows], []
-        )
+        return Marks([self.asked[i] for i in rows], [self.results[i] for i in rows], [self.right[i] for i in rows], [])
 
 
-def ask(tokenizer: Tokenizer, tasks: Sequence[str], split: str, count: int, seed: int = 0) -> list[Asked]:
+def ask(tokenizer: Tokenizer, tasks: Sequence[str], split: str, count: int, seed: int = 0) -> list[TaskPrompt]:
     """`count` questions of each task, one task after the other in turns."""
     of_tasks = [[(task, q.prompt) for q in questions(task, split, count, seed)] for task in tasks]
     rows = [row for turn in zip(*of_tasks, strict=True) for row in turn]
     ids = encode(tokenizer, [prompt for _, prompt in rows])
-    return [Asked(task, prompt, own.tolist()) for (task, prompt), own in zip(rows, ids, strict=True)]
+    return [TaskPrompt(task, prompt, own.tolist()) for (task, prompt), own in zip(rows, ids, strict=True)]
 
 
-def answered(who: Answerer, asked: Sequence[Asked], settings: Settings) -> tuple[list[Result], float]:
-    """The answers to all questions, and how many seconds they took."""
-    prompts = [question.ids for question in asked]
-    started = time.perf_counter()
-    results = list(generate(who.model, who.params, prompts, settings))
-    return results, time.perf_counter() - started
-
-
-def is_right(who: Answerer, question: Asked, result: Result) -> bool:
+def is_right(who: Examinee, question: TaskPrompt, result: Result) -> bool:
     """Whether an answer is right; one that does not end is not."""
     text = who.tokenizer.decode(result.tokens[:-1])
     return result.finish_reason == "eos" and check(question.task, question.prompt, text)
 
 
-def in_turns(
-    who: Answerer, asked: Sequence[Asked], ways: Mapping[str, Settings], rounds: int = 3
-) -> dict[str, Answers]:
-    """The questions answered in each way, `rounds` times in turns after a first pass that is not timed.
+def answered(
+    who: Examinee, asked: Sequence[TaskPrompt], ways: Mapping[str, Settings], rounds: int = 3
+) -> dict[str, Marks]:
+    """The questions answered in each way, and timed `rounds` times in turns.
 
     Raises:
       FloatingPointError: if the model's logits are not finite.
     """
-    results = {name: answered(who, asked, settings)[0] for name, settings in ways.items()}
-    seconds = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, settings in ways.items():
-            seconds[name].append(answered(who, asked, settings)[1])
-    right = {name: [is_right(who, *pair) for pair in zip(asked, got, strict=True)] for name, got in results.items()}
-    return {name: Answers(asked, results[name], right[name], seconds[name]) for name in ways}
+    prompts = [question.ids for question in asked]
+
+    def results_of(settings: Settings) -> list[Result]:
+        return list(generate(who.model, who.params, prompts, settings))
+
+    timed = in_turns([functools.partial(results_of, settings) for settings in ways.values()], rounds)
+    return {
+        name: Marks(asked, results, [is_right(who, *pair) for pair in zip(asked, results, strict=True)], seconds)
+        for name, (results, seconds) in zip(ways, timed, strict=True)
+    }
 
 
-def fastest(ar: Answers, ways: Mapping[str, Answers], retained: float) -> str:
+def fastest(ar: Marks, ways: Mapping[str, Marks], retained: float) -> str:
     """The name of the way with most tokens per second among those that keep this part of AR's accuracy; where none
     does, among those that keep all but a fiftieth of the most that any keeps."""
     most = max(answers.accuracy for answers in ways.values())

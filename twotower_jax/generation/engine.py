@@ -105,10 +105,8 @@ class Engine:
         self._submitted = 0
         self._prefixes = prefix_cache
         self._quorums: defaultdict[Kind, Quorum] = defaultdict(Quorum)
-        # Of each kind the rows that it was said for, and what it says.
+        # For each kind, which rows it was said for, and what it says.
         self._standing: dict[Kind, tuple[tuple, Call]] = {}
-        # NumPy's arrays go anywhere, those on a device not to a mesh of several processes.
-        self._on_mesh = placement.context is not None or jax.process_count() > 1
         self.cache_bytes = cache_bytes(model, batch, self.capacity, placement.context)
         _check_memory(self.cache_bytes, batch, self.capacity, settings.max_cache_gb, placement)
         # AR needs no denoiser: apart from the context it is then left out.
@@ -315,16 +313,11 @@ class Engine:
         return scheduling.told(self._rows.block(call, recipe, kind, kind.adapter), places)
 
     def _stand(self, kind: Kind, places: list[Row | None]) -> Call:
-        """What is the same in every call for these rows; on the device, if there is one and it was used before."""
+        """What is the same in every call for these rows, made once."""
         rows = self._eos_width, *(None if row is None else row.number for row in places)
-        known = self._standing.get(kind)
-        if known is None or known[0] != rows:
-            call = scheduling.standing(kind, places, self._eos_width, self._model.config)
-        else:
-            # To place it takes as long as a call with arrays of the host: rows of a single block would pay it twice.
-            call = known[1] if self._on_mesh or isinstance(known[1].alive, jax.Array) else jax.device_put(known[1])
-        self._standing[kind] = rows, call
-        return call
+        if self._standing.get(kind, (None, None))[0] != rows:
+            self._standing[kind] = rows, scheduling.standing(kind, places, self._eos_width, self._model.config)
+        return self._standing[kind][1]
 
 
 def generate(

@@ -16,6 +16,7 @@ Keys are few and lie whole on each device of "tensor".
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -187,6 +188,11 @@ def rows_together(batch_size: int, rows: int) -> int:
     """How many of `rows` rows a batch takes: at most `batch_size`, and a multiple of the devices in force."""
     shards = _shards_in_force()
     return -(-min(batch_size, rows) // shards) * shards
+
+
+def filled_up[T](batch: Sequence[T], batch_size: int, rows: int) -> list[T]:
+    """A batch of `rows` rows in all; the last, smaller one is filled up with its last row: it has the same shape."""
+    return [*batch, *[batch[-1]] * (rows_together(batch_size, rows) - len(batch))]
 
 
 def _shards_in_force() -> int:

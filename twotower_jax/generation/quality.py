@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax.diffusion import token_log_probabilities
-from twotower_jax.generation.placement import rows_together
+from twotower_jax.generation.placement import filled_up
 from twotower_jax.generation.score import score_ar
 from twotower_jax.parameters import Params, bind
 from twotower_jax.tokens import check_ids, pad_rows
@@ -119,7 +119,7 @@ def nll_bound(
     longest = -(-max(len(ids) for _, _, ids in work) // width) * width
     values = collections.defaultdict(list)
     for batch in itertools.batched(work, batch_size):
-        filled = [*batch, *[batch[-1]] * (rows_together(batch_size, len(work)) - len(batch))]
+        filled = filled_up(batch, batch_size, len(work))
         # Blocks of padding after a row are seen by none of its own.
         ids, lengths = pad_rows([ids for _, _, ids in filled], model.config.pad_token_id, longest)
         draws = [_draw(seed, number, sample, ids.shape[1], block_size) for number, sample, _ in filled]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twotower_jax.diffusion import token_log_probabilities
-from twotower_jax.generation.placement import rows_together
+from twotower_jax.generation.placement import filled_up
 from twotower_jax.parameters import Params, bind
 from twotower_jax.tokens import check_ids, pad_rows
 from twotower_jax.two_tower import TwoTower
@@ -67,7 +67,7 @@ def score_ar(model: TwoTower, params: Params, rows: Sequence[Sequence[int]], bat
     out = []
     for batch in itertools.batched(checked, batch_size):
         # Causal: padding on the right changes nothing before it. At least two columns, for one transition.
-        ids, lengths = pad_rows(_filled(batch, batch_size, len(checked)), model.config.pad_token_id, _LENGTH_MULTIPLE)
+        ids, lengths = pad_rows(filled_up(batch, batch_size, len(checked)), model.config.pad_token_id, _LENGTH_MULTIPLE)
         logprobs = np.asarray(_ar(params, ids, model=model))
         out += [logprobs[i, : lengths[i] - 1] for i in range(len(batch))]
     return out
@@ -105,7 +105,7 @@ def score_denoiser(
     for (_, block_size), group in itertools.groupby(sorted(shape, key=shape.get), key=shape.get):
         group = list(group)
         for numbers in itertools.batched(group, batch_size):
-            batch = _filled([checked[i] for i in numbers], batch_size, len(group))
+            batch = filled_up([checked[i] for i in numbers], batch_size, len(group))
             ids, masked, t, _ = (np.array(column) for column in zip(*batch, strict=True))
             logprobs = _denoiser(params, ids, masked, np.float32(t), model=model, block_size=block_size)
             out.update(zip(numbers, np.asarray(logprobs), strict=False))
@@ -117,8 +117,3 @@ def _checked(ids, model, i) -> np.ndarray:
     if ids.ndim != 1 or ids.size == 0:
         raise ValueError(f"row {i + 1}: ids must be a list of at least one token id")
     return ids
-
-
-def _filled(batch, batch_size: int, total: int) -> list:
-    """A last, smaller batch filled up with its last row, so that it is compiled no second time."""
-    return list(batch) + [batch[-1]] * (rows_together(batch_size, total) - len(batch))

@@ -6,8 +6,8 @@ through AR and all points in turn, so that a machine that slows down slows all o
 """
 
 import dataclasses
+import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from twotower_jax.generation.engine import generate
 from twotower_jax.generation.placement import TowerMeshes, in_force
 from twotower_jax.generation.quality import generated_likelihoods
 from twotower_jax.generation.settings import Result, Settings
+from twotower_jax.generation.timing import in_turns
 from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
@@ -157,26 +158,19 @@ def sweep(
     params = placement.context_params(model, params)
     runs = [dataclasses.replace(settings, mode="ar", sampling=SamplingConfig())]
     runs += [dataclasses.replace(settings, mode="diffusion", sampling=sampling) for sampling in samplings]
-    results = []
-    for number, run in enumerate(runs, 1):
-        results.append(list(generate(model, params, prompts, run, placement=placement)))
-        report(f"compiled {number}/{len(runs)}")
-    seconds = [[] for _ in runs]
-    for turn in range(1, rounds + 1):
-        for run, times in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
-            for _ in generate(model, params, prompts, run, placement=placement):
-                pass
-            times.append(time.perf_counter() - start)
-        report(f"round {turn}/{rounds}")
+
+    def results_of(run: Settings) -> list[Result]:
+        return list(generate(model, params, prompts, run, placement=placement))
+
+    timed = in_turns([functools.partial(results_of, run) for run in runs], rounds, report)
     points = []
-    for run, rows, times in zip(runs, results, seconds, strict=True):
+    for run, (rows, times) in zip(runs, timed, strict=True):
         pairs = [(row.prompt_ids, row.tokens) for row in rows]
         with in_force(placement.context):
             likelihoods = generated_likelihoods(model, params, pairs, settings.batch_size)
         sampling = run.sampling if run.mode == "diffusion" else None
         total = sum(x.log_likelihood for x in likelihoods) / sum(x.tokens for x in likelihoods)
-        points.append(_point(sampling, rows, results[0], statistics.median(times), total))
+        points.append(_point(sampling, rows, timed[0][0], statistics.median(times), total))
         if quality is not None:
             points[-1].quality = quality(run)
             report(f"quality {len(points)}/{len(runs)}: {points[-1].quality:.4f}")

@@ -97,7 +97,7 @@ class ReinforceConfig:
 
     @property
     def answers(self) -> int:
-        """Of a step."""
+        """How many answers a step has."""
         return self.prompts_per_step * self.group_size
 
 

@@ -101,8 +101,8 @@ class Layout(NamedTuple):
 def steps_of(results: Sequence[Result], layout: Layout) -> Steps:
     """All steps of some answers with their traces, answer by answer.
 
-    Of what a step decides after an answer's end, only that counts which tokens of the answer, decided later, have seen:
-    the rest is noise of mean 0.
+    What a step decides after an answer's end counts only where tokens of the answer, decided later, have seen it: the
+    rest is noise of mean 0.
     """
     rows = [row for number, result in enumerate(results) for row in _rows(number, result, layout)]
     return Steps(*(np.stack(field) for field in zip(*rows, strict=True)))

@@ -58,17 +58,21 @@ class Adapting:
 
     @property
     def table(self) -> Mapping[Path, Parameter]:
+        """The model's parameters and the adapter's."""
         return parameter_table(self.model) | self.adapter
 
     def is_trained(self, path: Path) -> bool:
+        """Whether it is the adapter's."""
         return path in self.adapter
 
     def frozen(self, parameter: Parameter) -> jax.ShapeDtypeStruct | Quantized:
+        """How a parameter of the base is stored: quantized, or in the dtype of the base."""
         method = self.lora.method
         dtype = jnp.dtype(self.lora.base) if self.lora.base and method is None else self.dtype
         return quantization.abstract(parameter, method, dtype)
 
     def for_validation(self) -> "Adapting":
+        """The objective's, without dropout."""
         return Adapting(self.inner.for_validation(), dataclasses.replace(self.lora, dropout=0.0))
 
     def examples(
@@ -91,12 +95,14 @@ class Adapting:
         return examples._replace(dropout=keys)
 
     def losses_of(self, params: Params, examples: Examples, block_size: int, validating: bool = False) -> Losses:
+        """The objective's, of the model with the adapter beside its matrices."""
         keys = examples.dropout
         dropout = None if keys is None else Dropout(self.lora.dropout, keys, self.adapter)
         adapted = self.model_params(params, dropout)
         return self.inner.losses_of(adapted, examples._replace(dropout=None), block_size, validating)
 
     def model_params(self, params: Params, dropout: Dropout | None = None) -> Params:
+        """Parameters for the model alone, of those of the table: adapted matrices are `Adapted` values."""
         adapter, base = lora.split(params)
         return lora.attach(base, adapter, self.lora.scale, dropout)
 
