@@ -95,7 +95,7 @@ def main() -> None:
             include_path=_INCLUDE_PATH.value,
             shots=_SHOTS.value,
             run_code=_RUN_CODE.value,
-            lengths=_lengths(),
+            lengths=sorted(set(command_line.numbers(_LENGTHS, int))),
             count=_QUESTIONS.value,
             seed=base.seed,
         )
@@ -131,13 +131,6 @@ def main() -> None:
             if (picture := done.length_plot(kind)) is not None:
                 write_file(output / f"{kind}.svg", picture)
     print(table)
-
-
-def _lengths() -> list[int]:
-    try:
-        return sorted({int(text) for text in _LENGTHS.value})
-    except ValueError:
-        raise ValueError(f"--lengths={','.join(_LENGTHS.value)}: not a list of whole numbers") from None
 
 
 def _local(points, output: pathlib.Path):

@@ -31,6 +31,7 @@ from twotower_jax import command_line
 from twotower_jax.checkpoint.load import Loaded, load
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.data import encode, load_tokenizer
+from twotower_jax.data.tasks import TASKS
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.execution import Execution
 from twotower_jax.generation import Result, Settings, generate
@@ -152,7 +153,7 @@ def _tuned(who: Examinee) -> SamplingConfig:
     asked = ask(who.tokenizer, _TASKS.value, "validation", count)
     samplings = {
         f"blocks of {block}, threshold {threshold}": SamplingConfig(block, block, confidence_threshold=threshold)
-        for block in map(int, _BLOCKS.value)
+        for block in command_line.numbers(_BLOCKS, int)
         for threshold in _THRESHOLDS
     }
     ways = {"AR": None} | samplings
@@ -175,7 +176,7 @@ def _compared(who: Examinee, sampling: SamplingConfig) -> dict[int, dict[str, Ma
     print(f"\n== compare, on {len(asked)} questions of the test\n", flush=True)
     return {
         batch: answered(who, asked, {"ar": _settings(None, batch), "diffusion": _settings(sampling, batch)})
-        for batch in map(int, _BATCHES.value)
+        for batch in command_line.numbers(_BATCHES, int)
     }
 
 
@@ -273,8 +274,15 @@ def _documentation(workdir: pathlib.Path) -> None:
 def main() -> None:
     started, workdir = time.monotonic(), pathlib.Path(_WORKDIR.value)
     if _DATA.value == "python":
+        command_line.refuse_given([_BATCHES, _BLOCKS, _TASKS, _QUESTIONS], "with --data=python")
         _documentation(workdir)
     else:
+        command_line.refuse_given([_MAX_NEW_TOKENS], "with --data=tasks")
+        # Before minutes of training.
+        for holder in (_BATCHES, _BLOCKS):
+            command_line.numbers(holder, int, least=1)
+        if not _TASKS.value:
+            raise ValueError(f"--tasks is empty; choose among {', '.join(TASKS)}")
         _tasks(workdir, started)
 
 

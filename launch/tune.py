@@ -70,13 +70,6 @@ _RESULTS = "results.json", "plot.svg"
 _LENGTH = 512
 
 
-def _numbers(flag, kind: type) -> list:
-    try:
-        return [kind(text) for text in flag.value]
-    except ValueError:
-        raise ValueError(f"--{flag.name}={','.join(flag.value)}: not a list of {kind.__name__} values") from None
-
-
 def _check_writable(folder: pathlib.Path) -> None:
     """A converted checkpoint that has the file has its hash too, and would count as broken with another one."""
     listed = folder / manifest.NAME
@@ -96,8 +89,8 @@ def main() -> None:
     if _THRESHOLDS.present and ("confidence_threshold" in options or "confidence_threshold" not in knobs(strategy)):
         given = "--strategy_options" if "confidence_threshold" in options else f"--strategy={strategy}"
         raise ValueError(f"--thresholds={','.join(_THRESHOLDS.value)} changes nothing with {given}")
-    numbers = _numbers(_THRESHOLDS, float), _numbers(_STEPS, int), _numbers(_BLOCKS, int)
-    samplings = grid(*numbers, strategy, options)
+    sizes = command_line.numbers(_STEPS, int), command_line.numbers(_BLOCKS, int)
+    samplings = grid(command_line.numbers(_THRESHOLDS, float), *sizes, strategy, options)
     settings = Settings(
         max_new_tokens=_MAX_NEW_TOKENS.value,
         batch_size=_BATCH_SIZE.value,

@@ -81,6 +81,25 @@ def refuse_given(holders: Iterable[flags.FlagHolder], why: str) -> None:
             raise ValueError(f"--{holder.name} changes nothing {why}; leave it out")
 
 
+def numbers[T: (int, float)](holder: flags.FlagHolder, kind: type[T], least: T | None = None) -> list[T]:
+    """The numbers of a list flag.
+
+    Raises:
+      ValueError: naming the flag, for none at all, what is no number, or one below `least`.
+    """
+    given = f"--{holder.name}={','.join(holder.value)}"
+    what = "whole numbers" if kind is int else "numbers"
+    try:
+        found = [kind(text) for text in holder.value]
+    except ValueError:
+        raise ValueError(f"{given}: not a list of {what}") from None
+    if not found:
+        raise ValueError(f"{given}: give a number, or several with commas")
+    if least is not None and min(found) < least:
+        raise ValueError(f"{given}: must be at least {least}")
+    return found
+
+
 def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[Exception], int] | None = None) -> None:
     """Parses the flags, runs `main`, and exits.
 

@@ -192,5 +192,5 @@ def test_bad_flags_are_one_line(tmp_path, data):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"ids": [7]}\n')
     run = _run("tune", checkpoint=data / "tiny/checkpoint", prompts=prompts, output=tmp_path / "o", steps="4,x")
-    assert (run.returncode, run.stderr) == (2, "error: --steps=4,x: not a list of int values\n")
+    assert (run.returncode, run.stderr) == (2, "error: --steps=4,x: not a list of whole numbers\n")
     assert not (tmp_path / "o").exists()

@@ -32,6 +32,18 @@ def test_the_checkpoint_is_small_and_says_how_it_was_made():
     assert made["commands"] and made["seconds"] > 0 and made["retained_quality"] > 0
 
 
-def test_documentation_is_still_there(tmp_path):
-    done = run_command("quickstart", "--workdir=run", "--data=python", "--steps=0", cwd=tmp_path)
-    assert done.returncode == 2 and "steps=0 must be at least 1" in done.stderr
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data=python", "--steps=0"], "steps=0 must be at least 1"),
+        (["--data=python", "--tasks=spell"], "--tasks changes nothing with --data=python"),
+        (["--tasks="], "--tasks is empty; choose among letter, "),
+        (["--tasks=nope"], "there is no task 'nope'"),
+        (["--blocks=16,x"], "--blocks=16,x: not a list of whole numbers"),
+        (["--batches=0"], "--batches=0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_training(tmp_path, flags, said):
+    done = run_command("quickstart", "--workdir=run", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()

@@ -52,6 +52,8 @@ def parse_points(texts: Sequence[str], base: Settings) -> list[Point]:
       ValueError: naming the text, for a mode that there is not, a setting that is none or cannot be used, or a point
         that is given twice.
     """
+    if not texts:
+        raise ValueError(f"--modes is empty; name a mode, several with commas: {', '.join(MODES)}")
     points = []
     for text in texts:
         mode, *words = text.strip().split(":")

@@ -37,6 +37,8 @@ def find_tasks(
     Raises:
       ValueError: in one line, for a name that there is not, or what cannot be had.
     """
+    if not names:
+        raise ValueError("--tasks is empty; name a task, several with commas")
     found: list[AnyTask] = []
     generated = made.generated_tasks(count, seed)
     for name in names:
