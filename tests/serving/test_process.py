@@ -106,9 +106,8 @@ def test_a_signal_lets_what_was_begun_be_finished(process):
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "a", "max_tokens": 90, "ignore_eos": True, "stream": True, "mode": "ar"}).encode()
     with socket.create_connection((host, int(port)), 120) as client:
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}"
         client.sendall(head.encode() + b"\r\n\r\n" + body)
         data = client.recv(4096)  # It has begun; a row that is compiled already may even be done.
         running.send_signal(signal.SIGTERM)

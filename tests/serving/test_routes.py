@@ -363,6 +363,24 @@ def test_other_web_pages_may_ask_only_if_told_so(scripted):
     assert name not in asyncio.run(ask_from("https://b.example", cors_origins=["https://a.example"]))
 
 
+def test_it_answers_to_its_own_names_alone(scripted):
+    """A page elsewhere whose name leads here (DNS rebinding) is not answered, whatever it asks for."""
+
+    async def work():
+        service, _ = scripted()
+        async with running(service, hosts={"localhost", "127.0.0.1", "[::1]"}) as client:
+            found = {}
+            for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:80", "[::1]:9", "evil.example", "localhost.evil:80"):
+                found[host] = (await client.get("/health", headers={"host": host})).status_code
+            page = await client.get("/", headers={"host": "evil.example:8000"})
+            return found, page
+
+    found, page = asyncio.run(work())
+    assert {host for host, status in found.items() if status != 200} == {"evil.example", "localhost.evil:80"}
+    assert (page.status_code, page.json()["error"]["code"]) == (403, "host_not_allowed")
+    assert "--allowed_host" in page.json()["error"]["message"]
+
+
 def test_the_official_client_understands_errors(served):
     async def work(official, _):
         with pytest.raises(openai.BadRequestError) as caught:

@@ -316,7 +316,8 @@ async def _disconnects(_: _Server, client: Any, count: int) -> str:
 
 async def _slow(server: _Server, client: Any, count: int) -> str:
     host, port = server.url.removeprefix("http://").split(":")
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 900\r\n\r\n{"
     sockets = [await asyncio.open_connection(host, int(port)) for _ in range(count)]
     for number, (_, writer) in enumerate(sockets):
         writer.write(head[: number % (len(head) + 1)])
