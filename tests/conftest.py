@@ -104,10 +104,29 @@ _LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files, and leaves the order of tests in a file."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="run every case; without, a slice of each matrix of cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "whole: a further case of a property that the slice has a case of; for --whole")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what only `--whole` runs, unless it is named; orders files, and leaves the order of tests in a file."""
+    if not config.getoption("whole"):
+        arguments = (argument.partition("::") for argument in config.args)
+        named = [((config.invocation_params.dir / file).resolve(), test) for file, _, test in arguments if test]
+        left = {item for item in items if item.get_closest_marker("whole") and not _is_named(item, named)}
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
     places = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
+
+
+def _is_named(item: pytest.Item, named: list[tuple[pathlib.Path, str]]) -> bool:
+    test = item.nodeid.partition("::")[2]
+    return any(item.path == path and (test == name or test.startswith((f"{name}[", f"{name}::"))) for path, name in named)
 
 
 def pytest_collection_finish() -> None:
