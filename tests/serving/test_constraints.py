@@ -142,20 +142,19 @@ def ask(served, bodies: list[dict], kind: str = "completions", **options) -> lis
     return asyncio.run(run())
 
 
-def test_answers_are_what_they_have_to_be(served):
-    """Choices, expressions and schemas, of rows of both towers side by side with free ones, and the last are alone
-    what they are together."""
-    free = [{"prompt": "The", "max_tokens": 9, "seed": 4, "temperature": 1.0, "extra_body": {"mode": "ar"}}]
-    free += [{"prompt": "The list", "max_tokens": 9, "seed": 5, "temperature": 1.0}]
+@pytest.mark.parametrize("mode", ["diffusion", pytest.param("ar", marks=pytest.mark.whole)])
+def test_answers_are_what_they_have_to_be(served, mode):
+    """Choices, expressions and schemas, of rows side by side with free ones, which are alone what they are together."""
+    free = [{"prompt": "The", "max_tokens": 9, "seed": seed, "temperature": 1.0} for seed in (4, 5)]
+    free = [body | {"extra_body": {"mode": mode}} for body in free]
     bodies, expected = list(free), [None, None]
-    for number in range(12):
-        mode = ("diffusion", "ar")[number % 2]
+    for number in range(9):
         shared = {"prompt": f"item {number}", "temperature": 5.0, "seed": number}
         asked, pattern = [
             ({"guided_choice": CHOICES}, "|".join(map(re.escape, CHOICES))),
             ({"structured_outputs": {"regex": "[a-c]{2,3}|é"}}, "[a-c]{2,3}|é"),
             ({"guided_json": json.dumps(SCHEMAS[1]), "n": 2}, None),
-        ][number // 2 % 3]
+        ][number % 3]
         n = asked.pop("n", 1)
         bodies.append(shared | {"n": n, "max_tokens": 20, "extra_body": {"mode": mode} | asked})
         expected.append(pattern)
