@@ -49,6 +49,7 @@ BAD_SHARED = [
     ({"strategy": "factor", "strategy_options": {"factor": "no"}}, "strategy_options"),
     ({"tolerance": 0.5}, "tolerance"),
     ({"mode": "ar", "return_step_map": True}, "return_step_map"),
+    ({"mode": "mock_ar", "return_context_logprobs": True}, "return_context_logprobs"),
     ({"pinned": {"4": 1}}, "pinned"),
     ({"pinned": {"-1": 1}}, "pinned"),
     ({"pinned": {"x": 1}}, "pinned"),

@@ -91,6 +91,16 @@ def test_the_page_shows_blocks_resolving(process):
         assert any(masks and tokens for masks, tokens in last)
         assert all(masks == 0 for blocks in seen for masks, _ in blocks[:-1])
         assert len(seen[-1]) == 3
+        # Every step can be seen again; the last is what was written.
+        assert not page.run("document.getElementById('again').hidden")
+        page.run("at.value = 0; at.dispatchEvent(new Event('input'))")
+        assert page.run("document.querySelectorAll('#written .block').length") == 1
+        assert page.run("document.querySelectorAll('#written .mask').length") > 0
+        page.run("at.value = at.max; at.dispatchEvent(new Event('input'))")
+        assert page.run("document.getElementById('written').textContent") == expected
+        page.click("#play")
+        page.until("at.value === at.max && document.getElementById('play').textContent === 'Play again'")
+        assert page.run("document.getElementById('written').textContent") == expected
         # What means nothing in a mode cannot be set there, and what the server refuses is shown.
         page.run("mode.value = 'ar'; mode.dispatchEvent(new Event('change'))")
         assert page.run("document.getElementById('block_size').disabled")

@@ -208,14 +208,18 @@ def test_other_modes(served, mode):
     async def work(official, _):
         asked = {"model": "small", "prompt": "The", "max_tokens": 6}
         create = official.completions.create
-        whole = await create(**asked, logprobs=1, extra_body={"mode": mode, "return_token_ids": True})
-        stream = await create(**asked, extra_body={"mode": mode, "return_token_ids": True}, stream=True)
+        body = {"mode": mode, "return_token_ids": True, "return_context_logprobs": True}
+        whole = await create(**asked, logprobs=1, extra_body=body)
+        stream = await create(**asked, extra_body=body, stream=True)
         return whole, [part async for part in stream]
 
     whole, parts = ask(served, work)
     choice = whole.choices[0]
     assert len(choice.token_ids) == len(choice.logprobs.tokens) == 6
     assert "".join(part.choices[0].text for part in parts) == choice.text
+    # What these modes say is the context's.
+    assert choice.context_logprobs == choice.logprobs.token_logprobs
+    assert [value for part in parts for value in part.choices[0].context_logprobs] == choice.context_logprobs
     assert (whole.usage.denoiser_evaluations > 0) == (mode == "speculative")
 
 

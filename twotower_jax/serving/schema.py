@@ -67,6 +67,7 @@ class Job:
     include_usage: bool
     token_ids: bool
     step_map: bool
+    context_logprobs: bool
     stream_steps: bool
     adapter: str | None = None
 
@@ -313,6 +314,7 @@ class Reader:
             "start": read_start(fields, tokens, self.config.mask_token_id, self._check_ids),
             "constraint": None if constraint is None else constraint.automaton,
             "logprobs": None if logprobs is None else next(most for most in _ALTERNATIVES if most >= logprobs),
+            "context_logprobs": fields.boolean("return_context_logprobs"),
             "provisional": stream_steps,
             "adapter": adapter,
         }
@@ -327,6 +329,8 @@ class Reader:
         token_ids, step_map = fields.boolean("return_token_ids"), fields.boolean("return_step_map")
         if step_map and not has_blocks(shared["mode"]):
             raise refused("return_step_map", f"has no meaning in mode {shared['mode']}, which denoises no blocks")
+        if shared["context_logprobs"] and shared["mode"] == "mock_ar":
+            raise refused("return_context_logprobs", "are not to be had in mode mock_ar, a check of the denoiser")
         fields.finish(NEUTRAL | (NEUTRAL_CHAT if chat else NEUTRAL_COMPLETION))
         requests = []
         try:
@@ -351,6 +355,7 @@ class Reader:
             include_usage=include_usage,
             token_ids=token_ids,
             step_map=step_map,
+            context_logprobs=shared["context_logprobs"],
             stream_steps=stream_steps,
             adapter=adapter,
         )
