@@ -57,6 +57,9 @@ _ADAPTERS = flags.DEFINE_multi_string(
 _ADAPTER_TOWER = flags.DEFINE_enum(
     "adapter_tower", None, APPLIED_TO, "Which tower adapters of a backbone change; see launch/generate.py."
 )
+_SEPARATE_TOWERS = flags.DEFINE_bool(
+    "separate_towers", False, "Each tower on a mesh of its own, where both work at once; without --mesh on a device."
+)
 _WARMUP = flags.DEFINE_bool("warmup", False, "Compile what the default settings need before /ready says yes.")
 
 
@@ -107,7 +110,7 @@ def main() -> None:
         print(f"warning: whoever reaches {_HOST.value} may ask: there is no --api_keys=FILE", file=sys.stderr)
     name = _NAME.value or pathlib.Path(model_flags.CHECKPOINT.value).resolve().name
     adapters = _adapters(name)
-    loaded = model_flags.load_model()
+    loaded = model_flags.load_model(apart=_SEPARATE_TOWERS.value)
     beside = {one: model_flags.beside(loaded, found, _ADAPTER_TOWER.value) for one, found in adapters.items()}
     generation_flags.warn_of_unused()
     if settings.mode != "ar":

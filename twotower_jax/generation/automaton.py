@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# Token moves of one automaton, in 8 bytes each; and states, whose pairs take a byte each.
+# Of one automaton: token moves, in 8 bytes each, and states.
 MOST_MOVES, MOST_STATES = 1 << 23, 1 << 12
 
 
@@ -37,17 +37,22 @@ class Automaton:
     left: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self):
-        count, moves = len(self.final), sum(map(len, self.tokens))
+        count, moves = len(self.final), self.moves
         if count > MOST_STATES or moves > MOST_MOVES:
             raise ValueError(
                 f"{count} states with {moves} moves are more than the {MOST_STATES} and {MOST_MOVES} that can be"
             )
-        leads = np.zeros((count, count), bool)
-        for state, targets in enumerate(self.targets):
-            leads[state, targets] = True
-        object.__setattr__(self, "_leads", leads)
+        # The pairs of states of which one token leads from the first to the second.
+        next_ones = [np.unique(targets) for targets in self.targets]
+        starts = [np.full(len(one), state) for state, one in enumerate(next_ones)]
+        object.__setattr__(self, "_pairs", tuple(np.concatenate([*v, np.zeros(0, int)]) for v in (starts, next_ones)))
         object.__setattr__(self, "said", np.unique(np.concatenate([*self.tokens, np.zeros(0, np.int32)])))
-        object.__setattr__(self, "left", _left(leads, self.final))
+        object.__setattr__(self, "left", self._left())
+
+    @property
+    def moves(self) -> int:
+        """How many there are, of all states together."""
+        return sum(map(len, self.tokens))
 
     @property
     def shortest(self) -> float:
@@ -66,7 +71,7 @@ class Automaton:
     def after(self, states: np.ndarray, token: int | None) -> np.ndarray:
         """(Q,) bool, the states after those of `states` (Q,) bool and a token; after any token where that is None."""
         if token is None:
-            return self._leads[states].any(axis=0)
+            return self._next(states)
         out = np.zeros(len(states), bool)
         for state in np.flatnonzero(states).tolist():
             if (target := self.move(state, token)) is not None:
@@ -76,7 +81,7 @@ class Automaton:
     def before(self, states: np.ndarray, token: int | None, among: np.ndarray) -> np.ndarray:
         """(Q,) bool, the states `among` (Q,) bool from which the token, or any, leads to one of `states`."""
         if token is None:
-            return among & self._leads[:, states].any(axis=1)
+            return among & self._next(states, back=True)
         out = np.zeros(len(states), bool)
         for state in np.flatnonzero(among).tolist():
             target = self.move(state, token)
@@ -96,6 +101,22 @@ class Automaton:
         if place == len(self.tokens[state]) or self.tokens[state][place] != token:
             return None
         return int(self.targets[state][place])
+
+    def _next(self, states: np.ndarray, back: bool = False) -> np.ndarray:
+        """(Q,) bool, the states that one token leads to; or from which."""
+        first, second = reversed(self._pairs) if back else self._pairs
+        out = np.zeros(len(states), bool)
+        out[second[states[first]]] = True
+        return out
+
+    def _left(self) -> np.ndarray:
+        left = np.where(self.final, 0.0, math.inf)
+        reached, steps = self.final, 0
+        while reached.any():
+            steps += 1
+            reached = self._next(reached, back=True) & np.isinf(left)
+            left[reached] = steps
+        return left
 
 
 def of_choices(choices: Sequence[Sequence[int]]) -> Automaton:
@@ -188,14 +209,3 @@ class Spellings:
 def _arrays(moves: Sequence[Mapping[int, int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     tokens = [np.array(sorted(one), np.int32) for one in moves]
     return tokens, [np.array([one[t] for t in sorted(one)], np.int32) for one in moves]
-
-
-def _left(leads: np.ndarray, final: np.ndarray) -> np.ndarray:
-    """(Q,) float64: how many tokens lead from each state to the next where a row may end."""
-    left = np.where(final, 0.0, math.inf)
-    reached, steps = final.copy(), 0
-    while reached.any():
-        steps += 1
-        reached = leads[:, reached].any(axis=1) & np.isinf(left)
-        left[reached] = steps
-    return left

@@ -7,11 +7,11 @@ memory and no more, since a short expression can make a very large automaton.
 """
 
 import base64
-import collections
 import json
 import subprocess
 import sys
-from collections.abc import Hashable, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,12 @@ from twotower_jax.config import ModelConfig
 from twotower_jax.data import encode
 from twotower_jax.data.tokenizer import id_range
 from twotower_jax.generation.automaton import Automaton, Spellings, of_choices
+from twotower_jax.serving.errors import ApiError
 from twotower_jax.serving.text import TokenTexts
 
-# What the process may take; characters of a schema or expression; bytes states of it; automata that are kept.
-_SECONDS, _MEMORY, _CHARACTERS, _STATES, _KEPT = 10, 2 << 30, 16 << 10, 1 << 14, 32
+# What the process may take; characters of a schema or expression, and states of it over bytes; moves of all automata
+# that are kept or in use.
+_SECONDS, _MEMORY, _CHARACTERS, _STATES, _LIVE = 10, 2 << 30, 16 << 10, 1 << 14, 1 << 25
 _MISSING = "needs the package outlines-core on the server: pip install outlines-core"
 
 _PROGRAM = """
@@ -65,7 +67,7 @@ print(json.dumps({"table": base64.b64encode(table.tobytes()).decode(), "final": 
 
 
 class Grammars:
-    """Makes automata for the tokens of one model, and keeps those used last.
+    """Makes automata for the tokens of one model, and keeps those that there is room for.
 
     Args:
       end_tokens: which end answers, and are no part of them.
@@ -73,7 +75,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, texts: TokenTexts, config: ModelConfig, end_tokens: Sequence[int] = ()):
         self._tokenizer, self._texts, self._config, self._ends = tokenizer, texts, config, frozenset(end_tokens)
-        self._kept: collections.OrderedDict[Hashable, Automaton] = collections.OrderedDict()
+        self._kept: dict[tuple[str, str], Automaton] = {}
+        self._live: weakref.WeakSet[Automaton] = weakref.WeakSet()
         self._spellings: Spellings | None = None
 
     def choices(self, texts: Sequence[str]) -> tuple[Automaton, int]:
@@ -103,15 +106,19 @@ class Grammars:
 
     def _made(self, kind: str, text: str) -> Automaton:
         if (kind, text) in self._kept:
-            self._kept.move_to_end((kind, text))
             return self._kept[kind, text]
         if len(text) > _CHARACTERS:
             raise ValueError(f"it has {len(text)} characters, and at most {_CHARACTERS} are possible")
         if self._spellings is None:
             self._spellings = Spellings(self._spelled())
-        found = self._kept[kind, text] = self._spellings.automaton(*_of_bytes(kind, text))
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
+        found = self._spellings.automaton(*_of_bytes(kind, text))
+        self._live.add(found)
+        if sum(automaton.moves for automaton in self._live) > _LIVE:
+            self._kept.clear()
+        if sum(automaton.moves for automaton in self._live) > _LIVE:
+            message = "too many large forms are being answered at once: try again"
+            raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
+        self._kept[kind, text] = found
         return found
 
     def _spelled(self) -> dict[int, bytes]:
