@@ -18,8 +18,9 @@ OTHER = [BODIES[1] | {"mode": "ar"}, BODIES[2] | {"mode": "speculative"}]
 SCORED = {"prompt": [5, 6, 7, 8, 9], "max_tokens": 0, "echo": True, "logprobs": 1}
 
 
-def answers(checkpoint, bodies: list[dict], placement=TowerMeshes(), dtype="float32", quantize=None) -> list:
+def answers(checkpoint, bodies: list[dict], placement=None, dtype="float32", quantize=None) -> list:
     """The choices for bodies, asked together and then each alone; and what is thought of a prompt."""
+    placement = placement or TowerMeshes()
     execution = Execution(scan_layers=True, dtype=dtype)
     places = None if placement.context is None else placement.parameter_sharding
     model, params, folder = load(checkpoint, execution=execution, sharding=places, quantize=quantize)

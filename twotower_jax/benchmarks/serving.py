@@ -191,6 +191,8 @@ def _requests(count: int) -> list[dict]:
             body |= {"ignore_eos": True}
         if draw.random() < 0.2:
             body |= {"mode": "ar"}
+        if not body.keys() & {"stop", "ignore_eos"} and draw.random() < 0.2:
+            body |= {"guided_choice": ["a", "of", "self"], "max_tokens": capacity // 12}
         if draw.random() < 0.4:
             body |= {"stream": True}
         bodies.append(body)
@@ -258,7 +260,8 @@ def broken_bodies(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     ]
     names = ["prompt", "messages", "max_tokens", "n", "stop", "stream", "temperature", "top_p", "top_k", "seed", "mode"]
     names += ["logprobs", "echo", "pinned", "block_size", "steps_per_block", "strategy", "strategy_options", "model"]
-    names += ["stream_options", "tolerance", "confidence_threshold", "other", "tokens", "return_step_map"]
+    names += ["stream_options", "tolerance", "confidence_threshold", "other", "tokens", "return_step_map", "allowed"]
+    names += ["start", "guided_choice", "guided_regex", "guided_json", "response_format", "structured_outputs"]
     fine: dict[str, dict] = {
         "/v1/completions": {"prompt": "a", "max_tokens": 2},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
