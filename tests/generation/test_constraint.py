@@ -123,7 +123,7 @@ def test_what_may_stand_somewhere_is_what_some_sentence_has_there():
         assert tuple(told[:length]) in sentences(automaton, limit)
 
 
-MODES = [("diffusion", {}), ("ar", {}), pytest.param("mock_ar", {}, marks=pytest.mark.whole)]
+MODES = [("diffusion", {}), *(pytest.param(mode, {}, marks=pytest.mark.whole) for mode in ("ar", "mock_ar"))]
 MODES += [
     pytest.param("diffusion", {"strategy": strategy, "confidence_threshold": 0.8} | more, marks=pytest.mark.whole)
     for strategy, more in (

@@ -195,23 +195,23 @@ def test_both_towers_work_at_once(model, one_device, monkeypatch):
 
 def test_a_row_canceled_between_the_towers_leaves_its_slot_to_another(model):
     """What the denoiser had made of it is not committed to the row that has its slot now."""
-    placement = tower_meshes(MeshShape(), apart=True)
-    engine = Engine(*model, SETTINGS, capacity=64, slots=2, placement=placement)
-    asked = [Request(prompt=[7 + i], max_new_tokens=9, sampling=SAMPLING, sample=i) for i in range(4)]
-    first, second = engine.submit(asked[0]), engine.submit(asked[1])
-    engine.step()
-    engine.step()
-    engine.cancel(first)
-    engine.cancel(second)
-    found, numbers = {}, [engine.submit(one) for one in asked[2:]]
-    while engine.busy:
-        for progress in engine.step():
-            assert progress.number in numbers
-            if progress.result is not None:
-                found[progress.number] = progress.result
-    alone = Engine(*model, SETTINGS, capacity=64, slots=2)
-    again = [alone.submit(one) for one in asked[2:]]
-    while alone.busy:
-        for progress in alone.step():
-            if progress.result is not None:
-                assert progress.result == found[numbers[again.index(progress.number)]]
+    asked = [Request(prompt=[7 + i], max_new_tokens=9, sampling=SAMPLING, sample=i) for i in range(8)]
+
+    def run(engine, rows, canceled=()):
+        for one in canceled:
+            engine.submit(one)
+        if canceled:
+            engine.step()
+            engine.step()
+        for number in range(len(canceled)):
+            engine.cancel(number)
+        found, numbers = {}, [engine.submit(one) for one in rows]
+        while engine.busy:
+            for progress in engine.step():
+                assert progress.number in numbers
+                if progress.result is not None:
+                    found[progress.number] = progress.result
+        return [found[number] for number in numbers]
+
+    apart = Engine(*model, SETTINGS, capacity=64, placement=tower_meshes(MeshShape(), apart=True))
+    assert run(apart, asked[4:], asked[:4]) == run(Engine(*model, SETTINGS, capacity=64), asked[4:])

@@ -142,7 +142,7 @@ def ask(served, bodies: list[dict], kind: str = "completions", **options) -> lis
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("mode", ["diffusion", pytest.param("ar", marks=pytest.mark.whole)])
+@pytest.mark.parametrize("mode", ["ar", pytest.param("diffusion", marks=pytest.mark.whole)])
 def test_answers_are_what_they_have_to_be(served, mode):
     """Choices, expressions and schemas, of rows side by side with free ones, which are alone what they are together."""
     free = [{"prompt": "The", "max_tokens": 9, "seed": seed, "temperature": 1.0} for seed in (4, 5)]
