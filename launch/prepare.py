@@ -4,7 +4,7 @@
     python launch/prepare.py --verify=DIR
     python launch/prepare.py --sample_from=CHECKPOINT --input=texts --output=DIR --prompt_tokens=32
 
-Reads .txt, .jsonl, .ndjson and .json files (all also .gz and .zst) and .parquet. The same command goes on where an
+Reads .txt, .jsonl, .ndjson, .json and .tar files (all also .gz and .zst) and .parquet. The same command goes on where an
 interrupted one stopped. The last one makes a set of what a checkpoint's context tower writes itself, each text's first
 tokens continued token by token; it appears whole or not at all.
 """

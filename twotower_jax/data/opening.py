@@ -89,7 +89,7 @@ def open_source(path: str, report: Report) -> Source:
     if path and not Path(path).is_dir() and is_megatron(path):
         return MegatronSource(path)
     files = text_files(path, report) if path else []
-    return ConversationSource(files, path, report) if holds_conversations(files) else TextSource(files)
+    return ConversationSource(files, path, report) if holds_conversations(files) else TextSource(files, report)
 
 
 class Data:
@@ -158,9 +158,9 @@ class TextSource:
 
     conversational = False
 
-    def __init__(self, files: list[File]):
+    def __init__(self, files: list[File], report: Report):
         self.files = {os.path.realpath(file.path) for file in files}
-        self._documents = distinct_documents(files) if files else python_documentation()
+        self._documents = distinct_documents(files, report=report) if files else python_documentation()
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         return train_tokenizer(self._documents, vocab_size)
@@ -189,7 +189,7 @@ class ConversationSource:
     def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
         coder = Coder(tokenizer, packing.tokenizer_folder, packing.end_tokens)
         encoding = Encoding(coder)
-        distinct_documents(self._files, encoding)
+        distinct_documents(self._files, encoding, self._report)
         turns = list(encoding.turns.values())
         if coder.joins:
             self._report(f"{self._path}: {JOINS}")

@@ -37,9 +37,9 @@ from twotower_jax.atomic import locked_folder
 from twotower_jax.data import inputs, prepared, shards
 from twotower_jax.data.conversations import JOINS, Coder, Encoding
 from twotower_jax.data.documents import DataError
-from twotower_jax.data.formats import Field
 from twotower_jax.data.inputs import File, Row, Slice
 from twotower_jax.data.prepared import TRAIN, VALIDATION, Manifest, read_json, read_manifest, write_json
+from twotower_jax.data.rows import Field
 from twotower_jax.data.shards import Shard, ShardWriter
 from twotower_jax.data.tokenizer import EOS_ID, encode, id_range, load_tokenizer, save_tokenizer
 
@@ -103,11 +103,14 @@ class Settings:
 
 
 class Part(NamedTuple):
-    """What became of a part: its shards, what was left out, and the first problems as lines."""
+    """What became of a part: its shards, how much was broken with the first problems as lines, and how many files of
+    archives were left out as no text, with the first names."""
 
     shards: list[Shard]
-    skipped: int
-    problems: list[str]
+    skipped: int = 0
+    problems: Sequence[str] = ()
+    left_out: int = 0
+    members: Sequence[str] = ()
 
 
 def prepare(
@@ -237,7 +240,7 @@ def _finished_parts(output: pathlib.Path, count: int) -> dict[int, Part]:
         path = output / _PROGRESS / f"{number:06d}.json"
         if path.exists():
             raw = read_json(path)
-            part = Part([shards.parse(shard) for shard in raw["shards"]], raw["skipped"], raw["problems"])
+            part = Part(**raw | {"shards": [shards.parse(shard) for shard in raw["shards"]]})
             with contextlib.suppress(DataError, ValueError):
                 for shard in part.shards:
                     shards.check(output / shard.name, shard, content=False)
@@ -264,6 +267,9 @@ def _complete(
         shown = [problem for part in parts for problem in part.problems][:_SHOWN_PROBLEMS]
         dots = "; ..." if manifest.skipped > len(shown) else ""
         print(f"skipped {manifest.skipped:,} broken rows or files: {'; '.join(shown)}{dots}", file=sys.stderr)
+    if left_out := sum(part.left_out for part in parts):
+        names = [name for part in parts for name in part.members]
+        print(inputs.said_of_members(left_out, names), file=sys.stderr)
     manifest.write(output)
     shutil.rmtree(output / _PROGRESS)
     return manifest
@@ -335,7 +341,7 @@ def _make_part(number: int, part: list[Slice]) -> Part:
     output, settings, tokenizer = _worker.output, _worker.settings, _worker.tokenizer
     writers = {s: _SplitWriter(number, s, output / _PROGRESS, settings.shard_size, _dtype(tokenizer))
                for s in (TRAIN, VALIDATION)}  # fmt: skip
-    skipped, problems = 0, []
+    skipped, problems, left_out, members = 0, [], 0, []
     encoding = None if _worker.coder is None else Encoding(_worker.coder)
     for rows, weight in _chunks(part, settings.text_field if encoding is None else encoding):
         if _worker.stop.is_set():
@@ -345,6 +351,9 @@ def _make_part(number: int, part: list[Slice]) -> Part:
                 raise DataError(problem)
             skipped += 1
             problems = [*problems, problem][:_SHOWN_PROBLEMS]
+        for member in (row.left_out for row in rows if row.left_out):
+            left_out += 1
+            members = [*members, member][:_SHOWN_PROBLEMS]
         texts = [row.text for row in rows if row.text is not None]
         tokens = 0
         if encoding is None:
@@ -363,8 +372,8 @@ def _make_part(number: int, part: list[Slice]) -> Part:
     made = [pair for writer in writers.values() for pair in writer.finish()]
     for partial, shard in made:
         os.replace(partial, output / shard.name)
-    result = Part([shard for _, shard in made], skipped, problems)
-    values = {"shards": [shard._asdict() for shard in result.shards], "skipped": skipped, "problems": problems}
+    result = Part([shard for _, shard in made], skipped, problems, left_out, members)
+    values = result._asdict() | {"shards": [shard._asdict() for shard in result.shards]}
     write_json(output / _PROGRESS / f"{number:06d}.json", values)
     return result
 
