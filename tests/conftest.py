@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402
 import atexit
-import collections
 import contextlib
 import gc
 import json
@@ -27,6 +26,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import interpreters
 import shapes
+import slices
 
 shapes.install()
 interpreters.install()
@@ -110,47 +110,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers",
-        "whole(but=()): further cases of a property, for --whole; those stay that have one of the strings in their name",
-    )
+    config.addinivalue_line("markers", slices.MARKER)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what only `--whole` runs, unless it is named; orders files, and leaves the order of tests in a file."""
+    """Leaves out what only `--whole` runs; orders files, and leaves the order of tests in a file."""
     if not config.getoption("whole"):
-        arguments = (argument.partition("::") for argument in config.args)
-        named = [((config.invocation_params.dir / file).resolve(), test) for file, _, test in arguments if test]
-        if not named:
-            _check_kept(items)
-        left = {item for item in items if _is_further(item) and not _is_named(item, named)}
+        left = slices.further_cases(config, items)
         config.hook.pytest_deselected(items=list(left))
         items[:] = [item for item in items if item not in left]
     places = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
-
-
-def _kept(item: pytest.Item) -> list[str]:
-    return [text for mark in item.iter_markers("whole") for text in mark.kwargs.get("but", ())]
-
-
-def _is_further(item: pytest.Item) -> bool:
-    return item.get_closest_marker("whole") is not None and not any(text in item.name for text in _kept(item))
-
-
-def _check_kept(items: list[pytest.Item]) -> None:
-    """A slice that has lost its cases, by a parameter's new name, would go unnoticed."""
-    names = collections.defaultdict(str)
-    for item in items:
-        names[item.function] += item.name
-    lost = [(item.nodeid, text) for item in items for text in _kept(item) if text not in names[item.function]]
-    if lost:
-        raise pytest.UsageError("no case of {} has {!r} in its name".format(*lost[0]))
-
-
-def _is_named(item: pytest.Item, named: list[tuple[pathlib.Path, str]]) -> bool:
-    test = item.nodeid.partition("::")[2]
-    return any(item.path == path and (test == name or test.startswith((f"{name}[", f"{name}::"))) for path, name in named)
 
 
 def pytest_collection_finish() -> None:
