@@ -16,7 +16,9 @@ and where the data are too large for memory
     shards.py prepared.py     such a folder: one file of it, all of it
     megatron.py               .bin/.idx sets as they are
     documents.py windows.py   documents anywhere -> windows read one at a time
-    mixture.py                several sources by weight
+    mixture.py                several sources by weight (mixture_schedule.py: by weights that change over the run)
+    duplicates.py             which documents are copies of others
+    parts.py                  what a process of prepare.py does
     opening.py                what config.data names -> windows
 
 Everything here runs on the host, in numpy. Nothing depends on the number of processes except the rows each one reads.

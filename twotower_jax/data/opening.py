@@ -36,7 +36,8 @@ from twotower_jax.data.conversations import (
 from twotower_jax.data.documents import Documents, held_out
 from twotower_jax.data.inputs import File, distinct_documents, holds_conversations, text_files
 from twotower_jax.data.megatron import MegatronDocuments, is_megatron
-from twotower_jax.data.mixture import Mixture, read_mixture
+from twotower_jax.data.mixture import Mixture, read_mixture, schedule_of
+from twotower_jax.data.mixture_schedule import Run
 from twotower_jax.data.packing import PackedSequences, Packing, pack_documents
 from twotower_jax.data.prepared import TRAIN, VALIDATION, is_prepared, open_prepared, read_manifest
 from twotower_jax.data.sources import python_documentation
@@ -106,7 +107,7 @@ class Data:
         Raises:
           ValueError, OSError: the mixture file cannot be used, what is named is missing, or two sources hold one file.
         """
-        self._mixed = Path(data).suffix == ".json"
+        self._path, self._mixed = data, Path(data).suffix == ".json"
         entries = read_mixture(data) if self._mixed else {}
         self._weights = {name: entry.weight for name, entry in entries.items()}
         paths = {name: entry.path for name, entry in sorted(entries.items())} if self._mixed else {"": data}
@@ -134,13 +135,19 @@ class Data:
         )
 
     def windows(
-        self, tokenizer: Tokenizer, packing: Packing
+        self, tokenizer: Tokenizer, packing: Packing, run: Run | None = None
     ) -> tuple[Windows | Mixture, Windows | Concatenation | None]:
         """Windows for training, and those held out: of a mixture, each source's one after the other.
 
+        `run` is how long the run is, which matters to a mixture whose weights change.
+
         Raises:
-          ValueError, OSError: data that are missing, broken, of another tokenizer, or too few.
+          ValueError, OSError: data that are missing, broken, of another tokenizer, or too few; weights that cannot be.
         """
+        try:
+            schedule_of(self._weights, run)  # before much is read
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {error}") from None
         training, validation = {}, []
         for name, source in self._sources.items():
             both = source.windows(tokenizer, packing)
@@ -150,7 +157,7 @@ class Data:
             validation += [] if own is None else [own]
         if not self._mixed:
             return training[""], validation[0] if validation else None
-        return Mixture(training, self._weights), Concatenation(validation) if validation else None
+        return Mixture(training, self._weights, run), Concatenation(validation) if validation else None
 
 
 class TextSource:

@@ -40,8 +40,11 @@ class TrainingData:
         """`batch_size` is the global number of rows, B; `seed` is a non-negative integer.
 
         Raises:
-          ValueError: `process_count` does not divide `batch_size`, or `process_index` is out of range.
+          ValueError: `process_count` does not divide `batch_size`, or `process_index` is out of range; or the shares of
+            a mixture change by steps of another number of rows.
         """
+        if isinstance(sequences, Mixture) and sequences.batch_size not in (None, batch_size):
+            raise ValueError(f"the mixture's weights change by steps of {sequences.batch_size} rows, not {batch_size}")
         rows = _local_batch_size(batch_size, process_index, process_count)
         self._batches = grain.MapDataset.source(_Batches(sequences, seed, batch_size, process_index * rows, rows))
         self._identity = {"seed": seed, "batch_size": batch_size} | sequences.identity()

@@ -16,6 +16,7 @@ from twotower_jax.checkpoint.workdir import Base, Workdir, read_base
 from twotower_jax.config import ModelConfig
 from twotower_jax.data import load_tokenizer
 from twotower_jax.data.mixture import Mixture
+from twotower_jax.data.mixture_schedule import Run
 from twotower_jax.data.opening import Data, Packing, Windows
 from twotower_jax.data.tokenizer import id_range
 from twotower_jax.data.windows import Concatenation
@@ -123,7 +124,7 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
         padding_weight=config.padding_weight,
         tokenizer_folder=workdir.path if workdir.step is not None else folder,
     )
-    training, validation = data.windows(tokenizer, packing)
+    training, validation = data.windows(tokenizer, packing, Run(config.steps, config.batch_size))
     starts = workdir.step is None or base is not None
     params = _first_parameters(config, objective, checkpoint, mesh) if starts else None
     return Start(tokenizer, model, objective, params, training, validation, mesh, folder, data.conversational, base)
