@@ -2,6 +2,7 @@
 
     python launch/prepare.py --input=texts --output=DIR --tokenizer=checkpoints/start --workers=16
     python launch/prepare.py --verify=DIR
+    python launch/prepare.py --report=DIR --output=FOLDER
     python launch/prepare.py --sample_from=CHECKPOINT --input=texts --output=DIR --prompt_tokens=32
 
 Reads .txt, .jsonl, .ndjson, .json and .tar files (all also .gz and .zst) and .parquet. The same command goes on where
@@ -12,6 +13,7 @@ first tokens continued token by token; it appears whole or not at all.
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
+import contextlib
 import os
 import pathlib
 import sys
@@ -21,12 +23,14 @@ import numpy as np
 from absl import flags
 
 from twotower_jax import command_line
+from twotower_jax.atomic import new_folder
 from twotower_jax.data.duplicates import KINDS
 from twotower_jax.data.end_tokens import end_tokens
 from twotower_jax.data.prepare import Settings, prepare
 from twotower_jax.data.prepared import TRAIN, VALIDATION, Manifest, verify
 from twotower_jax.data.sampled import SampleSettings, text_prompts, write_sampled
 from twotower_jax.data.tokenizer import load_tokenizer
+from twotower_jax.files import check_folder
 from twotower_jax.paths import local_path
 from twotower_jax.tokens import parse_ids
 
@@ -64,6 +68,16 @@ _EOS = flags.DEFINE_list(
 _VERIFY = command_line.DEFINE_path(
     "verify", None, "A prepared folder to check against its recorded hashes; nothing else."
 )
+_REPORT = command_line.DEFINE_path(
+    "report", None, "A prepared folder to tell about: documents, lengths, tokens, copies, padding. With --output also "
+    "as JSON and plots, in a new folder."
+)  # fmt: skip
+_LENGTH = flags.DEFINE_integer("sequence_length", 8192, "With --report: tokens in a window.")
+_ALIGN = flags.DEFINE_list(
+    "align", ["1", "16", "32", "64"], "With it: multiples where documents kept apart begin, a run's block."
+)
+_TOP = flags.DEFINE_integer("top", 10, "With it: copies and tokens to list, the most frequent.", lower_bound=1)
+_OF_REPORT = _LENGTH, _ALIGN, _TOP
 _SAMPLE_FROM = command_line.DEFINE_path(
     "sample_from", None, "A checkpoint whose context tower continues the beginnings of the texts; its tokenizer counts."
 )
@@ -81,14 +95,20 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "With it
 _SAMPLED = _PROMPT_TOKENS, _NEW, _TEMPERATURE, _TOP_K, _TOP_P, _DOCUMENTS, _BATCH_SIZE, _DTYPE
 _OF_NEAR = _THRESHOLD, _NGRAM, _PERMUTATIONS
 _OF_TEXT = _TOKENIZER, _WORKERS, _SHARD_SIZE, _SKIP_BAD, _DEDUP, *_OF_NEAR
-_OF_A_SET = _INPUT, _OUTPUT, *_OF_TEXT, _TEXT_FIELD, _FRACTION, _SEED, _EOS, _SAMPLE_FROM, *_SAMPLED
+_TO_MAKE = _INPUT, *_OF_TEXT, _TEXT_FIELD, _FRACTION, _SEED, _EOS, _SAMPLE_FROM, *_SAMPLED
+_NOTHING_ELSE = "which reads a prepared folder and nothing else"
 
 
 def main() -> None:
     if _VERIFY.value is not None:
-        command_line.refuse_given(_OF_A_SET, "with --verify, which reads a prepared folder and nothing else")
+        command_line.refuse_given((*_TO_MAKE, _OUTPUT, _REPORT, *_OF_REPORT), f"with --verify, {_NOTHING_ELSE}")
         print(f"{_VERIFY.value}: {_summary(verify(_VERIFY.value))}, all as recorded")
         return
+    if _REPORT.value is not None:
+        command_line.refuse_given(_TO_MAKE, f"with --report, {_NOTHING_ELSE}")
+        _report()
+        return
+    command_line.refuse_given(_OF_REPORT, "without --report")
     if _SAMPLE_FROM.value:
         _sample()
         return
@@ -187,6 +207,23 @@ def _counted(documents: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray
         yield document
         if done % -(-count // 10) == 0 or done == count:
             print(f"{done:,} of {count:,} documents", file=sys.stderr)
+
+
+def _report() -> None:
+    from twotower_jax.data import report
+
+    check_folder(pathlib.Path(_REPORT.value), "give a folder that launch/prepare.py made")
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(new_folder(pathlib.Path(_OUTPUT.value))) if _OUTPUT.value else None
+        found = report.report(
+            _REPORT.value,
+            sequence_length=_LENGTH.value,
+            aligns=command_line.numbers(_ALIGN, int, 1),
+            top=_TOP.value,
+        )
+        if output is not None:
+            report.write(found, output)
+    print(report.text(found))
 
 
 def _inputs(values: list[str]):
