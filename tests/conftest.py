@@ -26,6 +26,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import interpreters
 import shapes
+import slices
 
 shapes.install()
 interpreters.install()
@@ -104,8 +105,20 @@ _LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files, and leaves the order of tests in a file."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="run every case; without, a slice of each matrix of cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", slices.MARKER)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what only `--whole` runs; orders files, and leaves the order of tests in a file."""
+    if not config.getoption("whole"):
+        left = slices.further_cases(config, items)
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
     places = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
 

@@ -1,6 +1,7 @@
 """Weights in fewer bits, from a checkpoint to tokens: sizes, bounds, the same numbers both ways, the same model."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -172,6 +173,7 @@ def test_serving_plan(step_config):
 # Loading.
 
 
+@pytest.mark.whole(but=["int8-two_tower", "int4-backbone"])
 @pytest.mark.parametrize("name", ["two_tower", "backbone_bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_numbers_however_they_come(name, method, sources, converted):
@@ -198,6 +200,7 @@ def test_the_same_numbers_however_they_come(name, method, sources, converted):
         )
 
 
+@pytest.mark.whole(but=["int8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_half_a_scale_through_the_whole_path(method, converted):
     """Every matrix that was read is as near as its scales promise; everything else is what it was."""
@@ -352,6 +355,7 @@ def test_commands(small_folder, tmp_path):
 # Computing.
 
 
+@pytest.mark.whole(but=["int4"])
 @pytest.mark.parametrize(("method", "pattern"), [("int8", "M*E-"), ("int4", "E-E-")])
 def test_computes_what_its_weights_say(method, pattern, small_config, random_params):
     """The model of the quantized matrices' numbers in float32 arrays: the same to rounding, in every pass.
@@ -395,6 +399,7 @@ def test_in_bfloat16_only_results_are_rounded():
     assert matmul(x, q).dtype == jnp.bfloat16
 
 
+@pytest.mark.whole
 def test_agreement_with_the_recorded_model(sources):
     """Log-probabilities and most probable tokens against float32, measured by what bfloat16 alone does to them.
 
@@ -424,21 +429,32 @@ def test_agreement_with_the_recorded_model(sources):
     assert error < 6 * bfloat16 and same > 0.3
 
 
-def test_generation_in_all_modes(small_config, random_params):
-    """Every mode takes quantized weights; speculative gives AR's tokens, diffusion those of the weights as float32."""
+@pytest.fixture(scope="module")
+def quantized_tokens(small_config, random_params):
+    """Tokens of a small model in a mode, of its weights in int4 or of the float32 ones that those stand for."""
     model = TwoTower(small_config("*E"))
     params = quantize_params(parameter_table(model), random_params(model), METHODS["int4"])
-    arrays = dequantized(params)
     prompts = [[5, 6, 7], [9], [30, 31, 8, 9, 10, 11]]
 
-    def tokens(params, mode):
+    @functools.cache
+    def tokens(mode, stands_for=False):
         sampling = SamplingConfig(block_size=4, steps_per_block=4)
         settings = Settings(mode=mode, max_new_tokens=10, sampling=sampling, batch_size=3, ignore_eos=True)
-        return [result.tokens for result in generate(model, params, prompts, settings)]
+        weights = dequantized(params) if stands_for else params
+        return [result.tokens for result in generate(model, weights, prompts, settings)]
 
-    found = {mode: tokens(params, mode) for mode in ("diffusion", "ar", "mock_ar", "speculative")}
+    return tokens
+
+
+def test_diffusion_is_that_of_the_numbers_that_the_weights_stand_for(quantized_tokens):
+    assert quantized_tokens("diffusion") == quantized_tokens("diffusion", stands_for=True)
+
+
+@pytest.mark.whole
+def test_generation_in_all_modes(quantized_tokens):
+    """Every mode takes quantized weights; speculative gives AR's tokens."""
+    found = {mode: quantized_tokens(mode) for mode in ("diffusion", "ar", "mock_ar", "speculative")}
     assert found["speculative"] == found["ar"]
-    assert found["diffusion"] == tokens(arrays, "diffusion")
     assert len({str(rows) for rows in found.values()}) == 3
 
 

@@ -312,6 +312,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.whole(but=["default-12", "no experts-64", "tied, bidirectional"])
 @pytest.mark.parametrize(
     "name, block",
     [
@@ -461,6 +462,7 @@ def test_expert_load_comes_in_the_order_of_the_layers(make):
     np.testing.assert_allclose(np.mean(found, axis=1), 1, rtol=1e-6)
 
 
+@pytest.mark.whole(but=["False"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_documents_side_by_side_know_nothing_of_each_other(make, bidirectional):
     """Three in one row, of 4, 8 and 4 tokens, give what each gives alone, in both towers."""
@@ -478,6 +480,7 @@ def test_documents_side_by_side_know_nothing_of_each_other(make, bidirectional):
             np.testing.assert_allclose(found[:, begin:end], expected, atol=2e-5)
 
 
+@pytest.mark.whole(but=["unit"])
 @pytest.mark.parametrize("remat", ["layer", "unit"])
 def test_rematerialization_changes_no_gradient(make, training_gradients, remat):
     params = make("M*-", Variant(context="trained")).params

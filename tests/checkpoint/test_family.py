@@ -79,6 +79,7 @@ def test_logits(member):
     np.testing.assert_allclose(member.logits(member.params, expected["ids"]), expected["logits"], rtol=0, atol=LOGITS)
 
 
+@pytest.mark.whole(but=["dense"])
 def test_tokens_in_four_modes(member):
     """Both towers compute what the one computed, so that mock_ar and speculative give the tokens of ar as well;
     diffusion gives what a literal loop over the forward pass of training does."""

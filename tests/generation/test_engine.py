@@ -148,6 +148,7 @@ def test_routing_is_in_the_order_of_the_layers(small_config, random_params):
     assert (experts[..., 0] == jnp.arange(5)[:, None, None]).all()
 
 
+@pytest.mark.whole(but=["diffusion"])
 @pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar"])
 def test_prompts_may_be_read_in_pieces(tiny, mode):
     settings = dataclasses.replace(DIFFUSION, mode=mode, max_new_tokens=6)
@@ -177,6 +178,7 @@ STRATEGIES = [
 ]
 
 
+@pytest.mark.whole(but=["strategy2"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_is_reproducible_by_row(tiny, strategy):
     sampling = dataclasses.replace(SAMPLED, **strategy)
@@ -279,6 +281,7 @@ def test_rows_that_do_not_fit_their_slot_are_refused(tiny):
         engine.submit([4], 0)
 
 
+@pytest.mark.whole(but=["speculative"])
 @pytest.mark.parametrize("mode", ["ar", "mock_ar", "diffusion", "speculative"])
 def test_the_cache_exists_once(small_config, random_params, mode):
     """It is given away to every call and written in place, stacked layers included, and loops copy none of it: no
@@ -295,6 +298,7 @@ def test_the_cache_exists_once(small_config, random_params, mode):
     assert memory.temp_size_in_bytes < 0.75 * size
 
 
+@pytest.mark.whole(but=["diffusion"])
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
 def test_sampling_depends_on_seed_and_row_only(tiny, mode):
     settings = dataclasses.replace(DIFFUSION, mode=mode, sampling=SAMPLED, max_new_tokens=8, seed=7)
@@ -323,6 +327,7 @@ def test_ar_follows_the_full_forward_pass(tiny):
         assert logits[i, n - 1 : n + 7].argmax(-1).tolist() == r.tokens
 
 
+@pytest.mark.whole(but=["diffusion", "[ar]"])
 @pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar", "speculative"])
 def test_rows_end_with_their_first_end_of_text(tiny, mode, together):
     """Any tokens may play the end, the model's or the caller's: those before are of a run that never ends. Another set

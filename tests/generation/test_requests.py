@@ -143,6 +143,7 @@ def test_numbers_are_the_seeds_and_samples(tiny):
 PLACES = [("diffusion", {}), ("ar", {}), ("mock_ar", {}), ("speculative", {}), ("diffusion", {"temperature": 2.0})]
 
 
+@pytest.mark.whole(but=["[diffusion", "[ar"])
 @pytest.mark.parametrize(("mode", "sampling"), PLACES)
 def test_pinned_and_allowed_tokens_stand_where_they_are_said_to(tiny, mode, sampling):
     pinned = {0: 13, 5: 17, 6: 18, 19: 21}
@@ -237,6 +238,7 @@ def of_context(tiny, ids, tokens) -> np.ndarray:
     return logp[np.arange(len(ids) - 1, len(ids) + len(tokens) - 1), tokens]
 
 
+@pytest.mark.whole(but=["[ar]"])
 @pytest.mark.parametrize("mode", ["ar", "speculative"])
 def test_log_probabilities_of_the_context(tiny, mode):
     """Of every token, and one that was pinned: of the context given all before it, whoever drafted it."""
@@ -284,6 +286,7 @@ def test_one_token_at_a_time_on_request(tiny):
     assert [len(p.tokens) for p in events] == [1, 1, 1, 1, 1]
 
 
+@pytest.mark.whole(but=["diffusion"])
 @pytest.mark.parametrize("mode", ["diffusion", "speculative", "ar"])
 def test_a_row_whose_logits_are_not_finite_fails_alone(tiny, mode):
     model, params = tiny

@@ -94,6 +94,7 @@ def alone(folder) -> tuple[list[dict], list[dict]]:
 
 
 # Rows divided between the processes; then rows, experts, and the positions of a row.
+@pytest.mark.whole(but=["two"])
 @pytest.mark.parametrize("processes, mesh", [(2, ("fsdp=-1",)), (4, ("sequence=2", "expert=2"))], ids=["two", "four"])
 def test_several_processes_are_one_run(folder, alone, processes, mesh):
     name = "-".join(mesh)

@@ -206,6 +206,7 @@ def test_random_shapes_documents_and_blocks(seed, blocks, tiles):
     check_against_the_reference(seed, blocks, implementation, **sizes)
 
 
+@pytest.mark.whole(but=["16-True"])
 @pytest.mark.parametrize(("seed", "blocks"), [(28, False), (16, True), (31, True)])
 def test_the_gpu_kernels(seed, blocks):
     """Which take multiples of 128 channels, and are interpreted slowly: programs of 8 positions."""

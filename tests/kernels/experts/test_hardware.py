@@ -94,6 +94,7 @@ def check(form, dtype, arguments, weights, meant=None):
     assert distance(y, one_by_one(*arguments, meant or weights)) < TOLERANCE[dtype]
 
 
+@pytest.mark.whole(but=["tpu_interpret-float32", "[mosaic_gpu_interpret"])
 @pytest.mark.parametrize("form, dtype", FORMS)
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), favourites=st.integers(3, E), nobody=st.sampled_from([0, 0.3, 0.9]))
@@ -103,6 +104,7 @@ def test_any_routing(form, dtype, seed, favourites, nobody):
         check(form, dtype, arguments, draw(dtype))
 
 
+@pytest.mark.whole(but=["tpu_interpret"])
 @pytest.mark.parametrize("form, dtype", [(TPU, jnp.float32), (GPU, jnp.bfloat16)])
 def test_one_row(form, dtype):
     check(form, dtype, rows(0, 1, 1, dtype, nobody=0), draw(dtype))
@@ -123,6 +125,7 @@ def test_no_row_has_an_expert(form, dtype):
     assert not np.any(np.asarray(compiled(form)(x, indices, gates, draw(dtype)), np.float32))
 
 
+@pytest.mark.whole(but=["tpu_interpret-float32", "[mosaic_gpu_interpret"])
 @pytest.mark.parametrize("form, dtype", FORMS)
 def test_experts_and_rows_do_not_touch_each_other(form, dtype):
     """What nobody chose may be anything, and so may one row."""
@@ -138,6 +141,7 @@ def test_experts_and_rows_do_not_touch_each_other(form, dtype):
     np.testing.assert_array_equal(np.delete(again, 7, axis=0), np.delete(y, 7, axis=0))
 
 
+@pytest.mark.whole(but=["xla", "bfloat16-4-8", "bfloat16-4-4"])
 @pytest.mark.parametrize(
     "form, dtype, up, down",
     [
@@ -192,12 +196,14 @@ def test_zeros_after_a_matrix_are_whole_groups():
     assert experts_tpu.stored(odd, -2) is odd
 
 
+@pytest.mark.whole(but=["[4]"])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_tpu_tiles_of_a_width_that_they_do_not_divide(bits):
     """F = 832: a tile of 512 and 320 more or, where up is read flipped, two of 416."""
     check(TPU, jnp.float32, rows(0, 20, 2, jnp.float32), draw(jnp.float32, bits, 832))
 
 
+@pytest.mark.whole(but=["float32", "grouped_interpret-bfloat16"])
 @pytest.mark.parametrize("form, dtype", [form for form in FORMS if form != (TPU, jnp.bfloat16)])
 def test_gradients(form, dtype):
     """Those of the rows, the gates and both matrices; experts without rows get zeros."""
@@ -231,6 +237,7 @@ def test_gradients(form, dtype):
     assert found[1].dtype == jnp.float32 and found[0].dtype == found[2].up.dtype == dtype
 
 
+@pytest.mark.whole(but=["tpu_interpret"])
 @pytest.mark.parametrize("form, dtype", [("xla", jnp.float32), (TPU, jnp.float32), (GPU, jnp.bfloat16)])
 def test_quantized_experts_have_the_gradients_of_what_they_stand_for_in_rows_and_gates(form, dtype):
     x, indices, gates = rows(9, 4, 3, dtype)
@@ -283,6 +290,7 @@ def grouped(a, b, matrices, groups):
     )
 
 
+@pytest.mark.whole(but=["grouped"])
 @pytest.mark.parametrize("module, bits", [(experts_gpu, 4), (experts_grouped_gpu, 16)])
 def test_no_races_on_gpus(module, bits):
     """Copies, products and stores keep their order: the interpreter compares vector clocks."""

@@ -164,6 +164,7 @@ def for_each(fast, of_gpu, of_triton=()):
     return pairs + [("triton_interpret", case) for case in of_triton]
 
 
+@pytest.mark.whole(but=["(2, 16, 3, 4", "(2, 40, 5", "(1, 24, 6, 80", "(1, 12, 2, 80"])
 @pytest.mark.parametrize(("implementation", "shape"), for_each(SHAPES, GPU_SHAPES, TRITON_SHAPES), ids=str)
 def test_ssd_equals_the_recurrence(implementation, shape):
     *shape, chunk = shape
@@ -240,6 +241,7 @@ def forms_with(values, of_gpu):
     return [(form, value) for value in values for form in FORMS] + few
 
 
+@pytest.mark.whole(but=["xla", "pallas"])
 @pytest.mark.parametrize(("form", "step"), forms_with([0.0, 1e-6, 50.0, 1e3, 1e6], [0.0, 1e6]), ids=str)
 def test_extreme_decays_stay_finite_and_accurate(form, step):
     """All decays equal: from a state that never fades to one that is gone at once; gradients included."""
@@ -257,6 +259,7 @@ def _chunked_gradients(implementation, chunk):
     return with_gradients(chunked(chunk, implementation), OPTIMIZED)
 
 
+@pytest.mark.whole(but=["xla", "pallas"])
 @pytest.mark.parametrize(("form", "large"), forms_with([10.0, 50.0, 1e3, 1e6], [50.0, 1e6]), ids=str)
 def test_large_decays_beside_small_ones(form, large):
     """A state forgotten at one step and kept at the next: differences of plain float32 sums lose the small ones."""
@@ -288,6 +291,7 @@ def test_a_long_context_with_large_states(implementation):
     assert np.all(np.isfinite(y))
 
 
+@pytest.mark.whole(but=["xla", "pallas", "triton"])
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu_interpret", "mosaic_gpu_interpret", "triton_interpret"])
 def test_bfloat16_inputs_are_scanned_in_float32(implementation):
     heads, groups = (4, 2) if implementation in FAST else (2, 1)
@@ -357,6 +361,7 @@ GPU_PAIRS = [
 TRITON_PAIRS = [(1, 8, 3, 1, 3, 2, 3, 2), (4, 8, 3, 1, 6, 2, 2, 4), *GPU_PAIRS[2:]]
 
 
+@pytest.mark.whole(but=["(4, 8, 3, 2", "(12, 32, 5", "(12, 24, 3"])
 @pytest.mark.parametrize(("implementation", "pair"), for_each(PAIRS, GPU_PAIRS, TRITON_PAIRS), ids=str)
 def test_two_tower_ssd_equals_block_by_block(implementation, pair):
     block, chunk, blocks, batch, heads, head_dim, groups, state = pair
@@ -383,6 +388,7 @@ def _blocks_of_8_gradients(implementation):
     return with_gradients(blocks_of(8, 32 if implementation in FAST else 16, implementation), OPTIMIZED)
 
 
+@pytest.mark.whole(but=["xla", "pallas"])
 @pytest.mark.parametrize(("implementation", "large"), for_each([0.01, 50.0, 1e6], [50.0], [50.0]), ids=str)
 def test_two_tower_ssd_with_extreme_decays(implementation, large):
     """Mixed with small ones in both towers, over three chunks or more; `large` = 0.01 mixes nothing."""
@@ -396,6 +402,7 @@ def test_two_tower_ssd_with_extreme_decays(implementation, large):
     check_gradients(TWO_TOWER_NAMES, gradients, gradients_expected)
 
 
+@pytest.mark.whole(but=["xla-both", "pallas_tpu_interpret-context", "triton"])
 @pytest.mark.parametrize(
     ("implementation", "frozen"),
     [
@@ -462,6 +469,7 @@ def test_two_tower_ssd_refuses_a_length_that_is_no_multiple():
         two_tower_ssd(*arrays, block_size=8)
 
 
+@pytest.mark.whole(but=["gradient"])
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradient"])
 def test_memory_does_not_grow_as_the_block_shrinks(gradients):
     """At S = 4 the states of all blocks would take 4 times those at S = 16, and be most of the memory.
@@ -485,6 +493,7 @@ def test_memory_does_not_grow_as_the_block_shrinks(gradients):
     assert memory[4] < states_at_4, memory  # The states alone would not fit.
 
 
+@pytest.mark.whole(but=["True-100"])
 @pytest.mark.parametrize(
     ("both", "capability", "heads", "head_dim"), [(False, 80, 64, 64), (True, 80, 64, 64), (True, 100, 96, 80)]
 )
