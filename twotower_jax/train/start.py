@@ -89,7 +89,7 @@ def read_inputs(config: TrainConfig, workdir: Workdir, report: Callable[[str], N
                 f"start; give the checkpoint that it was made from{instead}"
             )
         folder = pathlib.Path(config.init_from)
-        tokenizer, model = load_tokenizer(folder), contents(folder).config
+        model, tokenizer = contents(folder).config, load_tokenizer(folder)
         if (used := id_range(tokenizer)) > model.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer gives ids up to {used - 1}, which lie outside the "
