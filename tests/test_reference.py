@@ -96,6 +96,7 @@ def test_context_logits_and_hidden_states(recorded):
         assert_close(h, recorded[f"context.hidden.{i:02d}"], LOGITS)
 
 
+@pytest.mark.whole(but=["[tiny]"])
 def test_caches(recorded):
     length = int(recorded["cache.prompt_len"])
     np.testing.assert_array_equal(recorded.cache.lengths, [length, length])
@@ -166,6 +167,7 @@ def filled(prompts: list[list[int]]) -> list[list[int]]:
     return longest
 
 
+@pytest.mark.whole(but=["[tiny-ar"])
 @pytest.mark.parametrize("mode", ["ar", "mock_ar"])
 def test_one_token_at_a_time(recorded, mode):
     for result, case in zip(_generate(recorded, _settings(mode)), recorded.cases, strict=True):
@@ -176,6 +178,7 @@ def test_one_token_at_a_time(recorded, mode):
         assert result.finish_reason == "length"
 
 
+@pytest.mark.whole(but=["[tiny]"])
 def test_mask_diffusion_token_by_token_and_step_by_step(recorded):
     for run in range(len(recorded.cases[0]["mask_diffusion"])):
         expected = [case["mask_diffusion"][run] for case in recorded.cases]
@@ -188,6 +191,7 @@ def test_mask_diffusion_token_by_token_and_step_by_step(recorded):
             assert steps == case["trace"]
 
 
+@pytest.mark.whole(but=["[tiny]"])
 def test_scores_are_the_recorded_log_probabilities(recorded):
     def log_softmax(logits):
         shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)

@@ -196,6 +196,7 @@ def test_number_of_processes_does_not_matter(corpus, reference, tmp_path):
     assert verified.returncode == 3 and f"error: {file}: its content is not what was recorded" in verified.stderr
 
 
+@pytest.mark.whole(but=["[1]"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_any_moment_goes_on_to_the_same_bytes(corpus, reference, tmp_path, tokenizer, seed):
     output, rng = tmp_path / "out", random.Random(seed)

@@ -62,6 +62,7 @@ CASES += [("expert=2,tensor=2", True, "speculative")]  # Each on a mesh of its o
 CASES += [(shape, False, "diffusion") for shape in ("data=2,expert=4", "fsdp=2,tensor=4")]
 
 
+@pytest.mark.whole(but=["tensor=2-False-diffusion", "[-True-diffusion"])
 @pytest.mark.parametrize(("shape", "apart", "mode"), CASES)
 def test_tokens_and_evaluations_are_those_of_one_device(model, one_device, shape, apart, mode):
     """With rows that wait for a slot, prompts read in pieces, sampling, and rows that end inside a block."""

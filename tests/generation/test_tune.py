@@ -76,7 +76,7 @@ def test_the_fastest_of_enough_agreement_is_chosen():
 
 
 def test_a_sweep_compiles_thresholds_together_and_measures_what_generate_gives(small_config, random_params):
-    model = TwoTower(small_config("ME"))
+    model = TwoTower(small_config("M"))
     params = random_params(model)
     prompts = np.random.default_rng(0).integers(4, 40, (2, 5)).tolist()
     settings = Settings(max_new_tokens=7, batch_size=2, ignore_eos=True)

@@ -190,6 +190,7 @@ def alone(step_config, random_params, ids):
     return steps(step_config(**DROPPED), random_params, ids)
 
 
+@pytest.mark.whole(but=["mesh.fsdp"])
 @pytest.mark.parametrize(
     "changes",
     [{"mesh.fsdp": 2, "mesh.sequence": 2, "mesh.tensor": 2}, {"accumulate": 4}],
@@ -239,6 +240,7 @@ def quantized(method):
     return made
 
 
+@pytest.mark.whole(but=["int4"])
 @pytest.mark.parametrize("method", ["int8", "int4"])
 def test_a_quantized_base_has_the_gradients_of_its_numbers(step_config, random_params, ids, method):
     """Those of a base of float32 that holds what the quantized one stands for, also through the routed experts."""
@@ -258,6 +260,7 @@ def test_a_quantized_base_has_the_gradients_of_its_numbers(step_config, random_p
         assert np.linalg.norm(np.asarray(g, np.float64) - e) <= 1e-4 * np.linalg.norm(e), path
 
 
+@pytest.mark.whole
 def test_a_quantized_base_on_a_mesh(step_config, random_params, ids):
     settings = SETTINGS | {"lora.base": "int8", PATTERN: "E*"}
     one, metrics, _ = steps(step_config(**settings), random_params, ids, quantized("int8"))

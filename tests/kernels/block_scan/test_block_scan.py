@@ -83,6 +83,7 @@ def implementation(request):
     return request.param
 
 
+@pytest.mark.whole(but=["S1", "S7", "S64"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -151,6 +152,7 @@ def wide(batch, length, **changes):
     return Shape(batch, length, **{"head_dim": 64, "state": 64} | changes)
 
 
+@pytest.mark.whole(but=["S1-", "S17-", "S33-"])
 @pytest.mark.parametrize(
     ("shape", "decay"),
     [

@@ -83,6 +83,7 @@ def check(x, gates, weights, indices, activation=relu2, form="xla"):
     return gradients
 
 
+@pytest.mark.whole(but=["130-2-3-True", "20-4-4", "5-1-16"])
 @pytest.mark.parametrize("form", ["xla", "ragged_dot"])
 # T, k, E: one token; fewer rows than experts; several tiles an expert; one expert; k = E.
 @pytest.mark.parametrize(
@@ -93,6 +94,7 @@ def test_random_routing(tokens, choices, experts, biases, form):
     check(*draw(0, tokens, choices, experts, biases), route(1, tokens, choices, experts), form=form)
 
 
+@pytest.mark.whole(but=["sides1"])
 @pytest.mark.parametrize("sides, turned", [((128, 72), (True, False)), ((72, 128), (False, True))])
 def test_ragged_dot_takes_matrices_as_a_tpu_lays_them_down(sides, turned):
     """With that side along the lanes which is a multiple of 128: `up` or `down` the other way around."""
@@ -134,6 +136,7 @@ def test_all_rows_to_one_expert():
         assert np.any(gradient[2])
 
 
+@pytest.mark.whole(but=["silu"])
 @pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - {"relu2"}))
 def test_activations(name):
     check(*draw(0, 20, 2, 4), route(1, 20, 2, 4), ACTIVATIONS[name])
