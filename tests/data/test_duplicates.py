@@ -81,6 +81,11 @@ def test_near_copies_are_those_of_exact_similarity(tmp_path, threshold, ngram, p
     assert counts["exact"] == len(texts) - len(set(texts)) >= 1
 
 
+def test_texts_that_have_nothing_in_common_all_stay(tmp_path):
+    assert left_out(make_texts(6), Near(), tmp_path / "out") == ([], {"exact": 0, "near": 0})
+    assert left_out([], Near(), tmp_path / "none", parts=1) == ([], {"exact": 0, "near": 0})
+
+
 def test_the_choice_is_that_of_an_index_that_grows(tmp_path):
     """datasketch's own, asked for each document in order, then compared by signature."""
     rng = random.Random(1)

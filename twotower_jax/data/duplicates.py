@@ -176,8 +176,8 @@ def _leave_out_near(folder: pathlib.Path, ends: np.ndarray, stays: np.ndarray, n
     kept: dict[int, list[int]] = {}  # of each bucket, its documents that stay: places in `signatures`
     signatures: list[np.ndarray] = []
     part, own = -1, None
-    breaks = np.flatnonzero(np.diff(documents, prepend=-1))
-    for start, stop in zip(breaks, [*breaks[1:], len(documents)], strict=True):
+    starts = np.flatnonzero(np.diff(documents, prepend=-1))
+    for start, stop in zip(starts, np.append(starts[1:], len(documents)), strict=False):
         document = int(documents[start])
         if document >= ends[part + 1]:
             part = int(np.searchsorted(ends, document, side="right")) - 1
