@@ -211,7 +211,7 @@ class Table:
         """The blocks of a kind of rows as far as they are; None in modes without any."""
         if has_blocks(recipe.mode) and kind not in self._blocks:
             with in_force(mesh):
-                self._blocks[kind] = _empty_blocks(batch=self._batch, block_size=recipe.block_size)
+                self._blocks[kind] = empty_blocks(batch=self._batch, block_size=recipe.block_size)
         return self._blocks.get(kind)
 
     def _keep(self, kind: Hashable, blocks: Blocks | None, emitted: Emitted) -> Emitted:
@@ -222,5 +222,6 @@ class Table:
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "block_size"))
-def _empty_blocks(*, batch: int, block_size: int) -> Blocks:
+def empty_blocks(*, batch: int, block_size: int) -> Blocks:
+    """Blocks that have not begun."""
     return _rows_divided(Blocks(jnp.zeros((batch, block_size), jnp.int32), jnp.zeros(batch, jnp.int32)))
