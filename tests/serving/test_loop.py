@@ -136,7 +136,8 @@ def test_what_the_engine_refuses_is_a_bad_request(scripted):
         service, engine = scripted()
         async with running(service) as client:
             with pytest.raises(ApiError) as caught, service.loop.enter(1) as group:
-                await group.submit(Request(prompt=[1] * 1001, max_new_tokens=4)).accepted()
+                group.submit([Request(prompt=[1] * 1001, max_new_tokens=4)])
+                await group.tickets[0].accepted()
             assert caught.value.status == 400 and "too long" in caught.value.message
             assert (await complete(client)).status_code == 200
             await until(lambda: service.loop.taken == 0)

@@ -90,8 +90,7 @@ class Service:
             message = "the server is about to end and takes no more requests"
             raise ApiError(503, message, code="draining", headers={"retry-after": "5"}, close=True)
         group = self.loop.enter(job.places)
-        for request in job.requests:
-            group.submit(request)
+        group.submit(job.requests)
         return group
 
 

@@ -159,12 +159,12 @@ class Group:
             self._left = True
             self._loop._leave(self.tickets, self._places)
 
-    def submit(self, request: Request) -> Ticket:
-        """Adds a row."""
-        ticket = Ticket(request)
-        self.tickets.append(ticket)
-        self._loop._say(("submit", ticket))
-        return ticket
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Adds rows, which the engine gets together: that no row of a body begins before another, by chance."""
+        tickets = [Ticket(request) for request in requests]
+        self.tickets += tickets
+        if tickets:
+            self._loop._say(("submit", tickets))
 
     async def score(self, prompts: Sequence[Sequence[int]], top: int, adapter: str | None = None) -> list[Scored]:
         """Log-probabilities of prompts under the context tower, see `Scorer`.
@@ -258,12 +258,13 @@ class EngineLoop:
         if self.failure is not None:
             # Failed since the place was taken.
             if kind == "submit":
-                thing.put(self._failed(500), self._observer)
+                for ticket in thing:
+                    ticket.put(self._failed(500), self._observer)
             elif kind == "score":
                 thing.future.set_exception(self._failed(500))
             return
         if kind == "submit":
-            self._open.add(thing)
+            self._open.update(thing)
         elif kind == "score":
             self._scores.add(thing.future)
             thing.future.add_done_callback(self._scores.discard)
@@ -346,7 +347,8 @@ class EngineLoop:
                 if kind == "stop":
                     return
                 if kind == "submit":
-                    self._submit(engine, thing)
+                    for ticket in thing:
+                        self._submit(engine, ticket)
                 elif kind == "score":
                     scores.append(thing)
                 else:
