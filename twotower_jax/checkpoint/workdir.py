@@ -7,8 +7,9 @@
     checkpoints/STEP/  params/ (float32), optimizer/, run.json (step, data position, open sums, settings);
                        average/, of the parameters with gradients, where the run keeps one
 
-Both kinds of folder appear whole or not at all, with the hashes of their files (`orbax_steps.py`). A workdir belongs to
-one run: settings that make it another one are refused, with the differences. One run at a time writes to it.
+Both kinds of folder appear whole or not at all, with the hashes of their files (`orbax_steps.py`; of a workdir in a
+store, `store_steps.py`). A workdir belongs to one run: settings that make it another one are refused, with the
+differences. One run at a time writes to it: here it holds a lock, in a store the lease `lease.json`.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.kernels.numerics.quantized import Quantized
+from twotower_jax.outputs import check_writable
 from twotower_jax.parameters import (
     Parameter,
     Params,
@@ -43,11 +45,18 @@ from twotower_jax.parameters import (
     parameter_table,
     unflatten,
 )
-from twotower_jax.paths import as_path
+from twotower_jax.paths import as_path, in_store
 from twotower_jax.quantization import Method
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
+if TYPE_CHECKING:
+    from twotower_jax.checkpoint.store_steps import StoreWriter
+    from twotower_jax.stores.lease import Lease
+
 CONFIG, CHECKPOINTS, FROZEN, BASE = "config.json", "checkpoints", "frozen", "base.json"
+LEASE = "lease.json"
+# An hour of work waits for a store that has gone away for some minutes.
+_PATIENCE_SECONDS = 300.0
 _MODEL_DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
@@ -88,13 +97,21 @@ class Workdir:
         """
         self.path = as_path(path)
         orbax_steps.check_path(self.path)
+        self._lease: Lease | None = None
+        self._spool = None
+        if in_store(self.path):
+            if jax.process_index() == 0:
+                check_writable(self.path)
+            from twotower_jax.stores.spool import Spool
+
+            self._spool = Spool(self.path)
         self._settings = settings
         self._identity = identity(settings, changeable, added)
-        for parent in (self.path, *self.path.parents):
+        for parent in (self.path, *(() if in_store(self.path) else self.path.parents)):
             if parent.exists() and not parent.is_dir():
                 raise ValueError(f"workdir {self.path}: {parent} is a file, not a folder")
         self.step, self.model = None, None
-        if not self.path.exists() or not any(not p.name.endswith(".partial") for p in self.path.iterdir()):
+        if not self.path.exists() or not any(_counts(p.name) for p in self.path.iterdir()):
             return
         if not (self.path / CONFIG).exists():
             raise ValueError(f"workdir {self.path} holds files but no {CONFIG}; choose a new or empty folder")
@@ -110,13 +127,40 @@ class Workdir:
         Raises:
           ValueError: if another run holds it, or the file system has no locks.
         """
+        busy = f"workdir {self.path}: another run is training in it; choose another one"
+        if in_store(self.path):
+            from twotower_jax.stores import lease, retrying
+
+            with contextlib.ExitStack() as stack:
+                if jax.process_index() == 0:
+                    self._lease = stack.enter_context(lease.held(self.path / LEASE, busy))
+                stack.enter_context(retrying.patient(_PATIENCE_SECONDS))
+                yield
+            return
         if jax.process_index() > 0:
             yield
             return
         new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        busy = f"workdir {self.path}: another run is training in it; choose another one"
         with locked_folder(self.path, busy, ours=new):
+            yield
+
+    @property
+    def logs(self) -> pathlib.Path:
+        """Where files grow that tell of the run; within `logging`, what they hold comes to the workdir."""
+        return self.path if self._spool is None else self._spool.folder
+
+    @contextlib.contextmanager
+    def logging(self, *names: str) -> Iterator[None]:
+        """While the run writes to `logs`, where `names` go on from what the workdir has of them.
+
+        Raises:
+          SaveError: if a store does not take them.
+        """
+        if self._spool is None:
+            yield
+            return
+        with orbax_steps.as_save_error(self.path), self._spool.running(*names):
             yield
 
     def create(self, model: ModelConfig, frozen: Params) -> None:
@@ -130,7 +174,7 @@ class Workdir:
             self.write_settings(model)
             orbax_steps.clean_up(self.path, FROZEN)
         if frozen:
-            writer = orbax_steps.FolderWriter()
+            writer = self._writer()
             writer.start(self.path / FROZEN, {PARAMS: frozen}, {})
             writer.wait()
             writer.close()
@@ -178,7 +222,16 @@ class Workdir:
 
     def saver(self, keep: int) -> "Saver":
         """What writes checkpoints, keeping the newest `keep`; a context manager."""
-        return Saver(self.path, keep, self._settings, _digest(self._identity))
+        if jax.process_index() == 0:
+            orbax_steps.clean_up(self.path / CHECKPOINTS)
+        return Saver(self.path, keep, self._settings, _digest(self._identity), self._writer())
+
+    def _writer(self) -> "orbax_steps.FolderWriter | StoreWriter":
+        if not in_store(self.path):
+            return orbax_steps.FolderWriter()
+        from twotower_jax.checkpoint.store_steps import StoreWriter
+
+        return StoreWriter(self._lease, self._spool.send)
 
 
 class Base(NamedTuple):
@@ -208,12 +261,16 @@ def read_base(path: pathlib.Path) -> Base | None:
 class Saver:
     """Writes checkpoints in the background, one at a time. Every process of a run calls it alike."""
 
-    def __init__(self, path: pathlib.Path, keep: int, settings: Settings, digest: str):
-        self._folder, self._keep = path / CHECKPOINTS, keep
+    def __init__(
+        self,
+        path: pathlib.Path,
+        keep: int,
+        settings: Settings,
+        digest: str,
+        writer: "orbax_steps.FolderWriter | StoreWriter",
+    ):
+        self._folder, self._keep, self._writer = path / CHECKPOINTS, keep, writer
         self._about = {"settings": settings, "identity": digest}
-        if jax.process_index() == 0:
-            orbax_steps.clean_up(self._folder)
-        self._writer = orbax_steps.FolderWriter()
 
     def __enter__(self) -> "Saver":
         return self
@@ -350,6 +407,11 @@ def identity(settings: Settings, changeable: tuple[str, ...], added: Mapping[str
         for name, value in flat.items()
         if name != "model.vocab_size" and not (name in before and before[name] == value)
     }
+
+
+def _counts(name: str) -> bool:
+    """Whether a name in a workdir's place says that something is there, and is not left of what was begun there."""
+    return not name.endswith(".partial") and name != LEASE and not name.startswith(".probe-")
 
 
 def _model_config(path: pathlib.Path, settings: Settings) -> ModelConfig:

@@ -106,7 +106,7 @@ def make_setup(config: TrainConfig, folder: Workdir, report: Report) -> Setup:
         validation = Validation(start.validation, objective, placement, config.batch_size)
     sampler = Sampler(objective.model, config.sample_tokens, placement.mesh) if config.two_towers else None
     if config.sample_every:
-        samples = Samples(folder.path, start.tokenizer, sampler, config.sample_prompts)
+        samples = Samples(folder.logs, start.tokenizer, sampler, config.sample_prompts)
     if config.sample_answers:
         held_out = start.validation if start.conversational else None
         turns = [] if held_out is None else held_out.first_turns(config.sample_answers)
