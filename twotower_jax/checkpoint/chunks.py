@@ -18,7 +18,7 @@ import numpy as np
 from twotower_jax.checkpoint import manifest
 from twotower_jax.checkpoint.manifest import Digest
 from twotower_jax.files import CheckpointError, read_file, read_json
-from twotower_jax.paths import AnyPath
+from twotower_jax.paths import AnyPath, in_store
 from twotower_jax.stores.retrying import StoreError
 
 # Chunks of one array that are on their way at a time; requests are those of stores/path.py.
@@ -44,19 +44,16 @@ class Array:
         self,
         place: AnyPath,
         digest: Callable[[str], Digest | None],
-        fetch: Callable[[str, Digest | None], np.ndarray] | None = None,
     ):
         """Reads what describes the array.
 
         Args:
           digest: recorded of an object of the folder, by name; None for one to be taken as it is.
-          fetch: gives the bytes of an object with a digest, uint8; by default from the folder.
 
         Raises:
           CheckpointError: if there is no such array, or it is stored in another way.
         """
         self._place, self._digest = place, digest
-        self._fetch = fetch or self._fetch_object
         raw = read_json(place / _ZARR)
         try:
             self.shape = tuple(int(n) for n in raw["shape"])
@@ -109,9 +106,9 @@ class Array:
         index = tuple(index) + (slice(None),) * (len(self.shape) - len(index))
         return tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True))
 
-    def _fetch_object(self, name: str, expected: Digest | None) -> np.ndarray:
+    def _fetch(self, name: str, expected: Digest | None) -> np.ndarray:
         path = self._place / name
-        if expected is None:
+        if expected is None or not in_store(path):
             return read_file(path)
         try:
             return np.frombuffer(path.read(0, expected.size), np.uint8)

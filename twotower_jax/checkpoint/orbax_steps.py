@@ -218,9 +218,9 @@ def restore_arrays(folder: pathlib.Path, target: Params) -> Params:
         found = _store_steps().stored_arrays(folder)
         if found is None:
             return restore_arrays(_store_steps().local_copy(folder), target)
-        _check_fits(folder, found, target)
+        check_fits(folder, found, target)
         return _store_steps().restore_arrays(folder, target)
-    _check_fits(folder, stored_arrays(folder), target)
+    check_fits(folder, stored_arrays(folder), target)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or device), target)
     return ocp.StandardCheckpointHandler().restore(folder.absolute(), args=ocp.args.StandardRestore(placed))
@@ -237,10 +237,10 @@ def restore_on_host(folder: pathlib.Path, target: Params) -> Iterator[tuple[Path
         if found is None:
             yield from restore_on_host(_store_steps().local_copy(folder), target)
             return
-        _check_fits(folder, found, target)
+        check_fits(folder, found, target)
         yield from _store_steps().restore_on_host(folder, target)
         return
-    _check_fits(folder, stored_arrays(folder), target)
+    check_fits(folder, stored_arrays(folder), target)
     handler = ocp.PyTreeCheckpointHandler()
     paths = list(flatten(target))
     for path in paths:
@@ -339,7 +339,8 @@ def _say_failures_once() -> None:
     sys.unraisablehook = without_closed_loops
 
 
-def _check_fits(where: pathlib.Path, stored: Params, target: Params) -> None:
+def check_fits(where: pathlib.Path, stored: Params, target: Params) -> None:
+    """Raises CheckpointError if an array is missing, left over, or of another shape or dtype than the target's."""
     stored, target = flatten(stored), flatten(target)
     if odd := sorted(stored.keys() ^ target.keys()):
         kind = "is missing" if odd[0] in target else "is not of this model"

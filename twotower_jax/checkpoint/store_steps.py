@@ -31,6 +31,7 @@ from twotower_jax.checkpoint.orbax_steps import HASHES, SaveError, as_save_error
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.files import CheckpointError, read_bytes, read_json
 from twotower_jax.parameters import Params, Path, flatten, unflatten
+from twotower_jax.paths import AnyPath
 from twotower_jax.stores import cache
 from twotower_jax.stores.lease import Lease
 from twotower_jax.stores.path import StorePath
@@ -58,15 +59,15 @@ class StoreWriter:
     Args:
       lease: of the workdir, on process 0.
       before: is called on process 0 before a folder becomes whole.
-      keep: is given the name of a folder, its parts that this process holds, those that others write too included, and
-        its values, before anything is sent.
+      keep: is given the name of a folder, its texts by name, and the parts that this process holds, those that others
+        write included, before anything is sent.
     """
 
     def __init__(
         self,
         lease: Lease | None = None,
         before: Callable[[], None] = lambda: None,
-        keep: Callable[[str, Iterator[Part], Mapping[str, Any]], None] | None = None,
+        keep: Callable[[str, Mapping[str, bytes], Iterator[Part]], None] | None = None,
     ):
         self._lease, self._before, self._keep = lease, before, keep
         self._thread: threading.Thread | None = None
@@ -81,13 +82,13 @@ class StoreWriter:
     ) -> None:
         """See `orbax_steps.FolderWriter.start`."""
         self.wait()
-        described: dict[str, bytes] = {}
+        texts = {f"{name}.json": json.dumps(value).encode() for name, value in values.items()}
         owned: list[Part] = []
         held: list[Part] = []
         for tree, params in trees.items():
             flat = flatten(params)
             chunk_shapes = {path: _chunk_shape(array) for path, array in flat.items()}
-            described |= {f"{tree}/{name}": text for name, text in _metadata(flat, chunk_shapes).items()}
+            texts |= {f"{tree}/{name}": text for name, text in _metadata(flat, chunk_shapes).items()}
             for path, array in flat.items():
                 for part, ours in _parts(f"{tree}/{arrays.folder_name(path)}", array, chunk_shapes[path], self._keep):
                     (owned if ours else held).append(part)
@@ -97,9 +98,7 @@ class StoreWriter:
                 final.remove_tree(first=HASHES)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"{final} is empty")
-        self._thread = threading.Thread(
-            target=self._finish, args=(final, described, owned, held, dict(values), then), daemon=True
-        )
+        self._thread = threading.Thread(target=self._finish, args=(final, texts, owned, held, then), daemon=True)
         self._thread.start()
 
     @property
@@ -133,55 +132,53 @@ class StoreWriter:
     def _finish(
         self,
         final: StorePath,
-        described: Mapping[str, bytes],
+        texts: Mapping[str, bytes],
         owned: list[Part],
         held: list[Part],
-        values: Mapping[str, Any],
         then: Callable[[], None],
     ) -> None:
         try:
             with as_save_error(final):
                 if self._keep is not None:
-                    self._keep(final.name, itertools.chain(owned, held), values)
+                    self._keep(final.name, texts, itertools.chain(owned, held))
                 held.clear()
-                hashes = self._send(final, described, owned, values)
+                hashes = _send(final, texts if jax.process_index() == 0 else {}, owned)
                 if jax.process_index() > 0:
-                    (final / _share(jax.process_index())).create(_listed(hashes))
+                    (final / _share(jax.process_index())).create(listed(hashes))
                     return
                 hashes |= _shares(final)
                 self._before()
                 self._check()
-                (final / HASHES).create(_listed(hashes))
+                (final / HASHES).create(listed(hashes))
                 for process in range(1, jax.process_count()):
                     (final / _share(process)).unlink(missing_ok=True)
                 then()
         except BaseException as error:  # whatever it is, the thread that trains has to hear of it
             self._error = error
 
-    def _send(
-        self, final: StorePath, described: Mapping[str, bytes], owned: list[Part], values: Mapping[str, Any]
-    ) -> dict[str, Digest]:
-        def one(item: tuple[str, Any]) -> tuple[str, Digest]:
-            name, data = item
-            try:
-                (final / name).create(data)
-            except Changed:
-                raise SaveError(f"{final / name}: is there already; another run writes to this workdir") from None
-            return name, manifest.digest_of(data)
 
-        texts = dict(described) if jax.process_index() == 0 else {}
-        if jax.process_index() == 0:
-            texts |= {f"{name}.json": json.dumps(value).encode() for name, value in values.items()}
-        objects = itertools.chain(texts.items(), ((part.name, part.data.data.cast("B")) for part in owned))
-        with ThreadPoolExecutor(_WRITERS) as threads:
-            return dict(threads.map(one, objects))
+def _send(final: StorePath, texts: Mapping[str, bytes], parts: list[Part]) -> dict[str, Digest]:
+    """Writes objects, none of which is there yet, many at a time."""
+
+    def one(item: tuple[str, Any]) -> tuple[str, Digest]:
+        name, data = item
+        try:
+            (final / name).create(data)
+        except Changed:
+            raise SaveError(f"{final / name}: is there already; another run writes to this workdir") from None
+        return name, manifest.digest_of(data)
+
+    objects = itertools.chain(texts.items(), ((part.name, part.data.data) for part in parts))
+    with ThreadPoolExecutor(_WRITERS) as threads:
+        return dict(threads.map(one, objects))
 
 
 def _share(process: int) -> str:
     return f"hashes.process_{process}.json"
 
 
-def _listed(hashes: Mapping[str, Digest]) -> bytes:
+def listed(hashes: Mapping[str, Digest]) -> bytes:
+    """The content of a hashes.json."""
     return (json.dumps({name: digest._asdict() for name, digest in sorted(hashes.items())}, indent=1) + "\n").encode()
 
 
@@ -196,7 +193,7 @@ def _shares(final: StorePath) -> dict[str, Digest]:
                 raise SaveError(f"{share}: process {process} has not written its part of the arrays")
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
-        found |= _digests(share)
+        found |= digests(share)
     return found
 
 
@@ -267,7 +264,7 @@ def verify(folder: StorePath) -> None:
     Raises:
       CheckpointError: naming the object that differs or is missing.
     """
-    recorded, found = _digests(folder / HASHES), folder.sizes()
+    recorded, found = digests(folder / HASHES), folder.sizes()
     for name, digest in sorted(recorded.items()):
         if name not in found:
             raise CheckpointError(f"{folder / name}: is not there any more")
@@ -278,7 +275,7 @@ def verify(folder: StorePath) -> None:
             manifest.compare(folder / name, manifest.digest_of(content), digest)
 
 
-def stored_arrays(folder: StorePath) -> Params | None:
+def stored_arrays(folder: AnyPath) -> Params | None:
     """Shape and dtype of every array of a tree's folder; None where it is in another layout, as Orbax writes to disks.
 
     Raises:
@@ -299,32 +296,29 @@ class _Described(NamedTuple):
     dtype: np.dtype
 
 
-def _array(folder: StorePath, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+def _array(folder: AnyPath, path: Path) -> tuple[tuple[int, ...], np.dtype]:
     array = chunks.Array(folder / arrays.folder_name(path), lambda name: None)
     return array.shape, array.dtype
 
 
-def _paths(folder: StorePath, raw: Mapping[str, Any]) -> list[Path]:
+def _paths(folder: AnyPath, raw: Mapping[str, Any]) -> list[Path]:
     try:
         return [tuple(part["key"] for part in about["key_metadata"]) for about in raw["tree_metadata"].values()]
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder / _METADATA}: is not Orbax's list of arrays") from None
 
 
-def restore_arrays(folder: StorePath, target: Params, fetch: Callable[..., np.ndarray] | None = None) -> Params:
-    """Reads a tree's folder into a tree of `jax.ShapeDtypeStruct`, as `orbax_steps.restore_arrays`; what it holds has
-    been compared with the target.
-
-    Args:
-      fetch: gives an object's bytes from elsewhere, by its name below the tree's folder.
+def restore_arrays(folder: AnyPath, target: Params) -> Params:
+    """Reads a tree's folder, of a store or of local_copies.py, into a tree of `jax.ShapeDtypeStruct`, as
+    `orbax_steps.restore_arrays`; what it holds has been compared with the target.
     """
-    recorded, prefix = _digests(folder.parent / HASHES), f"{folder.name}/"
+    recorded, prefix = digests(folder.parent / HASHES), f"{folder.name}/"
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def read(item: tuple[Path, jax.ShapeDtypeStruct]) -> dict[tuple, np.ndarray]:
         path, wanted = item
         name = arrays.folder_name(path)
-        array = _open(folder, name, recorded, prefix, fetch)
+        array = _open(folder, name, recorded, prefix)
         indices = (wanted.sharding or device).addressable_devices_indices_map(wanted.shape).values()
         return {_key(index, wanted.shape): array.read(index) for index in _distinct(indices, wanted.shape)}
 
@@ -343,33 +337,35 @@ def restore_arrays(folder: StorePath, target: Params, fetch: Callable[..., np.nd
 
 def restore_on_host(folder: StorePath, target: Params) -> Iterator[tuple[Path, np.ndarray]]:
     """As `orbax_steps.restore_on_host`."""
-    recorded, prefix = _digests(folder.parent / HASHES), f"{folder.name}/"
+    recorded, prefix = digests(folder.parent / HASHES), f"{folder.name}/"
     for path, wanted in flatten(target).items():
-        array = _open(folder, arrays.folder_name(path), recorded, prefix, None)
+        array = _open(folder, arrays.folder_name(path), recorded, prefix)
         yield path, array.read((slice(None),) * len(wanted.shape))
 
 
 def local_copy(folder: StorePath) -> pathlib.Path:
     """A copy on this machine's disk of a tree's folder in another layout, its files compared with their hashes."""
-    recorded, prefix = _digests(folder.parent / HASHES), f"{folder.name}/"
+    recorded, prefix = digests(folder.parent / HASHES), f"{folder.name}/"
     files = {name.removeprefix(prefix): tuple(d) for name, d in recorded.items() if name.startswith(prefix)}
     return cache.local_folder(folder, files)
 
 
-def _open(
-    folder: StorePath, name: str, recorded: Mapping[str, Digest], prefix: str, fetch: Callable[..., np.ndarray] | None
-) -> chunks.Array:
+def _open(folder: AnyPath, name: str, recorded: Mapping[str, Digest], prefix: str) -> chunks.Array:
     def digest(chunk: str) -> Digest:
         full = f"{prefix}{name}/{chunk}"
         if full not in recorded:
             raise CheckpointError(f"{folder / name / chunk}: is not listed in {HASHES}")
         return recorded[full]
 
-    elsewhere = None if fetch is None else lambda chunk, expected: fetch(f"{prefix}{name}/{chunk}", expected)
-    return chunks.Array(folder / name, digest, elsewhere)
+    return chunks.Array(folder / name, digest)
 
 
-def _digests(path: StorePath) -> dict[str, Digest]:
+def digests(path: AnyPath) -> dict[str, Digest]:
+    """What a hashes.json lists.
+
+    Raises:
+      CheckpointError: if it is missing or no such file.
+    """
     try:
         raw = json.loads(read_bytes(path, _MAX_JSON_BYTES))
     except ValueError as error:

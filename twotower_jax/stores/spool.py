@@ -31,8 +31,11 @@ class Spool:
         self._turn, self._ended = threading.Lock(), threading.Event()
 
     @contextlib.contextmanager
-    def running(self, *names: str) -> Iterator[None]:
+    def running(self, *names: str, later: pathlib.Path | None = None) -> Iterator[None]:
         """Begins with what the store has of `names`, and sends what is new while the block runs and at its end.
+
+        Args:
+          later: a folder of this machine that may have more of them.
 
         Raises:
           StoreError: if that cannot be read, or the last of it not be sent.
@@ -41,6 +44,9 @@ class Spool:
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).write_bytes((self._store / name).read_bytes())
                 self._sent[name] = self._state(name)
+            with contextlib.suppress(FileNotFoundError):
+                if later is not None:
+                    (self.folder / name).write_bytes((later / name).read_bytes())
         threading.Thread(target=self._run, daemon=True).start()
         try:
             yield

@@ -109,7 +109,7 @@ def train(
         for note in notes:
             report(f"warning: {note}")
         run, setup = begin(setup) if setup.folder.step is None else resume(setup)
-        if run.step == config.steps:
+        if run.step == config.steps == run.saved_step:
             report(f"step {run.step} is already made; nothing to do")
             return TrainResult(run.step, last_row(setup.folder.path) or {})
         report(watch.memory_line(run.state.weights, run.state.optimizer, run.frozen))
@@ -189,9 +189,10 @@ def resume(setup: Setup) -> tuple[Run, Setup]:
     data.set_state(rest["data"])
     skips.set_state(rest["skips"])
     folder.write_settings(setup.start.model)
-    setup.report(f"resuming at step {folder.step} of {config.steps}")
+    where = " from the copies on local disks" if folder.from_copy else ""
+    setup.report(f"resuming at step {folder.step} of {config.steps}{where}")
     window = LossWindow(setup.objective.weights, rest["window"])
-    return Run(folder.step, state, frozen, data, window, skips, saved_step=folder.step), setup
+    return Run(folder.step, state, frozen, data, window, skips, saved_step=folder.stored_step), setup
 
 
 def train_stage(

@@ -141,7 +141,7 @@ def look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
       ValueError: if that is something else, or a run with other settings, or one that is beyond `config.steps`.
     """
     settings, own = dataclasses.asdict(settled(config, workdir)), registered()
-    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED)
+    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED, config.local_copy)
     if folder.step is not None and folder.step > config.steps:
         raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
     return folder
