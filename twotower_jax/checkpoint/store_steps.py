@@ -286,19 +286,11 @@ def stored_arrays(folder: AnyPath) -> Params | None:
     raw = read_json(folder / _METADATA)
     if not isinstance(raw, dict) or raw.get("use_ocdbt") is not False or raw.get("use_zarr3") is not True:
         return None
-    return unflatten({path: _Described(*_array(folder, path)) for path in _paths(folder, raw)})
-
-
-class _Described(NamedTuple):
-    """What is said of an array: its shape and dtype."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def _array(folder: AnyPath, path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    array = chunks.Array(folder / arrays.folder_name(path), lambda name: None)
-    return array.shape, array.dtype
+    paths = _paths(folder, raw)
+    with ThreadPoolExecutor(_WRITERS) as threads:
+        found = threads.map(lambda path: chunks.Array(folder / arrays.folder_name(path), lambda name: None), paths)
+        described = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in found]
+    return unflatten(dict(zip(paths, described, strict=True)))
 
 
 def _paths(folder: AnyPath, raw: Mapping[str, Any]) -> list[Path]:
