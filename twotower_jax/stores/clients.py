@@ -437,7 +437,6 @@ class Hub:
         return f"{self._repository}/{key}" if key else self._repository
 
     def _call(self, seconds: float, action: Callable[[], Any]) -> Any:
-        import httpx
         from huggingface_hub import errors
 
         try:
@@ -449,8 +448,12 @@ class Hub:
             raise _of_status(status, _said(error)) from None
         except FileNotFoundError:
             raise FileNotFoundError("no such file") from None
-        except (httpx.HTTPError, TimeoutError) as error:
+        except TimeoutError as error:
             raise Transient(_said(error)) from None
+        except Exception as error:  # of its HTTP library, whichever that is
+            if type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+                raise Transient(_said(error)) from None
+            raise
 
 
 @functools.cache

@@ -34,7 +34,7 @@ STEP, SAVE, CLEAN_UP = "step", "save", "clean-up"
 PHASES = (STEP, SAVE, CLEAN_UP)
 # At least so many steps a start; the moment is drawn after them.
 _STEPS_BETWEEN = (1, 6)
-_PATIENCE = 300.0  # seconds
+_PATIENCE = 1500.0  # seconds, on a machine that has other work
 
 TRAIN = pathlib.Path(__file__).parents[3] / "launch" / "train.py"
 _CONFIG = """
@@ -126,7 +126,7 @@ def campaign(
     """Interrupts one run `kills` + `terms` times; the last outcome compares it with an uninterrupted one.
 
     Args:
-      kind: of run; by default one whose workdir is on the disk.
+      kind: of the run that is interrupted; by default one whose workdir is on the disk, as the other one's is.
     """
     kind = kind or Run
     rng = random.Random(seed)
@@ -138,7 +138,7 @@ def campaign(
     (scratch / "text").mkdir()
     for i in range(12):
         (scratch / "text" / f"{i}.txt").write_text(f"Text number {i} says that {i} is {i}. " * 20)
-    whole, broken = kind(scratch, "whole", steps), kind(scratch, "broken", steps)
+    whole, broken = Run(scratch, "whole", steps), kind(scratch, "broken", steps)
     status = whole.start().wait(_PATIENCE)
     if status:
         raise RuntimeError(f"the run without interruption failed with status {status}; see {whole.log}")

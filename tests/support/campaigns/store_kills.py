@@ -1,4 +1,4 @@
-"""As kills.py, of a run whose workdir is in a store: gs:// of a server that this command starts.
+"""As kills.py, of a run in a store (gs:// of a server that this command starts), which is compared with one on a disk.
 
 What is half done shows there as a step without its hashes.json. Starts are forked from a process that has imported what
 a run does, because of some tens of kills importing would take nearly all of the time.
@@ -12,10 +12,10 @@ import subprocess
 import tempfile
 import time
 
-import buckets
 import warm
 from absl import flags
 
+import buckets
 from campaigns import kills
 from campaigns.kills import SAVE, Run
 from twotower_jax.checkpoint import orbax_steps, workdir
@@ -47,7 +47,7 @@ def main() -> None:
 class StoreRun(Run):
     """A run of `launch/train.py` in a workdir of the bucket."""
 
-    pause = 0.01
+    pause = 0.003
     _server: warm.Server | None = None
 
     def __init__(self, scratch: pathlib.Path, name: str, steps: int):
