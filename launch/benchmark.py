@@ -13,6 +13,7 @@ python launch/benchmark.py serving_engine --checkpoint=DIR
 python launch/benchmark.py quantization --checkpoint=DIR --rows=rows.jsonl
 python launch/benchmark.py drafts
 python launch/benchmark.py data
+python launch/benchmark.py shuffle
 python launch/benchmark.py serving
 python launch/benchmark.py kills --kills=30 --terms=20
 python launch/benchmark.py store_kills --kills=25 --terms=5

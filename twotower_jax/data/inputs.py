@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower_jax.data.conversations import is_conversation
-from twotower_jax.data.formats import KNOWN, Field, File, Row, Slice, check_installed, format_of, read_rows, slices
+from twotower_jax.data.formats import KNOWN, check_installed, format_of, read_rows, slices
+from twotower_jax.data.rows import Field, File, Row, Slice
 
 __all__ = [
     "File",
@@ -44,24 +45,38 @@ def text_files(path: str | Path, report: Callable[[str], None] = lambda line: No
     return find_files([str(path)], report=report)
 
 
-def distinct_documents(files: Sequence[File], field: Field = "text") -> list[str]:
-    """All documents of files, `field` saying where rows have their text.
+def distinct_documents(
+    files: Sequence[File], field: Field = "text", report: Callable[[str], None] = lambda line: None
+) -> list[str]:
+    """All documents of files, `field` saying where rows have their text; `report` as for `find_files`.
 
     Exact copies are left out, so that a held-out document has no twin in the training text.
 
     Raises:
       ValueError: a file or row holds no usable text; the message names the file and the line or row.
     """
-    return list(dict.fromkeys(_texts(files, field)))
+    left_out: list[str] = []
+    texts = list(dict.fromkeys(_texts(files, field, left_out)))
+    if left_out:
+        report(said_of_members(len(left_out), left_out))
+    return texts
 
 
-def _texts(files: Sequence[File], field: Field) -> Iterator[str]:
+def said_of_members(count: int, first: Sequence[str]) -> str:
+    """A line about what archives hold that was left out."""
+    return f"left out of archives, as no text: {_listed(first, count)}"
+
+
+def _texts(files: Sequence[File], field: Field, left_out: list[str]) -> Iterator[str]:
     for file in files:
         empty = True
         for piece in slices(file, max(1, file.size)):
             for row in read_rows(piece, field):
                 if row.problem:
                     raise ValueError(row.problem)
+                if row.left_out:
+                    left_out.append(row.left_out)
+                    continue
                 empty = False
                 yield row.text
         if empty:
@@ -172,8 +187,10 @@ def _files_below(folder: Path, field: str) -> tuple[list[Path], str]:
     return files, "; ".join(f"{why}: {_listed(sorted(names))}" for why, names in sorted(left.items()))
 
 
-def _listed(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
+def _listed(names: Sequence[str], count: int | None = None) -> str:
+    """The number of all, `count` of them where only the first are there, and some of the names."""
+    count = len(names) if count is None else count
+    return f"{count} ({', '.join(names[:_SHOWN])}{', …' if count > _SHOWN else ''})"
 
 
 def holds_conversations(files: Sequence[File], field: str = "text") -> bool:
@@ -189,7 +206,7 @@ def _holds_text(path: Path, field: str) -> bool:
 
 def _first_text(file: File, field: Field) -> str | None:
     rows = (row for piece in slices(file, max(1, file.size)) for row in read_rows(piece, field))
-    row = next(rows, None)
+    row = next((row for row in rows if not row.left_out), None)
     return None if row is None else row.text
 
 

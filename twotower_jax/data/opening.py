@@ -36,7 +36,8 @@ from twotower_jax.data.conversations import (
 from twotower_jax.data.documents import Documents, held_out
 from twotower_jax.data.inputs import File, distinct_documents, holds_conversations, text_files
 from twotower_jax.data.megatron import MegatronDocuments, is_megatron
-from twotower_jax.data.mixture import Mixture, read_mixture
+from twotower_jax.data.mixture import Mixture, read_mixture, schedule_of
+from twotower_jax.data.mixture_schedule import Run
 from twotower_jax.data.packing import PackedSequences, Packing, pack_documents
 from twotower_jax.data.prepared import TRAIN, VALIDATION, is_prepared, open_prepared, read_manifest
 from twotower_jax.data.sources import python_documentation
@@ -90,7 +91,7 @@ def open_source(path: str, report: Report) -> Source:
     if path and not as_path(path).is_dir() and is_megatron(path):
         return MegatronSource(path)
     files = text_files(path, report) if path else []
-    return ConversationSource(files, path, report) if holds_conversations(files) else TextSource(files)
+    return ConversationSource(files, path, report) if holds_conversations(files) else TextSource(files, report)
 
 
 class Data:
@@ -107,7 +108,7 @@ class Data:
         Raises:
           ValueError, OSError: the mixture file cannot be used, what is named is missing, or two sources hold one file.
         """
-        self._mixed = Path(data).suffix == ".json"
+        self._path, self._mixed = data, Path(data).suffix == ".json"
         entries = read_mixture(data) if self._mixed else {}
         self._weights = {name: entry.weight for name, entry in entries.items()}
         paths = {name: entry.path for name, entry in sorted(entries.items())} if self._mixed else {"": data}
@@ -135,13 +136,19 @@ class Data:
         )
 
     def windows(
-        self, tokenizer: Tokenizer, packing: Packing
+        self, tokenizer: Tokenizer, packing: Packing, run: Run | None = None
     ) -> tuple[Windows | Mixture, Windows | Concatenation | None]:
         """Windows for training, and those held out: of a mixture, each source's one after the other.
 
+        `run` is how long the run is, which matters to a mixture whose weights change.
+
         Raises:
-          ValueError, OSError: data that are missing, broken, of another tokenizer, or too few.
+          ValueError, OSError: data that are missing, broken, of another tokenizer, or too few; weights that cannot be.
         """
+        try:
+            schedule_of(self._weights, run)  # before much is read
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {error}") from None
         training, validation = {}, []
         for name, source in self._sources.items():
             both = source.windows(tokenizer, packing)
@@ -151,7 +158,7 @@ class Data:
             validation += [] if own is None else [own]
         if not self._mixed:
             return training[""], validation[0] if validation else None
-        return Mixture(training, self._weights), Concatenation(validation) if validation else None
+        return Mixture(training, self._weights, run), Concatenation(validation) if validation else None
 
 
 class TextSource:
@@ -159,9 +166,9 @@ class TextSource:
 
     conversational = False
 
-    def __init__(self, files: list[File]):
+    def __init__(self, files: list[File], report: Report):
         self.files = {_real(file.path) for file in files}
-        self._documents = distinct_documents(files) if files else python_documentation()
+        self._documents = distinct_documents(files, report=report) if files else python_documentation()
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         return train_tokenizer(self._documents, vocab_size)
@@ -190,7 +197,7 @@ class ConversationSource:
     def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
         coder = Coder(tokenizer, packing.tokenizer_folder, packing.end_tokens)
         encoding = Encoding(coder)
-        distinct_documents(self._files, encoding)
+        distinct_documents(self._files, encoding, self._report)
         turns = list(encoding.turns.values())
         if coder.joins:
             self._report(f"{self._path}: {JOINS}")

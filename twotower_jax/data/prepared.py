@@ -49,6 +49,8 @@ class Manifest:
       inputs: path as it was given, and size in bytes, of each file read, in order.
       skipped: rows and files left out because they were broken.
       shards: in the order of their documents.
+      copies: how many documents were left out as copies of earlier ones, by the kind of copy; None where copies were
+        not looked for.
     """
 
     tokenizer_sha256: str
@@ -58,6 +60,7 @@ class Manifest:
     inputs: list[dict[str, Any]]
     skipped: int
     shards: list[Shard]
+    copies: dict[str, int] | None = None
 
     @property
     def end_token(self) -> int:
@@ -78,6 +81,8 @@ class Manifest:
         totals = {s: {w: self.total(s, w) for w in ("tokens", "documents")} for s in (TRAIN, VALIDATION)}
         values = {"version": VERSION} | dataclasses.asdict(self) | {"totals": totals}
         values["shards"] = [shard._asdict() for shard in self.shards]
+        if self.copies is None:
+            del values["copies"]
         write_json(folder / NAME, values)
 
 
@@ -100,6 +105,8 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         raw.pop("totals", None)
         kinds = {"tokenizer_sha256": str, "vocab_size": int, "dtype": str, "settings": dict, "inputs": list,
                  "skipped": int, "shards": list}  # fmt: skip
+        if "copies" in raw:
+            kinds["copies"] = dict
         if {name: type(value) for name, value in raw.items()} != kinds:
             raise ValueError(f"does not have just the fields {', '.join(sorted(kinds))}")
         if raw["dtype"] not in ("uint16", "uint32"):
