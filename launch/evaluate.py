@@ -36,7 +36,7 @@ flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
 flags.adopt_module_key_flags(adapter_flags)
 _TASKS = flags.DEFINE_list("tasks", None, "Names, several with commas: see above.", required=True)
-_INCLUDE_PATH = command_line.DEFINE_path("include_path", None, "A folder of task files of your own.")
+_INCLUDE_PATH = command_line.DEFINE_path("include_path", None, "A folder of task files of your own.", local=True)
 _MODES = flags.DEFINE_list(
     "modes", ["ar", "diffusion"], f"MODE:SETTING=VALUE:…, several with commas; modes are {', '.join(MODES)}."
 )
@@ -46,7 +46,9 @@ _LIKELIHOOD = flags.DEFINE_enum(
     "in the order in which it commits. See docs/guide/evaluation.md.",
 )  # fmt: skip
 _SAMPLES = flags.DEFINE_integer("likelihood_samples", 32, "Draws of --likelihood=bound.", lower_bound=2)
-_OUTPUT = command_line.DEFINE_path("output", None, "Folder for the results; made if it does not exist.", required=True)
+_OUTPUT = command_line.DEFINE_path(
+    "output", None, "Folder for the results; made if it does not exist.", required=True, local=True
+)
 _LIMIT = flags.DEFINE_integer("limit", None, "At most so many questions of each task or part of one.", lower_bound=1)
 _SHOTS = flags.DEFINE_integer("num_fewshot", None, "Examples before each question; default: the task's.", lower_bound=0)
 _CHAT = flags.DEFINE_bool("chat", False, "Put questions into the checkpoint's chat template.")

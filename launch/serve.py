@@ -33,7 +33,9 @@ _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free on
 _SLOTS = flags.DEFINE_integer("slots", 8, "Rows computed together.", lower_bound=1)
 _CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a row, prompt and answer.", lower_bound=2)
 _MAX_WAITING = flags.DEFINE_integer("max_waiting", 128, "Rows that may wait for a slot; more get 429.", lower_bound=0)
-_API_KEYS = command_line.DEFINE_path("api_keys", None, "File of keys, one a line, of which a client must give one.")
+_API_KEYS = command_line.DEFINE_path(
+    "api_keys", None, "File of keys, one a line, of which a client must give one.", local=True
+)
 _NAME = flags.DEFINE_string("served_model_name", None, "What clients call the model; default: the folder's name.")
 _CORS = flags.DEFINE_multi_string(
     "cors_origin", [], "Origin whose web pages may ask, such as https://example.org; may be repeated."

@@ -24,7 +24,10 @@ from twotower_jax.paths import as_path
 _SOURCE = command_line.DEFINE_path("source", None, "The Hugging Face folder that was converted.", required=True)
 _CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "The checkpoint to certify, of any kind.", required=True)
 _EXPECTED = command_line.DEFINE_path(
-    "expected", None, f"Folder of {certify.NUMBERS} and {certify.GENERATIONS}; by default the source or its parent."
+    "expected",
+    None,
+    f"Folder of {certify.NUMBERS} and {certify.GENERATIONS}; by default the source or its parent.",
+    local=True,
 )
 _TOLERANCE = flags.DEFINE_float("tolerance", 2e-4, "Largest drift, absolute, or relative to values above 1.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "To compute in.")

@@ -24,7 +24,7 @@ from absl import app, flags, logging
 import twotower_jax
 from twotower_jax import compilation_cache
 from twotower_jax.files import CheckpointError
-from twotower_jax.paths import local_path
+from twotower_jax.paths import is_address, local_path
 
 USAGE, BROKEN_CHECKPOINT, DIVERGED, NOT_SAVED, INTERRUPTED, CLOSED_PIPE = 2, 3, 5, 6, 130, 141
 # What a person, a shell or a scheduler sends to end a program.
@@ -44,6 +44,15 @@ _CACHE_GB = flags.DEFINE_float(
 flags.disclaim_key_flags()
 
 
+class _LocalPathParser(flags.ArgumentParser):
+    syntactic_help = "a path of this machine; ~ and file:// are understood"
+
+    def parse(self, argument: str) -> str:
+        if is_address(argument):
+            raise ValueError(f"{argument} is an address of a store; this takes a path of this machine")
+        return _PathParser().parse(argument)
+
+
 class _PathParser(flags.ArgumentParser):
     syntactic_help = "a path or an address; ~, file://, gs://, s3:// and hf:// are understood"
 
@@ -53,9 +62,12 @@ class _PathParser(flags.ArgumentParser):
         return local_path(super().parse(argument))
 
 
-def DEFINE_path(name: str, default: str | None, help: str, **options) -> flags.FlagHolder:  # noqa: N802 (absl's style)
-    """A flag that is a path of this machine; every flag that names a file or folder is one."""
-    return flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), **options)
+def DEFINE_path(  # noqa: N802 (absl's style)
+    name: str, default: str | None, help: str, local: bool = False, **options
+) -> flags.FlagHolder:
+    """A flag that is a path, or unless `local` an address of a store; every flag that names a file or folder is one."""
+    parser = _LocalPathParser() if local else _PathParser()
+    return flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer(), **options)
 
 
 class _PathOrBool(flags.Flag):

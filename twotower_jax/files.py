@@ -67,7 +67,7 @@ def open_regular(path: pathlib.Path) -> BinaryIO:
 def _open_object(path: Any) -> BinaryIO:
     """Opens an object of a store, of which nothing else is known to be wrong than that it is not there."""
     try:
-        return path.open("rb")
+        return path.open("rb", buffering=0)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 

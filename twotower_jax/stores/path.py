@@ -280,8 +280,8 @@ class StorePath:
     def _read(self, start: int, stop: int) -> bytes:
         return self._ask(lambda seconds, _: _of_length(self._client.get(self._key, start, stop, seconds), stop - start))
 
-    def open(self, mode: str = "r", encoding: str | None = None, **_: Any) -> io.IOBase:
-        """An object to read, text or bytes, a few blocks ahead of the reader.
+    def open(self, mode: str = "r", buffering: int = -1, encoding: str | None = None, **_: Any) -> io.IOBase:
+        """An object to read, text or bytes, a few blocks ahead of the reader; of bytes without `buffering` a `StoreFile`.
 
         Raises:
           ValueError: for a mode that writes.
@@ -289,7 +289,10 @@ class StorePath:
         if mode not in ("r", "rt", "rb"):
             raise ValueError(f"{self}: opened with mode {mode!r}; an object is written whole")
         file = StoreFile(self)
-        return file if "b" in mode else io.TextIOWrapper(io.BufferedReader(file, _BLOCK_BYTES), encoding or "utf-8")
+        if "b" in mode and not buffering:
+            return file
+        buffered = io.BufferedReader(file, _BLOCK_BYTES)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding or "utf-8")
 
     # Writing.
 
