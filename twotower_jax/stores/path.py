@@ -281,7 +281,7 @@ class StorePath:
         return self._ask(lambda seconds, _: _of_length(self._client.get(self._key, start, stop, seconds), stop - start))
 
     def open(self, mode: str = "r", buffering: int = -1, encoding: str | None = None, **_: Any) -> io.IOBase:
-        """An object to read, text or bytes, a few blocks ahead of the reader; of bytes without `buffering` a `StoreFile`.
+        """An object to read, a few blocks ahead of the reader: text or bytes, without `buffering` a `StoreFile`.
 
         Raises:
           ValueError: for a mode that writes.
