@@ -139,7 +139,7 @@ def are_saved(folder: pathlib.Path, part: int) -> bool:
 def choose(folder: pathlib.Path, parts: int, near: Near | None) -> tuple[list[np.ndarray], dict[str, int]]:
     """Which documents are left out, by the fingerprints of all parts.
 
-    Takes about 60 bytes of memory for each document, and a signature for each that another resembles.
+    Takes about 75 bytes of memory for each document, and a signature for each that another resembles.
 
     Returns:
       Of each part, the numbers of the rows that are left out, int64, ascending; and how many documents of each kind.
