@@ -29,7 +29,9 @@ from twotower_jax.generation import Settings, generate
 from twotower_jax.train.config import TrainConfig, base_config, freeze
 from twotower_jax.train.loop import train
 
-_WORKDIR = command_line.DEFINE_path("workdir", "runs/finetune_demo", "Where data and the three training runs go.")
+_WORKDIR = command_line.DEFINE_path(
+    "workdir", "runs/finetune_demo", "Where data and the three training runs go.", local=True
+)
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps of each training.", lower_bound=1)
 
 _NUMBERS, _BLOCK = range(10), 8

@@ -38,7 +38,7 @@ _DEFAULTS = Settings()
 _INPUT = flags.DEFINE_multi_string(
     "input", [], "A file, a folder or a pattern in quotes; several with commas between them or by repeating the flag."
 )
-_OUTPUT = command_line.DEFINE_path("output", None, "The folder to make, or to go on with.")
+_OUTPUT = command_line.DEFINE_path("output", None, "The folder to make, or to go on with.", local=True)
 _TOKENIZER = command_line.DEFINE_path(
     "tokenizer", None, "A tokenizer.json, or a folder that holds one: a checkpoint, a workdir, a Hugging Face folder."
 )
@@ -79,7 +79,10 @@ _ALIGN = flags.DEFINE_list(
 _TOP = flags.DEFINE_integer("top", 10, "With it: copies and tokens to list, the most frequent.", lower_bound=1)
 _OF_REPORT = _LENGTH, _ALIGN, _TOP
 _SAMPLE_FROM = command_line.DEFINE_path(
-    "sample_from", None, "A checkpoint whose context tower continues the beginnings of the texts; its tokenizer counts."
+    "sample_from",
+    None,
+    "A checkpoint whose context tower continues the beginnings of the texts; its tokenizer counts.",
+    local=True,
 )
 _OF_SAMPLES = SampleSettings
 _PROMPT_TOKENS = flags.DEFINE_integer(

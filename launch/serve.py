@@ -17,7 +17,6 @@ import environment  # noqa: F401, first: it says what is missing
 import asyncio
 import importlib.util
 import ipaddress
-import pathlib
 import sys
 
 from absl import flags
@@ -25,7 +24,7 @@ from absl import flags
 from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
 from twotower_jax.checkpoint import load
 from twotower_jax.checkpoint.adapter import APPLIED_TO, Adapter
-from twotower_jax.paths import local_path
+from twotower_jax.paths import as_path, local_path
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
@@ -34,7 +33,9 @@ _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 takes a free on
 _SLOTS = flags.DEFINE_integer("slots", 8, "Rows computed together.", lower_bound=1)
 _CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a row, prompt and answer.", lower_bound=2)
 _MAX_WAITING = flags.DEFINE_integer("max_waiting", 128, "Rows that may wait for a slot; more get 429.", lower_bound=0)
-_API_KEYS = command_line.DEFINE_path("api_keys", None, "File of keys, one a line, of which a client must give one.")
+_API_KEYS = command_line.DEFINE_path(
+    "api_keys", None, "File of keys, one a line, of which a client must give one.", local=True
+)
 _NAME = flags.DEFINE_string("served_model_name", None, "What clients call the model; default: the folder's name.")
 _CORS = flags.DEFINE_multi_string(
     "cors_origin", [], "Origin whose web pages may ask, such as https://example.org; may be repeated."
@@ -88,7 +89,7 @@ def main() -> None:
     listener = bind(_HOST.value, _PORT.value)
     if not keys and not _here(_HOST.value):
         print(f"warning: whoever reaches {_HOST.value} may ask: there is no --api_keys=FILE", file=sys.stderr)
-    name = _NAME.value or pathlib.Path(model_flags.CHECKPOINT.value).resolve().name
+    name = _NAME.value or as_path(model_flags.CHECKPOINT.value).resolve().name
     adapters = _adapters(name)
     loaded = model_flags.load_model()
     beside = {one: model_flags.beside(loaded, found, _ADAPTER_TOWER.value) for one, found in adapters.items()}

@@ -22,7 +22,9 @@ from twotower_jax.visualize.page import page
 from twotower_jax.visualize.story import TraceError, read_story
 
 _TRACE = command_line.DEFINE_path("trace", None, "Trace file, as launch/generate.py --trace writes it.", required=True)
-_OUTPUT = command_line.DEFINE_path("output", None, "Folder for the pictures; made if it does not exist.", required=True)
+_OUTPUT = command_line.DEFINE_path(
+    "output", None, "Folder for the pictures; made if it does not exist.", required=True, local=True
+)
 _ROW = flags.DEFINE_integer("row", 0, "Which row of the trace, counted from 0.")
 
 

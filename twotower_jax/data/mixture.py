@@ -1,6 +1,7 @@
 """Several sources mixed by weight: which source gives which row, and the file that lists them."""
 
 import json
+import os
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from twotower_jax.data.mixture_schedule import Course, Run, Schedule, read_course
 from twotower_jax.data.windows import Unloaded
-from twotower_jax.paths import local_path
+from twotower_jax.paths import AnyPath, as_path, is_address, local_path
 
 _EXAMPLE = '{"books": {"path": "books", "weight": 0.7}, "code": {"path": "/data/code", "weight": 0.3}}'
 
@@ -114,7 +115,7 @@ def read_mixture(path: str | Path) -> dict[str, Entry]:
       ValueError: it is not such a file; the message names the entry.
       OSError: it cannot be read.
     """
-    path = Path(path)
+    path = as_path(path)
 
     def fail(what: str):
         raise ValueError(f"{path}: {what}; a mixture looks like {_EXAMPLE}")
@@ -143,8 +144,10 @@ def read_mixture(path: str | Path) -> dict[str, Entry]:
     return entries
 
 
-def _path(file: Path, given: str) -> str:
-    return str(file.parent / local_path(given))
+def _path(file: AnyPath, given: str) -> str:
+    """A path as a file means it: from its own folder on."""
+    path = local_path(given)
+    return path if is_address(path) or os.path.isabs(path) else str(file.parent / path)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

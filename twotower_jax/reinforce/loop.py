@@ -21,6 +21,7 @@ from twotower_jax.data import Decoder, encode, load_tokenizer
 from twotower_jax.data.tokenizer import save_tokenizer
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.parameters import Params, count
+from twotower_jax.paths import as_path
 from twotower_jax.registry import registered
 from twotower_jax.reinforce import policy
 from twotower_jax.reinforce.policy import Batch, Objective, Sums
@@ -201,7 +202,7 @@ def reinforce(
         with writing(folder.path):
             roles = {"end_token": learner.model.config.eos_token_ids[0], "source": setup.tokenizer_folder}
             save_tokenizer(setup.tokenizer, folder.path, **roles)
-        with folder.saver(keep=2) as saver, open_lines(folder.path / METRICS) as file:
+        with folder.logging(), folder.saver(keep=2) as saver, open_lines(folder.logs / METRICS) as file:
             for step in range(1, config.steps + 1):
                 started = time.monotonic()
                 try:
@@ -238,7 +239,7 @@ class _Setup(NamedTuple):
                 f"{config.checkpoint}: its weights are quantized ({method.name}), from which training cannot start; "
                 "give the checkpoint that it was made from"
             )
-        path = pathlib.Path(workdir)
+        path = as_path(workdir)
         if (path / CONFIG).exists():
             raise ValueError(f"workdir {path} holds a run; choose another one, and go on with it as checkpoint")
         size = config.sampling.block_size
