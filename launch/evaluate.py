@@ -30,7 +30,7 @@ from twotower_jax.evaluation.environment import settle_environment
 from twotower_jax.generation.settings import MODES, Settings
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.outputs import output_folder, write_file
-from twotower_jax.paths import local_path
+from twotower_jax.paths import as_path, local_path
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
@@ -143,7 +143,7 @@ def _local(points, output: pathlib.Path):
     adapter = adapter_flags.given()
     loaded = model_flags.load_model(**adapter)
     tokenizer = load_tokenizer(loaded.folder)
-    checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
+    checkpoint = as_path(model_flags.CHECKPOINT.value)
     how = [model_flags.DTYPE.value, model_flags.QUANTIZE.value, model_flags.KERNELS.value]
     # Strategies of one's own: another file gives other answers.
     own = [pathlib.Path(local_path(path)).read_bytes() for path in strategy_flags.REGISTER.value]

@@ -12,7 +12,6 @@ import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
 import functools
-import pathlib
 import sys
 
 from absl import flags
@@ -22,6 +21,7 @@ from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.files import check_folder
 from twotower_jax.generation.trained import trained_block_size, untrained_denoiser
+from twotower_jax.paths import as_path
 from twotower_jax.reinforce.loop import ReinforceConfig, reinforce
 from twotower_jax.reinforce.questions import from_file, from_tasks
 from twotower_jax.reinforce.rewards import REWARDS
@@ -55,7 +55,7 @@ _EVERY = flags.DEFINE_integer("checkpoint_every", _DEFAULT.checkpoint_every, "Sa
 
 def main() -> None:
     strategy_flags.register()
-    folder = pathlib.Path(_CHECKPOINT.value)
+    folder = as_path(_CHECKPOINT.value)
     check_folder(folder, "give a Hugging Face folder, a converted one or a workdir")
     if bool(_TASKS.value) == (_QUESTIONS.value is not None):
         raise ValueError("give either --tasks=NAME,… or --questions=FILE.jsonl")

@@ -17,7 +17,6 @@ import environment  # noqa: F401, first: it says what is missing
 import asyncio
 import importlib.util
 import ipaddress
-import pathlib
 import sys
 
 from absl import flags
@@ -25,7 +24,7 @@ from absl import flags
 from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
 from twotower_jax.checkpoint import load
 from twotower_jax.checkpoint.adapter import APPLIED_TO, Adapter
-from twotower_jax.paths import local_path
+from twotower_jax.paths import as_path, local_path
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
@@ -88,7 +87,7 @@ def main() -> None:
     listener = bind(_HOST.value, _PORT.value)
     if not keys and not _here(_HOST.value):
         print(f"warning: whoever reaches {_HOST.value} may ask: there is no --api_keys=FILE", file=sys.stderr)
-    name = _NAME.value or pathlib.Path(model_flags.CHECKPOINT.value).resolve().name
+    name = _NAME.value or as_path(model_flags.CHECKPOINT.value).resolve().name
     adapters = _adapters(name)
     loaded = model_flags.load_model()
     beside = {one: model_flags.beside(loaded, found, _ADAPTER_TOWER.value) for one, found in adapters.items()}

@@ -39,6 +39,7 @@ from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.tune import Point, Sweep, grid, sweep
 from twotower_jax.outputs import output_file, output_folder
 from twotower_jax.parameters import Params
+from twotower_jax.paths import as_path
 from twotower_jax.two_tower import TwoTower
 from twotower_jax.visualize.tradeoff import plot
 
@@ -99,7 +100,7 @@ def main() -> None:
     )
     rows = read_prompts(_PROMPTS.value)
     read_operating_point(model_flags.CHECKPOINT.value)  # What is merged at the end must be readable.
-    checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
+    checkpoint = as_path(model_flags.CHECKPOINT.value)
     contents(checkpoint)  # As --write must find a checkpoint.
     if _WRITE.value:
         _check_writable(checkpoint)

@@ -19,6 +19,7 @@ from twotower_jax.checkpoint import load, manifest
 from twotower_jax.checkpoint.store import MANIFEST
 from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError, check_folder
+from twotower_jax.paths import as_path
 
 _SOURCE = command_line.DEFINE_path("source", None, "The Hugging Face folder that was converted.", required=True)
 _CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "The checkpoint to certify, of any kind.", required=True)
@@ -30,7 +31,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "To comp
 
 
 def main() -> None:
-    source, checkpoint = pathlib.Path(_SOURCE.value), pathlib.Path(_CHECKPOINT.value)
+    source, checkpoint = as_path(_SOURCE.value), as_path(_CHECKPOINT.value)
     check_folder(source, "give the Hugging Face folder that was converted")
     recorded = _recorded(source)
     context_only = False

@@ -32,12 +32,20 @@ _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # An error's line is cut to this many characters: lists of names, and what libraries say, may be of any length.
 _LONGEST_LINE = 2000
 
+_CACHE_GB = flags.DEFINE_float(
+    "cache_gb",
+    None,
+    "GB of this machine's disk for copies of what is read from gs://, s3:// and hf:// where a file is needed: prepared "
+    "data, Megatron sets, checkpoints in Orbax's own layout. Default: TWOTOWER_CACHE_GB, or else 16.",
+    lower_bound=0,
+)
+
 # A flag belongs to the command that defines it with DEFINE_path, not to this module.
 flags.disclaim_key_flags()
 
 
 class _PathParser(flags.ArgumentParser):
-    syntactic_help = "a path; ~ and file:// are understood"
+    syntactic_help = "a path or an address; ~, file://, gs://, s3:// and hf:// are understood"
 
     def parse(self, argument: str) -> str:
         if not argument:
@@ -120,6 +128,8 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
 
                 check_settings()
                 compilation_cache.enable(flags.FLAGS[compilation_cache.FLAG].value, by_default=cache)
+            if _CACHE_GB.value is not None:
+                os.environ["TWOTOWER_CACHE_GB"] = str(_CACHE_GB.value)  # for what this process starts, too
             main()
             if problem := _unwritten():
                 fail(problem, USAGE)
@@ -143,7 +153,8 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
     if "--version" in sys.argv[1:]:
         show(twotower_jax.__version__, 0)
     # Shown by --help, as if the command had defined it.
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[compilation_cache.FLAG])
+    for name in (compilation_cache.FLAG, _CACHE_GB.name):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     _print_anything()
     _listen()
     try:

@@ -19,6 +19,7 @@ from twotower_jax.generation.placement import TowerMeshes, parse_mesh, tower_mes
 from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, count, parameter_table
+from twotower_jax.paths import as_path
 from twotower_jax.quantization import METHODS, Method
 from twotower_jax.tokens import parse_ids
 from twotower_jax.two_tower import TwoTower
@@ -68,7 +69,7 @@ def load_model(apart: bool = False, adapter: str | None = None, adapter_tower: s
     """
     placement = tower_meshes(parse_mesh(MESH.value), apart=apart)
     _check_memory(contents(CHECKPOINT.value), placement)
-    scan_layers = jax.default_backend() == "cpu" and is_small(pathlib.Path(CHECKPOINT.value))
+    scan_layers = jax.default_backend() == "cpu" and is_small(as_path(CHECKPOINT.value))
     execution = Execution(dtype=DTYPE.value, scan_layers=scan_layers, backends=Backends.parse(KERNELS.value))
     places = None if placement.context is None else placement.parameter_sharding
     beside = {"adapter": adapter, "adapter_tower": adapter_tower}

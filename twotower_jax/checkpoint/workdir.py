@@ -43,6 +43,7 @@ from twotower_jax.parameters import (
     parameter_table,
     unflatten,
 )
+from twotower_jax.paths import as_path
 from twotower_jax.quantization import Method
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
@@ -85,7 +86,7 @@ class Workdir:
           ValueError: if `path` holds something else, or a run with other settings (the message lists what differs), or
             checkpoints could not be read back from under such a path.
         """
-        self.path = pathlib.Path(path)
+        self.path = as_path(path)
         orbax_steps.check_path(self.path)
         self._settings = settings
         self._identity = identity(settings, changeable, added)
@@ -279,7 +280,7 @@ def load(
     Raises:
       CheckpointError: if there is no checkpoint, it is broken, or cannot become `variant`.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     settings = read_settings(path)
     config = with_end_tokens(_model_config(path, settings), path)
     step = orbax_steps.latest_step(path / CHECKPOINTS)

@@ -1,6 +1,7 @@
 """Several sources mixed by weight: which source gives which row, and the file that lists them."""
 
 import json
+import os
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from twotower_jax.data.mixture_schedule import Course, Run, Schedule, read_course
 from twotower_jax.data.windows import Unloaded
-from twotower_jax.paths import local_path
+from twotower_jax.paths import AnyPath, as_path, is_address, local_path
 
 _EXAMPLE = '{"books": {"path": "books", "weight": 0.7}, "code": {"path": "/data/code", "weight": 0.3}}'
 
@@ -114,7 +115,7 @@ def read_mixture(path: str | Path) -> dict[str, Entry]:
       ValueError: it is not such a file; the message names the entry.
       OSError: it cannot be read.
     """
-    path = Path(path)
+    path = as_path(path)
 
     def fail(what: str):
         raise ValueError(f"{path}: {what}; a mixture looks like {_EXAMPLE}")
@@ -133,18 +134,19 @@ def read_mixture(path: str | Path) -> dict[str, Entry]:
         weight = value["weight"]
         if isinstance(weight, dict):
             try:
-                entries[name] = Entry(_path(path, value["path"]), read_course(weight))
+                entries[name] = Entry(_beside(path.parent, local_path(value["path"])), read_course(weight))
             except ValueError as error:
                 fail(f"{name!r}: {error}")
             continue
         if isinstance(weight, bool) or not isinstance(weight, int | Fraction) or weight <= 0:
             fail(f"{name!r} has weight {weight!r}, which is not a positive number")
-        entries[name] = Entry(_path(path, value["path"]), Fraction(weight))
+        entries[name] = Entry(_beside(path.parent, local_path(value["path"])), Fraction(weight))
     return entries
 
 
-def _path(file: Path, given: str) -> str:
-    return str(file.parent / local_path(given))
+def _beside(folder: AnyPath, path: str) -> str:
+    """A path as a file of the folder means it."""
+    return path if is_address(path) or os.path.isabs(path) else str(folder / path)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from twotower_jax.data.task_windows import TaskWindows
 from twotower_jax.data.tasks import TASKS, all_words
 from twotower_jax.data.tokenizer import load_tokenizer, train_tokenizer, word_tokenizer
 from twotower_jax.data.windows import AllLearned, Concatenation, DocumentWindows
+from twotower_jax.paths import as_path, is_address
 from twotower_jax.shares import ceil_share
 
 Windows = PackedSequences | DocumentWindows | TaskWindows | ConversationWindows | AllLearned
@@ -87,7 +88,7 @@ def open_source(path: str, report: Report) -> Source:
         return TaskSource(path.removeprefix(_TASKS).removeprefix(":"))
     if path and is_prepared(path):
         return PreparedSource(path, report)
-    if path and not Path(path).is_dir() and is_megatron(path):
+    if path and not as_path(path).is_dir() and is_megatron(path):
         return MegatronSource(path)
     files = text_files(path, report) if path else []
     return ConversationSource(files, path, report) if holds_conversations(files) else TextSource(files, report)
@@ -166,7 +167,7 @@ class TextSource:
     conversational = False
 
     def __init__(self, files: list[File], report: Report):
-        self.files = {os.path.realpath(file.path) for file in files}
+        self.files = {_real(file.path) for file in files}
         self._documents = distinct_documents(files, report=report) if files else python_documentation()
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
@@ -186,7 +187,7 @@ class ConversationSource:
     conversational = True
 
     def __init__(self, files: list[File], path: str, report: Report):
-        self.files = {os.path.realpath(file.path) for file in files}
+        self.files = {_real(file.path) for file in files}
         self._files, self._path, self._report = files, path, report
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
@@ -240,8 +241,8 @@ class PreparedSource:
 
     def __init__(self, path: str, report: Report):
         self._path, self._report = path, report
-        self.files = {os.path.realpath(path)}
-        self.conversational = read_manifest(Path(path)).conversational
+        self.files = {_real(path)}
+        self.conversational = read_manifest(as_path(path)).conversational
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         return load_tokenizer(self._path)
@@ -275,7 +276,7 @@ class MegatronSource:
 
     def __init__(self, path: str):
         self._path = path
-        self.files = {os.path.realpath(path.removesuffix(".bin") + ".bin")}
+        self.files = {_real(path.removesuffix(".bin") + ".bin")}
 
     def tokenizer(self, vocab_size: int) -> None:
         return None
@@ -290,6 +291,11 @@ class MegatronSource:
         training = _windows(documents, packing, self._path, keep=lambda start, stop: ~chosen(start, stop), about=about)
         validation = _windows(documents, packing, self._path + _HELD_OUT, keep=chosen, about=about)
         return training, validation
+
+
+def _real(path: str) -> str:
+    """What a path leads to, by which two that lead to one file are told."""
+    return path if is_address(path) else os.path.realpath(path)
 
 
 def _warn_of_other_ends(documents: Documents, packing: Packing, name: str) -> None:

@@ -22,6 +22,7 @@ from twotower_jax.data.documents import DataError
 from twotower_jax.data.shards import Shard, ShardReader
 from twotower_jax.data.tokenizer import EOS_ID
 from twotower_jax.files import CheckpointError, check_folder, parse_json, read_bytes
+from twotower_jax.paths import as_path, in_store
 
 NAME, VERSION = "dataset.json", 1
 TRAIN, VALIDATION = "train", "validation"
@@ -87,7 +88,7 @@ class Manifest:
 
 def is_prepared(path: str | pathlib.Path) -> bool:
     """Whether there is a complete folder of prepared data."""
-    return (pathlib.Path(path) / NAME).is_file()
+    return (as_path(path) / NAME).is_file()
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
@@ -125,7 +126,7 @@ def verify(folder: str | pathlib.Path) -> Manifest:
       CheckpointError: naming the first file that is missing or (DataError) differs.
       ValueError: if there is no such folder.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     check_folder(folder, "give a folder that launch/prepare.py made")
     manifest = read_manifest(folder)
     _check_tokenizer(folder, manifest)
@@ -143,12 +144,14 @@ class PreparedDocuments:
         Raises:
           CheckpointError: a file is missing, or (DataError) is not the one recorded.
         """
-        self._folder = pathlib.Path(folder)
+        self._folder = as_path(folder)
         self.manifest = read_manifest(self._folder)
         _check_tokenizer(self._folder, self.manifest)
         self._shards = [shard for shard in self.manifest.shards if shard.split == split]
         small = sum(shard.size for shard in self.manifest.shards) <= _HASHED_BYTES
-        for shard in self._shards:
+        if in_store(self._folder):
+            _check_room(self._folder, self._shards)
+        for shard in () if in_store(self._folder) else self._shards:
             shards.check(self._folder / shard.name, shard, content=small)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._token_ends = np.cumsum([0, *(shard.tokens for shard in self._shards)])
@@ -178,13 +181,22 @@ class PreparedDocuments:
             start, number = end, number + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, dtype), *pieces])
 
+    def _file(self, shard: Shard) -> pathlib.Path:
+        """A shard's file; of a set in a store, a copy that has the recorded hash."""
+        path = self._folder / shard.name
+        if not in_store(path):
+            return path
+        from twotower_jax.stores import cache
+
+        return cache.local(path, shard.sha256)
+
     def _reader(self, number: int) -> ShardReader:
         with self._lock:
             if number in self._readers:
                 self._readers.move_to_end(number)
                 return self._readers[number]
             shard = self._shards[number]
-            reader = ShardReader(self._folder / shard.name, shard, self._dtype, self.manifest.conversational)
+            reader = ShardReader(self._file(shard), shard, self._dtype, self.manifest.conversational)
             self._readers[number] = reader
             if len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)  # a thread that reads from it holds it until it is done
@@ -221,7 +233,7 @@ class PreparedConversations(PreparedDocuments):
 
 def open_prepared(folder: str | pathlib.Path, split: str) -> PreparedDocuments | PreparedConversations:
     """One split of a folder, of whichever kind it holds; errors as `PreparedDocuments`."""
-    kind = PreparedConversations if read_manifest(pathlib.Path(folder)).conversational else PreparedDocuments
+    kind = PreparedConversations if read_manifest(as_path(folder)).conversational else PreparedDocuments
     return kind(folder, split)
 
 
@@ -245,6 +257,18 @@ def write_json(path: pathlib.Path, values: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _check_room(folder: Any, listed: list[Shard]) -> None:
+    """Compares the sizes of a split's shards in a store with those recorded, and their sum with the room for copies."""
+    sizes = folder.sizes()
+    for shard in listed:
+        if sizes.get(shard.name) != shard.size:
+            found = f"has {sizes[shard.name]} bytes" if shard.name in sizes else "is not there"
+            raise DataError(f"{folder / shard.name}: {found}, recorded were {shard.size}")
+    from twotower_jax.stores import cache
+
+    cache.check_room(str(folder), sum(shard.size for shard in listed))
 
 
 def _check_tokenizer(folder: pathlib.Path, manifest: Manifest) -> None:

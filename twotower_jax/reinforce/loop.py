@@ -21,6 +21,7 @@ from twotower_jax.data import Decoder, encode, load_tokenizer
 from twotower_jax.data.tokenizer import save_tokenizer
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.parameters import Params, count
+from twotower_jax.paths import as_path
 from twotower_jax.registry import registered
 from twotower_jax.reinforce import policy
 from twotower_jax.reinforce.policy import Batch, Objective, Sums
@@ -238,7 +239,7 @@ class _Setup(NamedTuple):
                 f"{config.checkpoint}: its weights are quantized ({method.name}), from which training cannot start; "
                 "give the checkpoint that it was made from"
             )
-        path = pathlib.Path(workdir)
+        path = as_path(workdir)
         if (path / CONFIG).exists():
             raise ValueError(f"workdir {path} holds a run; choose another one, and go on with it as checkpoint")
         size = config.sampling.block_size

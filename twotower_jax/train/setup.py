@@ -13,6 +13,7 @@ from twotower_jax.checkpoint.workdir import CONFIG, Workdir, read_settings
 from twotower_jax.data import TrainingData
 from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import count, flatten, unflatten
+from twotower_jax.paths import as_path
 from twotower_jax.registry import registered
 from twotower_jax.train.config import ADDED, CHANGEABLE, TrainConfig
 from twotower_jax.train.objectives import Objective
@@ -122,7 +123,7 @@ def settled(config: TrainConfig, workdir: str | pathlib.Path) -> TrainConfig:
 
     A run from before there were such settings had none of what they do.
     """
-    path, saved = pathlib.Path(workdir), None
+    path, saved = as_path(workdir), None
     if (path / CONFIG).is_file():
         with contextlib.suppress(CheckpointError):  # which `Workdir` is to report
             saved = read_settings(path)

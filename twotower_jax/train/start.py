@@ -24,6 +24,7 @@ from twotower_jax.files import check_folder
 from twotower_jax.memory import Room
 from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import Params, parameter_table, unflatten
+from twotower_jax.paths import as_path
 from twotower_jax.sharding import MeshShape, stored_sharding
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Objective, make_objective
@@ -68,7 +69,7 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
     """
     data, mesh = Data(config.data, report), choose_mesh(config.mesh)
     checkpoint, folder = None, None
-    if config.init_from and read_base(pathlib.Path(config.init_from)) is not None:
+    if config.init_from and read_base(as_path(config.init_from)) is not None:
         raise ValueError(
             f"init_from={config.init_from}: holds an adapter and not a whole model; launch/export.py --merge makes one "
             "of it"
@@ -138,7 +139,7 @@ def _base(config: TrainConfig, workdir: Workdir) -> Base:
     """
     if not config.init_from:
         raise ValueError(f"config: lora.rank={config.lora.rank} needs init_from, a checkpoint to adapt")
-    path = pathlib.Path(config.init_from)
+    path = as_path(config.init_from)
     check_folder(path, "init_from has to be a checkpoint")
     base = Base(str(path.absolute()), fingerprint(path) or {})
     began = read_base(workdir.path) if workdir.step is not None else None
