@@ -18,12 +18,13 @@ import numpy as np
 from twotower_jax.checkpoint import manifest
 from twotower_jax.checkpoint.manifest import Digest
 from twotower_jax.files import CheckpointError, read_file, read_json
-from twotower_jax.paths import AnyPath
+from twotower_jax.paths import AnyPath, in_store
+from twotower_jax.stores.retrying import StoreError
 
 # Chunks of one array that are on their way at a time; requests are those of stores/path.py.
 _THREADS = 8
 _ZARR = "zarr.json"
-_LITTLE_ENDIAN = [{"name": "bytes", "configuration": {"endian": "little"}}]
+LITTLE_ENDIAN = [{"name": "bytes", "configuration": {"endian": "little"}}]
 
 type Index = tuple[slice, ...]
 
@@ -43,19 +44,16 @@ class Array:
         self,
         place: AnyPath,
         digest: Callable[[str], Digest | None],
-        fetch: Callable[[str], np.ndarray] | None = None,
     ):
         """Reads what describes the array.
 
         Args:
           digest: recorded of an object of the folder, by name; None for one to be taken as it is.
-          fetch: gives an object's bytes, uint8; by default from the folder.
 
         Raises:
           CheckpointError: if there is no such array, or it is stored in another way.
         """
         self._place, self._digest = place, digest
-        self._fetch = fetch or (lambda name: read_file(place / name))
         raw = read_json(place / _ZARR)
         try:
             self.shape = tuple(int(n) for n in raw["shape"])
@@ -63,9 +61,9 @@ class Array:
             self._chunk = tuple(int(n) for n in raw["chunk_grid"]["configuration"]["chunk_shape"])
             (codec,) = raw["codecs"]
             inner = codec["configuration"]
-            plain = [codec] == _LITTLE_ENDIAN
+            plain = [codec] == LITTLE_ENDIAN
             sharded = codec["name"] == "sharding_indexed" and inner["index_location"] == "end"
-            if not plain and not (sharded and inner["codecs"] == inner["index_codecs"] == _LITTLE_ENDIAN):
+            if not plain and not (sharded and inner["codecs"] == inner["index_codecs"] == LITTLE_ENDIAN):
                 raise ValueError(f"codecs {raw['codecs']!r}")
             if raw["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "."}}:
                 raise ValueError(f"chunk_key_encoding {raw['chunk_key_encoding']!r}")
@@ -96,17 +94,35 @@ class Array:
                 theirs.append(slice(first - at * size, last - at * size))
             out[tuple(ours)] = chunk[tuple(theirs)]
 
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(fill, itertools.product(*cells)))
+        wanted = list(itertools.product(*cells))
+        if len(wanted) == 1:
+            fill(wanted[0])
+        else:
+            with ThreadPoolExecutor(min(_THREADS, len(wanted) or 1)) as threads:
+                list(threads.map(fill, wanted))
         return out.squeeze(numbers)
 
     def _whole(self, index: Index) -> Index:
         index = tuple(index) + (slice(None),) * (len(self.shape) - len(index))
         return tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True))
 
+    def _fetch(self, name: str, expected: Digest | None) -> np.ndarray:
+        path = self._place / name
+        if expected is None or not in_store(path):
+            return read_file(path)
+        try:
+            return np.frombuffer(path.read(0, expected.size), np.uint8)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: cannot be read (no such object)") from None
+        except StoreError:
+            if (size := path.info().size) != expected.size:
+                raise CheckpointError(f"{path}: has {size} bytes, recorded were {expected.size}") from None
+            raise
+
     def _read_chunk(self, cell: tuple[int, ...]) -> np.ndarray:
         name = ".".join(map(str, ("c", *cell)))
-        data, expected = self._fetch(name), self._digest(name)
+        expected = self._digest(name)
+        data = self._fetch(name, expected)
         if expected is not None:
             manifest.compare(self._place / name, manifest.digest_of(data.data), expected)
         if data.size < self._chunk_bytes:

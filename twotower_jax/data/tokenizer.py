@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from twotower_jax.files import CheckpointError
-from twotower_jax.paths import as_path
+from twotower_jax.paths import as_path, in_store
 from twotower_jax.texts import check_text
 
 PAD_ID, BOS_ID, EOS_ID, MASK_ID = range(4)
@@ -195,6 +195,9 @@ def _plain(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _write(file: Path, text: str) -> None:
+    if in_store(file):
+        file.write_text(text + "\n")
+        return
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, file)

@@ -202,7 +202,7 @@ def reinforce(
         with writing(folder.path):
             roles = {"end_token": learner.model.config.eos_token_ids[0], "source": setup.tokenizer_folder}
             save_tokenizer(setup.tokenizer, folder.path, **roles)
-        with folder.saver(keep=2) as saver, open_lines(folder.path / METRICS) as file:
+        with folder.logging(), folder.saver(keep=2) as saver, open_lines(folder.logs / METRICS) as file:
             for step in range(1, config.steps + 1):
                 started = time.monotonic()
                 try:

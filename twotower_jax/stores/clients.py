@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, Protocol
 
-from twotower_jax.stores.retrying import ATTEMPT_SECONDS, Changed, StoreError, Transient
+from twotower_jax.stores.retrying import ATTEMPT_SECONDS, Changed, Short, StoreError, Transient
 
 ABSENT = ""  # The version of an object that is not there.
 _TRANSIENT = {408, 425, 429, 499, 500, 502, 503, 504}
@@ -193,7 +193,9 @@ class Gs:
         for start in range(0, len(view), _PART_BYTES):
             part = view[start : start + _PART_BYTES]
             span = {"Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(view)}"}
-            _, content = self._call("PUT", place, headers=span, data=io.BytesIO(part), seconds=_time_for(seconds, len(part)))
+            _, content = self._call(
+                "PUT", place, headers=span, data=io.BytesIO(part), seconds=_time_for(seconds, len(part))
+            )
         return content
 
     def delete(self, key: str, expected: str | None, seconds: float) -> None:
@@ -289,7 +291,7 @@ def _check_crc(header: str, content: bytes) -> None:
     for part in header.split(","):
         name, _, value = part.strip().partition("=")
         if name == "crc32c" and value != _crc32c(content):
-            raise Transient(f"{len(content)} bytes came that are not what the store says they are")
+            raise Short(f"{len(content)} bytes came that are not what the store says they are")
 
 
 def _age(headers: Any, updated: str | None) -> float | None:
@@ -465,7 +467,6 @@ def client(scheme: str, bucket: str) -> Client:
       StoreError: if there are no credentials.
     """
     return KINDS[scheme](bucket)
-
 
 
 def forget() -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from twotower_jax.stores import clients
 from twotower_jax.stores.clients import ABSENT, Client, Info
-from twotower_jax.stores.retrying import Changed, StoreError, Transient, retried
+from twotower_jax.stores.retrying import Changed, Short, StoreError, retried
 
 SCHEMES = tuple(f"{scheme}://" for scheme in clients.KINDS)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
@@ -357,7 +357,7 @@ class StorePath:
 
 def _of_length(data: bytes, size: int) -> bytes:
     if len(data) != size:
-        raise Transient(f"{len(data)} bytes came, the store says it has {size}")
+        raise Short(f"{len(data)} bytes came, the store says it has {size}")
     return data
 
 

@@ -11,6 +11,7 @@ _IMPATIENT_SECONDS = 15.0
 # Without a byte for this long a request has failed, and another one may do better.
 ATTEMPT_SECONDS = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 8.0
+_SHORT_TRIES = 5
 
 _jitter = random.SystemRandom()  # The generators with seeds are left alone.
 
@@ -21,6 +22,10 @@ class StoreError(OSError):
 
 class Transient(StoreError):
     """What may pass: too many requests, a fault of the server, no answer, or fewer bytes than there are."""
+
+
+class Short(Transient):
+    """Fewer bytes, or other ones, than the store says there are; so it stays where an object really is another."""
 
 
 class Changed(StoreError):
@@ -51,13 +56,13 @@ def retried[T](what: str, request: Callable[[float, int], T]) -> T:
     Raises:
       StoreError: any that is not Transient at once; the last one that is when patience has ended.
     """
-    end, patience = time.monotonic() + _Patience.seconds, _Patience.seconds
+    end = time.monotonic() + _Patience.seconds
     for attempt in itertools.count(1):
         try:
             return request(max(0.1, end - time.monotonic()), attempt)
         except Transient as error:
             pause = min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE) * (0.5 + _jitter.random())
-            if time.monotonic() + pause >= end:
+            if time.monotonic() + pause >= end or isinstance(error, Short) and attempt == _SHORT_TRIES:
                 tries = "1 try" if attempt == 1 else f"{attempt} tries"
-                raise StoreError(f"{what}: {error}; given up after {tries} in {patience:.0f} s") from error
+                raise StoreError(f"{what}: {error}; given up after {tries}") from error
             time.sleep(pause)

@@ -106,7 +106,7 @@ def make_setup(config: TrainConfig, folder: Workdir, report: Report) -> Setup:
         validation = Validation(start.validation, objective, placement, config.batch_size)
     sampler = Sampler(objective.model, config.sample_tokens, placement.mesh) if config.two_towers else None
     if config.sample_every:
-        samples = Samples(folder.path, start.tokenizer, sampler, config.sample_prompts)
+        samples = Samples(folder.logs, start.tokenizer, sampler, config.sample_prompts)
     if config.sample_answers:
         held_out = start.validation if start.conversational else None
         turns = [] if held_out is None else held_out.first_turns(config.sample_answers)
@@ -141,7 +141,7 @@ def look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
       ValueError: if that is something else, or a run with other settings, or one that is beyond `config.steps`.
     """
     settings, own = dataclasses.asdict(settled(config, workdir)), registered()
-    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED)
+    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED, config.local_copy)
     if folder.step is not None and folder.step > config.steps:
         raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
     return folder
