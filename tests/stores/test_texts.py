@@ -6,6 +6,7 @@ import json
 import tarfile
 
 import buckets
+import hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -119,24 +120,47 @@ def test_from_a_store_to_a_store_and_on_after_an_interruption(corpus, reference,
     assert windows.identity() == here.identity() and (windows[3]["ids"] == here[3]["ids"]).all()
 
 
-def test_nothing_large_is_asked_for_at_once(address, monkeypatch):
-    """A Parquet file of many row groups: each part reads little more than its own."""
-    texts = [f"{i} " + "x" * 2000 for i in range(6000)]
+def test_a_part_asks_for_little_more_than_its_own(address, monkeypatch):
+    """Of a Parquet file of 32 MB, a part of 2 MB: the blocks of 4 MiB that it lies in, four ahead, and the footer."""
+    texts = [f"{i} " + "x" * 2000 for i in range(16_000)]
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": texts}), buffer, row_group_size=500, compression="none", use_dictionary=False
-    )
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, buffer, row_group_size=500, compression="none", use_dictionary=False)
     as_path(f"{address}/a.parquet").write_bytes(buffer.getvalue())
-    read, most = StorePath._read, []
+    read, asked = StorePath._read, []
 
     def counted(path, start, stop):
-        most.append(stop - start)
+        asked.append(stop - start)
         return read(path, start, stop)
 
     monkeypatch.setattr(StorePath, "_read", counted)
     parts = divide(find_files([f"{address}/a.parquet"]), 2 << 20)
-    assert len(parts) > 5
-    most.clear()
-    found = [row.text for piece in parts[2] for row in read_rows(piece, "text")]
-    assert found == texts[1000 : 1000 + len(found)] or found[0] in texts
-    assert max(most) <= 4 << 20 and sum(most) < len(buffer.getvalue())
+    assert len(parts) == 16
+    asked.clear()
+    (piece,) = parts[2]
+    found = [row.text for row in read_rows(piece, "text")]
+    assert found == texts[500 * piece.start : 500 * piece.stop] and len(found) == 1000
+    assert max(asked) <= 4 << 20 and sum(asked) <= 7 * (4 << 20) < len(buffer.getvalue())
+
+
+def test_from_the_hub(corpus):
+    """A data set is read as the folder that it was made of; a repository that is not there is said in a line."""
+    with hub.serves(corpus):
+        assert read_documents("hf://datasets/org/texts") == TEXTS
+        assert [file.path for file in find_files(["hf://datasets/org/texts/deep"])] == [
+            "hf://datasets/org/texts/deep/d.tar.gz"
+        ]
+        with pytest.raises(ValueError, match="org/other: no such file or folder"):
+            find_files(["hf://datasets/org/other"])
+
+
+@pytest.mark.whole
+def test_from_the_hub_to_a_store(corpus, reference, address):
+    with hub.serves(corpus):
+        manifest = prepare(
+            ["hf://datasets/org/texts"], f"{address}/out", train_tokenizer(TEXTS, 300), SETTINGS, quiet=True
+        )
+    assert manifest.shards == read_manifest(reference).shards and manifest.copies == {"exact": 1}
+    assert {file["path"] for file in manifest.inputs} == {
+        f"hf://datasets/org/texts/{name}" for name in ("a.jsonl", "b.jsonl.zst", "c.parquet", "deep/d.tar.gz", "e.txt")
+    }
