@@ -7,7 +7,7 @@ converted. What stands after the colon is the hardware, which decides mesh, batc
 
     h200        one NVIDIA H200
     h100        one NVIDIA H100 of 80 GB; moments in bfloat16
-    v5e-8       eight TPU v5e (16 GiB each); too small as it is, see docs/reports/nano4b.md
+    v5e-8       eight TPU v5e (16 GiB each): one sequence over all of them; moments in bfloat16
     v6e-8       eight TPU v6e (32 GiB each)
     v5p-64      64 TPU v5p
 
@@ -21,16 +21,17 @@ from ml_collections import ConfigDict
 
 from twotower_jax.train.config import base_config
 
-# Devices along fsdp (data takes the rest), parts of the batch, and the dtype of the moments. Parts are of one sequence
-# a device: activations of 8192 tokens through 84 layers are what a device of 16 to 80 GB has room for. fsdp 8 keeps
-# every matrix in whole tiles of rows: 3136 and 12544 are multiples of 8 × 8.
+# The mesh, parts of the batch, and the dtype of the moments. Parts are of one sequence a device: activations of 8192
+# tokens through 84 layers are what a device of 32 to 80 GB has room for. fsdp 8 keeps every matrix in whole tiles of
+# rows: 3136 and 12544 are multiples of 8 × 8. A device of 16 GiB has room for a quarter of a sequence and half of a
+# vocabulary: what a layer computes is an eighth then, and what is kept of each a quarter.
 _HARDWARE = {
-    "": (-1, 1, "float32"),
-    "h200": (1, 64, "float32"),
-    "h100": (1, 64, "bfloat16"),
-    "v5e-8": (8, 8, "float32"),
-    "v6e-8": (8, 8, "float32"),
-    "v5p-64": (8, 1, "float32"),
+    "": ({"fsdp": -1}, 1, "float32"),
+    "h200": ({}, 64, "float32"),
+    "h100": ({}, 64, "bfloat16"),
+    "v5e-8": ({"sequence": 4, "tensor": 2}, 64, "bfloat16"),
+    "v6e-8": ({"fsdp": 8, "data": -1}, 8, "float32"),
+    "v5p-64": ({"fsdp": 8, "data": -1}, 1, "float32"),
 }
 
 
@@ -65,9 +66,8 @@ def get_config(hardware: str = "") -> ConfigDict:
     config.final_learning_rate = 1e-6
     config.dtype = "bfloat16"
     config.remat = "layer"
-    fsdp, config.accumulate, config.moments_dtype = _HARDWARE[hardware]
-    config.mesh.fsdp = fsdp
-    config.mesh.data = 1 if fsdp in (1, -1) else -1
+    mesh, config.accumulate, config.moments_dtype = _HARDWARE[hardware]
+    config.mesh.update(mesh)
     config.validation_every = 1_000
     # 29.3 GFLOP a token: at half the peak of an H200 a step takes 31 s, and these 104 minutes.
     config.checkpoint_every = 200

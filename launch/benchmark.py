@@ -16,6 +16,8 @@ python launch/benchmark.py data
 python launch/benchmark.py shuffle
 python launch/benchmark.py serving
 python launch/benchmark.py kills --kills=30 --terms=20
+python launch/benchmark.py store_kills --kills=25 --terms=5
+python launch/benchmark.py stores
 """
 
 import environment  # noqa: F401, first: it says what is missing
@@ -29,7 +31,8 @@ import sys
 from twotower_jax import benchmarks, command_line
 
 _SUPPORT = pathlib.Path(__file__).parents[1] / "tests" / "support"
-_CAMPAIGNS = ("campaign", "kills")  # Modules of tests/support/campaigns, of which the tests run a slice.
+# Modules of tests/support/campaigns, of which the tests run a slice.
+_CAMPAIGNS = ("campaign", "kills", "store_kills", "stores")
 
 
 def _module(name: str) -> str:

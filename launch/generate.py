@@ -16,6 +16,7 @@ import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
 import contextlib
+import functools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,10 @@ from tokenizers import Tokenizer
 from twotower_jax import adapter_flags, command_line, generation_flags, model_flags, strategy_flags
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
+from twotower_jax.generation import rehearsal
 from twotower_jax.generation.conversation import EXIT, conversation_ids, read_conversations, typed_turns
 from twotower_jax.generation.engine import Engine, in_order, iter_steps, start
+from twotower_jax.generation.placement import TowerMeshes
 from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.generation.rows import Progress
 from twotower_jax.generation.settings import Result, Settings
@@ -36,8 +39,10 @@ from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
 from twotower_jax.outputs import check_apart
+from twotower_jax.parameters import Params
 from twotower_jax.paths import as_path
 from twotower_jax.texts import check_text
+from twotower_jax.two_tower import TwoTower
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(adapter_flags)
@@ -122,15 +127,27 @@ def _generate(
     # Read first, because a model takes long to load.
     template = ChatTemplate.load(checkpoint, load_tokenizer(checkpoint)) if _CHAT.value else None
     prompts = conversation_ids(rows, template) if rows and template else None
-    loaded = model_flags.load_model(_SEPARATE_TOWERS.value, **adapter_flags.given())
-    text = _CHAT.value or any("text" in row for row in rows)
-    tokenizer = _tokenizer(loaded.folder, bool(settings.stop) or text)
+
+    @functools.cache
+    def read() -> tuple[Tokenizer | None, list[Sequence[int]] | None]:
+        """The tokenizer, and the prompts as ids; nothing is known of those that will be typed."""
+        text = _CHAT.value or any("text" in row for row in rows)
+        tokenizer = _tokenizer(checkpoint, bool(settings.stop) or text)
+        return tokenizer, prompt_ids(rows, tokenizer) if rows is not None and prompts is None else prompts
+
+    def needs(model: TwoTower, params: Params, placement: TowerMeshes) -> dict[str, int]:
+        tokenizer, ids = read()
+        decode = Decoder(tokenizer) if tokenizer else None
+        return rehearsal.needed(model, params, ids, settings, placement, decode)
+
+    foreseen = None if rows is None else needs
+    loaded = model_flags.load_model(_SEPARATE_TOWERS.value, **adapter_flags.given(), needs=foreseen)
+    tokenizer, ids = read()
     if rows is None:
         _warn(settings, loaded.folder)
         _converse(loaded, template, tokenizer, settings, write)
         return
-    prompts = prompt_ids(rows, tokenizer) if prompts is None else prompts
-    results = _results(loaded, prompts, tokenizer, settings, write_trace)
+    results = _results(loaded, ids, tokenizer, settings, write_trace)
     _warn(settings, loaded.folder)  # Now, when nothing can be refused any more.
     for done, (row, result) in enumerate(zip(rows, results, strict=True), 1):
         if write is None:

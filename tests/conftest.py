@@ -44,8 +44,8 @@ from twotower_jax.train.config import TrainConfig, base_config, freeze
 from twotower_jax.two_tower import TwoTower
 
 # The same examples on every run, and no time limit on one (the first of a shape compiles).
-hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=25, database=None)
-hypothesis.settings.load_profile("seeded")
+hypothesis.settings.register_profile("slice", derandomize=True, deadline=None, max_examples=10, database=None)
+hypothesis.settings.register_profile("whole", hypothesis.settings.get_profile("slice"), max_examples=25)
 
 # Tracing makes many objects and little garbage, which Python would look through every few hundred.
 gc.set_threshold(50_000, 20, 20)
@@ -111,6 +111,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", slices.MARKER)
+    hypothesis.settings.load_profile("whole" if config.getoption("whole") else "slice")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

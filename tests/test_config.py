@@ -111,6 +111,28 @@ NAMES = [
 ]
 
 
+# By what this program calls a field, what else files call it.
+NAMES_OF_TODAY = {
+    "layer_norm_epsilon": ["rms_norm_eps", "norm_eps"],
+    "n_groups": ["mamba_n_groups", "mamba_num_groups"],
+    "conv_kernel": ["mamba_d_conv"],
+    "chunk_size": ["mamba_chunk_size"],
+    "ssm_state_size": ["mamba_d_state", "mamba_state_dim"],
+    "mamba_num_heads": ["mamba_n_heads"],
+    "mamba_head_dim": ["mamba_d_head"],
+    "use_conv_bias": ["mamba_conv_bias"],
+    "use_bias": ["mamba_proj_bias"],
+    "time_step_min": ["mamba_dt_min"],
+    "time_step_max": ["mamba_dt_max"],
+    "time_step_floor": ["mamba_dt_init_floor"],
+    "time_step_limit": ["mamba_dt_limit"],
+    "expand": ["mamba_expand"],
+    "head_dim": ["attention_head_dim"],
+    "n_routed_experts": ["num_local_experts", "num_experts"],
+    "mamba_hidden_act": ["mamba_act"],
+}
+
+
 @pytest.mark.parametrize("other, name, value", NAMES, ids=lambda v: v if isinstance(v, str) else "")
 def test_other_names(raw, other, name, value):
     expected = ModelConfig.from_hf(raw | {name: value})
@@ -149,6 +171,127 @@ def test_latent_experts_are_an_option(raw):
     latent = ModelConfig.from_hf(raw | {"moe_latent_size": 24})
     assert (plain.expert_input_size, latent.expert_input_size) == (64, 24)
     assert ModelConfig.from_hf(latent.to_hf()) == latent
+
+
+# The family as `transformers` saves it, in every other way that a file may say the same.
+KINDS = ("moe", "dense", "latent")
+PATTERNS = {"moe": "MEM*EME", "dense": "M-M-M-MM-M*-M-", "latent": "MEME*ME"}
+
+
+@pytest.fixture(params=KINDS)
+def family(request, data):
+    """The content of a recorded config.json, and what it says, every field."""
+    raw = json.loads((data / f"family/{request.param}/config.json").read_text())
+    config = ModelConfig.from_hf(raw)
+    assert "hybrid_override_pattern" not in raw and "num_hidden_layers" not in raw
+    assert config.hybrid_override_pattern == PATTERNS[request.param]
+    assert (config.time_step_limit, config.eos_token_ids) == ((0.0, math.inf), (2, 11))
+    assert config.moe_latent_size == (24 if request.param == "latent" else 0)
+    for field in dataclasses.fields(ModelConfig):
+        given = raw.get(field.name)
+        if given is not None and field.name not in ("time_step_limit", "eos_token_id"):
+            assert getattr(config, field.name) == given, field.name
+    return raw, config
+
+
+def test_a_members_layers_in_every_spelling(family):
+    raw, config = family
+    pattern = config.hybrid_override_pattern
+    bare = {name: value for name, value in raw.items() if name != "layers_block_type"}
+    spelled = {"hybrid_override_pattern": [pattern], "layers_block_type": [], "layer_types": []}
+    for name in ("layers_block_type", "layer_types"):
+        spelled[name] += [[WORDS[kind][age] for kind in pattern] for age in (0, -1)] + [list(pattern)]
+    for name, ways in spelled.items():
+        for way in ways:
+            for more in ({}, {"num_hidden_layers": len(pattern)}, {"num_hidden_layers": None}):
+                assert ModelConfig.from_hf(bare | {name: way} | more) == config, (name, way, more)
+            # One way beside another, and beside those that say nothing.
+            assert ModelConfig.from_hf(raw | {name: way}) == config
+            assert ModelConfig.from_hf(dict.fromkeys(spelled) | bare | {name: way}) == config
+    with pytest.raises(ValueError, match="field 'hybrid_override_pattern' is missing"):
+        ModelConfig.from_hf(bare)
+
+
+def test_a_members_numbers_in_every_spelling(family):
+    raw, config = family
+    for infinity in INFINITIES:
+        text = json.dumps(raw | {"time_step_limit": [0.0, infinity]})
+        assert ModelConfig.from_hf(json.loads(text)) == config, infinity
+    for ids in ([2, 11], [2, 11, 2]):
+        assert ModelConfig.from_hf(raw | {"eos_token_id": ids}) == config
+    assert ModelConfig.from_hf(raw | {"eos_token_id": 2}) == dataclasses.replace(config, eos_token_id=2)
+    assert ModelConfig.from_hf(raw | {"layer_norm_epsilon": "1e-5", "routed_scaling_factor": 2.5}) == config
+
+
+def test_a_members_fields_under_their_other_names(family):
+    """One after the other, and all at once."""
+    raw, config = family
+    renamed = dict(raw)
+    for name, others in NAMES_OF_TODAY.items():
+        if name not in raw:
+            continue
+        without = {key: value for key, value in raw.items() if key != name}
+        for other in others:
+            assert ModelConfig.from_hf(without | {other: raw[name]}) == config, other
+            assert ModelConfig.from_hf(raw | {other: raw[name]}) == config, other
+            assert ModelConfig.from_hf(raw | {other: None}) == config, other
+        renamed[others[0]] = renamed.pop(name)
+    assert ModelConfig.from_hf(renamed) == config
+    assert not set(NAMES_OF_TODAY) & set(renamed)
+
+
+def test_a_members_nulls_and_what_it_leaves_out(family):
+    """null, and nothing, are the defaults, which the recorded files have wherever it is the same."""
+    raw, config = family
+    needed = {"hidden_size", "vocab_size", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups"}
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in raw or field.name in needed or raw[field.name] is None:
+            continue
+        if getattr(config, field.name) != field.default:
+            continue
+        without = {key: value for key, value in raw.items() if key != field.name}
+        assert ModelConfig.from_hf(without) == ModelConfig.from_hf(raw | {field.name: None}) == config, field.name
+    assert raw["sliding_window"] is None and ModelConfig.from_hf(raw | {"tie_word_embeddings": None}) == config
+    if "E" not in config.hybrid_override_pattern:
+        # Sizes of experts that there are none of.
+        sizes = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")
+        found = ModelConfig.from_hf(raw | dict.fromkeys(sizes))
+        assert dataclasses.replace(found, **{name: raw[name] for name in sizes}) == config
+
+
+IGNORED = {
+    "rope_theta": 10000,
+    "rope_scaling": {"type": "yarn", "factor": 4.0},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "partial_rotary_factor": 1.0,
+    "num_nextn_predict_layers": 1,
+    "mtp_hybrid_override_pattern": "*E",
+    "mtp_layers_block_type": ["attention", "moe"],
+    "expand": 3,
+    "mamba_expand": 3,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "torch_dtype": "bfloat16",
+    "dtype": "bfloat16",
+    "auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"},
+    "transformers_version": "4.55.4",
+    "mamba_ssm_cache_dtype": "float16",
+    "use_mamba_kernels": False,
+    "num_logits_to_keep": 0,
+}
+
+
+def test_what_a_member_says_beyond_the_model(family):
+    """Ignored where nothing is computed by it, named where the model would compute something else."""
+    raw, config = family
+    for name, value in IGNORED.items():
+        without = {key: kept for key, kept in raw.items() if key not in ("expand", name)}
+        assert ModelConfig.from_hf(without | {name: value}) == config, name
+    assert ModelConfig.from_hf(raw | IGNORED) == config
+    for name, value in (("sliding_window", 4096), ("mamba_hidden_act", "gelu"), ("tie_word_embeddings", True)):
+        with pytest.raises(ValueError, match=f"{name}="):
+            ModelConfig.from_hf(raw | {name: value})
+    assert ModelConfig.from_hf(raw | {"mamba_hidden_act": "swish"}) == config
 
 
 # A change of the published config, and the message it gets.

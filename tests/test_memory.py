@@ -8,18 +8,25 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from helpers import ROOT, run_command
-from twotower_jax import memory
+from twotower_jax import memory, model_flags
 from twotower_jax.checkpoint.load import contents
+from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.generation import Settings, rehearsal
+from twotower_jax.generation.engine import start
 from twotower_jax.generation.placement import TowerMeshes, tower_meshes
 from twotower_jax.memory import GIB, Room
 from twotower_jax.model_flags import weight_bytes
 from twotower_jax.parameters import parameter_table
 from twotower_jax.quantization import METHODS
 from twotower_jax.sharding import MeshShape, make_mesh
+from twotower_jax.train import setup
+from twotower_jax.train.loop import train
 from twotower_jax.train.objectives import make_objective
-from twotower_jax.train.start import check_memory
+from twotower_jax.train.start import check_memory, check_room
 from twotower_jax.train.step import abstract_state, make_optimizer, tables
 from twotower_jax.two_tower import TwoTower
 
@@ -112,6 +119,46 @@ def test_a_runs_state_and_gradients_are_counted(step_config, fsdp, moments):
         check_memory(config, objective, mesh, Room(needed - 1, "x"))
 
 
+def test_a_run_whose_compiled_step_does_not_fit(train_config, tmp_path, monkeypatch):
+    """Its temporaries count; nothing is read of a checkpoint, allocated or written before that is known."""
+    config = train_config(pattern="-", accumulate=5)
+    objective = make_objective(config, config.model_config(270))
+    state, frozen = abstract_state(objective, make_optimizer(config, tables(objective)[0]))
+    held = sum(map(memory.sharded_bytes, jax.tree.leaves((state, frozen))))
+    gradients = sum(map(memory.sharded_bytes, jax.tree.leaves(state.params)))
+    monkeypatch.setattr(setup, "with_params", lambda *_: pytest.fail("parameters were read"))
+    monkeypatch.setattr(memory, "room", lambda devices: Room(held + gradients, "card has free"))
+    message = r"temporaries of the compiled step 0.0\), and card has free .* or accumulate=10 takes half as many rows"
+    with pytest.raises(ValueError, match=message) as error:
+        train(config, tmp_path / "run", lambda line: None)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_the_border_of_a_compiled_step(train_config):
+    config = train_config(pattern="-")
+    objective = make_objective(config, config.model_config(270))
+    weights = abstract_state(objective, make_optimizer(config, tables(objective)[0]))
+    held = sum(map(memory.sharded_bytes, jax.tree.leaves(weights)))
+    counted = held - sum(map(memory.sharded_bytes, jax.tree.leaves(weights[0].step)))
+    check_room(config, *weights, 100, None, Room(counted + 100, "x"))
+    with pytest.raises(ValueError, match="temporaries of the compiled step"):
+        check_room(config, *weights, 101, None, Room(counted + 100, "x"))
+
+
+def test_what_generation_takes_beside_weights(small_config, random_params):
+    """The caches and the programs of what then runs; in shapes, as the parameters are loaded."""
+    model, prompts = TwoTower(small_config("M*-")), [[5] * 9, [6, 7]]
+    settings = Settings(max_new_tokens=6, batch_size=2, sampling=SamplingConfig(block_size=4))
+    params = random_params(model)
+    shapes = rehearsal.abstract_params(model, None, jnp.dtype(jnp.float32), lambda parameter: None, "cpu")
+    assert jax.tree.map(lambda v: (v.shape, v.dtype), shapes) == jax.tree.map(lambda v: (v.shape, v.dtype), params)
+    needed = rehearsal.needed(model, shapes, prompts, settings, TowerMeshes())
+    engine = start(model, params, prompts, settings)
+    assert needed["caches"] == engine.cache_bytes
+    # The logits of two blocks at once, in float32, at the least; a fraction of what all weights take at the most.
+    assert 4 * 2 * 4 * model.config.vocab_size <= needed["temporaries as compiled"] < 2**24
+
+
 @pytest.mark.parametrize(("method", "dtype"), [(None, "float32"), (None, "bfloat16"), ("int8", "bfloat16")])
 def test_a_models_weights_are_counted(small_config, method, dtype):
     """Whole on one device; on a mesh what each of its devices holds, of the two towers' meshes the fuller one."""
@@ -157,6 +204,44 @@ def test_the_published_model_on_one_small_machine(tmp_path, data, train_text):
     assert status == 2
     assert line.startswith("error: the model does not fit: it needs at least ") and "GiB" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def checkpoint_flag(small_folder):
+    """The flags of a command with a checkpoint of 2 × 0.1 MB."""
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(checkpoint=str(small_folder)):
+        yield small_folder
+    flags.FLAGS.unparse_flags()
+
+
+def test_generation_that_does_not_fit_beside_its_weights(checkpoint_flag, monkeypatch):
+    """Asked of the compiler before weights are read, where these are a tenth of what is free or more."""
+    found = contents(checkpoint_flag)
+    weights = weight_bytes(TwoTower(found.config, found.variant), None, jnp.dtype("float32"), TowerMeshes())
+    settings, asked = Settings(max_new_tokens=4, mode="ar"), []
+
+    def needs(model, params, placement):
+        asked.append(asked[0] if asked else rehearsal.needed(model, params, [[7, 8]], settings, placement))
+        return asked[-1]
+
+    def load(free: int) -> None:
+        monkeypatch.setattr(memory, "room", lambda devices: Room(free, "card has free"))
+        model_flags.load_model(needs=needs)
+
+    monkeypatch.setattr(model_flags, "load", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(ValueError, match="caches 0.0, temporaries as compiled 0.0.*or a smaller --batch_size") as error:
+        load(weights + 1000)
+    assert "\n" not in str(error.value)
+    whole = weights + sum(asked[0].values())
+    with pytest.raises(ValueError, match="temporaries"):
+        load(whole - 1)
+    with pytest.raises(pytest.fail.Exception, match="weights are read"):
+        load(whole)
+    assert len(asked) == 3
+    with pytest.raises(pytest.fail.Exception, match="weights are read"):
+        load(11 * weights)
+    assert len(asked) == 3
 
 
 def test_a_checkpoint_that_is_larger_than_the_machine(tmp_path, small_config):

@@ -161,6 +161,7 @@ def test_what_is_quantized_and_what_is_not(nano30b):
     assert large == []
 
 
+@pytest.mark.whole
 def test_serving_plan(step_config):
     """What compile.py --serve --quantize counts is what would be loaded."""
     model = step_config().model_config(40)

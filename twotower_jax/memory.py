@@ -66,6 +66,12 @@ def sharded_bytes(leaf: Any, sharding: jax.sharding.Sharding | None = None) -> i
     return math.prod(shape) * leaf.dtype.itemsize
 
 
+def temporaries(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes a device that a compiled program needs beside its arguments; None where the backend does not say."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
+
+
 def check_holds(
     needed: Mapping[str, int], devices: Sequence[Any], divide: str, fewer: str = "", available: Room | None = None
 ) -> None:

@@ -157,6 +157,7 @@ def test_both_towers_of_a_single_one(member, tmp_path):
         np.testing.assert_array_equal(array, flatten(params)[path])
 
 
+@pytest.mark.whole
 def test_training_starts_from_it(tmp_path):
     """Two steps; text is closed with the first end token, and the workdir keeps them all."""
     text, folder = tmp_path / "text.jsonl", FAMILY / "latent"

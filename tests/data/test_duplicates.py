@@ -81,6 +81,11 @@ def test_near_copies_are_those_of_exact_similarity(tmp_path, threshold, ngram, p
     assert counts["exact"] == len(texts) - len(set(texts)) >= 1
 
 
+def test_texts_that_have_nothing_in_common_all_stay(tmp_path):
+    assert left_out(make_texts(6), Near(), tmp_path / "out") == ([], {"exact": 0, "near": 0})
+    assert left_out([], Near(), tmp_path / "none", parts=1) == ([], {"exact": 0, "near": 0})
+
+
 def test_the_choice_is_that_of_an_index_that_grows(tmp_path):
     """datasketch's own, asked for each document in order, then compared by signature."""
     rng = random.Random(1)
@@ -123,11 +128,12 @@ def test_bad_settings_are_refused():
     assert Settings(dedup="exact").values().keys() - Settings().values().keys() == {"dedup"}
 
 
-def test_prepare_leaves_copies_out_in_any_number_of_processes(tmp_path, monkeypatch):
-    """Over files and parts, broken rows among them; and goes on after an interruption without reading again."""
+@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.whole)])
+def test_prepare_leaves_copies_out_and_goes_on_without_reading_again(tmp_path, monkeypatch, workers):
+    """Over files and parts, broken rows among them, in any number of processes; interrupted after the first reading."""
     texts, rng = make_texts(40), random.Random(3)
     near = changed(texts[3], 0.02, rng)
-    folder = tmp_path / "in"
+    folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     rows = [*texts[:20], texts[2], None, near]
     lines = [f'{{"text": "{text}"}}\n' if text else "{\n" for text in rows]
@@ -136,26 +142,20 @@ def test_prepare_leaves_copies_out_in_any_number_of_processes(tmp_path, monkeypa
         (folder / f"b{number:02d}.txt").write_text(text)
     tokenizer = train_tokenizer(texts, 300)
     settings = Settings(skip_bad=True, shard_size=2000, dedup="near")
-    manifest = prepare([str(folder)], tmp_path / "one", tokenizer, settings, quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(duplicates, "choose", lambda *arguments: (_ for _ in ()).throw(OSError("no space")))
+        prepare([str(folder)], output, tokenizer, settings, workers=workers, quiet=True)
+    made = {file: file.stat().st_mtime_ns for file in output.glob("progress/*.npy")}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder, **_: made.update((file, made[file] - file.stat().st_mtime_ns)
+                                                                   for file in made))  # fmt: skip
+        manifest = prepare([str(folder)], output, tokenizer, settings, workers=workers, quiet=True)
+    assert made and not any(made.values())
     assert manifest.copies == {"exact": 3, "near": 1} and manifest.skipped == 1
-    documents = PreparedDocuments(tmp_path / "one", "train")
+    documents = PreparedDocuments(output, "train")
     ends = np.cumsum(documents.lengths(0, documents.count))
     found = [ids.tolist() for ids in np.split(documents.read(0, documents.tokens), ends[:-1])]
     assert found == [[*ids.tolist(), EOS_ID] for ids in encode(tokenizer, texts)]
-    assert len(manifest.shards) > 2 and read_manifest(tmp_path / "one") == manifest
-
-    output = tmp_path / "two"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(duplicates, "choose", lambda *arguments: (_ for _ in ()).throw(OSError("no space")))
-        prepare([str(folder)], output, tokenizer, settings, workers=2, quiet=True)
-    made = {file: file.stat().st_mtime_ns for file in output.glob("progress/*.npy")}
-    times = {}
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda folder: times.update((file, file.stat().st_mtime_ns) for file in made))
-        prepare([str(folder)], output, tokenizer, settings, workers=2, quiet=True)
-    assert times == made and made
-    shutil.rmtree(output / "progress")
-    one, two = ({file.name: file.read_bytes() for file in path.iterdir()} for path in (tmp_path / "one", output))
-    assert one == two
+    assert len(manifest.shards) > 2 and read_manifest(output) == manifest
     with pytest.raises(ValueError, match="dedup near -> absent"):
-        prepare([str(folder)], tmp_path / "one", tokenizer, Settings(skip_bad=True, shard_size=2000), quiet=True)
+        prepare([str(folder)], output, tokenizer, Settings(skip_bad=True, shard_size=2000), quiet=True)

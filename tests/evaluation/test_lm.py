@@ -74,6 +74,7 @@ def test_likelihoods_are_those_of_transformers():
         assert found.greedy == bool(np.all(theirs.argmax(axis=-1) == tokens))
 
 
+@pytest.mark.whole(but=["blockwise"])
 @pytest.mark.parametrize("kind", ["bound", "blockwise"])
 def test_the_denoisers_likelihoods_are_those_of_diffusion_in_any_order(make_lm, ar, kind):
     requests = asked("loglikelihood", *pairs()[:8])

@@ -8,13 +8,16 @@ import jax
 import numpy as np
 import pytest
 from calls import call_of
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
 
 from twotower_jax.checkpoint.load import load
 from twotower_jax.config import Variant
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import MODES, Engine, Request, Settings, TowerMeshes, generate, score_ar, tower_meshes
+from twotower_jax.generation import placement as placement_module
 from twotower_jax.generation.blocks import block
-from twotower_jax.generation.placement import in_force, parse_mesh
+from twotower_jax.generation.placement import in_force, parse_mesh, row_format
 from twotower_jax.generation.slots import allocate, cache_bytes
 from twotower_jax.parameters import flatten, parameter_table
 from twotower_jax.sharding import MeshShape, make_mesh
@@ -106,6 +109,38 @@ def test_parameters_load_where_they_are_used(data):
         assert over == (2 if "experts" in parameter.axes else 1) * (2 if tensor and matrix else 1), path
     moved = placement.context_params(loaded.model, loaded.params)
     assert flatten(moved)[("context_tower", "embeddings")] is flatten(loaded.params)[("context_tower", "embeddings")]
+
+
+def test_tables_of_rows_that_do_not_fill_tiles_lie_by_rows(small_config):
+    """On a TPU, and nothing else that a model has."""
+    place = SingleDeviceSharding(jax.devices()[0])
+    by_rows = Format(Layout((0, 1)), place)
+    for width, platform, expected in ((3136, "tpu", by_rows), (3136, "gpu", place), (2688, "tpu", place)):
+        table = parameter_table(TwoTower(small_config("-", hidden_size=width)))
+        for path, parameter in table.items():
+            found = row_format(parameter, parameter.shape, place, platform)
+            assert found == (expected if path[-1] == "embeddings" else place), path
+    # The scales of a quantized one are a column.
+    embeddings = table["context_tower", "embeddings"]
+    assert row_format(embeddings, (300, 1), place, "tpu") == place
+
+
+def test_however_a_table_lies_tokens_are_the_same(model, one_device, monkeypatch):
+    """Here by columns, which is not how a CPU has it; what towers share they share."""
+    bare, params = model
+    shared = params | {"denoiser_tower": params["denoiser_tower"] | {}}
+    shared["denoiser_tower"]["embeddings"] = params["context_tower"]["embeddings"]
+    by_columns = Format(Layout((1, 0)), SingleDeviceSharding(jax.devices()[0]))
+    monkeypatch.setattr(
+        placement_module,
+        "row_format",
+        lambda p, shape, place, platform: by_columns if p.path[-1] == "embeddings" else place,
+    )
+    laid = placement_module.by_rows(bare, shared)
+    tables = [laid[tower]["embeddings"] for tower in ("context_tower", "denoiser_tower")]
+    assert tables[0] is tables[1] and tables[0].format.layout.major_to_minor == (1, 0)
+    results = list(generate(bare, laid, PROMPTS, dataclasses.replace(SETTINGS, mode="ar")))
+    assert results == one_device("ar")
 
 
 def test_tied_towers_may_be_apart(small_config, random_params):

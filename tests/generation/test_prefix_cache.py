@@ -39,6 +39,7 @@ def run(tiny, prompts, settings, cache, **options):
     return results
 
 
+@pytest.mark.whole(but=["diffusion", "[ar]"])
 @pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar"])
 def test_results_are_those_without_it(tiny, mode):
     settings = dataclasses.replace(SETTINGS, mode=mode)
@@ -55,6 +56,7 @@ def test_results_are_those_without_it(tiny, mode):
     assert len(cache) == held
 
 
+@pytest.mark.whole
 def test_results_are_those_without_it_with_the_towers_apart(tiny):
     cache, placement = PrefixCache(2**30), tower_meshes(MeshShape(), apart=True)
     expected = run(tiny, PROMPTS, SETTINGS, None)

@@ -238,7 +238,7 @@ def of_context(tiny, ids, tokens) -> np.ndarray:
     return logp[np.arange(len(ids) - 1, len(ids) + len(tokens) - 1), tokens]
 
 
-@pytest.mark.whole(but=["[ar]"])
+@pytest.mark.whole
 @pytest.mark.parametrize("mode", ["ar", "speculative"])
 def test_log_probabilities_of_the_context(tiny, mode):
     """Of every token, and one that was pinned: of the context given all before it, whoever drafted it."""

@@ -45,6 +45,7 @@ def speculative(settings, **changes):
     return dataclasses.replace(settings, mode="speculative", **changes)
 
 
+@pytest.mark.whole(but=["sampled1"])
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 1.5, "top_k": 12, "top_p": 0.9}])
 def test_tokens_are_those_of_ar(tiny, random_params, sampled):
     """Hundreds of random prompts, several random models: greedy, and with the same random numbers at a temperature."""
@@ -171,6 +172,7 @@ def test_a_mask_token_said_by_ar_is_kept(small_config, random_params):
     assert [r.tokens for r in run(model, params, prompts, speculative(settings))] == expected
 
 
+@pytest.mark.whole(but=["M*M*"])
 @pytest.mark.parametrize("pattern", ["M*E-", "M*M*"])  # Layer by layer, and stacked.
 def test_keeping_some_tokens_of_a_pass_is_reading_these(small_config, random_params, pattern):
     model = TwoTower(small_config(pattern))

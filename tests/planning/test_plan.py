@@ -63,6 +63,27 @@ def test_what_is_ruled_out_is_found(step_config):
     assert checks.dense_experts(program, config, model, MeshShape()).found == ["bf16[256,192]"]
 
 
+def test_latent_experts_by_hand(step_config):
+    """Of two layers with eight experts of width 24, matrices of 16 × 24 become 8 × 24, between 16 × 8 and 8 × 16."""
+    plain, latent = step_config(), step_config(**{"model.moe_latent_size": 8})
+    card = least.Card("card", 2**30, 1e12)
+    smaller = 2 * (8 * 2 * (16 - 8) * 24 - 2 * 16 * 8)
+    before, after = (least.least_training(config, card, 1) for config in (plain, latent))
+    # Weights of both towers, and two moments and a gradient of one.
+    assert before.weights - after.weights == 2 * 4 * smaller
+    assert before.optimizer - after.optimizer == 2 * 4 * smaller and before.gradients - after.gradients == 4 * smaller
+    assert after.flops < before.flops
+    served = [least.least_serving(c, card, rows=2, capacity=64).weights for c in (plain, latent)]
+    assert served[0] - served[1] == 2 * 2 * smaller
+
+
+@pytest.mark.whole
+def test_latent_experts_compile_for_a_mesh(step_config):
+    config = step_config(**{"mesh.expert": 4, "mesh.tensor": 2, "vocab_size": 40, "model.moe_latent_size": 8})
+    plan = plan_step(config, Hardware("cpu:8", jax.devices(), 8, 2**30, 1e12))
+    assert plan.fits and not any(check.found for check in plan.gates)
+
+
 def weights(**changes):
     """A stack of three layers of four experts, 16 wide, as parameters are declared; two on each of two devices."""
     values = {"shape": (3, 4, 48, 16), "axes": ("layers", "experts", "embed", "expert_mlp")} | changes

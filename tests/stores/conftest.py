@@ -1,7 +1,8 @@
 """A server of gs:// for the tests of this folder, and a cache of their own."""
 
-import buckets
 import pytest
+
+import buckets
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,11 +5,10 @@ import os
 import pathlib
 import random
 
-import buckets
-import jax
 import numpy as np
 import pytest
 
+import buckets
 from helpers import run_command
 from twotower_jax import outputs
 from twotower_jax.checkpoint import fingerprint, load, manifest
@@ -25,12 +24,7 @@ from twotower_jax.jsonl import read_rows, row_writer
 from twotower_jax.paths import as_path
 from twotower_jax.stores import Changed, cache
 from twotower_jax.stores.path import StorePath
-
-
-def same(a, b) -> bool:
-    """Whether two trees of arrays have the same bits."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype for x, y in pairs)
+from workdirs import same
 
 
 def test_local_paths_stay_what_they_are(tmp_path):

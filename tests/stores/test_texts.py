@@ -5,13 +5,12 @@ import io
 import json
 import tarfile
 
-import buckets
-import hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
+import buckets
 from twotower_jax.data import prepare as module
 from twotower_jax.data import read_documents, train_tokenizer
 from twotower_jax.data.documents import DataError
@@ -145,22 +144,22 @@ def test_a_part_asks_for_little_more_than_its_own(address, monkeypatch):
 
 def test_from_the_hub(corpus):
     """A data set is read as the folder that it was made of; a repository that is not there is said in a line."""
-    with hub.serves(corpus):
-        assert read_documents("hf://datasets/org/texts") == TEXTS
-        assert [file.path for file in find_files(["hf://datasets/org/texts/deep"])] == [
-            "hf://datasets/org/texts/deep/d.tar.gz"
+    with buckets.hub(corpus):
+        assert read_documents("hf://datasets/org/name") == TEXTS
+        assert [file.path for file in find_files(["hf://datasets/org/name/deep"])] == [
+            "hf://datasets/org/name/deep/d.tar.gz"
         ]
-        with pytest.raises(ValueError, match="org/other: no such file or folder"):
+        with pytest.raises(OSError, match="hf://datasets/org/other: there is no such repository"):
             find_files(["hf://datasets/org/other"])
 
 
 @pytest.mark.whole
 def test_from_the_hub_to_a_store(corpus, reference, address):
-    with hub.serves(corpus):
+    with buckets.hub(corpus):
         manifest = prepare(
-            ["hf://datasets/org/texts"], f"{address}/out", train_tokenizer(TEXTS, 300), SETTINGS, quiet=True
+            ["hf://datasets/org/name"], f"{address}/out", train_tokenizer(TEXTS, 300), SETTINGS, quiet=True
         )
     assert manifest.shards == read_manifest(reference).shards and manifest.copies == {"exact": 1}
     assert {file["path"] for file in manifest.inputs} == {
-        f"hf://datasets/org/texts/{name}" for name in ("a.jsonl", "b.jsonl.zst", "c.parquet", "deep/d.tar.gz", "e.txt")
+        f"hf://datasets/org/name/{name}" for name in ("a.jsonl", "b.jsonl.zst", "c.parquet", "deep/d.tar.gz", "e.txt")
     }

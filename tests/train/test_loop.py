@@ -109,6 +109,7 @@ def test_the_frozen_tower_is_untouched(backbone_run, denoiser_run):
     assert (denoiser_run[1] / workdir.FROZEN).is_dir()
 
 
+@pytest.mark.whole(but=["denoiser"])
 @pytest.mark.parametrize("name", ["backbone_run", "denoiser_run"])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name, request, tmp_path, quiet):
     config, folder, result = request.getfixturevalue(name)
@@ -315,6 +316,7 @@ def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, t
         workdir.load(tmp_path)
 
 
+@pytest.mark.whole(but=["denoiser"])
 @pytest.mark.parametrize("objective", ["autoregressive", "denoiser"])
 def test_a_run_starts_from_a_published_checkpoint(objective, train_config, data, tmp_path):
     config = train_config(objective=objective, init_from=str(data / "tiny" / "checkpoint"))

@@ -115,6 +115,7 @@ def test_what_loads_the_run_takes_the_average(run):
     assert row["validation_average_loss"] > 0 and row["validation_average_loss"] != row["validation_loss"]
 
 
+@pytest.mark.whole
 def test_muon_and_the_average_on_a_mesh_are_those_of_one_device(step_config, random_params):
     config = step_config(
         **{"objective": "autoregressive", "model.hybrid_override_pattern": "*E", "optimizer": "muon", "ema_decay": 0.5}

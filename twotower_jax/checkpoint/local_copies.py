@@ -6,6 +6,7 @@ step and of the same save, whose files have the recorded hashes; where one is mi
 checkpoint. A copy that cannot be written is no reason to end a run: it says so, and the store's checkpoints count.
 """
 
+import functools
 import hashlib
 import pathlib
 import shutil
@@ -74,7 +75,7 @@ class LocalCopies:
                     shutil.rmtree(other, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            print(f"warning: {partial}: no copy of step {step} on this machine ({error})", file=sys.stderr, flush=True)
+            _warn(f"{partial}: no copy of step {step} on this machine ({error})")
 
     def newest(self) -> Copy | None:
         """The newest copy, all of whose files are as they were written."""
@@ -90,7 +91,7 @@ class LocalCopies:
                 values = hashlib.sha256(read_bytes(folder / "run.json", _MAX_JSON_BYTES)).hexdigest()
                 return Copy(folder, int(step), values)
             except CheckpointError as error:
-                print(f"warning: {error}; this copy is not used", file=sys.stderr, flush=True)
+                _warn(f"{error}; this copy is not used")
         return None
 
     def agreed(self) -> Copy | None:
@@ -106,6 +107,12 @@ class LocalCopies:
             if not (everyone == everyone[0]).all():
                 return None
         return mine
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Says a line once."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def all_well(well: bool) -> bool:

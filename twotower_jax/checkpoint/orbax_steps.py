@@ -180,7 +180,7 @@ def verify(folder: pathlib.Path, *, only: str = "") -> None:
       CheckpointError: naming the file that differs or is missing.
     """
     if in_store(folder):
-        return _store_steps().verify(folder)
+        return _store_steps().verify(folder, only)
     path = folder / HASHES
     files = read_json(path)
     if not isinstance(files, dict):

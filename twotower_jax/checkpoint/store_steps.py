@@ -37,7 +37,7 @@ from twotower_jax.stores.lease import Lease
 from twotower_jax.stores.path import StorePath
 from twotower_jax.stores.retrying import Changed
 
-_METADATA = "_METADATA"
+_METADATA, _ZARR = "_METADATA", "zarr.json"
 # An object of about this size is sent and read at full speed, and sent again in seconds.
 _CHUNK_BYTES = 64 << 20
 _WRITERS = 8
@@ -228,7 +228,7 @@ def _parts(folder: str, array: jax.Array, chunk: tuple[int, ...], all_held: Any)
 def _metadata(flat: Mapping[Path, jax.Array], chunk_shapes: Mapping[Path, tuple[int, ...]]) -> dict[str, bytes]:
     files = arrays.orbax_metadata({path: array.shape for path, array in flat.items()})
     for path, array in flat.items():
-        files[f"{arrays.folder_name(path)}/zarr.json"] = {
+        files[f"{arrays.folder_name(path)}/{_ZARR}"] = {
             "zarr_format": 3,
             "node_type": "array",
             "shape": list(array.shape),
@@ -257,22 +257,29 @@ def keep_newest(folder: StorePath, steps: list[int], count: int) -> None:
         (folder / str(step)).remove_tree(first=HASHES)
 
 
-def verify(folder: StorePath) -> None:
-    """Sees that every object of a folder is there and as long as recorded, and compares the JSON values with their
-    hashes; arrays are compared as they are read.
+def verify(folder: StorePath, only: str = "") -> None:
+    """Sees that every object of a folder, or of its tree `only`, is there and as long as recorded, and compares those
+    that are no parts of arrays with their hashes; parts are compared as they are read.
 
     Raises:
       CheckpointError: naming the object that differs or is missing.
     """
     recorded, found = digests(folder / HASHES), folder.sizes()
-    for name, digest in sorted(recorded.items()):
+    names = sorted(name for name in recorded if name.startswith(f"{only}/" if only else ""))
+    for name in names:
+        digest = recorded[name]
         if name not in found:
             raise CheckpointError(f"{folder / name}: is not there any more")
         if found[name] != digest.size:
             raise CheckpointError(f"{folder / name}: has {found[name]} bytes, recorded were {digest.size}")
-        if "/" not in name:
-            content = read_bytes(folder / name, _MAX_JSON_BYTES)
-            manifest.compare(folder / name, manifest.digest_of(content), digest)
+
+    def compare(name: str) -> None:
+        content = read_bytes(folder / name, _MAX_JSON_BYTES)
+        manifest.compare(folder / name, manifest.digest_of(content), recorded[name])
+
+    texts = [name for name in names if "/" not in name or name.endswith((_ZARR, "METADATA"))]
+    with ThreadPoolExecutor(_WRITERS) as threads:
+        list(threads.map(compare, texts))
 
 
 def stored_arrays(folder: AnyPath) -> Params | None:
@@ -286,19 +293,11 @@ def stored_arrays(folder: AnyPath) -> Params | None:
     raw = read_json(folder / _METADATA)
     if not isinstance(raw, dict) or raw.get("use_ocdbt") is not False or raw.get("use_zarr3") is not True:
         return None
-    return unflatten({path: _Described(*_array(folder, path)) for path in _paths(folder, raw)})
-
-
-class _Described(NamedTuple):
-    """What is said of an array: its shape and dtype."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def _array(folder: AnyPath, path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    array = chunks.Array(folder / arrays.folder_name(path), lambda name: None)
-    return array.shape, array.dtype
+    paths = _paths(folder, raw)
+    with ThreadPoolExecutor(_WRITERS) as threads:
+        found = threads.map(lambda path: chunks.Array(folder / arrays.folder_name(path), lambda name: None), paths)
+        described = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in found]
+    return unflatten(dict(zip(paths, described, strict=True)))
 
 
 def _paths(folder: AnyPath, raw: Mapping[str, Any]) -> list[Path]:

@@ -141,7 +141,7 @@ def are_saved(folder: AnyPath, part: int) -> bool:
 def choose(folder: AnyPath, parts: int, near: Near | None) -> tuple[list[np.ndarray], dict[str, int]]:
     """Which documents are left out, by the fingerprints of all parts.
 
-    Takes about 60 bytes of memory for each document, and a signature for each that another resembles.
+    Takes about 75 bytes of memory for each document, and a signature for each that another resembles.
 
     Returns:
       Of each part, the numbers of the rows that are left out, int64, ascending; and how many documents of each kind.
@@ -178,8 +178,8 @@ def _leave_out_near(folder: AnyPath, ends: np.ndarray, stays: np.ndarray, near: 
     kept: dict[int, list[int]] = {}  # of each bucket, its documents that stay: places in `signatures`
     signatures: list[np.ndarray] = []
     part, own = -1, None
-    breaks = np.flatnonzero(np.diff(documents, prepend=-1))
-    for start, stop in zip(breaks, [*breaks[1:], len(documents)], strict=True):
+    starts = np.flatnonzero(np.diff(documents, prepend=-1))
+    for start, stop in zip(starts, np.append(starts[1:], len(documents)), strict=False):
         document = int(documents[start])
         if document >= ends[part + 1]:
             part = int(np.searchsorted(ends, document, side="right")) - 1

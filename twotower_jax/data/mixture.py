@@ -134,19 +134,20 @@ def read_mixture(path: str | Path) -> dict[str, Entry]:
         weight = value["weight"]
         if isinstance(weight, dict):
             try:
-                entries[name] = Entry(_beside(path.parent, local_path(value["path"])), read_course(weight))
+                entries[name] = Entry(_path(path, value["path"]), read_course(weight))
             except ValueError as error:
                 fail(f"{name!r}: {error}")
             continue
         if isinstance(weight, bool) or not isinstance(weight, int | Fraction) or weight <= 0:
             fail(f"{name!r} has weight {weight!r}, which is not a positive number")
-        entries[name] = Entry(_beside(path.parent, local_path(value["path"])), Fraction(weight))
+        entries[name] = Entry(_path(path, value["path"]), Fraction(weight))
     return entries
 
 
-def _beside(folder: AnyPath, path: str) -> str:
-    """A path as a file of the folder means it."""
-    return path if is_address(path) or os.path.isabs(path) else str(folder / path)
+def _path(file: AnyPath, given: str) -> str:
+    """A path as a file means it: from its own folder on."""
+    path = local_path(given)
+    return path if is_address(path) or os.path.isabs(path) else str(file.parent / path)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

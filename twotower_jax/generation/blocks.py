@@ -161,7 +161,7 @@ class Table:
         mesh = self._placement.denoiser if apart else self._placement.context
         if has_blocks(recipe.mode) and kind not in self._blocks:
             with in_force(mesh):
-                self._blocks[kind] = _empty_blocks(batch=self._batch, block_size=recipe.block_size)
+                self._blocks[kind] = empty_blocks(batch=self._batch, block_size=recipe.block_size)
         blocks = self._blocks.get(kind)
         if not apart:
             with in_force(mesh):
@@ -188,5 +188,6 @@ class Table:
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "block_size"))
-def _empty_blocks(*, batch: int, block_size: int) -> Blocks:
+def empty_blocks(*, batch: int, block_size: int) -> Blocks:
+    """Blocks that have not begun."""
     return _rows_divided(Blocks(jnp.zeros((batch, block_size), jnp.int32), jnp.zeros(batch, jnp.int32)))

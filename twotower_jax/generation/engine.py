@@ -67,6 +67,7 @@ class Engine:
       prefix_cache: of prompts that begin alike, see prefix_cache.py; its own alone.
       adapters: by name, parameters in place of `params` for the requests that name one: the same arrays, with an update
         beside some of them (lora.py). Rows of several adapters share the table; each is called for by itself.
+      table: what holds the rows and calls the compiled functions.
 
     Attributes:
       capacity, slots: as they are after rounding. cache_bytes: what the slots take on each device.
@@ -90,6 +91,7 @@ class Engine:
         placement: TowerMeshes = TowerMeshes(),  # noqa: B008 (frozen)
         prefix_cache: PrefixCache | None = None,
         adapters: Mapping[str, Params] | None = None,
+        table: type[Table] = Table,
     ):
         _check_stop(settings.stop, decode)
         placement.check(model.config)
@@ -113,7 +115,7 @@ class Engine:
         self._ar_only = settings.mode == "ar" and placement.denoiser is not None
         self._adapters = adapters or {}
         options = {"denoiser": not self._ar_only, "adapters": self._adapters}
-        self._rows = Table(model, params, placement, batch=batch, capacity=self.capacity, **options)
+        self._rows = table(model, params, placement, batch=batch, capacity=self.capacity, **options)
 
     def submit(self, request: Request | Sequence[int], max_new_tokens: int | None = None) -> int:
         """Adds a row; it waits until a slot is free. Returns its number, counting from 0.

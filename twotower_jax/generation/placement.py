@@ -15,18 +15,20 @@ Keys are few and lie whole on each device of "tensor".
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import sharding
 from twotower_jax.adapted import Adapted
 from twotower_jax.config import ModelConfig
 from twotower_jax.mesh_check import check_fits
-from twotower_jax.parameters import Parameter, Params, bind, flatten, parameter_table, unflatten
+from twotower_jax.parameters import ROWS, Parameter, Params, bind, flatten, parameter_table, unflatten
 from twotower_jax.quantization import check_mesh
 from twotower_jax.sharding import BATCH, MeshShape, make_mesh
 from twotower_jax.two_tower import TwoTower
@@ -95,6 +97,7 @@ class TowerMeshes:
         return _on(self.denoiser, model, params, (*_DENOISER, *tied))
 
 
+_LANES = 128  # Numbers in a row of a TPU's tile.
 _CONTEXT = ("context_tower", "context_head")
 _DENOISER = ("denoiser_tower", "denoiser_head", "time")
 
@@ -103,17 +106,53 @@ def _on(mesh: Mesh, model: TwoTower, params: Params, names: tuple[str, ...] | No
     table = parameter_table(model)
     params = {name: part for name, part in params.items() if names is None or name in names}
     check_mesh(table, params, mesh)
+    platform = mesh.devices.flat[0].platform
 
     def put(path, value):
         # A quantized matrix is two arrays, each divided as its own shape allows; an adapted one has more beside it.
         def one(v, axes):
-            return jax.device_put(v, _resting(mesh, dataclasses.replace(table[path], shape=v.shape, axes=axes)))
+            parameter = dataclasses.replace(table[path], shape=v.shape, axes=axes)
+            return jax.device_put(v, row_format(parameter, v.shape, _resting(mesh, parameter), platform))
 
         if isinstance(value, Adapted):
             return value.map_arrays(one, table[path].axes)
         return jax.tree.map(lambda v: one(v, table[path].axes), value)
 
     return unflatten({path: put(path, value) for path, value in flatten(params).items()})
+
+
+def by_rows(model: TwoTower, params: Params) -> Params:
+    """The parameters where they are, tables of rows laid down as lookups read them without a copy; see `row_format`."""
+    table, done = parameter_table(model), {}
+
+    def one(parameter, v):
+        found = row_format(parameter, v.shape, v.sharding, next(iter(v.sharding.device_set)).platform)
+        if found is v.sharding:
+            return v
+        if id(v) not in done:  # Towers may share one.
+            done[id(v)] = jax.device_put(v, found)
+        return done[id(v)]
+
+    return unflatten(
+        {
+            path: jax.tree.map(functools.partial(one, table[path]), value) if table[path].scales == ROWS else value
+            for path, value in flatten(params).items()
+        }
+    )
+
+
+def row_format(
+    parameter: Parameter, shape: tuple[int, ...], place: jax.sharding.Sharding, platform: str
+) -> Format | jax.sharding.Sharding:
+    """Where a parameter's array of this shape lies and, where that has to be said, how.
+
+    XLA lays a matrix down on a TPU so that least of its tiles is empty. Of the embedding of Nano 4B, whose rows of 3136
+    do not fill tiles of 128 lanes, it puts the vocabulary along the lanes, and then copies the whole table in every
+    program that looks up rows. Said to lie by rows, it takes 2 % more memory and is never copied.
+    """
+    # Scales of rows, a column of them, lie as they like.
+    odd = parameter.scales == ROWS and shape[-1] > 1 and shape[-1] % _LANES
+    return Format(Layout(tuple(range(len(shape)))), place) if odd and platform == "tpu" else place
 
 
 def _resting(mesh: Mesh, parameter: Parameter) -> NamedSharding:

@@ -5,7 +5,6 @@ independent: a slot that is not active takes part in the arithmetic and changes 
 """
 
 import functools
-import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from twotower_jax import randomness, sharding
 from twotower_jax.cache import Cache
 from twotower_jax.diffusion import Choice, most_probable, predict_rows
 from twotower_jax.generation.placement import bind_part
+from twotower_jax.memory import sharded_bytes
 from twotower_jax.parameters import Params
 from twotower_jax.two_tower import TwoTower
 
@@ -172,17 +172,20 @@ def laid_out(model: TwoTower, slots: Slots) -> Slots:
     return jax.tree.map(sharding.constrain, slots, _axes(model))
 
 
-def cache_bytes(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = None) -> int:
-    """Size of what `allocate` allocates on each device, computed without allocating it."""
+def abstract(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = None) -> Slots:
+    """Shapes of what `allocate` allocates and, with a mesh, where they lie on it."""
 
-    def bytes_of(v, axes):
-        shape = v.shape
-        if mesh is not None:
-            shape = NamedSharding(mesh, sharding.spec(axes, shape, mesh.shape)).shard_shape(shape)
-        return math.prod(shape) * v.dtype.itemsize
+    def placed(v, axes):
+        place = None if mesh is None else NamedSharding(mesh, sharding.spec(axes, v.shape, mesh.shape))
+        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place)
 
     slots = jax.eval_shape(functools.partial(allocate, model=model, batch=batch, capacity=capacity))
-    return sum(jax.tree.leaves(jax.tree.map(bytes_of, slots, _axes(model))))
+    return jax.tree.map(placed, slots, _axes(model))
+
+
+def cache_bytes(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = None) -> int:
+    """Size of what `allocate` allocates on each device, computed without allocating it."""
+    return sum(map(sharded_bytes, jax.tree.leaves(abstract(model, batch, capacity, mesh))))
 
 
 def row_keys(seed: Integer[Array, "..."], number: Integer[Array, " B"]) -> Key[Array, " B"]:

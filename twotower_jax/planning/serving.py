@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twotower_jax import quantization
 from twotower_jax.config import ModelConfig
 from twotower_jax.execution import Execution
-from twotower_jax.parameters import bind, parameter_table, unflatten
+from twotower_jax.generation.rehearsal import abstract_params
+from twotower_jax.parameters import bind, parameter_table
 from twotower_jax.planning import checks
 from twotower_jax.planning.hardware import GIB, Hardware
 from twotower_jax.planning.plan import HEADROOM, compile_or_refuse
@@ -100,12 +100,7 @@ def plan_serving(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
     table, platform = parameter_table(model), hardware.devices[0].platform
-    params = jax.tree.map(
-        lambda leaf: abstract(leaf.shape, leaf.dtype),
-        unflatten(
-            {path: quantization.as_read(p, quantization.abstract(p, quantize), platform) for path, p in table.items()}
-        ),
-    )
+    params = abstract_params(model, quantize, jnp.dtype(jnp.bfloat16), lambda parameter: here, platform)
     cache = jax.tree.map(
         lambda leaf: abstract(leaf.shape, leaf.dtype),
         jax.eval_shape(lambda: model.context_tower.empty_cache(batch, capacity)),

@@ -146,7 +146,7 @@ class Gs:
 
     def info(self, key: str, seconds: float) -> Info:
         headers, content = self._call("GET", "b/{}/o/{}", self._bucket, key, seconds=seconds)
-        found = json.loads(content)
+        found = _parsed(content)
         return Info(int(found["size"]), str(found["generation"]), _age(headers, found.get("updated")))
 
     def get(self, key: str, start: int | None, stop: int | None, seconds: float) -> bytes:
@@ -178,7 +178,7 @@ class Gs:
             )
         else:
             content = self._put_in_parts(url, about, data, condition, seconds)
-        found = json.loads(content)
+        found = _parsed(content)
         if found.get("crc32c", about["crc32c"]) != about["crc32c"]:
             raise StoreError("the store has other bytes than were sent")
         return str(found["generation"])
@@ -208,7 +208,7 @@ class Gs:
             options = {"prefix": prefix} | ({} if deep else {"delimiter": "/"})
             options |= ({"pageToken": page} if page else {}) | ({"maxResults": limit} if limit else {})
             _, content = self._call("GET", "b/{}/o", self._bucket, seconds=seconds, **options)
-            found = json.loads(content)
+            found = _parsed(content)
             objects += [(item["name"], int(item["size"])) for item in found.get("items", [])]
             prefixes += found.get("prefixes", [])
             page = found.get("nextPageToken")
@@ -269,6 +269,13 @@ def _gs_system() -> tuple[Any, _Loop]:
     except Transient as error:
         raise StoreError(f"gs://: {error}; {_GS_LOGIN}") from None
     return system, _Loop(system.loop)
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise Short("an answer came that is not whole") from None
 
 
 def _said(error: BaseException) -> str:
@@ -430,7 +437,6 @@ class Hub:
         return f"{self._repository}/{key}" if key else self._repository
 
     def _call(self, seconds: float, action: Callable[[], Any]) -> Any:
-        import httpx
         from huggingface_hub import errors
 
         try:
@@ -442,8 +448,12 @@ class Hub:
             raise _of_status(status, _said(error)) from None
         except FileNotFoundError:
             raise FileNotFoundError("no such file") from None
-        except (httpx.HTTPError, TimeoutError) as error:
+        except TimeoutError as error:
             raise Transient(_said(error)) from None
+        except Exception as error:  # of its HTTP library, whichever that is
+            if type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+                raise Transient(_said(error)) from None
+            raise
 
 
 @functools.cache

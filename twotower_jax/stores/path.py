@@ -208,8 +208,10 @@ class StorePath:
         try:
             self._listing(deep=self._scheme != "hf", limit=1)
         except FileNotFoundError as error:
-            if self._scheme != "hf":
-                raise StoreError(f"{self._scheme}://{self._bucket}: there is no such bucket") from error
+            if self._scheme == "hf" and self._key:
+                return self._at("").check()
+            what = "repository, revision or right to read it" if self._scheme == "hf" else "bucket"
+            raise StoreError(f"{self._at('')}: there is no such {what}") from error
 
     def _listing(self, deep: bool, limit: int | None = None) -> clients.Listing:
         prefix = f"{self._key}/" if self._key else ""

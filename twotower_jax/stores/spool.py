@@ -6,8 +6,10 @@ becomes whole, and in the end. So a killed run loses at most what came after its
 
 import contextlib
 import pathlib
+import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 
 from twotower_jax.stores.path import StorePath
@@ -25,8 +27,8 @@ class Spool:
 
     def __init__(self, store: StorePath):
         self._store = store
-        self._kept = tempfile.TemporaryDirectory(prefix="twotower-spool-", ignore_cleanup_errors=True)
-        self.folder = pathlib.Path(self._kept.name)
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="twotower-spool-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._sent: dict[str, tuple[int, int]] = {}
         self._turn, self._ended = threading.Lock(), threading.Event()
 

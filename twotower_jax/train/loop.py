@@ -18,16 +18,7 @@ from twotower_jax.paths import in_store
 from twotower_jax.train import distributed, flops, watch
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.log import Log
-from twotower_jax.train.metrics import (
-    METRICS,
-    LossWindow,
-    MetricsWriter,
-    Row,
-    Stopwatch,
-    import_wandb,
-    last_row,
-    writing,
-)
+from twotower_jax.train.metrics import METRICS, LossWindow, MetricsWriter, Row, import_wandb, last_row, writing
 from twotower_jax.train.objectives import Losses, NoiseKey
 from twotower_jax.train.placement import Batch
 from twotower_jax.train.programs import Step
@@ -207,7 +198,7 @@ def train_stage(
     """The steps of a stage that are left, or those until somebody wants to stop."""
     config = setup.config
     with log.paused():
-        make_one_step, step_flops = _compile(setup, run, stage)
+        make_one_step, step_flops = _compile(setup, stage)
     validation = setup.validation
     validate = None if validation is None else validation.compiled(stage.block_size)
     made: tuple[StepMetrics, Batch] | None = None
@@ -311,18 +302,17 @@ def _open_log(setup: Setup, first_step: int):
         yield Log(config, write, setup.report, peak=peak, shows_error=shows_error)
 
 
-def _compile(setup: Setup, run: Run, stage: BlockStage) -> tuple[Step, float]:
+def _compile(setup: Setup, stage: BlockStage) -> tuple[Step, float]:
     """The step of a stage, and its FLOPs."""
-    config, started = setup.config, Stopwatch()
-    compiled = setup.programs.compile(stage.block_size, run.state, run.frozen)
+    config, compiled = setup.config, setup.programs.compile(stage.block_size)
     blocks = f" for blocks of {stage.block_size}" if config.two_towers else ""
-    needed = watch.temporaries(compiled)
+    needed = compiled.temporaries
     step_flops = flops.step_flops(config, setup.start.model, stage.block_size)
     setup.report(
-        f"compiled the step{blocks} in {started.seconds:.0f} s: {step_flops:.2e} FLOPs per step"
+        f"compiled the step{blocks} in {compiled.seconds:.0f} s: {step_flops:.2e} FLOPs per step"
         + (f", {watch.readable_bytes(needed)} of temporaries on each device" if needed else "")
     )
-    return compiled, step_flops
+    return compiled.step, step_flops
 
 
 def _take_in(setup: Setup, run: Run, stage: BlockStage, made: tuple[StepMetrics, Batch] | None) -> None:

@@ -1,12 +1,16 @@
 """The compiled step of each stage of a run, and whether the run's settings give one at all."""
 
+import functools
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from twotower_jax.kernels import Backends
+from twotower_jax.memory import temporaries
 from twotower_jax.parameters import Params
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Documents, Objective
@@ -14,6 +18,18 @@ from twotower_jax.train.placement import Placement
 from twotower_jax.train.step import StepMetrics, TrainState, abstract_state, make_step
 
 Step = Callable[..., tuple[TrainState, StepMetrics]]
+
+
+class Compiled(NamedTuple):
+    """A compiled step, and the seconds that compiling took by the clock."""
+
+    step: jax.stages.Compiled
+    seconds: float
+
+    @property
+    def temporaries(self) -> int | None:
+        """Bytes; see `memory.temporaries`."""
+        return temporaries(self.step)
 
 
 class Programs:
@@ -31,6 +47,12 @@ class Programs:
         self._config, self._objective, self._optimizer, self._placement = config, objective, optimizer, placement
         self._conversational = conversational
         self._jitted: dict[int, Callable] = {}
+        self._compiled: dict[int, Compiled] = {}
+
+    @functools.cached_property
+    def weights(self) -> tuple[TrainState, Params]:
+        """Shapes of the state and of the frozen parameters, and where they lie."""
+        return abstract_state(self._objective, self._optimizer, self._placement.mesh)
 
     def check(self, block_sizes: tuple[int, ...]) -> None:
         """Traces the step for blocks of each size, so that settings that cannot be computed are met before anything is
@@ -41,10 +63,9 @@ class Programs:
         Raises:
           ValueError: in one line.
         """
-        weights = abstract_state(self._objective, self._optimizer, self._placement.mesh)
         for size in dict.fromkeys(block_sizes):
             try:
-                traced = self._trace(size, *weights)
+                traced = self._trace(size)
                 if self._config.kernels != Backends():
                     with self._placement.in_force():
                         traced.lower()
@@ -56,15 +77,30 @@ class Programs:
                     f"config: these settings give no step in blocks of {size}: {type(error).__name__}: {lines[0]}"
                 ) from error
 
-    def compile(self, block_size: int, state: TrainState, frozen: Params) -> jax.stages.Compiled:
-        """The step for blocks of this size: `(state, frozen, ids, index, documents) → (state, metrics)`, which consumes
-        the state."""
-        traced = self._trace(block_size, state, frozen)
-        with self._placement.in_force():
-            return traced.lower().compile()
+    def compile(self, block_size: int) -> Compiled:
+        """The step for blocks of this size, compiled once: `(state, frozen, ids, index, documents) → (state, metrics)`,
+        which consumes the state.
 
-    def _trace(self, block_size: int, state: TrainState, frozen: Params) -> jax.stages.Traced:
+        Nothing is allocated for it: shapes, and where they lie, are enough.
+
+        Raises:
+          ValueError: in one line, if the compiler says that the step does not fit the devices.
+        """
+        if block_size not in self._compiled:
+            started = time.monotonic()
+            try:
+                with self._placement.in_force():
+                    step = self._trace(block_size).lower().compile()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise ValueError(f"the model does not fit: the compiler says {str(error).splitlines()[0]}") from None
+            self._compiled[block_size] = Compiled(step, time.monotonic() - started)
+        return self._compiled[block_size]
+
+    def _trace(self, block_size: int) -> jax.stages.Traced:
         config, placement = self._config, self._placement
+        state, frozen = self.weights
         if block_size not in self._jitted:
             step = make_step(config, self._objective, self._optimizer, block_size)
             where = None

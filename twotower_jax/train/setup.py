@@ -21,7 +21,7 @@ from twotower_jax.train.placement import Placement
 from twotower_jax.train.programs import Programs
 from twotower_jax.train.samples import Answers, Sampler, Samples
 from twotower_jax.train.schedule import BlockStage, block_stages
-from twotower_jax.train.start import Start, make_start
+from twotower_jax.train.start import Start, check_room, read_inputs, with_params
 from twotower_jax.train.step import apart, make_optimizer, tables
 from twotower_jax.train.validation import Validation
 
@@ -91,12 +91,14 @@ class Setup:
 
 
 def make_setup(config: TrainConfig, folder: Workdir, report: Report) -> Setup:
-    """Reads what a run starts from, and traces its steps; writes nothing.
+    """Reads what a run starts from, traces its steps, and compiles the first to come; writes nothing.
+
+    Parameters are read last, when it is known that what the step needs is there.
 
     Raises:
       ValueError, OSError: for inputs that are missing, broken, or do not fit together.
     """
-    start = make_start(config, folder, report)
+    start = read_inputs(config, folder, report)
     objective, placement = start.objective, Placement(start.mesh, config.batch_size)
     optimizer = make_optimizer(config, tables(objective)[0])
     programs = Programs(config, objective, optimizer, placement, start.conversational)
@@ -114,6 +116,10 @@ def make_setup(config: TrainConfig, folder: Workdir, report: Report) -> Setup:
             raise ValueError(f"sample_answers={config.sample_answers} needs conversations that are held out")
         answers = Answers(start.tokenizer, sampler, turns)
     programs.check(tuple(stage.block_size for stage in stages))
+    if to_come := [stage for stage in stages if stage.stop > (folder.step or 0)]:
+        temporaries = programs.compile(to_come[0].block_size).temporaries
+        check_room(config, *programs.weights, temporaries or 0, start.mesh)
+    start = with_params(config, folder, start)
     parts = programs, tuple(stages), validation, samples, answers
     return Setup(config, report, folder, start, optimizer, placement, *parts)
 

@@ -3,7 +3,7 @@
 import math
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -29,7 +29,7 @@ from twotower_jax.sharding import MeshShape, stored_sharding
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Objective, make_objective
 from twotower_jax.train.placement import choose_mesh
-from twotower_jax.train.step import abstract_state, make_optimizer, tables
+from twotower_jax.train.step import TrainState, abstract_state, make_optimizer, tables
 
 
 class Start(NamedTuple):
@@ -58,7 +58,12 @@ class Start(NamedTuple):
 
 
 def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], None] = lambda line: None) -> Start:
-    """Reads all inputs and checks them against one another; writes nothing, and reports what is left out.
+    """Reads all inputs, the first parameters last; see `read_inputs` and `with_params`."""
+    return with_params(config, workdir, read_inputs(config, workdir, report))
+
+
+def read_inputs(config: TrainConfig, workdir: Workdir, report: Callable[[str], None] = lambda line: None) -> Start:
+    """Reads all inputs but parameters, and checks them against one another; writes nothing, reports what is left out.
 
     A workdir with a checkpoint comes first: tokenizer and model are its own. Then `init_from`; then random weights
     and a tokenizer that comes with the data or is trained on the text. The base of an adapter is read from `init_from`
@@ -68,7 +73,7 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
       ValueError, OSError: for inputs that are missing, broken, or do not fit together.
     """
     data, mesh = Data(config.data, report), choose_mesh(config.mesh)
-    checkpoint, folder = None, None
+    folder = None
     if config.init_from and read_base(as_path(config.init_from)) is not None:
         raise ValueError(
             f"init_from={config.init_from}: holds an adapter and not a whole model; launch/export.py --merge makes one "
@@ -85,17 +90,11 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
                 f"init_from={config.init_from}: its weights are quantized ({method.name}), from which training cannot "
                 f"start; give the checkpoint that it was made from{instead}"
             )
-        check_memory(config, make_objective(config, contents(config.init_from).config), mesh)
-        variant = config.variant if config.two_towers else None
-        method = config.lora.method
-        loaded = load(
-            config.init_from, variant, config.execution, mesh=mesh, quantize=None if method is None else method.name
-        )
-        tokenizer, model, checkpoint = load_tokenizer(loaded.tokenizer_folder), loaded.model.config, loaded.params
-        folder = loaded.tokenizer_folder
+        folder = as_path(config.init_from)
+        model, tokenizer = contents(folder).config, load_tokenizer(folder)
         if (used := id_range(tokenizer)) > model.vocab_size:
             raise ValueError(
-                f"{loaded.tokenizer_folder}: the tokenizer gives ids up to {used - 1}, which lie outside the "
+                f"{folder}: the tokenizer gives ids up to {used - 1}, which lie outside the "
                 f"model's vocab_size {model.vocab_size}"
             )
     else:
@@ -111,8 +110,7 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
         for block_size in config.block_sizes:
             check_fits(MeshShape(**mesh.shape), model, rows, config.sequence_length, block_size)
     objective = make_objective(config, model)
-    if checkpoint is None:  # Otherwise it was asked before that was loaded.
-        check_memory(config, objective, mesh)
+    check_memory(config, objective, mesh)
     align = math.lcm(*config.block_sizes)
     packing = Packing(
         sequence_length=config.sequence_length,
@@ -126,9 +124,23 @@ def make_start(config: TrainConfig, workdir: Workdir, report: Callable[[str], No
         tokenizer_folder=workdir.path if workdir.step is not None else folder,
     )
     training, validation = data.windows(tokenizer, packing, Run(config.steps, config.batch_size))
-    starts = workdir.step is None or base is not None
-    params = _first_parameters(config, objective, checkpoint, mesh) if starts else None
-    return Start(tokenizer, model, objective, params, training, validation, mesh, folder, data.conversational, base)
+    return Start(tokenizer, model, objective, None, training, validation, mesh, folder, data.conversational, base)
+
+
+def with_params(config: TrainConfig, workdir: Workdir, start: Start) -> Start:
+    """What was read, and the first parameters, unless the workdir's checkpoint has them.
+
+    Raises:
+      ValueError, OSError: for a checkpoint that is broken, or that does not become the run's model.
+    """
+    if workdir.step is not None and start.base is None:
+        return start
+    checkpoint = None
+    if config.init_from:
+        variant, method = config.variant if config.two_towers else None, config.lora.method
+        quantize = None if method is None else method.name
+        checkpoint = load(config.init_from, variant, config.execution, mesh=start.mesh, quantize=quantize).params
+    return start._replace(params=_first_parameters(config, start.objective, checkpoint, start.mesh))
 
 
 def _base(config: TrainConfig, workdir: Workdir) -> Base:
@@ -154,7 +166,7 @@ def _base(config: TrainConfig, workdir: Workdir) -> Base:
 def check_memory(config: TrainConfig, objective: Objective, mesh: Mesh | None, available: Room | None = None) -> None:
     """Refuses a run whose state and gradients, which are whole before any of them is used, the devices cannot hold.
 
-    Activations come on top of them; compiling says how many (launch/compile.py).
+    Activations come on top of them; compiling says how many (`check_room`).
 
     Args:
       available: what the devices have free; None asks them.
@@ -165,10 +177,41 @@ def check_memory(config: TrainConfig, objective: Objective, mesh: Mesh | None, a
     optimizer = make_optimizer(config, tables(objective)[0])
     state, frozen = abstract_state(objective, optimizer, mesh)
     parts = {"trained weights": state.params, "optimizer": state.optimizer, "frozen": frozen, "gradients": state.params}
-    needed = {kind: sum(map(memory.sharded_bytes, jax.tree.leaves(tree))) for kind, tree in parts.items()}
-    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
-    fewer = 'moments_dtype="bfloat16" halves the optimizer' if config.moments_dtype == "float32" else ""
-    memory.check_holds(needed, devices, "mesh.fsdp", fewer, available)
+    fewer = _MOMENTS if config.moments_dtype == "float32" else ""
+    memory.check_holds(_sizes(parts), _devices(mesh), "mesh.fsdp", fewer, available)
+
+
+def check_room(
+    config: TrainConfig, state: TrainState, frozen: Params, temporaries: int, mesh: Mesh | None,
+    available: Room | None = None,
+) -> None:  # fmt: skip
+    """Refuses a run whose compiled step needs more than the devices have free, before its arrays are allocated.
+
+    Args:
+      state, frozen: as `abstract_state` has them. temporaries: bytes that the step needs on each device beside them,
+        gradients and activations in them.
+      available: what the devices have free; None asks them.
+
+    Raises:
+      ValueError: in one line, with the numbers.
+    """
+    needed = _sizes({"trained weights": state.params, "optimizer": state.optimizer, "frozen": frozen})
+    fewer = f"accumulate={2 * config.accumulate} takes half as many rows at a time"
+    if config.moments_dtype == "float32":
+        fewer += f", {_MOMENTS}"
+    needed["temporaries of the compiled step"] = temporaries
+    memory.check_holds(needed, _devices(mesh), "mesh.fsdp", fewer, available)
+
+
+_MOMENTS = 'moments_dtype="bfloat16" halves the optimizer'
+
+
+def _sizes(parts: dict[str, Any]) -> dict[str, int]:
+    return {kind: sum(map(memory.sharded_bytes, jax.tree.leaves(tree))) for kind, tree in parts.items()}
+
+
+def _devices(mesh: Mesh | None) -> list[jax.Device]:
+    return jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
 
 
 def _first_parameters(

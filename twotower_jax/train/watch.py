@@ -84,9 +84,3 @@ def memory_line(trained: Any, optimizer: Any, frozen: Any) -> str:
     sizes = {name: bytes_per_device(tree) for name, tree in parts.items()}
     listed = ", ".join(f"{readable_bytes(size)} {name}" for name, size in sizes.items() if size)
     return f"memory of each device: {readable_bytes(sum(sizes.values()))}: {listed}"
-
-
-def temporaries(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes a device that a compiled program needs beside its arguments; None where the backend does not say."""
-    analysis = compiled.memory_analysis()
-    return None if analysis is None else analysis.temp_size_in_bytes
