@@ -185,8 +185,8 @@ def seeded(seed: int, share: float, kinds: Sequence[int | str]) -> Callable[[str
 
 
 class Hub:
-    """A Hugging Face Hub with one repository, org/name, a model and a data set, of the files of a folder; it serves what
-    readers ask."""
+    """A Hugging Face Hub with one repository, org/name, as a model and as a data set, of the files of a folder; it
+    serves what readers ask."""
 
     def __init__(self, folder: pathlib.Path):
         files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}

@@ -11,9 +11,9 @@ the number of processes and of interruptions. While it is made, the folder holds
     progress/*.PID       shards that a process is writing; they get their names when all of their part are on the disk
 
 and it is complete when dataset.json stands there. In a store it is the same, but shards are made on this machine's disk
-and sent whole, and a lease in place of a lock keeps other writers out. Input files are told by size and time of change, not by hash: all of
-them would have to be read again to find that nothing has changed, and the error to be expected of a time, that it
-changed without the content, leads to a refusal and to no wrong data.
+and sent whole, and a lease in place of a lock keeps other writers out. Input files are told by size and time of change,
+not by hash: all of them would have to be read again to find that nothing has changed, and the error to be expected of a
+time, that it changed without the content, leads to a refusal and to no wrong data.
 """
 
 import contextlib
