@@ -8,6 +8,7 @@ import pathlib
 import re
 import xml.etree.ElementTree
 
+import browser
 import pytest
 from PIL import Image
 
@@ -123,6 +124,26 @@ def test_a_page_holds_everything_and_text_cannot_leave_it(trace):
     assert len(data["frames"]) == len(story.frames)
     assert data["cells"][1] == [7, 1, 0.5]
     assert (data["length"], data["steps"]) == (6, 2)
+
+
+@pytest.mark.skipif(browser.PROGRAM is None, reason="there is no Chromium here")
+def test_a_page_opens_on_the_finished_text_and_plays_once(trace, tmp_path):
+    story = read_story(trace, 1)
+    (tmp_path / "page.html").write_text(page(story), encoding="utf-8")
+    with browser.Page((tmp_path / "page.html").as_uri()) as one:
+        # Prompt and answer have a place each.
+        assert one.run("document.getElementById('prompt').textContent") == story.prompt_text
+        assert one.run("at.value === at.max && document.querySelectorAll('#text .mask').length === 0")
+        finished = one.run("document.getElementById('text').textContent")
+        one.run("window.seen = []; new MutationObserver(() => seen.push(Number(at.value)))"
+                ".observe(document.getElementById('text'), {childList: true})")  # fmt: skip
+        one.until("seen.length && at.value === at.max && document.getElementById('play').textContent === 'Play'")
+        assert one.run("seen") == list(range(len(story.frames)))
+        assert one.run("document.getElementById('text').textContent") == finished
+        # Not again, unless it is asked for; and not by itself where a reader has begun to look.
+        one.click("#back")
+        assert one.run("Number(at.value)") == len(story.frames) - 2
+        assert one.errors == []
 
 
 def test_charts_are_well_formed_and_say_what_happened(trace):
