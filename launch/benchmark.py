@@ -12,9 +12,13 @@ python launch/benchmark.py generation
 python launch/benchmark.py serving_engine --checkpoint=DIR
 python launch/benchmark.py quantization --checkpoint=DIR --rows=rows.jsonl
 python launch/benchmark.py drafts
+python launch/benchmark.py optimizers
 python launch/benchmark.py data
+python launch/benchmark.py shuffle
 python launch/benchmark.py serving
 python launch/benchmark.py kills --kills=30 --terms=20
+python launch/benchmark.py store_kills --kills=25 --terms=5
+python launch/benchmark.py stores
 """
 
 import environment  # noqa: F401, first: it says what is missing
@@ -28,7 +32,8 @@ import sys
 from twotower_jax import benchmarks, command_line
 
 _SUPPORT = pathlib.Path(__file__).parents[1] / "tests" / "support"
-_CAMPAIGNS = ("campaign", "kills")  # Modules of tests/support/campaigns, of which the tests run a slice.
+# Modules of tests/support/campaigns, of which the tests run a slice.
+_CAMPAIGNS = ("campaign", "kills", "store_kills", "stores")
 
 
 def _module(name: str) -> str:

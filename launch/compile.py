@@ -58,12 +58,19 @@ SERVE = flags.DEFINE_bool("serve", False, "Compile generation on one device inst
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "With --serve: rows together.", lower_bound=1)
 CAPACITY = flags.DEFINE_integer("capacity", 4096, "With --serve: positions of a row.", lower_bound=1)
 QUANTIZE = flags.DEFINE_enum("quantize", None, list(METHODS), "With --serve: weights in fewer bits.")
-JSON = command_line.DEFINE_path("json", None, "Also write the figures to this file, a JSON list.")
+JSON = command_line.DEFINE_path("json", None, "Also write the figures to this file, a JSON list.", local=True)
 TABLE = command_line.DEFINE_path(
-    "table", None, "A JSON file with the rows of docs/guide/scale.md and nano4b.md, to be completed and printed."
+    "table",
+    None,
+    "A JSON file with the rows of docs/guide/scale.md and nano4b.md, to be completed and printed.",
+    local=True,
 )
-PAGE = command_line.DEFINE_path("page", None, "With --table: a page to put the table into, between its two lines.")
-PROGRAMS = command_line.DEFINE_path("programs", None, "A folder for the compiled programs, gzip of HLO text.")
+PAGE = command_line.DEFINE_path(
+    "page", None, "With --table: a page to put the table into, between its two lines.", local=True
+)
+PROGRAMS = command_line.DEFINE_path(
+    "programs", None, "A folder for the compiled programs, gzip of HLO text.", local=True
+)
 AGAIN = flags.DEFINE_bool("again", False, "With --table and --programs: only predict again, from what is kept there.")
 LEAST = flags.DEFINE_bool("least", False, "Print what configs/nano4b.py needs at the least; nothing is compiled.")
 PRICES = flags.DEFINE_list("prices", [], "With --table: dollars an hour of a chip, GENERATION=DOLLARS.")

@@ -9,7 +9,6 @@ quantized can be used, and neither exported nor trained.
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
-import pathlib
 import sys
 
 import jax
@@ -20,6 +19,7 @@ from twotower_jax.checkpoint import hub, listing
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.plan import TIME_INITS
 from twotower_jax.data.tokenizer import unread_tokenizer
+from twotower_jax.paths import as_path
 from twotower_jax.quantization import METHODS
 
 _SOURCE = command_line.DEFINE_path(
@@ -47,7 +47,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # Nothing here is worth an accelerator.
     if _DRY_RUN.value:
         command_line.refuse_given([_OUTPUT, _REVISION, _SHA256, _VERIFY], "with --dry_run, which reads no data")
-        path = pathlib.Path(_SOURCE.value)
+        path = as_path(_SOURCE.value)
         if not path.exists():
             raise ValueError(f"{path}: no such folder or list; --dry_run downloads nothing")
         print(listing.dry_run(path, _TIME_INIT.value, METHODS.get(_QUANTIZE.value)))
@@ -57,10 +57,10 @@ def main() -> None:
     source = hub.resolve(_SOURCE.value, _REVISION.value)
     expected = hub.recorded_hashes(source.path)
     if _SHA256.value is not None:
-        expected |= hub.read_hashes(pathlib.Path(_SHA256.value))
+        expected |= hub.read_hashes(as_path(_SHA256.value))
     result = convert(
         source.path,
-        pathlib.Path(_OUTPUT.value),
+        as_path(_OUTPUT.value),
         time_init=_TIME_INIT.value,
         name=source.name,
         revision=source.revision,

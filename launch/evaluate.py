@@ -30,13 +30,13 @@ from twotower_jax.evaluation.environment import settle_environment
 from twotower_jax.generation.settings import MODES, Settings
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.outputs import output_folder, write_file
-from twotower_jax.paths import local_path
+from twotower_jax.paths import as_path, local_path
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
 flags.adopt_module_key_flags(adapter_flags)
 _TASKS = flags.DEFINE_list("tasks", None, "Names, several with commas: see above.", required=True)
-_INCLUDE_PATH = command_line.DEFINE_path("include_path", None, "A folder of task files of your own.")
+_INCLUDE_PATH = command_line.DEFINE_path("include_path", None, "A folder of task files of your own.", local=True)
 _MODES = flags.DEFINE_list(
     "modes", ["ar", "diffusion"], f"MODE:SETTING=VALUE:…, several with commas; modes are {', '.join(MODES)}."
 )
@@ -46,7 +46,9 @@ _LIKELIHOOD = flags.DEFINE_enum(
     "in the order in which it commits. See docs/guide/evaluation.md.",
 )  # fmt: skip
 _SAMPLES = flags.DEFINE_integer("likelihood_samples", 32, "Draws of --likelihood=bound.", lower_bound=2)
-_OUTPUT = command_line.DEFINE_path("output", None, "Folder for the results; made if it does not exist.", required=True)
+_OUTPUT = command_line.DEFINE_path(
+    "output", None, "Folder for the results; made if it does not exist.", required=True, local=True
+)
 _LIMIT = flags.DEFINE_integer("limit", None, "At most so many questions of each task or part of one.", lower_bound=1)
 _SHOTS = flags.DEFINE_integer("num_fewshot", None, "Examples before each question; default: the task's.", lower_bound=0)
 _CHAT = flags.DEFINE_bool("chat", False, "Put questions into the checkpoint's chat template.")
@@ -143,7 +145,7 @@ def _local(points, output: pathlib.Path):
     adapter = adapter_flags.given()
     loaded = model_flags.load_model(**adapter)
     tokenizer = load_tokenizer(loaded.folder)
-    checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
+    checkpoint = as_path(model_flags.CHECKPOINT.value)
     how = [model_flags.DTYPE.value, model_flags.QUANTIZE.value, model_flags.KERNELS.value]
     # Strategies of one's own: another file gives other answers.
     own = [pathlib.Path(local_path(path)).read_bytes() for path in strategy_flags.REGISTER.value]

@@ -13,7 +13,6 @@ import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
 import math
-import pathlib
 import re
 
 import jax
@@ -22,6 +21,7 @@ from absl import flags
 from twotower_jax import command_line
 from twotower_jax.checkpoint.adapter import APPLIED_TO
 from twotower_jax.checkpoint.export import TOWERS, export, export_adapter
+from twotower_jax.paths import as_path
 
 _CHECKPOINT = command_line.DEFINE_path(
     "checkpoint", None, "Converted checkpoint, training workdir or Hugging Face folder.", required=True
@@ -42,7 +42,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # Nothing here is worth an accelerator.
-    checkpoint, output = pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUTPUT.value)
+    checkpoint, output = as_path(_CHECKPOINT.value), as_path(_OUTPUT.value)
     limit = parse_size(_MAX_SHARD_SIZE.value)
     if _ADAPTER.value is True:
         if _MERGE.value:
@@ -57,7 +57,7 @@ def main() -> None:
             *(checkpoint, output, _TOWER.value, limit),
             verify=_CHECK.value,
             merge=_MERGE.value or folder is not None,
-            adapter=None if folder is None else pathlib.Path(folder),
+            adapter=None if folder is None else as_path(folder),
             adapter_tower=_ADAPTER_TOWER.value,
         )
     print(f"{_OUTPUT.value}: {count:,} tensors")

@@ -40,6 +40,7 @@ from twotower_jax.generation.watch import Watch
 from twotower_jax.jsonl import row_writer
 from twotower_jax.outputs import check_apart
 from twotower_jax.parameters import Params
+from twotower_jax.paths import as_path
 from twotower_jax.texts import check_text
 from twotower_jax.two_tower import TwoTower
 
@@ -122,7 +123,7 @@ def _generate(
     write: Callable[[dict], None] | None,
     write_trace: Callable[[dict], None] | None,
 ) -> None:
-    checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
+    checkpoint = as_path(model_flags.CHECKPOINT.value)
     # Read first, because a model takes long to load.
     template = ChatTemplate.load(checkpoint, load_tokenizer(checkpoint)) if _CHAT.value else None
     prompts = conversation_ids(rows, template) if rows and template else None

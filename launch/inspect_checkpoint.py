@@ -7,13 +7,13 @@ import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
 import json
-import pathlib
 
 import jax
 from absl import flags
 
 from twotower_jax import command_line
 from twotower_jax.checkpoint import inspection
+from twotower_jax.paths import as_path
 
 _CHECKPOINT = command_line.DEFINE_path(
     "checkpoint", None, "Converted checkpoint, training workdir or Hugging Face folder.", required=True
@@ -24,7 +24,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object, arrays included
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
-    description = inspection.describe(pathlib.Path(_CHECKPOINT.value))
+    description = inspection.describe(as_path(_CHECKPOINT.value))
     print(json.dumps(description, indent=1) if _JSON.value else inspection.text(description, contents=_ARRAYS.value))
 
 

@@ -40,7 +40,9 @@ from twotower_jax.outputs import output_file
 from twotower_jax.train.config import TrainConfig, freeze, shipped, shipped_file
 from twotower_jax.train.loop import train
 
-_WORKDIR = command_line.DEFINE_path("workdir", "runs/quickstart", "Where the training runs go, and summary.json.")
+_WORKDIR = command_line.DEFINE_path(
+    "workdir", "runs/quickstart", "Where the training runs go, and summary.json.", local=True
+)
 _DATA = flags.DEFINE_enum("data", "tasks", ["tasks", "python"], "Questions, or Python's documentation.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 200 on tasks, 320 on documentation.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(

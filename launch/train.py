@@ -16,7 +16,6 @@ or with --distributed alone where JAX finds these out: on TPU pods, under Slurm 
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
-import pathlib
 import sys
 
 from twotower_jax.train import stopping, supervisor
@@ -31,6 +30,7 @@ from ml_collections import config_flags
 from twotower_jax import command_line
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.files import CheckpointError
+from twotower_jax.paths import as_path
 from twotower_jax.train import distributed
 from twotower_jax.train.config import check_given, freeze
 from twotower_jax.train.loop import TrainResult, train
@@ -82,7 +82,7 @@ def _train() -> TrainResult:
     if COORDINATOR.value or DISTRIBUTED.value:
         distributed.initialize(COORDINATOR.value, *numbers)
     workdir = WORKDIR.value
-    profile = Profile.parse(PROFILE_STEPS.value, pathlib.Path(workdir) / "profile") if PROFILE_STEPS.value else None
+    profile = Profile.parse(PROFILE_STEPS.value, as_path(workdir) / "profile") if PROFILE_STEPS.value else None
     if profile is not None and profile.first > config.steps:
         raise ValueError(f"--profile_steps={PROFILE_STEPS.value} lies beyond steps={config.steps}")
     return train(config, workdir, stop=stopping.requested, profile=profile, notes=notes)

@@ -39,13 +39,16 @@ from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.tune import Point, Sweep, grid, sweep
 from twotower_jax.outputs import output_file, output_folder
 from twotower_jax.parameters import Params
+from twotower_jax.paths import as_path
 from twotower_jax.two_tower import TwoTower
 from twotower_jax.visualize.tradeoff import plot
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(strategy_flags)
 _PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines: {"text": ...} or {"ids": [...]}.', required=True)
-_OUTPUT = command_line.DEFINE_path("output", None, "Folder for the results; made if it does not exist.", required=True)
+_OUTPUT = command_line.DEFINE_path(
+    "output", None, "Folder for the results; made if it does not exist.", required=True, local=True
+)
 _THRESHOLDS = flags.DEFINE_list(
     "thresholds", ["0.6", "0.8", "0.9"], "Confidence thresholds to try, of strategies that have one."
 )
@@ -58,7 +61,9 @@ _MIN_AGREEMENT = flags.DEFINE_float(
     "min_agreement", 0.9, "Least part of equal tokens that a chosen setting has.", lower_bound=0.0, upper_bound=1.0
 )
 _TASKS = flags.DEFINE_list("tasks", [], "Judge settings by these tasks of launch/evaluate.py instead of agreement.")
-_INCLUDE_PATH = command_line.DEFINE_path("include_path", None, "With --tasks: a folder of task files of your own.")
+_INCLUDE_PATH = command_line.DEFINE_path(
+    "include_path", None, "With --tasks: a folder of task files of your own.", local=True
+)
 _LIMIT = flags.DEFINE_integer("limit", None, "With --tasks: at most so many questions of each.", lower_bound=1)
 _MIN_RETAINED = flags.DEFINE_float(
     "min_retained", 0.98, "With --tasks: least part of AR's mean score that a chosen setting keeps.", lower_bound=0.0
@@ -99,7 +104,7 @@ def main() -> None:
     )
     rows = read_prompts(_PROMPTS.value)
     read_operating_point(model_flags.CHECKPOINT.value)  # What is merged at the end must be readable.
-    checkpoint = pathlib.Path(model_flags.CHECKPOINT.value)
+    checkpoint = as_path(model_flags.CHECKPOINT.value)
     contents(checkpoint)  # As --write must find a checkpoint.
     if _WRITE.value:
         _check_writable(checkpoint)

@@ -19,18 +19,22 @@ from twotower_jax.checkpoint import load, manifest
 from twotower_jax.checkpoint.store import MANIFEST
 from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError, check_folder
+from twotower_jax.paths import as_path
 
 _SOURCE = command_line.DEFINE_path("source", None, "The Hugging Face folder that was converted.", required=True)
 _CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "The checkpoint to certify, of any kind.", required=True)
 _EXPECTED = command_line.DEFINE_path(
-    "expected", None, f"Folder of {certify.NUMBERS} and {certify.GENERATIONS}; by default the source or its parent."
+    "expected",
+    None,
+    f"Folder of {certify.NUMBERS} and {certify.GENERATIONS}; by default the source or its parent.",
+    local=True,
 )
 _TOLERANCE = flags.DEFINE_float("tolerance", 2e-4, "Largest drift, absolute, or relative to values above 1.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "To compute in.")
 
 
 def main() -> None:
-    source, checkpoint = pathlib.Path(_SOURCE.value), pathlib.Path(_CHECKPOINT.value)
+    source, checkpoint = as_path(_SOURCE.value), as_path(_CHECKPOINT.value)
     check_folder(source, "give the Hugging Face folder that was converted")
     recorded = _recorded(source)
     context_only = False

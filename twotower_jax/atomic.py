@@ -7,6 +7,15 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from twotower_jax.outputs import check_writable
+from twotower_jax.paths import in_store
+
+if TYPE_CHECKING:
+    from twotower_jax.stores.path import StorePath
+
+WRITING = ".writing"
 
 _ELSEWHERE = "choose a folder on another one, such as a local disk, and copy the result"
 
@@ -18,10 +27,17 @@ def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
     An exception removes the temporary folder. A killed process leaves it under its own name, `.NAME.partial`, and the
     next attempt removes it; a lock keeps two attempts apart.
 
+    In a store it has its own name from the first object on, and beside them `WRITING`, a lease, until all are there; a
+    writer that comes after one that was killed removes what that has left.
+
     Raises:
       ValueError: if `final` exists or another process is writing it.
       OSError: if it cannot be written.
     """
+    if in_store(final):
+        with _new_prefix(final):
+            yield final
+        return
     final = pathlib.Path(os.path.abspath(final))
     if os.path.lexists(final):
         raise ValueError(f"{final}: exists already; choose another output or remove it")
@@ -48,6 +64,32 @@ def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
         if not left_behind:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _new_prefix(final: "StorePath") -> Iterator[None]:
+    from twotower_jax.stores.lease import held
+
+    check_writable(final)
+    mark = final / WRITING
+    if final.is_file() or final.is_dir() and not mark.exists():
+        raise ValueError(f"{final}: exists already; choose another output or remove it")
+    with held(mark, f"{final}: another process is writing it") as lease:
+        _clear_prefix(final)
+        try:
+            yield
+            lease.check()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if not lease.lost:
+                    _clear_prefix(final)
+            raise
+
+
+def _clear_prefix(final: "StorePath") -> None:
+    for name in final.sizes():
+        if name != WRITING:
+            (final / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

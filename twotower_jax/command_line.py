@@ -24,7 +24,7 @@ from absl import app, flags, logging
 import twotower_jax
 from twotower_jax import compilation_cache
 from twotower_jax.files import CheckpointError
-from twotower_jax.paths import local_path
+from twotower_jax.paths import is_address, local_path
 
 USAGE, BROKEN_CHECKPOINT, DIVERGED, NOT_SAVED, INTERRUPTED, CLOSED_PIPE = 2, 3, 5, 6, 130, 141
 # What a person, a shell or a scheduler sends to end a program.
@@ -32,12 +32,29 @@ _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # An error's line is cut to this many characters: lists of names, and what libraries say, may be of any length.
 _LONGEST_LINE = 2000
 
+_CACHE_GB = flags.DEFINE_float(
+    "cache_gb",
+    None,
+    "GB of this machine's disk for copies of what is read from gs://, s3:// and hf:// where a file is needed: prepared "
+    "data, Megatron sets, checkpoints in Orbax's own layout. Default: TWOTOWER_CACHE_GB, or else 16.",
+    lower_bound=0,
+)
+
 # A flag belongs to the command that defines it with DEFINE_path, not to this module.
 flags.disclaim_key_flags()
 
 
+class _LocalPathParser(flags.ArgumentParser):
+    syntactic_help = "a path of this machine; ~ and file:// are understood"
+
+    def parse(self, argument: str) -> str:
+        if is_address(argument):
+            raise ValueError(f"{argument} is an address of a store; this takes a path of this machine")
+        return _PathParser().parse(argument)
+
+
 class _PathParser(flags.ArgumentParser):
-    syntactic_help = "a path; ~ and file:// are understood"
+    syntactic_help = "a path or an address; ~, file://, gs://, s3:// and hf:// are understood"
 
     def parse(self, argument: str) -> str:
         if not argument:
@@ -45,9 +62,12 @@ class _PathParser(flags.ArgumentParser):
         return local_path(super().parse(argument))
 
 
-def DEFINE_path(name: str, default: str | None, help: str, **options) -> flags.FlagHolder:  # noqa: N802 (absl's style)
-    """A flag that is a path of this machine; every flag that names a file or folder is one."""
-    return flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), **options)
+def DEFINE_path(  # noqa: N802 (absl's style)
+    name: str, default: str | None, help: str, local: bool = False, **options
+) -> flags.FlagHolder:
+    """A flag that is a path, or unless `local` an address of a store; every flag that names a file or folder is one."""
+    parser = _LocalPathParser() if local else _PathParser()
+    return flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer(), **options)
 
 
 class _PathOrBool(flags.Flag):
@@ -120,6 +140,8 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
 
                 check_settings()
                 compilation_cache.enable(flags.FLAGS[compilation_cache.FLAG].value, by_default=cache)
+            if _CACHE_GB.value is not None:
+                os.environ["TWOTOWER_CACHE_GB"] = str(_CACHE_GB.value)  # for what this process starts, too
             main()
             if problem := _unwritten():
                 fail(problem, USAGE)
@@ -143,7 +165,8 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
     if "--version" in sys.argv[1:]:
         show(twotower_jax.__version__, 0)
     # Shown by --help, as if the command had defined it.
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[compilation_cache.FLAG])
+    for name in (compilation_cache.FLAG, _CACHE_GB.name):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     _print_anything()
     _listen()
     try:

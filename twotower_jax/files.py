@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from twotower_jax.paths import in_store
+
 # The index of the release has 1.2 MB, a full-size conversion.json 4 MB.
 _MAX_JSON_BYTES = 32 << 20
 
@@ -47,6 +49,8 @@ def open_regular(path: pathlib.Path) -> BinaryIO:
     Raises:
       CheckpointError: if it is missing, cannot be read, or is a pipe, a device or a folder.
     """
+    if in_store(path):
+        return _open_object(path)
     try:
         # Not blocking, so that a pipe in a file's place is found out instead of waited for.
         file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)  # noqa: SIM115
@@ -60,6 +64,24 @@ def open_regular(path: pathlib.Path) -> BinaryIO:
         raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
+def _open_object(path: Any) -> BinaryIO:
+    """Opens an object of a store, of which nothing else is known to be wrong than that it is not there."""
+    try:
+        return path.open("rb", buffering=0)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def size_of(file: BinaryIO) -> int:
+    """The bytes of a file that `open_regular` has opened."""
+    return file.size if hasattr(file, "size") else os.fstat(file.fileno()).st_size
+
+
+def is_there(path: pathlib.Path) -> bool:
+    """Whether anything has that name, a link that leads nowhere included."""
+    return path.exists() if in_store(path) else os.path.lexists(path)
+
+
 def read_file(path: pathlib.Path) -> np.ndarray:
     """The content of a file of any size, as uint8.
 
@@ -67,7 +89,7 @@ def read_file(path: pathlib.Path) -> np.ndarray:
       CheckpointError: see `open_regular`.
     """
     with open_regular(path) as file:
-        return read_exactly(path, file, os.fstat(file.fileno()).st_size)
+        return read_exactly(path, file, size_of(file))
 
 
 def read_exactly(path: pathlib.Path, file: BinaryIO, size: int) -> np.ndarray:
@@ -93,7 +115,7 @@ def read_bytes(path: pathlib.Path, limit: int) -> bytes:
       CheckpointError: see `open_regular`; also if it has more than `limit` bytes.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = size_of(file)
         if size > limit:
             raise CheckpointError(f"{path}: has {size} bytes; {limit} is the limit")
         return file.read()
@@ -137,6 +159,8 @@ def check_link(file: pathlib.Path) -> None:
     Raises:
       CheckpointError: if it leads anywhere else, or is not there.
     """
+    if in_store(file):
+        return  # where there are none
     try:
         if not stat.S_ISLNK(os.lstat(file).st_mode):
             return

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from twotower_jax.outputs import output_file
+from twotower_jax.paths import as_path
 
 
 def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -16,7 +17,7 @@ def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
       ValueError: naming file and line, for a line that is not a JSON object, or a file without any.
       OSError: if the file cannot be read.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark

@@ -21,6 +21,7 @@ from twotower_jax.generation.rehearsal import abstract_params
 from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
 from twotower_jax.parameters import Params, cast, count, parameter_table
+from twotower_jax.paths import as_path
 from twotower_jax.quantization import METHODS, Method
 from twotower_jax.tokens import parse_ids
 from twotower_jax.two_tower import TwoTower
@@ -80,7 +81,7 @@ def load_model(
         before any weight is read, where the devices cannot hold them.
     """
     placement = tower_meshes(parse_mesh(MESH.value), apart=apart)
-    scan_layers = jax.default_backend() == "cpu" and is_small(pathlib.Path(CHECKPOINT.value))
+    scan_layers = jax.default_backend() == "cpu" and is_small(as_path(CHECKPOINT.value))
     execution = Execution(dtype=DTYPE.value, scan_layers=scan_layers, backends=Backends.parse(KERNELS.value))
     _check_memory(contents(CHECKPOINT.value), placement, execution, needs)
     places = None if placement.context is None else placement.parameter_sharding

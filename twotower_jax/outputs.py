@@ -3,11 +3,18 @@
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import pathlib
 import stat
+import uuid
 from collections.abc import Iterator, Mapping
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from twotower_jax.paths import as_path, in_store
+
+if TYPE_CHECKING:
+    from twotower_jax.stores.path import StorePath
 
 # Names of what the process has open, which may be a file that others write to as well.
 _OPEN_FILES = ("/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
@@ -18,14 +25,21 @@ def output_file(path: str | pathlib.Path) -> Iterator[TextIO]:
     """A file to write UTF-8 text to.
 
     A regular file, new or to be replaced, gets its name when all is written; through a link, the file it leads to. A
-    device or pipe is written into as it is.
+    device or pipe is written into as it is. In a store, the object is written when all is there.
 
     Raises:
       ValueError: naming the path, before anything is written: it is a folder or a socket, its folder does not exist, or
         it is being written already, by another process or this one.
       OSError: if it cannot be written.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
+    if in_store(path):
+        check_writable(path.parent)
+        buffer = io.BytesIO()
+        with io.TextIOWrapper(buffer, encoding="utf-8", write_through=True) as file:
+            yield file
+            path.write(buffer.getvalue())
+        return
     with _naming(path):
         yield from _output_file(path)
 
@@ -84,7 +98,11 @@ def output_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
       ValueError: naming the path, if something else has its name or it cannot be written in.
       OSError: if it cannot be made.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
+    if in_store(path):
+        check_writable(path)
+        yield path
+        return
     for parent in (path, *path.parents):
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"{path}: {parent} is a file, not a folder")
@@ -99,6 +117,21 @@ def output_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def check_writable(folder: "StorePath") -> None:
+    """Sees whether objects can be written below a path of a store; leaves nothing there.
+
+    Raises:
+      ValueError: if such a store is only read.
+      StoreError: if it refuses, in one line.
+    """
+    if not folder.writable:
+        raise ValueError(f"{folder}: such addresses are only read; write to a folder of this machine, gs:// or s3://")
+    folder.check()
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    probe.create(b"")
+    probe.unlink(missing_ok=True)
 
 
 def check_apart(paths: Mapping[str, str | None], inputs: Mapping[str, str | None] = {}) -> None:  # noqa: B006

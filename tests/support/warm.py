@@ -58,17 +58,25 @@ class Server:
         Raises:
           TimeoutError: after `timeout` seconds; the command is killed.
         """
+        process = self.begin(script, arguments, cwd=cwd, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
+        try:
+            return self.end(timeout)
+        except TimeoutError:
+            os.kill(process, signal.SIGKILL)
+            self.end(None)
+            raise
+
+    def begin(self, script: str, arguments: list[str], *, cwd, env, stdin, stdout, stderr) -> int:
+        """Starts a command, the only one until its `end`; its process."""
         request = {"script": script, "arguments": arguments, "cwd": str(cwd), "env": env}
         socket.send_fds(self._socket, [json.dumps(request).encode()], [stdin, stdout, stderr])
-        process = int(self._socket.recv(_MOST))
+        return int(self._socket.recv(_MOST))
+
+    def end(self, timeout: float | None) -> int:
+        """The exit status of the command that was begun; TimeoutError if it runs for longer."""
         self._socket.settimeout(timeout)
         try:
             return os.waitstatus_to_exitcode(int(self._socket.recv(_MOST)))
-        except TimeoutError:
-            os.kill(process, signal.SIGKILL)
-            self._socket.settimeout(None)
-            self._socket.recv(_MOST)
-            raise
         finally:
             self._socket.settimeout(None)
 

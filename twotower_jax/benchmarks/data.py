@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from twotower_jax import command_line
+from twotower_jax.benchmarks import _input_processes
 from twotower_jax.data import TrainingData, python_documentation, save_tokenizer, train_tokenizer
 from twotower_jax.data.opening import Data, Packing
 from twotower_jax.data.prepare import Settings, prepare
@@ -37,20 +38,22 @@ def define_flags() -> None:
     command_line.DEFINE_path("directory", None, "Where to work; default is the system's temporary folder.")
     flags.DEFINE_integer("megabytes", 48, "Text to prepare and to read.", lower_bound=1)
     flags.DEFINE_float("seconds", 3.0, "How long to read from each kind.", lower_bound=0.1)
+    flags.DEFINE_list("workers", ["1", "2", "8"], "Processes that prepare, or that read the rows of a batch together.")
     flags.DEFINE_bool("train", True, "Also train some steps of configs/tiny.py, for comparison.")
 
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
+    workers = command_line.numbers(flags.FLAGS["workers"], int, 1)
     print(f"{os.cpu_count()} cores, Python {platform.python_version()}", flush=True)
     with tempfile.TemporaryDirectory(dir=flags.FLAGS.directory) as scratch:
         folder = pathlib.Path(scratch)
         _make_text(folder / "text")
         documents = python_documentation()
         tokenizer = train_tokenizer(documents, _VOCAB_SIZE)
-        for workers in (1, 2):
-            prepared = folder / f"prepared{workers}"
-            _measure_prepare(folder / "text", prepared, tokenizer, workers)
+        for count in workers:
+            prepared = folder / f"prepared{count}"
+            _measure_prepare(folder / "text", prepared, tokenizer, count)
         _make_megatron(prepared, folder / "megatron")
         entries = {"prepared": {"path": str(prepared), "weight": 0.7}, "megatron": {"path": "megatron", "weight": 0.3}}
         (folder / "mixture.json").write_text(json.dumps(entries))
@@ -70,14 +73,24 @@ def main() -> None:
                 clock, processor = _reading_rates(Data(str(path)).windows(tokenizer, packing)[0], batch_size)
                 print(f"read, {batch_size} x {length}, {name}: {clock / 1e6:.1f} M tokens/s, {processor / 1e6:.1f} M a "
                       "second of processor time", flush=True)  # fmt: skip
+        for length, batch_size in ((256, 64), (8192, 8)):
+            packing = Packing(length, _VOCAB_SIZE, 0.01, 0, 32)
+            for count in (count for count in workers if batch_size % count == 0):
+                clock, processor = _input_processes.rates(
+                    prepared, folder / "tokenizer", packing, batch_size, count, flags.FLAGS.seconds
+                )
+                print(f"read by {count} processes, {batch_size} x {length}, prepared, documents told apart: "
+                      f"{clock / 1e6:.1f} M tokens/s, {processor / 1e6:.1f} M a second of processor time; with a core "
+                      f"each {count * processor / 1e6:.1f} M", flush=True)  # fmt: skip
         if flags.FLAGS.train:
             print(f"train, configs/tiny.py on this machine: {_training_rate(folder):,.0f} tokens/s", flush=True)
-    config = freeze(shipped("nano30b"))
-    flops = step_flops(config, config.model_config(config.vocab_size), config.block_sizes[-1])
-    a_token = flops / (config.batch_size * config.sequence_length)
-    for kind, devices in _HOSTS.items():
-        needed = UTILIZATION * PEAK_FLOPS[kind] * devices / a_token
-        print(f"the published model on a host of {devices} devices of {kind}, by arithmetic: {needed:,.0f} tokens/s")
+    for name in ("nano4b", "nano30b"):
+        config = freeze(shipped(name))
+        flops = step_flops(config, config.model_config(config.vocab_size), config.block_sizes[-1])
+        a_token = flops / (config.batch_size * config.sequence_length)
+        for kind, devices in _HOSTS.items():
+            needed = UTILIZATION * PEAK_FLOPS[kind] * devices / a_token
+            print(f"{name} on a host of {devices} devices of {kind}, by arithmetic: {needed:,.0f} tokens/s")
 
 
 def _make_text(folder: pathlib.Path) -> None:

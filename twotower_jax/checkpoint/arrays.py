@@ -13,7 +13,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -59,16 +59,24 @@ def chunk_name(parameter: Parameter, index: tuple[int, ...]) -> str:
 
 def metadata(parameters: Mapping[Path, Parameter], dtypes: Mapping[Path, np.dtype]) -> dict[str, str]:
     """The text of every file that is not a tensor, by name relative to the Orbax folder."""
+    files = orbax_metadata({path: parameter.shape for path, parameter in parameters.items()})
+    for path, parameter in parameters.items():
+        files[f"{folder_name(path)}/zarr.json"] = _zarr(parameter, dtypes[path])
+    return {name: json.dumps(value, indent=1) + "\n" for name, value in files.items()}
+
+
+def orbax_metadata(shapes: Mapping[Path, tuple[int, ...]]) -> dict[str, Any]:
+    """What Orbax needs beside Zarr's own files to read a folder of arrays, by file name."""
     tree = {
         str(path): {
             "key_metadata": [{"key": key, "key_type": 2} for key in path],
             "value_metadata": {
                 "value_type": "jax.Array",
                 "skip_deserialize": False,
-                "write_shape": list(parameter.shape),
+                "write_shape": list(shape),
             },
         }
-        for path, parameter in parameters.items()
+        for path, shape in shapes.items()
     }
     orbax = {
         "tree_metadata": tree,
@@ -85,10 +93,7 @@ def metadata(parameters: Mapping[Path, Parameter], dtypes: Mapping[Path, np.dtyp
         "commit_timestamp_nsecs": None,
         "custom_metadata": {},
     }
-    files = {"_METADATA": orbax, "_CHECKPOINT_METADATA": checkpoint}
-    for path, parameter in parameters.items():
-        files[f"{folder_name(path)}/zarr.json"] = _zarr(parameter, dtypes[path])
-    return {name: json.dumps(value, indent=1) + "\n" for name, value in files.items()}
+    return {"_METADATA": orbax, "_CHECKPOINT_METADATA": checkpoint}
 
 
 def _zarr(parameter: Parameter, dtype: np.dtype) -> dict:

@@ -1,13 +1,12 @@
 """What lies beside the weights of a checkpoint folder: `config.json`, which may be anything, and the tokenizer."""
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
 from twotower_jax.config import ModelConfig, read_model_config
 from twotower_jax.config_reading import token_ids
-from twotower_jax.files import CheckpointError, check_link, open_regular, read_bytes, read_json
+from twotower_jax.files import CheckpointError, check_link, is_there, open_regular, read_bytes, read_json
 from twotower_jax.layers import registry
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -49,7 +48,7 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     """
     path = folder / CONFIG
     try:
-        if os.path.lexists(path):
+        if is_there(path):
             check_link(path)
             open_regular(path).close()
         config = read_model_config(path)
@@ -97,7 +96,7 @@ def generation_end_tokens(folder: pathlib.Path) -> tuple[int, ...] | None:
       CheckpointError: if the file cannot be read, or the field is neither a token id nor a list of them.
     """
     path = folder / GENERATION_CONFIG
-    if not os.path.lexists(path):
+    if not is_there(path):
         return None
     check_link(path)
     values = read_json(path)

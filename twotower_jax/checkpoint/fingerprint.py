@@ -9,6 +9,7 @@ tell two models apart; they do not prove that all others are whole, for which th
 
 import functools
 import hashlib
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,9 +20,10 @@ import numpy as np
 from twotower_jax.checkpoint import arrays, huggingface, orbax_steps, store, workdir
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.plan import table_places
-from twotower_jax.checkpoint.safetensors_file import Entry
+from twotower_jax.checkpoint.safetensors_file import Entry, read_tensor
 from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import parameter_table
+from twotower_jax.paths import AnyPath, in_store
 from twotower_jax.two_tower import Backbone, TwoTower
 
 CONTEXT, DENOISER = "context", "denoiser"
@@ -92,7 +94,14 @@ def _sample(name: str, tensor: np.ndarray) -> Sample:
 
 
 def _mapped(path: pathlib.Path, entry: Entry) -> np.ndarray:
-    return np.memmap(path, entry.dtype, "r", entry.start, entry.shape)
+    return _bytes(path, entry.dtype, entry.start, entry.shape)
+
+
+def _bytes(path: AnyPath, dtype: np.dtype, start: int, shape: tuple[int, ...]) -> np.ndarray:
+    """An array in a file: of this machine read where it is looked at, of a store whole."""
+    if in_store(path):
+        return read_tensor(path, Entry(dtype, shape, start, start + math.prod(shape) * dtype.itemsize))
+    return np.memmap(path, dtype, "r", start, shape)
 
 
 def _of_folder(folder: huggingface.Folder) -> Iterator[Sample]:
@@ -109,7 +118,7 @@ def _of_store(opened: store.Store) -> Iterator[Sample]:
         if not _is_time(name):
             file = opened.path / PARAMS / arrays.chunk_name(parameter, index)
             ours = parameter.shape[parameter.tensors.ndim :]
-            mapped = np.memmap(file, dtypes[parameter.path], "r", shape=ours)
+            mapped = _bytes(file, dtypes[parameter.path], 0, ours)
             yield _sample(name, parameter.to_tensor(mapped))
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from twotower_jax.checkpoint.config_file import SMALL_FILES
 from twotower_jax.checkpoint.huggingface import INDEX
-from twotower_jax.files import CheckpointError, read_bytes
+from twotower_jax.files import CheckpointError, check_folder, read_bytes
+from twotower_jax.paths import as_path, in_store
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -27,7 +28,12 @@ def resolve(source: str, revision: str | None = None) -> Source:
     Raises:
       ValueError: if it is neither, or the Hub does not give it.
     """
-    path = pathlib.Path(source)
+    path = as_path(source)
+    if in_store(path):
+        if revision is not None:
+            raise ValueError(f"--revision={revision} goes with a Hub id; write hf://ORGANIZATION/NAME@REVISION")
+        check_folder(path, "give a Hugging Face folder")
+        return Source(path, str(path), None)
     if path.exists():
         if revision is not None:
             raise ValueError(f"--revision={revision} goes with a Hub id; {source} is on this machine")
@@ -61,6 +67,8 @@ def recorded_hashes(folder: pathlib.Path) -> dict[str, str]:
     In its cache a large file is a link to a blob of that name; in a plain folder, notes lie in `.cache/huggingface`.
     """
     hashes = {}
+    if in_store(folder):
+        return hashes
     for file in folder.glob("*.safetensors"):
         note = folder / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
         found = None

@@ -25,6 +25,7 @@ from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError, check_folder, check_link, read_json, some
 from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, ShardingOf, parameter_table, unflatten
+from twotower_jax.paths import as_path
 from twotower_jax.quantization import Method
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
@@ -236,7 +237,7 @@ def load(
       CheckpointError: see `open_folder` and `check`.
       ValueError: if the variant cannot start from this folder.
     """
-    folder = open_folder(pathlib.Path(path))
+    folder = open_folder(as_path(path))
     if variant.context == "tied" and not folder.single_tower:
         raise ValueError(f"{path}: context='tied' needs a checkpoint of one tower; this has two different ones")
     own = own_table(folder, execution)

@@ -14,6 +14,7 @@ from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
 from twotower_jax.files import check_folder
 from twotower_jax.parameters import Params, ShardingOf, parameter_table
+from twotower_jax.paths import as_path
 from twotower_jax.quantization import METHODS, Method, check_mesh
 from twotower_jax.sharding import stored_sharding
 from twotower_jax.two_tower import TwoTower, from_backbone
@@ -67,7 +68,7 @@ def load(
     """
     if quantize is not None and quantize not in METHODS:
         raise ValueError(f"quantize={quantize!r} is not one of {', '.join(METHODS)}")
-    path, method = pathlib.Path(path), METHODS.get(quantize)
+    path, method = as_path(path), METHODS.get(quantize)
     if mesh is not None:
         sharding = lambda p: stored_sharding(mesh, p.axes, p.shape)  # noqa: E731
     check_folder(path, _WANTED)
@@ -95,10 +96,10 @@ def read_adapter(folder: str | pathlib.Path, checkpoint: str | pathlib.Path) -> 
     Raises:
       CheckpointError, ValueError: see `adapter.read` and `adapter.check_base`; also if the checkpoint has one already.
     """
-    checkpoint = pathlib.Path(checkpoint)
+    checkpoint = as_path(checkpoint)
     if (base := workdir.read_base(checkpoint)) is not None:
         raise ValueError(f"{checkpoint}: holds an adapter already; give its base, {base.checkpoint}, as the checkpoint")
-    found = adapters.read(pathlib.Path(folder))
+    found = adapters.read(as_path(folder))
     adapters.check_base(found, checkpoint)
     return found
 
@@ -119,7 +120,7 @@ def beside(
     Raises:
       CheckpointError: if it does not fit the model.
     """
-    towers = adapters.towers_of(adapter, is_backbone(pathlib.Path(checkpoint)), tower)
+    towers = adapters.towers_of(adapter, is_backbone(as_path(checkpoint)), tower)
     if model.variant.context == "tied":
         towers = towers[:1] and ("context",)
     return lora.attach(params, adapters.fit(adapter, parameter_table(model), towers, sharding), adapter.scale)
@@ -156,7 +157,7 @@ def load_merged(
 
     The update is added to the matrices that the base has on disk, also where it was trained beside quantized ones.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if adapter is None and path.is_dir() and (base := workdir.read_base(path)) is not None:
         loaded = Loaded(*_load_adapted(path, base), path)
     else:
@@ -170,7 +171,7 @@ def base_folder(path: pathlib.Path, base: workdir.Base) -> pathlib.Path:
     Raises:
       ValueError: if it is not where it was.
     """
-    folder = pathlib.Path(base.checkpoint)
+    folder = as_path(base.checkpoint)
     if not folder.is_dir():
         raise ValueError(
             f"{path}: its base is not at {folder} any more; put it back, or export the adapter (launch/export.py "
@@ -208,7 +209,7 @@ def contents(path: str | pathlib.Path) -> Contents:
       CheckpointError: if what says it is missing or broken.
       ValueError: if there is no such folder.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     check_folder(path, _WANTED)
     if (path / store.MANIFEST).exists():
         return Contents(store.open_store(path).config, Variant(), False, None)
@@ -233,7 +234,7 @@ def stored_method(path: str | pathlib.Path) -> Method | None:
     Raises:
       CheckpointError: if it is a converted one with a broken manifest.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if workdir.read_base(path) is not None:
         return METHODS.get(workdir.read_settings(path)["lora"]["base"])
     return manifest.read(path).method if (path / store.MANIFEST).exists() else None

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from twotower_jax.files import CheckpointError, open_regular, read_json
+from twotower_jax.paths import in_store
 from twotower_jax.quantization import METHODS, Method
 
 NAME = "conversion.json"
@@ -140,6 +141,10 @@ def write_file(path: pathlib.Path, pieces: Iterable[bytes | memoryview]) -> Dige
     Raises:
       OSError: naming the file, if it cannot be written or exists.
     """
+    if in_store(path):
+        data = b"".join(pieces)
+        path.create(data)
+        return digest_of(data)
     digest, size = hashlib.sha256(), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

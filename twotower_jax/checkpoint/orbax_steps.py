@@ -32,6 +32,7 @@ from twotower_jax.atomic import sync_path, sync_tree
 from twotower_jax.checkpoint import arrays, manifest
 from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.parameters import Params, Path, flatten, unflatten
+from twotower_jax.paths import in_store
 
 HASHES = "hashes.json"
 _PARTIAL, _REMOVED = ".writing", ".removed"
@@ -53,6 +54,8 @@ def check_path(folder: pathlib.Path) -> None:
     Raises:
       ValueError: naming the characters.
     """
+    if in_store(folder):
+        return  # Orbax writes nothing there.
     arrays.check_path(folder)
     if odd := _ODD.search(str(folder.absolute())):
         arrays.refuse_path(folder, odd[0])
@@ -102,7 +105,7 @@ class FolderWriter:
         self.wait()
         final = final.absolute()
         partial = final.with_name(final.name + _PARTIAL)
-        with _as_save_error(final):
+        with as_save_error(final):
             final.parent.mkdir(parents=True, exist_ok=True)
             items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
             self._checkpointer.save(partial, args=ocp.args.Composite(**items), force=True)
@@ -142,7 +145,7 @@ class FolderWriter:
         then: Callable[[], None],
     ) -> None:
         try:
-            with _as_save_error(final):
+            with as_save_error(final):
                 self._checkpointer.wait_until_finished()
                 if jax.process_index() == 0:
                     _commit(partial, final, trees, values)
@@ -153,6 +156,8 @@ class FolderWriter:
 
 def clean_up(folder: pathlib.Path, name: str = "*") -> None:
     """Removes what a killed process left half written or half removed of the folders called `name`."""
+    if in_store(folder):
+        return _store_steps().clean_up(folder, name)
     for kind in (_PARTIAL, _REMOVED):
         for entry in folder.glob(f"{name}{kind}*"):
             shutil.rmtree(entry, ignore_errors=True)
@@ -160,6 +165,8 @@ def clean_up(folder: pathlib.Path, name: str = "*") -> None:
 
 def keep_newest(folder: pathlib.Path, count: int) -> None:
     """Removes all but the newest `count` checkpoints. One that is half removed has no number any more."""
+    if in_store(folder):
+        return _store_steps().keep_newest(folder, committed_steps(folder), count)
     for step in committed_steps(folder)[:-count]:
         removed = folder / f"{step}{_REMOVED}"
         (folder / str(step)).rename(removed)
@@ -172,6 +179,8 @@ def verify(folder: pathlib.Path, *, only: str = "") -> None:
     Raises:
       CheckpointError: naming the file that differs or is missing.
     """
+    if in_store(folder):
+        return _store_steps().verify(folder, only)
     path = folder / HASHES
     files = read_json(path)
     if not isinstance(files, dict):
@@ -186,6 +195,9 @@ def stored_arrays(folder: pathlib.Path) -> Params:
     Raises:
       CheckpointError: if the folder is not there, or is not one of Orbax.
     """
+    if in_store(folder):
+        found = _store_steps().stored_arrays(folder)
+        return stored_arrays(_store_steps().local_copy(folder)) if found is None else found
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; the checkpoint is not whole")
     try:
@@ -202,7 +214,13 @@ def restore_arrays(folder: pathlib.Path, target: Params) -> Params:
     Raises:
       CheckpointError: if an array is missing, left over, or of another shape or dtype.
     """
-    _check_fits(folder, stored_arrays(folder), target)
+    if in_store(folder):
+        found = _store_steps().stored_arrays(folder)
+        if found is None:
+            return restore_arrays(_store_steps().local_copy(folder), target)
+        check_fits(folder, found, target)
+        return _store_steps().restore_arrays(folder, target)
+    check_fits(folder, stored_arrays(folder), target)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or device), target)
     return ocp.StandardCheckpointHandler().restore(folder.absolute(), args=ocp.args.StandardRestore(placed))
@@ -214,7 +232,15 @@ def restore_on_host(folder: pathlib.Path, target: Params) -> Iterator[tuple[Path
     Raises:
       CheckpointError: as `restore_arrays`, before anything is read.
     """
-    _check_fits(folder, stored_arrays(folder), target)
+    if in_store(folder):
+        found = _store_steps().stored_arrays(folder)
+        if found is None:
+            yield from restore_on_host(_store_steps().local_copy(folder), target)
+            return
+        check_fits(folder, found, target)
+        yield from _store_steps().restore_on_host(folder, target)
+        return
+    check_fits(folder, stored_arrays(folder), target)
     handler = ocp.PyTreeCheckpointHandler()
     paths = list(flatten(target))
     for path in paths:
@@ -244,7 +270,11 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
       SaveError: if it cannot be written.
     """
     partial = path.with_name(f"{path.name}.partial")
-    with _as_save_error(path):
+    if in_store(path):
+        with as_save_error(path):
+            path.write_text(text)
+        return
+    with as_save_error(path):
         partial.write_text(text, encoding="utf-8")
         sync_path(partial)
         os.replace(partial, path)
@@ -273,15 +303,24 @@ def _commit(partial: pathlib.Path, final: pathlib.Path, trees: Sequence[str], va
     sync_path(final.parent)
 
 
+def _store_steps() -> Any:
+    """Of folders in a store; imported for those alone."""
+    from twotower_jax.checkpoint import store_steps
+
+    return store_steps
+
+
 @contextlib.contextmanager
-def _as_save_error(path: pathlib.Path) -> Iterator[None]:
+def as_save_error(path: pathlib.Path | None) -> Iterator[None]:
+    """Makes whatever goes wrong in writing a SaveError, which names `path` where the error does not."""
     try:
         yield
     except SaveError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds.
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SaveError(f"{path}: could not be written: {reason}") from error
+        where = "" if path is None or reason.startswith(str(path)) else f"{path}: "
+        raise SaveError(f"{where}could not be written: {reason}") from error
 
 
 @functools.cache
@@ -300,7 +339,8 @@ def _say_failures_once() -> None:
     sys.unraisablehook = without_closed_loops
 
 
-def _check_fits(where: pathlib.Path, stored: Params, target: Params) -> None:
+def check_fits(where: pathlib.Path, stored: Params, target: Params) -> None:
+    """Raises CheckpointError if an array is missing, left over, or of another shape or dtype than the target's."""
     stored, target = flatten(stored), flatten(target)
     if odd := sorted(stored.keys() ^ target.keys()):
         kind = "is missing" if odd[0] in target else "is not of this model"

@@ -7,7 +7,6 @@ Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape,
 """
 
 import math
-import os
 import pathlib
 import struct
 from typing import BinaryIO, NamedTuple
@@ -15,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from twotower_jax.files import CheckpointError, open_regular, parse_json, read_exactly
+from twotower_jax.files import CheckpointError, open_regular, parse_json, read_exactly, size_of
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -42,7 +41,7 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
       CheckpointError: if the file is missing, cut off, or its header is anything but an exact description of it.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = size_of(file)
         head = file.read(8)
         if len(head) < 8:
             raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file")

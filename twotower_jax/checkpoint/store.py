@@ -7,17 +7,20 @@ params/           an Orbax checkpoint of the parameters in the layout of the def
                   a quantized matrix is two arrays, …/values and …/scales
 """
 
+import math
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from twotower_jax import parameters
-from twotower_jax.checkpoint import arrays, manifest
+from twotower_jax.checkpoint import arrays, chunks, manifest
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.config_file import read_config
 from twotower_jax.checkpoint.manifest import Manifest
+from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.checkpoint.plan import Place, segment_list, table_places
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.config import ModelConfig, Variant
@@ -25,6 +28,7 @@ from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError, some
 from twotower_jax.kernels.numerics.quantized import Quantized
 from twotower_jax.parameters import Parameter, Params, Path, ShardingOf, parameter_table, unflatten
+from twotower_jax.paths import as_path, in_store
 from twotower_jax.quantization import SCALES, VALUES, Method, as_read, disk_table
 from twotower_jax.two_tower import TwoTower
 
@@ -116,7 +120,7 @@ def load(
       CheckpointError: if anything is missing, broken or changed.
       ValueError: if the variant cannot start from this checkpoint, or it is quantized in another way.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     variant = variant or Variant()
     store = open_store(path, verify)
     if variant.context == "tied" and store.manifest.kind != "single_tower":
@@ -126,18 +130,16 @@ def load(
         raise ValueError(
             f"{path}: is stored as {stored.name}; {quantize.name} is made from a checkpoint that is not quantized"
         )
-    if verify:
+    if verify and not in_store(path):  # where each chunk is compared as it comes
         manifest.verify(path, store.manifest.files, store.manifest.files)
     model = TwoTower(store.config, variant, execution)
     places = table_places(store.table)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def as_stored(parameter: Parameter, part: str | None = None) -> jax.Array:
-        view = _view(store, parameter, places, part)
+        read = _reader(store, parameter, places, part)
         parameter = parameter if part is None else stored.parts(parameter)[part]
-        return jax.make_array_from_callback(
-            parameter.shape, sharding(parameter) if sharding else device, lambda place: view[place].read().result()
-        )
+        return jax.make_array_from_callback(parameter.shape, sharding(parameter) if sharding else device, read)
 
     def read(parameter: Parameter) -> jax.Array | Quantized:
         if parameter.scales is None or (stored is None and quantize is None):
@@ -146,21 +148,38 @@ def load(
             bits, _ = stored.layout(parameter)
             made = Quantized(as_stored(parameter, VALUES), as_stored(parameter, SCALES), bits)
             return as_read(parameter, made, next(iter(made.values.sharding.device_set)).platform)
-        view = _view(store, parameter, places)
-        return read_quantized(parameter, quantize, lambda index: view[index].read().result(), sharding)
+        return read_quantized(parameter, quantize, _reader(store, parameter, places), sharding)
 
-    return model, unflatten({path: read(parameter) for path, parameter in parameter_table(model).items()})
+    wanted = parameter_table(model)
+    if in_store(path):  # which answers later than a disk: several arrays are on their way
+        arrived = in_order(wanted.values(), read, lambda p: 4 * math.prod(p.shape))
+        return model, unflatten(dict(zip(wanted, arrived, strict=True)))
+    return model, unflatten({path: read(parameter) for path, parameter in wanted.items()})
 
 
-def _view(store: Store, parameter: Parameter, places: dict[str, Place], part: str | None = None):
-    """The array on disk that holds `parameter`, or a part of a quantized one, or the layer of it that does."""
+def _reader(
+    store: Store, parameter: Parameter, places: dict[str, Place], part: str | None = None
+) -> Callable[[tuple], np.ndarray]:
+    """Reads slices of the array on disk that holds `parameter`, or a part of a quantized one, or of the layer of it
+    that does."""
     whole, index = places[str(parameter.tensors.flat[0])]
     stored = whole if part is None else store.arrays[*whole.path, part]
     folder = store.path / PARAMS / arrays.folder_name(stored.path)
+    layer = () if whole.shape == parameter.shape else (index[0],)
+    if in_store(store.path):
+        prefix = f"{PARAMS}/{folder.name}/"
+        view = chunks.Array(folder, lambda name: store.manifest.files[prefix + name] if store.verified else None)
+        _check_shape(folder, view.shape, stored.shape)
+        return lambda place: view.read((*layer, *place))
     try:
         view = arrays.open_array(store.path / PARAMS, stored.path)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
-    if view.shape != stored.shape:
-        raise CheckpointError(f"{folder}: has shape {list(view.shape)}, the model's is {list(stored.shape)}")
-    return view if whole.shape == parameter.shape else view[index[0]]
+    _check_shape(folder, view.shape, stored.shape)
+    view = view[layer] if layer else view
+    return lambda place: view[place].read().result()
+
+
+def _check_shape(folder: pathlib.Path, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise CheckpointError(f"{folder}: has shape {list(found)}, the model's is {list(expected)}")

@@ -7,8 +7,9 @@
     checkpoints/STEP/  params/ (float32), optimizer/, run.json (step, data position, open sums, settings);
                        average/, of the parameters with gradients, where the run keeps one
 
-Both kinds of folder appear whole or not at all, with the hashes of their files (`orbax_steps.py`). A workdir belongs to
-one run: settings that make it another one are refused, with the differences. One run at a time writes to it.
+Both kinds of folder appear whole or not at all, with the hashes of their files (`orbax_steps.py`; of a workdir in a
+store, `store_steps.py`). A workdir belongs to one run: settings that make it another one are refused, with the
+differences. One run at a time writes to it: here it holds a lock, in a store the lease `lease.json`.
 """
 
 import contextlib
@@ -16,8 +17,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.kernels.numerics.quantized import Quantized
+from twotower_jax.outputs import check_writable
 from twotower_jax.parameters import (
     Parameter,
     Params,
@@ -43,10 +45,20 @@ from twotower_jax.parameters import (
     parameter_table,
     unflatten,
 )
+from twotower_jax.paths import as_path, in_store
 from twotower_jax.quantization import Method
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 
+if TYPE_CHECKING:
+    from twotower_jax.checkpoint.local_copies import Copy
+    from twotower_jax.checkpoint.store_steps import StoreWriter
+    from twotower_jax.stores.lease import Lease
+
 CONFIG, CHECKPOINTS, FROZEN, BASE = "config.json", "checkpoints", "frozen", "base.json"
+LEASE = "lease.json"
+_LOGS = "logs"
+# An hour of work waits for a store that has gone away for some minutes.
+_PATIENCE_SECONDS = 300.0
 _MODEL_DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
@@ -62,7 +74,8 @@ class Workdir:
     """One run's workdir, new or to be gone on with. Nothing is written before `create`.
 
     Attributes:
-      step: of the newest committed checkpoint, or None.
+      step: of the state to go on from, the newest committed checkpoint or a later copy on this machine; or None.
+      stored_step: of the newest committed checkpoint.
       model: the model's shape as config.json has it, or None in a new workdir.
     """
 
@@ -72,6 +85,7 @@ class Workdir:
         settings: Settings,
         changeable: tuple[str, ...],
         added: Mapping[str, Any] | None = None,
+        local_copy: str = "",
     ):
         """Looks at what is there.
 
@@ -80,27 +94,58 @@ class Workdir:
           settings: of the run, JSON-able; `model` holds the model's fields as the user gave them.
           changeable: settings in which a resumed run may differ from the saved one.
           added: see `identity`.
+          local_copy: a folder of this machine in which a run in a store keeps its newest state too; "" for none.
 
         Raises:
           ValueError: if `path` holds something else, or a run with other settings (the message lists what differs), or
             checkpoints could not be read back from under such a path.
         """
-        self.path = pathlib.Path(path)
+        self.path = as_path(path)
         orbax_steps.check_path(self.path)
+        self._lease: Lease | None = None
+        self._spool, self._copies, self._copy = None, None, None
+        if local_copy and not in_store(self.path):
+            raise ValueError(f"local_copy={local_copy} is for a workdir in a store; {self.path} is on this machine")
+        if in_store(self.path):
+            if jax.process_index() == 0:
+                check_writable(self.path)
+            from twotower_jax.stores.spool import Spool
+
+            self._spool = Spool(self.path)
+            if local_copy:
+                from twotower_jax.checkpoint.local_copies import LocalCopies
+
+                self._copies = LocalCopies(pathlib.Path(local_copy), self.path)
         self._settings = settings
         self._identity = identity(settings, changeable, added)
-        for parent in (self.path, *self.path.parents):
+        for parent in (self.path, *(() if in_store(self.path) else self.path.parents)):
             if parent.exists() and not parent.is_dir():
                 raise ValueError(f"workdir {self.path}: {parent} is a file, not a folder")
-        self.step, self.model = None, None
-        if not self.path.exists() or not any(not p.name.endswith(".partial") for p in self.path.iterdir()):
+        self.step, self.stored_step, self.model = None, None, None
+        if not self.path.exists() or not any(_counts(p.name) for p in self.path.iterdir()):
             return
         if not (self.path / CONFIG).exists():
             raise ValueError(f"workdir {self.path} holds files but no {CONFIG}; choose a new or empty folder")
         saved = read_settings(self.path)
         _refuse_differences(self.path, identity(saved, changeable, added), self._identity, changeable)
         self.model = _model_config(self.path, saved)
-        self.step = orbax_steps.latest_step(self.path / CHECKPOINTS)
+        self.step = self.stored_step = orbax_steps.latest_step(self.path / CHECKPOINTS)
+        if self._copies is not None:
+            self._copy = self._newest_copy()
+            self.step = self.step if self._copy is None else self._copy.step
+
+    def _newest_copy(self) -> "Copy | None":
+        """The copy on this machine to go on from: none that is older than the store's newest step, or of another run
+        that stood in this place."""
+        copy = self._copies.agreed()
+        if copy is None or copy.step < (self.stored_step or 0):
+            return None
+        if read_json(copy.folder / f"{RUN}.json")["identity"] != _digest(self._identity):
+            return None
+        if copy.step == self.stored_step:
+            digest = hashlib.sha256((self.path / CHECKPOINTS / str(copy.step) / f"{RUN}.json").read_bytes())
+            return copy if digest.hexdigest() == copy.values else None
+        return copy
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -109,13 +154,46 @@ class Workdir:
         Raises:
           ValueError: if another run holds it, or the file system has no locks.
         """
+        busy = f"workdir {self.path}: another run is training in it; choose another one"
+        if in_store(self.path):
+            from twotower_jax.stores import lease, retrying
+
+            with contextlib.ExitStack() as stack:
+                if jax.process_index() == 0:
+                    self._lease = stack.enter_context(lease.held(self.path / LEASE, busy))
+                stack.enter_context(retrying.patient(_PATIENCE_SECONDS))
+                yield
+            return
         if jax.process_index() > 0:
             yield
             return
         new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        busy = f"workdir {self.path}: another run is training in it; choose another one"
         with locked_folder(self.path, busy, ours=new):
+            yield
+
+    @property
+    def from_copy(self) -> bool:
+        """Whether `step` is that of a copy on this machine."""
+        return self._copy is not None
+
+    @property
+    def logs(self) -> pathlib.Path:
+        """Where files grow that tell of the run; within `logging`, what they hold comes to the workdir."""
+        return self.path if self._spool is None else self._spool.folder
+
+    @contextlib.contextmanager
+    def logging(self, *names: str) -> Iterator[None]:
+        """While the run writes to `logs`, where `names` go on from what the workdir has of them.
+
+        Raises:
+          SaveError: if a store does not take them.
+        """
+        if self._spool is None:
+            yield
+            return
+        later = None if self._copy is None else self._copy.folder / _LOGS
+        with orbax_steps.as_save_error(self.path), self._spool.running(*names, later=later):
             yield
 
     def create(self, model: ModelConfig, frozen: Params) -> None:
@@ -129,7 +207,7 @@ class Workdir:
             self.write_settings(model)
             orbax_steps.clean_up(self.path, FROZEN)
         if frozen:
-            writer = orbax_steps.FolderWriter()
+            writer = self._writer()
             writer.start(self.path / FROZEN, {PARAMS: frozen}, {})
             writer.wait()
             writer.close()
@@ -159,6 +237,24 @@ class Workdir:
           CheckpointError: if a file is not as it was written, or an array is missing, left over, or of another shape or
             dtype. Nothing falls back to an earlier checkpoint by itself; the message says how to.
         """
+        if self._copy is not None:
+            from twotower_jax.checkpoint.local_copies import all_well
+
+            try:
+                read = self._restore_copy(params, optimizer)
+            except (CheckpointError, OSError):  # of another mesh, for one, whose parts lie elsewhere
+                read = None
+            if all_well(read is not None):
+                if frozen:
+                    orbax_steps.verify(self.path / FROZEN)
+                    frozen = orbax_steps.restore_arrays(self.path / FROZEN / PARAMS, frozen)
+                return read[0], read[1], frozen, read[2]
+            self._copy, self.step = None, self.stored_step
+            if self.step is None:
+                raise CheckpointError(
+                    f"{self.path}: has no finished checkpoint yet, and the copies on the disks (local_copy) are not of "
+                    "this mesh; go on with the mesh and the processes of before, or use a new workdir"
+                )
         folder = _step_folder(self.path, self.step)
         if frozen:
             orbax_steps.verify(self.path / FROZEN)
@@ -175,9 +271,45 @@ class Workdir:
         frozen = orbax_steps.restore_arrays(self.path / FROZEN / PARAMS, frozen) if frozen else {}
         return params, optimizer, frozen, run
 
+    def _restore_copy(self, params: Params, optimizer: Any) -> tuple[Params, Any, dict[str, Any]]:
+        """From the copy on this machine, whose files have been compared with their hashes."""
+        from twotower_jax.checkpoint import store_steps
+
+        def read(name: str, target: Params) -> Params:
+            folder = self._copy.folder / name
+            orbax_steps.check_fits(folder, store_steps.stored_arrays(folder), target)
+            return store_steps.restore_arrays(folder, target)
+
+        run = read_json(self._copy.folder / f"{RUN}.json")
+        named, structure = orbax_steps.name_leaves(optimizer)
+        params, leaves = read(PARAMS, params), {}
+        for name, tree in _with_average_apart(named).items():
+            leaves |= {AVERAGE: read(name, tree)} if name == AVERAGE else read(name, tree)
+        return params, orbax_steps.unname_leaves(leaves, named, structure), run
+
     def saver(self, keep: int) -> "Saver":
         """What writes checkpoints, keeping the newest `keep`; a context manager."""
-        return Saver(self.path, keep, self._settings, _digest(self._identity))
+        if jax.process_index() == 0:
+            orbax_steps.clean_up(self.path / CHECKPOINTS)
+        return Saver(self.path, keep, self._settings, _digest(self._identity), self._writer(self._keep()))
+
+    def _keep(self) -> Callable | None:
+        """What keeps a step on this machine too, with what tells of the run so far."""
+        if self._copies is None:
+            return None
+
+        def keep(step: str, texts: Mapping[str, bytes], parts: Any) -> None:
+            logs = {f"{_LOGS}/{file.name}": file.read_bytes() for file in self.logs.glob("*.jsonl")}
+            self._copies.keep(step, {**texts, **logs}, parts)
+
+        return keep
+
+    def _writer(self, keep: Callable | None = None) -> "orbax_steps.FolderWriter | StoreWriter":
+        if not in_store(self.path):
+            return orbax_steps.FolderWriter()
+        from twotower_jax.checkpoint.store_steps import StoreWriter
+
+        return StoreWriter(self._lease, self._spool.send, keep)
 
 
 class Base(NamedTuple):
@@ -207,12 +339,16 @@ def read_base(path: pathlib.Path) -> Base | None:
 class Saver:
     """Writes checkpoints in the background, one at a time. Every process of a run calls it alike."""
 
-    def __init__(self, path: pathlib.Path, keep: int, settings: Settings, digest: str):
-        self._folder, self._keep = path / CHECKPOINTS, keep
+    def __init__(
+        self,
+        path: pathlib.Path,
+        keep: int,
+        settings: Settings,
+        digest: str,
+        writer: "orbax_steps.FolderWriter | StoreWriter",
+    ):
+        self._folder, self._keep, self._writer = path / CHECKPOINTS, keep, writer
         self._about = {"settings": settings, "identity": digest}
-        if jax.process_index() == 0:
-            orbax_steps.clean_up(self._folder)
-        self._writer = orbax_steps.FolderWriter()
 
     def __enter__(self) -> "Saver":
         return self
@@ -279,7 +415,7 @@ def load(
     Raises:
       CheckpointError: if there is no checkpoint, it is broken, or cannot become `variant`.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     settings = read_settings(path)
     config = with_end_tokens(_model_config(path, settings), path)
     step = orbax_steps.latest_step(path / CHECKPOINTS)
@@ -349,6 +485,11 @@ def identity(settings: Settings, changeable: tuple[str, ...], added: Mapping[str
         for name, value in flat.items()
         if name != "model.vocab_size" and not (name in before and before[name] == value)
     }
+
+
+def _counts(name: str) -> bool:
+    """Whether a name in a workdir's place says that something is there, and is not left of what was begun there."""
+    return not name.endswith(".partial") and name != LEASE and not name.startswith(".probe-")
 
 
 def _model_config(path: pathlib.Path, settings: Settings) -> ModelConfig:

@@ -3,6 +3,7 @@
     sources.py     Python's own documentation
     tasks.py       questions with exact answers; task_windows.py makes windows of them
     inputs.py      the user's files of text: which there are, and what is in them, as formats.py reads it
+                   (rows.py, places.py, compression.py, archives.py, parquet.py: its parts)
     tokenizer.py   byte-level BPE: train, save, load, encode
     chat.py        conversations, by the template of a chat model's tokenizer
     packing.py     documents in memory -> windows of equal length, some documents held out for validation
@@ -15,7 +16,9 @@ and where the data are too large for memory
     shards.py prepared.py     such a folder: one file of it, all of it
     megatron.py               .bin/.idx sets as they are
     documents.py windows.py   documents anywhere -> windows read one at a time
-    mixture.py                several sources by weight
+    mixture.py                several sources by weight (mixture_schedule.py: by weights that change over the run)
+    duplicates.py             which documents are copies of others
+    parts.py                  what a process of prepare.py does
     opening.py                what config.data names -> windows
 
 Everything here runs on the host, in numpy. Nothing depends on the number of processes except the rows each one reads.

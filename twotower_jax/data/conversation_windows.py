@@ -29,6 +29,7 @@ class ConversationWindows(Unloaded):
       sequence_length: tokens in a window, L.
       tokens: in all windows together, padding included.
       answers, learned: how many answers there are, and how many tokens of them, without what fills their last block.
+      filled: how many tokens of all windows are no padding.
       cut, left_out: how many conversations are.
     """
 
@@ -79,6 +80,8 @@ class ConversationWindows(Unloaded):
         borders = before - np.repeat(before[firsts], counts) + in_blocks[:, 0]
         learned = np.clip(sequence_length - borders, 0, parts[:, 1])
         self.answers, self.learned = int((learned > 0).sum()), int(learned.sum())
+        said = np.clip(sequence_length - (borders - parts[:, 0]), 0, parts[:, 0])
+        self.filled = self.learned + int(said[~np.repeat(left_out, counts)].sum())
         # Each window takes the conversations that come next, as long as they fit.
         ends, starts = np.cumsum(self._spans), [0]
         while starts[-1] < len(ends):

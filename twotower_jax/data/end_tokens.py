@@ -9,6 +9,7 @@ from twotower_jax.checkpoint.config_file import CONFIG, generation_end_tokens
 from twotower_jax.config_reading import token_ids
 from twotower_jax.data.tokenizer import EOS_ID
 from twotower_jax.files import CheckpointError, read_json
+from twotower_jax.paths import as_path
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -22,7 +23,7 @@ def end_tokens(folder: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[int, .
     Raises:
       CheckpointError: if one of these files is not JSON, or what it names are no token ids.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     if (ids := generation_end_tokens(folder)) is not None:
         return ids
     config = _read(folder / CONFIG)

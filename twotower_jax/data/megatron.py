@@ -21,6 +21,7 @@ import numpy as np
 
 from twotower_jax.data.documents import DataError
 from twotower_jax.files import open_regular
+from twotower_jax.paths import as_path, in_store
 
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _NO_INTEGERS = (6, 7)
@@ -162,7 +163,7 @@ class MegatronDocuments:
 
 
 def _files(prefix: str | Path) -> tuple[Path, Path]:
-    prefix = Path(prefix)
+    prefix = as_path(prefix)
     if prefix.suffix in (".bin", ".idx"):
         prefix = prefix.with_suffix("")
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
@@ -170,6 +171,10 @@ def _files(prefix: str | Path) -> tuple[Path, Path]:
 
 def _map(path: Path) -> np.ndarray:
     """A file's bytes, uint8, read from the disk when looked at."""
+    if in_store(path):
+        from twotower_jax.stores import cache
+
+        path = cache.local(path)
     with open_regular(path) as file:
         if not file.seek(0, 2):
             return np.zeros(0, np.uint8)

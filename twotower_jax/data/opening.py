@@ -36,7 +36,8 @@ from twotower_jax.data.conversations import (
 from twotower_jax.data.documents import Documents, held_out
 from twotower_jax.data.inputs import File, distinct_documents, holds_conversations, text_files
 from twotower_jax.data.megatron import MegatronDocuments, is_megatron
-from twotower_jax.data.mixture import Mixture, read_mixture
+from twotower_jax.data.mixture import Mixture, read_mixture, schedule_of
+from twotower_jax.data.mixture_schedule import Run
 from twotower_jax.data.packing import PackedSequences, Packing, pack_documents
 from twotower_jax.data.prepared import TRAIN, VALIDATION, is_prepared, open_prepared, read_manifest
 from twotower_jax.data.sources import python_documentation
@@ -44,6 +45,7 @@ from twotower_jax.data.task_windows import TaskWindows
 from twotower_jax.data.tasks import TASKS, all_words
 from twotower_jax.data.tokenizer import load_tokenizer, train_tokenizer, word_tokenizer
 from twotower_jax.data.windows import AllLearned, Concatenation, DocumentWindows
+from twotower_jax.paths import as_path, is_address
 from twotower_jax.shares import ceil_share
 
 Windows = PackedSequences | DocumentWindows | TaskWindows | ConversationWindows | AllLearned
@@ -86,10 +88,10 @@ def open_source(path: str, report: Report) -> Source:
         return TaskSource(path.removeprefix(_TASKS).removeprefix(":"))
     if path and is_prepared(path):
         return PreparedSource(path, report)
-    if path and not Path(path).is_dir() and is_megatron(path):
+    if path and not as_path(path).is_dir() and is_megatron(path):
         return MegatronSource(path)
     files = text_files(path, report) if path else []
-    return ConversationSource(files, path, report) if holds_conversations(files) else TextSource(files)
+    return ConversationSource(files, path, report) if holds_conversations(files) else TextSource(files, report)
 
 
 class Data:
@@ -106,7 +108,7 @@ class Data:
         Raises:
           ValueError, OSError: the mixture file cannot be used, what is named is missing, or two sources hold one file.
         """
-        self._mixed = Path(data).suffix == ".json"
+        self._path, self._mixed = data, Path(data).suffix == ".json"
         entries = read_mixture(data) if self._mixed else {}
         self._weights = {name: entry.weight for name, entry in entries.items()}
         paths = {name: entry.path for name, entry in sorted(entries.items())} if self._mixed else {"": data}
@@ -134,13 +136,19 @@ class Data:
         )
 
     def windows(
-        self, tokenizer: Tokenizer, packing: Packing
+        self, tokenizer: Tokenizer, packing: Packing, run: Run | None = None
     ) -> tuple[Windows | Mixture, Windows | Concatenation | None]:
         """Windows for training, and those held out: of a mixture, each source's one after the other.
 
+        `run` is how long the run is, which matters to a mixture whose weights change.
+
         Raises:
-          ValueError, OSError: data that are missing, broken, of another tokenizer, or too few.
+          ValueError, OSError: data that are missing, broken, of another tokenizer, or too few; weights that cannot be.
         """
+        try:
+            schedule_of(self._weights, run)  # before much is read
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {error}") from None
         training, validation = {}, []
         for name, source in self._sources.items():
             both = source.windows(tokenizer, packing)
@@ -150,7 +158,7 @@ class Data:
             validation += [] if own is None else [own]
         if not self._mixed:
             return training[""], validation[0] if validation else None
-        return Mixture(training, self._weights), Concatenation(validation) if validation else None
+        return Mixture(training, self._weights, run), Concatenation(validation) if validation else None
 
 
 class TextSource:
@@ -158,9 +166,9 @@ class TextSource:
 
     conversational = False
 
-    def __init__(self, files: list[File]):
-        self.files = {os.path.realpath(file.path) for file in files}
-        self._documents = distinct_documents(files) if files else python_documentation()
+    def __init__(self, files: list[File], report: Report):
+        self.files = {_real(file.path) for file in files}
+        self._documents = distinct_documents(files, report=report) if files else python_documentation()
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         return train_tokenizer(self._documents, vocab_size)
@@ -179,7 +187,7 @@ class ConversationSource:
     conversational = True
 
     def __init__(self, files: list[File], path: str, report: Report):
-        self.files = {os.path.realpath(file.path) for file in files}
+        self.files = {_real(file.path) for file in files}
         self._files, self._path, self._report = files, path, report
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
@@ -189,7 +197,7 @@ class ConversationSource:
     def windows(self, tokenizer: Tokenizer, packing: Packing) -> tuple[Windows, Windows | None]:
         coder = Coder(tokenizer, packing.tokenizer_folder, packing.end_tokens)
         encoding = Encoding(coder)
-        distinct_documents(self._files, encoding)
+        distinct_documents(self._files, encoding, self._report)
         turns = list(encoding.turns.values())
         if coder.joins:
             self._report(f"{self._path}: {JOINS}")
@@ -233,8 +241,8 @@ class PreparedSource:
 
     def __init__(self, path: str, report: Report):
         self._path, self._report = path, report
-        self.files = {os.path.realpath(path)}
-        self.conversational = read_manifest(Path(path)).conversational
+        self.files = {_real(path)}
+        self.conversational = read_manifest(as_path(path)).conversational
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         return load_tokenizer(self._path)
@@ -268,7 +276,7 @@ class MegatronSource:
 
     def __init__(self, path: str):
         self._path = path
-        self.files = {os.path.realpath(path.removesuffix(".bin") + ".bin")}
+        self.files = {_real(path.removesuffix(".bin") + ".bin")}
 
     def tokenizer(self, vocab_size: int) -> None:
         return None
@@ -283,6 +291,11 @@ class MegatronSource:
         training = _windows(documents, packing, self._path, keep=lambda start, stop: ~chosen(start, stop), about=about)
         validation = _windows(documents, packing, self._path + _HELD_OUT, keep=chosen, about=about)
         return training, validation
+
+
+def _real(path: str) -> str:
+    """What a path leads to, by which two that lead to one file are told."""
+    return path if is_address(path) else os.path.realpath(path)
 
 
 def _warn_of_other_ends(documents: Documents, packing: Packing, name: str) -> None:

@@ -5,7 +5,7 @@ A batch is a function of the data, the seed and the step alone. With several pro
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -40,8 +40,11 @@ class TrainingData:
         """`batch_size` is the global number of rows, B; `seed` is a non-negative integer.
 
         Raises:
-          ValueError: `process_count` does not divide `batch_size`, or `process_index` is out of range.
+          ValueError: `process_count` does not divide `batch_size`, or `process_index` is out of range; or the shares of
+            a mixture change by steps of another number of rows.
         """
+        if isinstance(sequences, Mixture) and sequences.batch_size not in (None, batch_size):
+            raise ValueError(f"the mixture's weights change by steps of {sequences.batch_size} rows, not {batch_size}")
         rows = _local_batch_size(batch_size, process_index, process_count)
         self._batches = grain.MapDataset.source(_Batches(sequences, seed, batch_size, process_index * rows, rows))
         self._identity = {"seed": seed, "batch_size": batch_size} | sequences.identity()
@@ -87,17 +90,21 @@ class TrainingData:
         self._step = step
 
 
+def epochs(source: Sequence, seed: int, number: int) -> grain.MapDataset:
+    """The entries of the `number`-th source in the order of training, without end: each epoch all of them.
+
+    Each source has an order of its own; that of the first is the order it would have alone.
+    """
+    return grain.MapDataset.source(source).seed(seed + (number << 64)).shuffle().repeat()
+
+
 class _Batches:
     """One process's share of every global batch, as an endless random-access data source for Grain."""
 
     def __init__(self, sequences, seed: int, batch_size: int, first_row: int, rows: int):
         self._mixture = sequences if isinstance(sequences, Mixture) else None
         sources = [sequences] if self._mixture is None else list(self._mixture.sources.values())
-        # Each source has an order of its own; that of the first is the order it would have alone.
-        self._sources = [
-            grain.MapDataset.source(source).seed(seed + (number << 64)).shuffle().repeat()
-            for number, source in enumerate(sources)
-        ]
+        self._sources = [epochs(source, seed, number) for number, source in enumerate(sources)]
         self._batch_size, self._first_row, self._rows = batch_size, first_row, rows
 
     def __len__(self) -> int:

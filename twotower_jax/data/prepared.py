@@ -22,6 +22,7 @@ from twotower_jax.data.documents import DataError
 from twotower_jax.data.shards import Shard, ShardReader
 from twotower_jax.data.tokenizer import EOS_ID
 from twotower_jax.files import CheckpointError, check_folder, parse_json, read_bytes
+from twotower_jax.paths import as_path, in_store
 
 NAME, VERSION = "dataset.json", 1
 TRAIN, VALIDATION = "train", "validation"
@@ -48,6 +49,8 @@ class Manifest:
       inputs: path as it was given, and size in bytes, of each file read, in order.
       skipped: rows and files left out because they were broken.
       shards: in the order of their documents.
+      copies: how many documents were left out as copies of earlier ones, by the kind of copy; None where copies were
+        not looked for.
     """
 
     tokenizer_sha256: str
@@ -57,6 +60,7 @@ class Manifest:
     inputs: list[dict[str, Any]]
     skipped: int
     shards: list[Shard]
+    copies: dict[str, int] | None = None
 
     @property
     def end_token(self) -> int:
@@ -77,12 +81,14 @@ class Manifest:
         totals = {s: {w: self.total(s, w) for w in ("tokens", "documents")} for s in (TRAIN, VALIDATION)}
         values = {"version": VERSION} | dataclasses.asdict(self) | {"totals": totals}
         values["shards"] = [shard._asdict() for shard in self.shards]
+        if self.copies is None:
+            del values["copies"]
         write_json(folder / NAME, values)
 
 
 def is_prepared(path: str | pathlib.Path) -> bool:
     """Whether there is a complete folder of prepared data."""
-    return (pathlib.Path(path) / NAME).is_file()
+    return (as_path(path) / NAME).is_file()
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
@@ -99,6 +105,8 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         raw.pop("totals", None)
         kinds = {"tokenizer_sha256": str, "vocab_size": int, "dtype": str, "settings": dict, "inputs": list,
                  "skipped": int, "shards": list}  # fmt: skip
+        if "copies" in raw:
+            kinds["copies"] = dict
         if {name: type(value) for name, value in raw.items()} != kinds:
             raise ValueError(f"does not have just the fields {', '.join(sorted(kinds))}")
         if raw["dtype"] not in ("uint16", "uint32"):
@@ -118,7 +126,7 @@ def verify(folder: str | pathlib.Path) -> Manifest:
       CheckpointError: naming the first file that is missing or (DataError) differs.
       ValueError: if there is no such folder.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     check_folder(folder, "give a folder that launch/prepare.py made")
     manifest = read_manifest(folder)
     _check_tokenizer(folder, manifest)
@@ -136,12 +144,14 @@ class PreparedDocuments:
         Raises:
           CheckpointError: a file is missing, or (DataError) is not the one recorded.
         """
-        self._folder = pathlib.Path(folder)
+        self._folder = as_path(folder)
         self.manifest = read_manifest(self._folder)
         _check_tokenizer(self._folder, self.manifest)
         self._shards = [shard for shard in self.manifest.shards if shard.split == split]
         small = sum(shard.size for shard in self.manifest.shards) <= _HASHED_BYTES
-        for shard in self._shards:
+        if in_store(self._folder):
+            _check_room(self._folder, self._shards)
+        for shard in () if in_store(self._folder) else self._shards:
             shards.check(self._folder / shard.name, shard, content=small)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._token_ends = np.cumsum([0, *(shard.tokens for shard in self._shards)])
@@ -171,13 +181,22 @@ class PreparedDocuments:
             start, number = end, number + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, dtype), *pieces])
 
+    def _file(self, shard: Shard) -> pathlib.Path:
+        """A shard's file; of a set in a store, a copy that has the recorded hash."""
+        path = self._folder / shard.name
+        if not in_store(path):
+            return path
+        from twotower_jax.stores import cache
+
+        return cache.local(path, shard.sha256)
+
     def _reader(self, number: int) -> ShardReader:
         with self._lock:
             if number in self._readers:
                 self._readers.move_to_end(number)
                 return self._readers[number]
             shard = self._shards[number]
-            reader = ShardReader(self._folder / shard.name, shard, self._dtype, self.manifest.conversational)
+            reader = ShardReader(self._file(shard), shard, self._dtype, self.manifest.conversational)
             self._readers[number] = reader
             if len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)  # a thread that reads from it holds it until it is done
@@ -214,7 +233,7 @@ class PreparedConversations(PreparedDocuments):
 
 def open_prepared(folder: str | pathlib.Path, split: str) -> PreparedDocuments | PreparedConversations:
     """One split of a folder, of whichever kind it holds; errors as `PreparedDocuments`."""
-    kind = PreparedConversations if read_manifest(pathlib.Path(folder)).conversational else PreparedDocuments
+    kind = PreparedConversations if read_manifest(as_path(folder)).conversational else PreparedDocuments
     return kind(folder, split)
 
 
@@ -231,13 +250,28 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Writes a JSON file: all of it or nothing, and on the disk."""
+    """Writes a JSON file: all of it or nothing, and on the disk, or in a store."""
+    if in_store(path):
+        path.write_text(json.dumps(values, indent=1) + "\n")
+        return
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps(values, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _check_room(folder: Any, listed: list[Shard]) -> None:
+    """Compares the sizes of a split's shards in a store with those recorded, and their sum with the room for copies."""
+    sizes = folder.sizes()
+    for shard in listed:
+        if sizes.get(shard.name) != shard.size:
+            found = f"has {sizes[shard.name]} bytes" if shard.name in sizes else "is not there"
+            raise DataError(f"{folder / shard.name}: {found}, recorded were {shard.size}")
+    from twotower_jax.stores import cache
+
+    cache.check_room(str(folder), sum(shard.size for shard in listed))
 
 
 def _check_tokenizer(folder: pathlib.Path, manifest: Manifest) -> None:

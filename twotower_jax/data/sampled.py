@@ -70,7 +70,7 @@ def text_prompts(
                 return prompts, files
             if row.problem:
                 raise DataError(row.problem)
-            ids = encode(tokenizer, [row.text or ""])[0]
+            ids = encode(tokenizer, [row.text or ""])[0]  # "" for what an archive holds besides
             if len(ids):
                 prompts.append(ids[: settings.prompt_tokens or None])
     if not prompts:

@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from twotower_jax.data.documents import DataError
-from twotower_jax.files import open_regular
+from twotower_jax.files import open_regular, size_of
 
 RECORD_TOKENS = 4096
 _LONGEST_DOCUMENT = 2**32 - 1
@@ -155,7 +155,7 @@ def size_and_sha256(path: pathlib.Path) -> tuple[int, str]:
       CheckpointError: it is not there or cannot be read.
     """
     with open_regular(path) as file:
-        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        return size_of(file), hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check(path: pathlib.Path, shard: Shard, *, content: bool) -> None:
@@ -166,7 +166,7 @@ def check(path: pathlib.Path, shard: Shard, *, content: bool) -> None:
       DataError: it differs.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = size_of(file)
         if size != shard.size:
             raise DataError(f"{path}: has {size} bytes, recorded were {shard.size}")
         if content and (found := hashlib.file_digest(file, "sha256").hexdigest()) != shard.sha256:

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from twotower_jax.files import CheckpointError
+from twotower_jax.paths import as_path, in_store
 from twotower_jax.texts import check_text
 
 PAD_ID, BOS_ID, EOS_ID, MASK_ID = range(4)
@@ -90,7 +91,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       FileNotFoundError: there is no such file.
       CheckpointError: the file is not a tokenizer.
     """
-    file = Path(folder) / "tokenizer.json"
+    file = as_path(folder) / "tokenizer.json"
     if not file.is_file():
         remedy = unread_tokenizer(folder) or "give a folder that holds the model's tokenizer"
         raise FileNotFoundError(f"{file}: no such file; {remedy}")
@@ -103,7 +104,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def unread_tokenizer(folder: str | Path) -> str:
     """What to do about a tokenizer that is in the folder in another form than tokenizer.json; "" if none is."""
-    folder = Path(folder)
+    folder = as_path(folder)
     if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
         return (
             'tokenizer.model (SentencePiece) is not read; make a tokenizer.json of it: python -c "from transformers '
@@ -122,7 +123,7 @@ def save_tokenizer(
     Args:
       source: the folder that the tokenizer was read from, which knows the roles and may have a chat template.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     roles = {
         "bos_token": tokenizer.id_to_token(BOS_ID),
@@ -194,6 +195,9 @@ def _plain(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _write(file: Path, text: str) -> None:
+    if in_store(file):
+        file.write_text(text + "\n")
+        return
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, file)

@@ -9,8 +9,9 @@ import fcntl
 import hashlib
 import json
 import os
-import pathlib
 from typing import Any
+
+from twotower_jax.paths import as_path
 
 
 class Answers:
@@ -75,7 +76,7 @@ class Answers:
 def fingerprint(folder: str | os.PathLike) -> str:
     """A hash of a checkpoint's files: names, sizes and times of change, which tell of another content without reading
     it."""
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     found = []
     for file in sorted(folder.rglob("*")):
         # A training run that goes on writes these beside its checkpoints, without changing one.

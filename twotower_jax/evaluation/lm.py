@@ -31,7 +31,7 @@ from twotower_jax.generation.operating_point import read_operating_point
 from twotower_jax.generation.placement import parse_mesh, tower_meshes
 from twotower_jax.generation.settings import Settings
 from twotower_jax.parameters import cast, parameter_table
-from twotower_jax.paths import local_path
+from twotower_jax.paths import as_path, local_path
 
 # What a task may say of how to generate. Greedy unless it says `do_sample`.
 _KWARGS = ("until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
@@ -83,7 +83,7 @@ class TwoTowerLM(TemplateLM):
     ):
         if str(batch_size).partition(":")[0] == "auto":
             batch_size = 8
-        folder = pathlib.Path(local_path(str(checkpoint)))
+        folder = as_path(local_path(str(checkpoint)))
         sampling = read_operating_point(folder)
         if not sampling.get("steps_per_block"):
             sampling["steps_per_block"] = sampling.get("block_size", SamplingConfig.block_size)

@@ -7,6 +7,7 @@ from typing import IO
 from twotower_jax.data.chat import ChatTemplate, check_messages
 from twotower_jax.files import CheckpointError, read_json
 from twotower_jax.jsonl import read_rows
+from twotower_jax.paths import as_path
 
 EXIT = "/exit"
 
@@ -19,7 +20,7 @@ def read_conversations(path: str | pathlib.Path) -> list[dict]:
     Raises:
       ValueError: naming file and row, for anything else; OSError if the file cannot be read.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     rows = _read_json(path) if path.suffix == ".json" else read_rows(path)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or "messages" not in row:

@@ -7,13 +7,13 @@ trained.py).
 """
 
 import json
-import os
 import pathlib
 from typing import Any
 
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.diffusion.strategies import knobs, make_strategy
-from twotower_jax.files import CheckpointError, read_json
+from twotower_jax.files import CheckpointError, is_there, read_json
+from twotower_jax.paths import as_path
 
 FILE = "generation_config.json"
 _KINDS = {
@@ -32,8 +32,8 @@ def read_operating_point(folder: str | pathlib.Path) -> dict[str, Any]:
       CheckpointError: naming the file, if it is not a JSON object, one of the settings is not of its kind, or the
         strategy is none that is registered or has no such knobs.
     """
-    path = pathlib.Path(folder) / FILE
-    if not os.path.lexists(path):
+    path = as_path(folder) / FILE
+    if not is_there(path):
         return {}
     values = read_json(path)
     if not isinstance(values, dict):
@@ -62,8 +62,8 @@ def merged(folder: str | pathlib.Path, sampling: SamplingConfig, trained: int | 
     Raises:
       CheckpointError: if the folder has such a file that cannot be read.
     """
-    path = pathlib.Path(folder) / FILE
-    values = read_json(path) if os.path.lexists(path) else {}
+    path = as_path(folder) / FILE
+    values = read_json(path) if is_there(path) else {}
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
     chosen = {name: getattr(sampling, name) for name in _KINDS} | {"strategy_options": dict(sampling.strategy_options)}

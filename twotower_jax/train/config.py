@@ -36,6 +36,7 @@ CHANGEABLE = (
     "validation_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "local_copy",
     "data",
     "mesh",
     "accumulate",
@@ -59,6 +60,7 @@ ADDED = {
     "diffusion.weight": "flat",
     "diffusion.complementary": False,
     "moments_dtype": "float32",
+    "local_copy": "",
     "padding_weight": 0.1,
     "distillation.weight": 0.0,
     "distillation.temperature": 1.0,
@@ -193,6 +195,9 @@ class TrainConfig:
     checkpoint_every: int = 0
     # The newest so many checkpoints stay.
     keep_checkpoints: int = 2
+    # With a workdir in a store: the newest state also stays in this folder of each machine; a run that is started again
+    # goes on from there where all of its processes can (docs/guide/storage.md).
+    local_copy: str = ""
     # Steps in a row that may be left out because the loss or the gradient is not finite; one more ends the run.
     max_skipped_steps: int = 5
     # Peak of one device, in FLOP/s, for the utilization; 0 looks it up by the device's kind.
@@ -411,7 +416,7 @@ def freeze(config: ConfigDict) -> TrainConfig:
         values.pop("block_curriculum", None)  # The published one, where no block_size stands in its place.
     elif values.get("block_size") is not None:
         _check(False, _both_blocks(values["block_size"], values["block_curriculum"]))
-    for name in ("init_from", "data"):
+    for name in ("init_from", "data", "local_copy"):
         if isinstance(values.get(name), str):
             values[name] = local_path(values[name])
     parts = {}
@@ -466,6 +471,7 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
         for name in ("router_bias_rate", "router_balance_loss", "router_z_loss"):
             without[name] = getattr(config, name), "a model without experts"
     if not config.lora.rank:
+        _check("lora.rank" not in given, "lora.rank=0 is no adapter: give at least 1, or leave it out to train all")
         for name, value in dataclasses.asdict(config.lora).items():
             if value != getattr(Lora, name):
                 without[f"lora.{name}"] = value, "lora.rank=0"

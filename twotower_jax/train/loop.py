@@ -14,13 +14,15 @@ from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.checkpoint.workdir import CHECKPOINTS, Saver
 from twotower_jax.data import TrainingData, save_tokenizer
 from twotower_jax.parameters import Params
+from twotower_jax.paths import in_store
 from twotower_jax.train import distributed, flops, watch
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.log import Log
-from twotower_jax.train.metrics import LossWindow, MetricsWriter, Row, import_wandb, last_row, writing
+from twotower_jax.train.metrics import METRICS, LossWindow, MetricsWriter, Row, import_wandb, last_row, writing
 from twotower_jax.train.objectives import Losses, NoiseKey
 from twotower_jax.train.placement import Batch
 from twotower_jax.train.programs import Step
+from twotower_jax.train.samples import SAMPLES
 from twotower_jax.train.schedule import BlockStage
 from twotower_jax.train.setup import Report, Setup, look, make_setup, settled
 from twotower_jax.train.skips import Skips, blame
@@ -98,14 +100,15 @@ def train(
         for note in notes:
             report(f"warning: {note}")
         run, setup = begin(setup) if setup.folder.step is None else resume(setup)
-        if run.step == config.steps:
+        if run.step == config.steps == run.saved_step:
             report(f"step {run.step} is already made; nothing to do")
             return TrainResult(run.step, last_row(setup.folder.path) or {})
         report(watch.memory_line(run.state.weights, run.state.optimizer, run.frozen))
         with contextlib.ExitStack() as stack:
+            stack.enter_context(setup.folder.logging(METRICS, SAMPLES))
             saver = stack.enter_context(setup.folder.saver(config.keep_checkpoints))
             log = stack.enter_context(_open_log(setup, run.step + 1))
-            profiler = stack.enter_context(watch.Profiler(profile))
+            profiler = stack.enter_context(watch.Profiler(_placed(profile, setup.folder.logs)))
             ending = Ending(stop, saver)
             for stage in setup.stages:
                 # Asked before compiling, which takes long.
@@ -177,9 +180,10 @@ def resume(setup: Setup) -> tuple[Run, Setup]:
     data.set_state(rest["data"])
     skips.set_state(rest["skips"])
     folder.write_settings(setup.start.model)
-    setup.report(f"resuming at step {folder.step} of {config.steps}")
+    where = " from the copies on local disks" if folder.from_copy else ""
+    setup.report(f"resuming at step {folder.step} of {config.steps}{where}")
     window = LossWindow(setup.objective.weights, rest["window"])
-    return Run(folder.step, state, frozen, data, window, skips, saved_step=folder.step), setup
+    return Run(folder.step, state, frozen, data, window, skips, saved_step=folder.stored_step), setup
 
 
 def train_stage(
@@ -277,6 +281,13 @@ class Ending:
         return verdict == _STOP
 
 
+def _placed(profile: watch.Profile | None, logs: pathlib.Path) -> watch.Profile | None:
+    """A profile for a workdir in a store, which grows where its logs do."""
+    if profile is None or not in_store(profile.folder):
+        return profile
+    return profile._replace(folder=logs / profile.folder.name)
+
+
 @contextlib.contextmanager
 def _open_log(setup: Setup, first_step: int):
     """A `Log` whose rows the first process writes."""
@@ -284,7 +295,7 @@ def _open_log(setup: Setup, first_step: int):
     writer = contextlib.nullcontext()
     if distributed.is_leader():
         settings = dataclasses.asdict(config)
-        writer = MetricsWriter(setup.folder.path, first_step, config.wandb_project, settings)
+        writer = MetricsWriter(setup.folder.logs, first_step, config.wandb_project, settings)
     with writer as write:
         peak = flops.peak_flops(config, setup.devices)
         shows_error = validation is None or validation.warning is None

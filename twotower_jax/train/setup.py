@@ -13,6 +13,7 @@ from twotower_jax.checkpoint.workdir import CONFIG, Workdir, read_settings
 from twotower_jax.data import TrainingData
 from twotower_jax.files import CheckpointError
 from twotower_jax.parameters import count, flatten, unflatten
+from twotower_jax.paths import as_path
 from twotower_jax.registry import registered
 from twotower_jax.train.config import ADDED, CHANGEABLE, TrainConfig
 from twotower_jax.train.objectives import Objective
@@ -107,7 +108,7 @@ def make_setup(config: TrainConfig, folder: Workdir, report: Report) -> Setup:
         validation = Validation(start.validation, objective, placement, config.batch_size)
     sampler = Sampler(objective.model, config.sample_tokens, placement.mesh) if config.two_towers else None
     if config.sample_every:
-        samples = Samples(folder.path, start.tokenizer, sampler, config.sample_prompts)
+        samples = Samples(folder.logs, start.tokenizer, sampler, config.sample_prompts)
     if config.sample_answers:
         held_out = start.validation if start.conversational else None
         turns = [] if held_out is None else held_out.first_turns(config.sample_answers)
@@ -128,7 +129,7 @@ def settled(config: TrainConfig, workdir: str | pathlib.Path) -> TrainConfig:
 
     A run from before there were such settings had none of what they do.
     """
-    path, saved = pathlib.Path(workdir), None
+    path, saved = as_path(workdir), None
     if (path / CONFIG).is_file():
         with contextlib.suppress(CheckpointError):  # which `Workdir` is to report
             saved = read_settings(path)
@@ -146,7 +147,7 @@ def look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
       ValueError: if that is something else, or a run with other settings, or one that is beyond `config.steps`.
     """
     settings, own = dataclasses.asdict(settled(config, workdir)), registered()
-    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED)
+    folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED, config.local_copy)
     if folder.step is not None and folder.step > config.steps:
         raise ValueError(f"workdir {folder.path} is at step {folder.step} already, beyond steps={config.steps}")
     return folder

@@ -16,6 +16,7 @@ from twotower_jax.checkpoint.workdir import Base, Workdir, read_base
 from twotower_jax.config import ModelConfig
 from twotower_jax.data import load_tokenizer
 from twotower_jax.data.mixture import Mixture
+from twotower_jax.data.mixture_schedule import Run
 from twotower_jax.data.opening import Data, Packing, Windows
 from twotower_jax.data.tokenizer import id_range
 from twotower_jax.data.windows import Concatenation
@@ -23,6 +24,7 @@ from twotower_jax.files import check_folder
 from twotower_jax.memory import Room
 from twotower_jax.mesh_check import check_fits
 from twotower_jax.parameters import Params, parameter_table, unflatten
+from twotower_jax.paths import as_path
 from twotower_jax.sharding import MeshShape, stored_sharding
 from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.objectives import Objective, make_objective
@@ -72,7 +74,7 @@ def read_inputs(config: TrainConfig, workdir: Workdir, report: Callable[[str], N
     """
     data, mesh = Data(config.data, report), choose_mesh(config.mesh)
     folder = None
-    if config.init_from and read_base(pathlib.Path(config.init_from)) is not None:
+    if config.init_from and read_base(as_path(config.init_from)) is not None:
         raise ValueError(
             f"init_from={config.init_from}: holds an adapter and not a whole model; launch/export.py --merge makes one "
             "of it"
@@ -88,7 +90,7 @@ def read_inputs(config: TrainConfig, workdir: Workdir, report: Callable[[str], N
                 f"init_from={config.init_from}: its weights are quantized ({method.name}), from which training cannot "
                 f"start; give the checkpoint that it was made from{instead}"
             )
-        folder = pathlib.Path(config.init_from)
+        folder = as_path(config.init_from)
         model, tokenizer = contents(folder).config, load_tokenizer(folder)
         if (used := id_range(tokenizer)) > model.vocab_size:
             raise ValueError(
@@ -121,7 +123,7 @@ def read_inputs(config: TrainConfig, workdir: Workdir, report: Callable[[str], N
         padding_weight=config.padding_weight,
         tokenizer_folder=workdir.path if workdir.step is not None else folder,
     )
-    training, validation = data.windows(tokenizer, packing)
+    training, validation = data.windows(tokenizer, packing, Run(config.steps, config.batch_size))
     return Start(tokenizer, model, objective, None, training, validation, mesh, folder, data.conversational, base)
 
 
@@ -149,7 +151,7 @@ def _base(config: TrainConfig, workdir: Workdir) -> Base:
     """
     if not config.init_from:
         raise ValueError(f"config: lora.rank={config.lora.rank} needs init_from, a checkpoint to adapt")
-    path = pathlib.Path(config.init_from)
+    path = as_path(config.init_from)
     check_folder(path, "init_from has to be a checkpoint")
     base = Base(str(path.absolute()), fingerprint(path) or {})
     began = read_base(workdir.path) if workdir.step is not None else None

@@ -1,6 +1,8 @@
-"""Charts of a story as SVG, for a page or as own files: the order of commits, steps per block, experts used."""
+"""Charts as SVG, for a page or as own files: of a story the order of commits, steps per block, experts used; and bars
+of any numbers."""
 
 import html
+from collections.abc import Sequence
 
 from twotower_jax.visualize.story import Story
 
@@ -40,6 +42,22 @@ def svg(width: int, height: int, title: str, parts: list[str]) -> str:
         f'<rect class="tt-paper" width="{width}" height="{height}"/>'
         f'<text class="tt-ink" x="8" y="18">{html.escape(title)}</text>' + "".join(parts) + "</svg>"
     )
+
+
+def bar_chart(title: str, bars: Sequence[tuple[str, float, str]]) -> str:
+    """A bar a line: its label, how long it is, 0 or more, and what to say of it."""
+    left, side, longest = 90, 20, 320
+    most = max((value for _, value, _ in bars), default=0) or 1
+    parts = []
+    for number, (label, value, about) in enumerate(bars):
+        y, wide = _TOP + number * side, longest * value / most
+        parts.append(f'<text class="tt-ink" x="{left - 6}" y="{y + 13}" text-anchor="end">{html.escape(label)}</text>')
+        box = f'x="{left}" y="{y}" width="{wide:.1f}" height="{side - 4}"'
+        parts.append(f'<rect {box} fill="rgb{color(0.4)}"><title>{html.escape(about)}</title></rect>')
+        said = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+        parts.append(f'<text class="tt-ink" x="{left + wide + 6:.1f}" y="{y + 13}">{said}</text>')
+    width = max(left + longest + 110, 16 + 7 * len(title))
+    return svg(width, _TOP + len(bars) * side + 10, title, parts)
 
 
 def heat_map(story: Story) -> str:

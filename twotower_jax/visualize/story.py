@@ -7,6 +7,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from twotower_jax.generation.trace import FORMAT, VERSION
+from twotower_jax.paths import as_path
 
 _VERSIONS = (1, VERSION)  # 1 has no routing.
 
@@ -105,7 +106,7 @@ def read_story(path: str | pathlib.Path, row: int = 0) -> Story:
       TraceError: naming file and line, if the trace is broken.
       ValueError: if there is no such file, its version or mode cannot be drawn, or it has no such row or no step of it.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not path.exists() or path.is_dir():
         raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give a trace")
     reader, number = None, 0

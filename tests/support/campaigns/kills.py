@@ -34,9 +34,9 @@ STEP, SAVE, CLEAN_UP = "step", "save", "clean-up"
 PHASES = (STEP, SAVE, CLEAN_UP)
 # At least so many steps a start; the moment is drawn after them.
 _STEPS_BETWEEN = (1, 6)
-_PATIENCE = 300.0  # seconds
+_PATIENCE = 1500.0  # seconds, on a machine that has other work
 
-_TRAIN = pathlib.Path(__file__).parents[3] / "launch" / "train.py"
+TRAIN = pathlib.Path(__file__).parents[3] / "launch" / "train.py"
 _CONFIG = """
 from twotower_jax.train.config import base_config
 
@@ -120,8 +120,15 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def campaign(scratch: pathlib.Path, kills: int, terms: int, seed: int) -> Iterator[Outcome]:
-    """Interrupts one run `kills` + `terms` times; the last outcome compares it with an uninterrupted one."""
+def campaign(
+    scratch: pathlib.Path, kills: int, terms: int, seed: int, kind: "type[Run] | None" = None
+) -> Iterator[Outcome]:
+    """Interrupts one run `kills` + `terms` times; the last outcome compares it with an uninterrupted one.
+
+    Args:
+      kind: of the run that is interrupted; by default one whose workdir is on the disk, as the other one's is.
+    """
+    kind = kind or Run
     rng = random.Random(seed)
     plan = [("SIGKILL", PHASES[i % 3]) for i in range(kills)] + [("SIGTERM", PHASES[i % 3]) for i in range(terms)]
     rng.shuffle(plan)
@@ -131,7 +138,7 @@ def campaign(scratch: pathlib.Path, kills: int, terms: int, seed: int) -> Iterat
     (scratch / "text").mkdir()
     for i in range(12):
         (scratch / "text" / f"{i}.txt").write_text(f"Text number {i} says that {i} is {i}. " * 20)
-    whole, broken = Run(scratch, "whole", steps), Run(scratch, "broken", steps)
+    whole, broken = Run(scratch, "whole", steps), kind(scratch, "broken", steps)
     status = whole.start().wait(_PATIENCE)
     if status:
         raise RuntimeError(f"the run without interruption failed with status {status}; see {whole.log}")
@@ -143,7 +150,13 @@ def campaign(scratch: pathlib.Path, kills: int, terms: int, seed: int) -> Iterat
 
 
 class Run:
-    """A run of `launch/train.py` in a folder of its own."""
+    """A run of `launch/train.py` in a folder of its own.
+
+    Attributes:
+      pause: seconds between two looks at it.
+    """
+
+    pause = 0.0005
 
     def __init__(self, scratch: pathlib.Path, name: str, steps: int):
         self.folder, self.log = scratch / name, scratch / f"{name}.log"
@@ -151,23 +164,25 @@ class Run:
 
     def start(self, *arguments: str) -> subprocess.Popen:
         """Starts the command, with more flags."""
-        # All starts share what the first one compiles.
-        environment = os.environ | {
+        command = [sys.executable, str(TRAIN), *self.arguments(), *arguments]
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                command, cwd=self._scratch, env=self.environment(), stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def arguments(self) -> list[str]:
+        """The flags that make it this run."""
+        return ["--config=config.py", f"--workdir={self.folder}", f"--config.steps={self._steps}"]
+
+    def environment(self) -> dict[str, str]:
+        """All starts share what the first one compiles."""
+        return os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(self._scratch / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": "",  # one device, whatever the caller has
         }
-        command = [sys.executable, str(_TRAIN), "--config=config.py", f"--workdir={self.folder}"]
-        with self.log.open("a") as log:
-            return subprocess.Popen(
-                [*command, f"--config.steps={self._steps}", *arguments],
-                cwd=self._scratch,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
 
     def interrupt(self, name: str, phase: str, rng: random.Random) -> Outcome:
         """Starts the run, goes on from its newest checkpoint, and sends it a signal at a drawn moment."""
@@ -178,8 +193,7 @@ class Run:
         try:
             self._wait(process, lambda: self.last_logged() >= target)
             if phase != STEP:
-                kind = ".writing" if phase == SAVE else ".removed"
-                self._wait(process, lambda: any(kind in entry for entry in self._checkpoints()))
+                self._wait(process, lambda: self.is_in(phase))
                 delay *= rng.random() ** 3  # what is to be met does not last
             time.sleep(delay)
             before, logged = self.newest(), self.last_logged()
@@ -189,6 +203,10 @@ class Run:
             process.kill()
             process.wait()
         return Outcome(name, phase, status, self.half_done(), self._lost(name, status, before, logged))
+
+    def is_in(self, phase: str) -> bool:
+        """Whether a checkpoint is being written, or removed."""
+        return any((".writing" if phase == SAVE else ".removed") in entry for entry in self._checkpoints())
 
     def newest(self) -> int | None:
         """The newest whole checkpoint."""
@@ -214,7 +232,7 @@ class Run:
                 raise RuntimeError(
                     f"the run ended, or stood still, by itself (status {process.poll()}); see {self.log}"
                 )
-            time.sleep(0.0005)
+            time.sleep(self.pause)
 
     def _lost(self, name: str, status: int, before: int | None, logged: int) -> str:
         newest = self.newest()
