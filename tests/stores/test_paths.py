@@ -11,6 +11,7 @@ import pytest
 import buckets
 from helpers import run_command
 from twotower_jax import command_line, outputs
+from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint import fingerprint, load, manifest
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
@@ -117,8 +118,9 @@ def folders(backbone_folder, tmp_path_factory) -> dict[str, pathlib.Path]:
     return found
 
 
-@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.whole)])
-@pytest.mark.parametrize("kind", [pytest.param("source", marks=pytest.mark.whole), "converted"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", ["source", "converted"])
 def test_checkpoints_are_read(folders, kind, quantize):
     url = f"gs://{buckets.BUCKET}/{kind}"
     here, there = (load.load(path, quantize=quantize) for path in (folders[kind], url))
@@ -142,18 +144,24 @@ def test_conversion_and_export_within_a_store(folders, address, tmp_path):
         assert as_path(f"{address}/hf/{file.name}").read_bytes() == file.read_bytes()
 
 
-def test_a_failed_conversion_leaves_nothing(folders, address, monkeypatch):
+def test_folders_are_whole_or_not_at_all(address, monkeypatch):
     out = as_path(f"{address}/out")
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr("twotower_jax.checkpoint.convert._stream", lambda *_: {}[0])
-        convert(folders["source"], out)
+    with pytest.raises(KeyError), new_folder(out) as folder:
+        manifest.write_file(folder / "a", (b"1", b"2"))
+        assert out.sizes().keys() == {"a", ".writing"}
+        with pytest.raises(ValueError, match="another process is writing it"), new_folder(out):
+            pass
+        raise KeyError
     assert not out.is_dir()
-    # What a killed process has left is no checkpoint, and goes when the next one begins.
+    # What a killed process has left goes when the next one begins.
     (out / "params" / "left").write_bytes(b"x")
     (out / ".writing").write_bytes(json.dumps({"owner": "gone"}).encode())
     monkeypatch.setattr("twotower_jax.stores.lease.SECONDS", 0.01)
-    convert(folders["source"], out)
-    assert "params/left" not in out.sizes() and ".writing" not in out.sizes()
+    with new_folder(out) as folder:
+        manifest.write_file(folder / "a", (b"3",))
+    assert out.sizes() == {"a": 1}
+    with pytest.raises(ValueError, match="exists already"), new_folder(out):
+        pass
 
 
 @pytest.mark.parametrize("change", ["flip", *(pytest.param(c, marks=pytest.mark.whole) for c in ("cut", "remove"))])

@@ -27,7 +27,7 @@ def make(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "text.txt").write_text("\n".join(f"line {i} of a text that is trained on" for i in range(300)))
     model = {
-        **{"hidden_size": 16, "hybrid_override_pattern": "M*", "mamba_num_heads": 2, "mamba_head_dim": 8},
+        **{"hidden_size": 16, "hybrid_override_pattern": "*-", "mamba_num_heads": 2, "mamba_head_dim": 8},
         **{"ssm_state_size": 8, "n_groups": 1, "chunk_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
         **{"head_dim": 8, "intermediate_size": 16},
     }
@@ -59,22 +59,32 @@ def same_run(path, whole) -> bool:
     return all(by_step[row["step"]] == row for row in found + rows(whole)) and state(path) == state(whole)
 
 
-def test_a_run_stops_and_goes_on(make, whole, address, tmp_path):
-    """Bit for bit the run on a disk; its workdir copied either way goes on as well."""
+def test_a_run_stops_and_goes_on(make, whole, address):
+    """Bit for bit the run on a disk."""
     path = as_path(address)
     assert make(address, stop_after=3).stopped == "the test"
     assert orbax_steps.committed_steps(path / "checkpoints") == [2, 3]
     make(address)
     assert same_run(address, whole) and orbax_steps.committed_steps(path / "checkpoints") == [4, STEPS]
     assert not (path / workdir.LEASE).exists() and (path / "tensorboard").is_dir()
-    sizes = path.sizes()
-    assert {name.split("/")[1] for name in sizes if name.startswith("checkpoints/")} == {"4", str(STEPS)}
-    for name in sizes:
+    steps = {name.split("/")[1] for name in path.sizes() if name.startswith("checkpoints/")}
+    assert steps == {"4", str(STEPS)}
+
+
+@pytest.mark.whole
+def test_workdirs_are_copied_either_way(make, whole, address, tmp_path):
+    """From a store to a disk and back, where they go on."""
+    make(address)
+    path = as_path(address)
+    for name in path.sizes():
         (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "down" / name).write_bytes((path / name).read_bytes())
     buckets.upload(whole, f"{address}-up")
+    make(whole, STEPS + 1)
     for copy in (tmp_path / "down", f"{address}-up"):
         assert state(copy) == state(whole)
+        make(copy, STEPS + 1)
+        assert state(copy, STEPS + 1) == state(whole, STEPS + 1)
         there, here = load.load(str(copy)), load.load(whole)
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), there.params, here.params))
 
