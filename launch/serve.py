@@ -40,6 +40,15 @@ _NAME = flags.DEFINE_string("served_model_name", None, "What clients call the mo
 _CORS = flags.DEFINE_multi_string(
     "cors_origin", [], "Origin whose web pages may ask, such as https://example.org; may be repeated."
 )
+_HOSTS = flags.DEFINE_multi_string(
+    "allowed_host",
+    [],
+    "Name that requests may call the server by, as a proxy in front does; may be repeated. At an address of this "
+    "machine alone localhost and the address are the only ones without it.",
+)
+_STEP_SECONDS = flags.DEFINE_float(
+    "step_seconds", 600.0, "Of the engine, with compiling; after that it has failed. 0 waits for ever.", lower_bound=0
+)
 _PREFIX_CACHE_GB = flags.DEFINE_float(
     "prefix_cache_gb", 0.0, "Keep so much (GB of 10⁹ bytes) of prompts, for those that begin alike.", lower_bound=0
 )
@@ -48,6 +57,9 @@ _ADAPTERS = flags.DEFINE_multi_string(
 )
 _ADAPTER_TOWER = flags.DEFINE_enum(
     "adapter_tower", None, APPLIED_TO, "Which tower adapters of a backbone change; see launch/generate.py."
+)
+_SEPARATE_TOWERS = flags.DEFINE_bool(
+    "separate_towers", False, "Each tower on a mesh of its own, where both work at once; without --mesh on a device."
 )
 _WARMUP = flags.DEFINE_bool("warmup", False, "Compile what the default settings need before /ready says yes.")
 
@@ -58,6 +70,13 @@ def _here(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _hosts() -> set[str] | None:
+    """The names that it answers to; None for all."""
+    if _here(_HOST.value):
+        return {"localhost", "127.0.0.1", "[::1]", _HOST.value, f"[{_HOST.value}]", *_HOSTS.value}
+    return set(_HOSTS.value) or None
 
 
 def _adapters(name: str) -> dict[str, Adapter]:
@@ -81,6 +100,7 @@ def main() -> None:
             raise ValueError(f"the package {package!r} is not installed; install it: pip install -e '.[serve]'")
     from twotower_jax.serving.app import make_app, read_keys
     from twotower_jax.serving.connection import bind, serve
+    from twotower_jax.serving.limits import Limits
     from twotower_jax.serving.start import make_service
 
     strategy_flags.register()
@@ -91,7 +111,7 @@ def main() -> None:
         print(f"warning: whoever reaches {_HOST.value} may ask: there is no --api_keys=FILE", file=sys.stderr)
     name = _NAME.value or as_path(model_flags.CHECKPOINT.value).resolve().name
     adapters = _adapters(name)
-    loaded = model_flags.load_model()
+    loaded = model_flags.load_model(apart=_SEPARATE_TOWERS.value)
     beside = {one: model_flags.beside(loaded, found, _ADAPTER_TOWER.value) for one, found in adapters.items()}
     generation_flags.warn_of_unused()
     if settings.mode != "ar":
@@ -110,12 +130,13 @@ def main() -> None:
         seed=settings.seed if generation_flags.SEED.present else None,
         prefix_cache_bytes=int(_PREFIX_CACHE_GB.value * 1e9),
         warm_up=_WARMUP.value,
+        limits=Limits(step_seconds=_STEP_SECONDS.value),
         adapters=beside,
     )
 
     async def run() -> None:
         service = make()
-        await serve(make_app(service, _CORS.value), service, listener)
+        await serve(make_app(service, _CORS.value, _hosts()), service, listener)
 
     asyncio.run(run())
 

@@ -50,9 +50,7 @@ def tokens(x, shown):
 
 def draw() -> str:
     parts = tower(CONTEXT, "context tower", "frozen · reads clean text, causally", "#e0f2fe", "#0284c7")
-    parts += tower(
-        DENOISER, "denoiser tower", "trained · both ways in a block, told the noise level t", "#ffedd5", "#ea580c"
-    )
+    parts += tower(DENOISER, "denoiser tower", "trained · both ways in a block, told the noise", "#ffedd5", "#ea580c")
     parts += tokens(CONTEXT, CLEAN) + tokens(DENOISER, MASKED)
     for i, letter in enumerate(PATTERN):
         if letter in HANDED:

@@ -16,7 +16,7 @@ from twotower_jax.config import Variant
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import MODES, Engine, Request, Settings, TowerMeshes, generate, score_ar, tower_meshes
 from twotower_jax.generation import placement as placement_module
-from twotower_jax.generation.blocks import block
+from twotower_jax.generation.blocks import Table, block
 from twotower_jax.generation.placement import in_force, parse_mesh, row_format
 from twotower_jax.generation.slots import allocate, cache_bytes
 from twotower_jax.parameters import flatten, parameter_table
@@ -187,3 +187,66 @@ def test_scores_on_a_mesh_are_those_of_one_device(model):
 def test_meshes_that_cannot_be(model, words, apart, message):
     with pytest.raises(ValueError, match=message):
         tower_meshes(parse_mesh(words), apart=apart).check(model[0].config)
+
+
+def test_both_towers_work_at_once(model, one_device, monkeypatch):
+    """Whenever the host waits for what the context made of some rows, the denoiser has been given blocks of others that
+    do not depend on it: by the order in which calls are made, and waited for."""
+    log, begin, finish, wait = [], Table.begin, Table.finish, jax.device_get
+
+    def begun(self, call, *args):
+        log.append(("begin", frozenset(np.flatnonzero(call.alive).tolist())))
+        return begin(self, call, *args)
+
+    def finished(self, call, *args):
+        log.append(("finish", frozenset(np.flatnonzero(call.alive).tolist())))
+        return finish(self, call, *args)
+
+    def waited(value):
+        log.append(("wait", frozenset()))
+        return wait(value)
+
+    monkeypatch.setattr(Table, "begin", begun)
+    monkeypatch.setattr(Table, "finish", finished)
+    monkeypatch.setattr(jax, "device_get", waited)
+    results = list(generate(*model, PROMPTS, SETTINGS, placement=tower_meshes(MeshShape(), apart=True)))
+    assert results == one_device("diffusion")
+    open_, together = [], 0
+    for what, rows in log:
+        if what == "begin":
+            assert not any(rows & others for others in open_)
+            open_.append(rows)
+        elif what == "finish":
+            assert open_.pop(0) == rows  # In the order in which they were begun.
+            together += bool(open_)
+        assert len(open_) <= 2
+    finishes = sum(what == "finish" for what, _ in log)
+    assert together > finishes / 2  # All but the first, and the last rows, which are alone.
+    # What was begun beside it does not wait for the commit either: the denoiser's copy of the table, which both
+    # the begun blocks and the news of the commit go to, is written after it was read.
+    order = [what for what, _ in log if what != "wait"]
+    assert "begin finish begin finish" in " ".join(order)
+
+
+def test_a_row_canceled_between_the_towers_leaves_its_slot_to_another(model):
+    """What the denoiser had made of it is not committed to the row that has its slot now."""
+    asked = [Request(prompt=[7 + i], max_new_tokens=9, sampling=SAMPLING, sample=i) for i in range(8)]
+
+    def run(engine, rows, canceled=()):
+        for one in canceled:
+            engine.submit(one)
+        if canceled:
+            engine.step()
+            engine.step()
+        for number in range(len(canceled)):
+            engine.cancel(number)
+        found, numbers = {}, [engine.submit(one) for one in rows]
+        while engine.busy:
+            for progress in engine.step():
+                assert progress.number in numbers
+                if progress.result is not None:
+                    found[progress.number] = progress.result
+        return [found[number] for number in numbers]
+
+    apart = Engine(*model, SETTINGS, capacity=64, placement=tower_meshes(MeshShape(), apart=True))
+    assert run(apart, asked[4:], asked[:4]) == run(Engine(*model, SETTINGS, capacity=64), asked[4:])

@@ -337,6 +337,8 @@ def test_cancel_frees_a_slot_for_the_next_step(tiny):
         ({"allowed": {2: []}}, r"allowed\[2\] holds no token"),
         ({"allowed": {2: [3]}}, r"allowed\[2\] holds no token"),
         ({"allowed": {2: [5]}, "pinned": {2: 6}}, r"pinned\[2\]=6 is not among those allowed"),
+        ({"allowed": {2: [5]}, "start": [3, 3, 6]}, r"start\[2\]=6 is not what is pinned or allowed there"),
+        ({"pinned": {1: 5}, "start": [3, 6]}, r"start\[1\]=6 is not what is pinned or allowed there"),
         ({"start": [5] * 21}, "start must hold 1 … 20 token ids"),
         ({"end_tokens": (64,)}, "end_tokens: id 64"),
         ({"sampling": {"temperature": 1.0, "top_k": 65}}, "top_k=65 is more than the vocabulary has"),

@@ -49,12 +49,50 @@ BAD_SHARED = [
     ({"strategy": "factor", "strategy_options": {"factor": "no"}}, "strategy_options"),
     ({"tolerance": 0.5}, "tolerance"),
     ({"mode": "ar", "return_step_map": True}, "return_step_map"),
+    ({"mode": "mock_ar", "return_context_logprobs": True}, "return_context_logprobs"),
     ({"pinned": {"4": 1}}, "pinned"),
     ({"pinned": {"-1": 1}}, "pinned"),
     ({"pinned": {"x": 1}}, "pinned"),
     ({"pinned": {"1": 300}}, "pinned"),
     ({"pinned": {"1": 3}}, "pinned"),  # The mask token.
     ({"pinned": [1]}, "pinned"),
+    ({"allowed": {"4": [5]}}, "allowed"),
+    ({"allowed": {"1": []}}, "allowed"),
+    ({"allowed": {"1": 5}}, "allowed"),
+    ({"allowed": {"1": [300]}}, "allowed"),
+    ({"allowed": {"1": [3]}}, "allowed"),  # The mask token alone.
+    ({"allowed": {"1": [5]}, "pinned": {"1": 6}}, "pinned"),
+    ({"allowed": [5]}, "allowed"),
+    ({"start": [5] * 5}, "start"),
+    ({"start": []}, "start"),
+    ({"start": [300]}, "start"),
+    ({"start": {"0": 5}}, "start"),
+    ({"start": [5], "mode": "ar"}, "start"),
+    ({"guided_choice": "yes"}, "guided_choice"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_choice": ["yes", ""]}, "guided_choice"),
+    ({"guided_choice": ["yes", 3]}, "guided_choice"),
+    ({"guided_choice": ["\ud800"]}, "guided_choice"),
+    ({"guided_choice": ["zzzzzzzzz"]}, "max_tokens"),
+    ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_regex"),
+    ({"guided_choice": ["a"], "pinned": {"0": 5}}, "pinned"),
+    ({"guided_choice": ["a"], "allowed": {"0": [5]}}, "allowed"),
+    ({"guided_choice": ["a"], "start": [5]}, "start"),
+    ({"guided_choice": ["a"], "stop": "b"}, "stop"),
+    ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos"),
+    ({"guided_choice": ["a"], "mode": "speculative"}, "guided_choice"),
+    ({"guided_regex": 3}, "guided_regex"),
+    ({"guided_regex": "a("}, "guided_regex"),
+    ({"guided_regex": "z{9}"}, "max_tokens"),
+    ({"guided_json": {"type": "object"}}, "guided_json"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_grammar": "root ::= a"}, "guided_grammar"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"grammar": "a"}}, "structured_outputs"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+    ({"response_format": "text"}, "response_format"),
     ({"frequency_penalty": 0.1}, "frequency_penalty"),
     ({"presence_penalty": 0.1}, "presence_penalty"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
@@ -95,7 +133,6 @@ BAD_CHATS = [
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": 2}, "logprobs"),
     ({"max_completion_tokens": 5}, "max_completion_tokens"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [{"type": "function"}]}, "tools"),
 ]
 
@@ -122,14 +159,22 @@ def test_fields_that_cannot_be_honored_are_named(scripted):
     bodies = [(path, json.dumps(body).replace("Infinity", "1e999").encode()) for path, body, _ in cases]
     answers = ask(scripted, bodies)
     for (_, body, name), answer in zip(cases, answers, strict=True):
-        error = answer.json()["error"]
         assert answer.status_code == 400, body
+        error = answer.json()["error"]
         assert (error["type"], error["param"]) == ("invalid_request_error", name), body
         assert name in error["message"], body
 
 
 def test_fields_that_change_nothing_are_understood(scripted):
-    shared = {"user": "me", "metadata": {"a": "b"}, "logit_bias": None, "best_of": None, "reasoning_effort": None}
+    shared = {
+        "response_format": {"type": "text"},
+        "guided_json": None,
+        "user": "me",
+        "metadata": {"a": "b"},
+        "logit_bias": None,
+        "best_of": None,
+        "reasoning_effort": None,
+    }
     cases = [("/v1/completions", PROMPT | shared), ("/v1/chat/completions", MESSAGES | shared)]
     for (path, body), fields in zip(cases, (NEUTRAL_COMPLETION, NEUTRAL_CHAT), strict=True):
         cases = [*cases, *((path, body | {name: v}) for name, values in (NEUTRAL | fields).items() for v in values)]

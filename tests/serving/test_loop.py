@@ -1,6 +1,7 @@
 """The engine's thread: who waits is told, and who leaves is forgotten, whatever happens."""
 
 import asyncio
+import threading
 
 import pytest
 from served import running
@@ -93,6 +94,32 @@ def test_an_engine_that_fails_turns_red_and_leaves_nobody_waiting(scripted, stre
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_hangs_turns_red_and_leaves_nobody_waiting(scripted, stream):
+    async def run():
+        service, engine = scripted(slots=1, limits=Limits(step_seconds=0.05))
+        async with running(service) as client:
+            assert (await complete(client)).status_code == 200
+            await asyncio.sleep(0.2)  # Nothing to do is no step.
+            assert (await client.get("/health")).status_code == 200
+            engine.hang = threading.Event()
+            async with asyncio.timeout(10):
+                answers = await asyncio.gather(*(complete(client, stream=stream) for _ in range(3)))
+            said = "a step has not come to an end within 0.05 seconds"
+            for answer in answers:
+                assert answer.status_code == (200 if stream else 500)
+                assert said in answer.text
+            health, ready, more = [await client.get("/health"), await client.get("/ready"), await complete(client)]
+            assert (health.status_code, ready.status_code, more.status_code) == (503, 503, 503)
+            assert health.json()["error"] == said
+            # It comes to an end after all, too late: the thread ends, and nothing else changes.
+            engine.hang.set()
+            await until(lambda: not service.loop._thread.is_alive())
+            assert (await client.get("/health")).json()["error"] == said
+
+    asyncio.run(run())
+
+
 def test_an_engine_that_cannot_be_made_is_said(scripted):
     async def run():
         service, _ = scripted()
@@ -109,7 +136,8 @@ def test_what_the_engine_refuses_is_a_bad_request(scripted):
         service, engine = scripted()
         async with running(service) as client:
             with pytest.raises(ApiError) as caught, service.loop.enter(1) as group:
-                await group.submit(Request(prompt=[1] * 1001, max_new_tokens=4)).accepted()
+                group.submit([Request(prompt=[1] * 1001, max_new_tokens=4)])
+                await group.tickets[0].accepted()
             assert caught.value.status == 400 and "too long" in caught.value.message
             assert (await complete(client)).status_code == 200
             await until(lambda: service.loop.taken == 0)

@@ -91,6 +91,16 @@ def test_the_page_shows_blocks_resolving(process):
         assert any(masks and tokens for masks, tokens in last)
         assert all(masks == 0 for blocks in seen for masks, _ in blocks[:-1])
         assert len(seen[-1]) == 3
+        # Every step can be seen again; the last is what was written.
+        assert not page.run("document.getElementById('again').hidden")
+        page.run("at.value = 0; at.dispatchEvent(new Event('input'))")
+        assert page.run("document.querySelectorAll('#written .block').length") == 1
+        assert page.run("document.querySelectorAll('#written .mask').length") > 0
+        page.run("at.value = at.max; at.dispatchEvent(new Event('input'))")
+        assert page.run("document.getElementById('written').textContent") == expected
+        page.click("#play")
+        page.until("at.value === at.max && document.getElementById('play').textContent === 'Play again'")
+        assert page.run("document.getElementById('written').textContent") == expected
         # What means nothing in a mode cannot be set there, and what the server refuses is shown.
         page.run("mode.value = 'ar'; mode.dispatchEvent(new Event('change'))")
         assert page.run("document.getElementById('block_size').disabled")
@@ -106,9 +116,8 @@ def test_a_signal_lets_what_was_begun_be_finished(process):
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "a", "max_tokens": 90, "ignore_eos": True, "stream": True, "mode": "ar"}).encode()
     with socket.create_connection((host, int(port)), 120) as client:
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}"
         client.sendall(head.encode() + b"\r\n\r\n" + body)
         data = client.recv(4096)  # It has begun; a row that is compiled already may even be done.
         running.send_signal(signal.SIGTERM)

@@ -209,14 +209,18 @@ def test_other_modes(served, mode):
     async def work(official, _):
         asked = {"model": "small", "prompt": "The", "max_tokens": 6}
         create = official.completions.create
-        whole = await create(**asked, logprobs=1, extra_body={"mode": mode, "return_token_ids": True})
-        stream = await create(**asked, extra_body={"mode": mode, "return_token_ids": True}, stream=True)
+        body = {"mode": mode, "return_token_ids": True, "return_context_logprobs": True}
+        whole = await create(**asked, logprobs=1, extra_body=body)
+        stream = await create(**asked, extra_body=body, stream=True)
         return whole, [part async for part in stream]
 
     whole, parts = ask(served, work)
     choice = whole.choices[0]
     assert len(choice.token_ids) == len(choice.logprobs.tokens) == 6
     assert "".join(part.choices[0].text for part in parts) == choice.text
+    # What these modes say is the context's.
+    assert choice.context_logprobs == choice.logprobs.token_logprobs
+    assert [value for part in parts for value in part.choices[0].context_logprobs] == choice.context_logprobs
     assert (whole.usage.denoiser_evaluations > 0) == (mode == "speculative")
 
 
@@ -362,6 +366,24 @@ def test_other_web_pages_may_ask_only_if_told_so(scripted):
     headers = asyncio.run(ask_from("https://a.example", cors_origins=["https://a.example"]))
     assert headers[name] == "https://a.example"
     assert name not in asyncio.run(ask_from("https://b.example", cors_origins=["https://a.example"]))
+
+
+def test_it_answers_to_its_own_names_alone(scripted):
+    """A page elsewhere whose name leads here (DNS rebinding) is not answered, whatever it asks for."""
+
+    async def work():
+        service, _ = scripted()
+        async with running(service, hosts={"localhost", "127.0.0.1", "[::1]"}) as client:
+            found = {}
+            for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:80", "[::1]:9", "evil.example", "localhost.evil:80"):
+                found[host] = (await client.get("/health", headers={"host": host})).status_code
+            page = await client.get("/", headers={"host": "evil.example:8000"})
+            return found, page
+
+    found, page = asyncio.run(work())
+    assert {host for host, status in found.items() if status != 200} == {"evil.example", "localhost.evil:80"}
+    assert (page.status_code, page.json()["error"]["code"]) == (403, "host_not_allowed")
+    assert "--allowed_host" in page.json()["error"]["message"]
 
 
 def test_the_official_client_understands_errors(served):

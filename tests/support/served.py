@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import pathlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -104,7 +105,8 @@ class Scripted:
 
     Attributes:
       fail_at: the step that raises an error. bad: first prompt tokens of rows that fail alone.
-      hold: whether steps give nothing. steps: made so far. canceled: numbers of rows.
+      hold: whether steps give nothing. hang: what a step waits for, if anything.
+      steps: made so far. canceled: numbers of rows.
     """
 
     def __init__(self, folder: pathlib.Path, slots: int = 2):
@@ -117,6 +119,7 @@ class Scripted:
         self.fail_at: int | None = None
         self.bad: set[int] = set()
         self.hold = False
+        self.hang: threading.Event | None = None
         self.steps = 0
         self.canceled: list[int] = []
         self._count = 0
@@ -151,6 +154,8 @@ class Scripted:
         self.steps += 1
         if self.steps == self.fail_at:
             raise RuntimeError("the device is\non fire")
+        if self.hang is not None:
+            self.hang.wait()
         while self._queue and len(self._table) < self.slots:
             self._table.append(self._queue.pop(0))
         if self.hold:

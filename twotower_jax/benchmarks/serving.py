@@ -147,7 +147,7 @@ async def _measure(server: _Server) -> None:
     values = flags.FLAGS
     async with _client(server) as client:
         start = time.monotonic()
-        while (await client.get("/ready")).status_code != 200:
+        while not await _is_ready(client):
             await asyncio.sleep(0.1)
         print(f"ready after {time.monotonic() - start:.1f} s of compiling")
         parts = ("mixed", _mixed), ("malformed", _malformed), ("disconnects", _disconnects), ("slow", _slow)
@@ -155,6 +155,15 @@ async def _measure(server: _Server) -> None:
             if count := values[name].value:
                 print(f"{name:12} {await measure(server, client, count)}", flush=True)
                 await _check_alive(client)
+
+
+async def _is_ready(client: Any) -> bool:
+    import httpx
+
+    try:
+        return (await client.get("/ready")).status_code == 200
+    except httpx.TransportError:  # While it compiles it may read a request too late, by its own deadline.
+        return False
 
 
 async def _check_alive(client: Any) -> None:
@@ -191,6 +200,8 @@ def _requests(count: int) -> list[dict]:
             body |= {"ignore_eos": True}
         if draw.random() < 0.2:
             body |= {"mode": "ar"}
+        if not body.keys() & {"stop", "ignore_eos"} and draw.random() < 0.2:
+            body |= {"guided_choice": ["a", "of", "self"], "max_tokens": capacity // 12}
         if draw.random() < 0.4:
             body |= {"stream": True}
         bodies.append(body)
@@ -258,7 +269,8 @@ def broken_bodies(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     ]
     names = ["prompt", "messages", "max_tokens", "n", "stop", "stream", "temperature", "top_p", "top_k", "seed", "mode"]
     names += ["logprobs", "echo", "pinned", "block_size", "steps_per_block", "strategy", "strategy_options", "model"]
-    names += ["stream_options", "tolerance", "confidence_threshold", "other", "tokens", "return_step_map"]
+    names += ["stream_options", "tolerance", "confidence_threshold", "other", "tokens", "return_step_map", "allowed"]
+    names += ["start", "guided_choice", "guided_regex", "guided_json", "response_format", "structured_outputs"]
     fine: dict[str, dict] = {
         "/v1/completions": {"prompt": "a", "max_tokens": 2},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
@@ -316,7 +328,8 @@ async def _disconnects(_: _Server, client: Any, count: int) -> str:
 
 async def _slow(server: _Server, client: Any, count: int) -> str:
     host, port = server.url.removeprefix("http://").split(":")
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 900\r\n\r\n{"
     sockets = [await asyncio.open_connection(host, int(port)) for _ in range(count)]
     for number, (_, writer) in enumerate(sockets):
         writer.write(head[: number % (len(head) + 1)])

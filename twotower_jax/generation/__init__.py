@@ -5,6 +5,8 @@ request.py        what one row is asked to be
 engine.py         a table of rows on the device, filled and emptied by the host between calls
 prefix_cache.py   what the context kept of prompts that begin alike
 rows.py           a row as the host knows it
+automaton.py      languages of token sequences
+guide.py          a row that has to be a sentence of one
 quorum.py         how many rows a call waits for
 scheduling.py     what the host says with each call
 slots.py          that table, and how prompts are read into it
@@ -13,6 +15,7 @@ placement.py      the devices of both towers
 modes.py          one block of diffusion, AR and mock-AR: a draft of the denoiser's, a commit of the context's
 speculative.py    the same where the denoiser drafts and the context decides
 blocks.py         both compiled, as one function or, with towers apart, as two
+rehearsal.py      what that will need of memory, by compiling it for shapes
 stops.py          where a row ends
 watch.py          rows filling in, on a terminal
 trace.py          everything that happened, as JSON Lines

@@ -2,7 +2,7 @@
 
 Where the towers are together, a block is one compiled function. Where each has devices of its own it is two, the draft
 and the commit (modes.py), and the denoiser has a copy of the table: after each commit it is sent what the commit
-changed, the states and the newest keys.
+changed, the states and the newest keys. Between the halves of one call the other half of another's rows may go on.
 """
 
 import functools
@@ -11,6 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from twotower_jax import sharding
 from twotower_jax.cache import Cache
@@ -42,6 +43,8 @@ _MODES = {
     "ar": (modes.no_draft, modes.token_commit),
     "mock_ar": (modes.mock_draft, modes.token_commit),
 }
+# What the denoiser has made of a call, and the context is to read.
+Draft = tuple[Blocks | None, Denoised | Said]
 # How many tokens one call generates in the modes that generate one at a time.
 TOKENS_PER_CALL = 16
 
@@ -66,9 +69,9 @@ def block(
     return laid_out(model, slots), blocks, emitted
 
 
-@functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames="blocks")
+@functools.partial(jax.jit, static_argnames=("model", "recipe"))
 def _draft(params: Params, slots: Slots, blocks: Blocks | None, call: Call, *, model: TwoTower, recipe: Recipe):
-    """The denoiser's half of a block. It consumes `blocks`."""
+    """The denoiser's half of a block."""
     bound, draft = bind_part(model, params), _MODES[recipe.mode][0]
     if not has_blocks(recipe.mode):
         return None, draft(bound, slots, call, recipe)
@@ -82,6 +85,8 @@ def _commit(
 ) -> tuple[Slots, Slots, Emitted]:
     """The context's half, and what it changed. It consumes `slots`."""
     before, width = slots.cache.lengths, recipe.block_size  # Positions that a commit writes.
+    if isinstance(draft, Denoised):  # Rows may have been canceled since.
+        draft = draft._replace(done=draft.done & call.alive)
     slots, emitted = _MODES[recipe.mode][1](bind_part(model, params), slots, call, recipe, draft)
     slots = laid_out(model, slots)
     return slots, newest(model, slots, before, width), emitted
@@ -153,22 +158,44 @@ class Table:
                 where = np.array([slot]), np.array([i == 0])
                 self._slots = put_piece(self._slots, *where, piece, model=self._model)
 
+    @property
+    def apart(self) -> bool:
+        """Whether the towers have devices of their own, which work at once."""
+        return self._apart
+
     def block(self, call: Call, recipe: Recipe, kind: Hashable = None, adapter: str | None = None) -> Emitted:
         """What `call` says of the rows of one kind, whose blocks are kept under that name; one token of each, in mode
         mock_ar with the towers apart."""
+        return self.finish(call, recipe, self.begin(call, recipe, kind, adapter), kind, adapter)
+
+    def begin(self, call: Call, recipe: Recipe, kind: Hashable = None, adapter: str | None = None) -> Draft | None:
+        """The denoiser's half of `block`, where the towers are apart and it has one; nothing is waited for."""
+        if not self._apart or recipe.mode == "ar":
+            return None
+        with in_force(self._placement.denoiser):
+            blocks, drafted = _draft(
+                self._denoiser_params[adapter],
+                self._view,
+                self._blocks_of(kind, recipe, self._placement.denoiser),
+                call,
+                model=self._model,
+                recipe=recipe,
+            )
+        if blocks is not None:
+            self._blocks[kind] = blocks
+        return blocks, drafted
+
+    def finish(
+        self, call: Call, recipe: Recipe, begun: Draft | None, kind: Hashable = None, adapter: str | None = None
+    ) -> Emitted:
+        """The other half, or all of it. Others may have begun since; `call` may have fewer rows alive than then."""
         options = {"model": self._model, "recipe": recipe}
-        apart = self._apart and recipe.mode != "ar"
-        mesh = self._placement.denoiser if apart else self._placement.context
-        if has_blocks(recipe.mode) and kind not in self._blocks:
-            with in_force(mesh):
-                self._blocks[kind] = empty_blocks(batch=self._batch, block_size=recipe.block_size)
-        blocks = self._blocks.get(kind)
-        if not apart:
-            with in_force(mesh):
+        if begun is None:
+            with in_force(self._placement.context):
+                blocks = self._blocks_of(kind, recipe, self._placement.context)
                 self._slots, blocks, emitted = block(self._params[adapter], self._slots, blocks, call, **options)
             return self._keep(kind, blocks, emitted)
-        with in_force(mesh):
-            blocks, draft = _draft(self._denoiser_params[adapter], self._view, blocks, call, **options)
+        blocks, draft = begun
         told = {}
         if isinstance(draft, Denoised):  # What the context does not read.
             told = {"revealed": draft.revealed, "trace": draft.trace}
@@ -176,9 +203,16 @@ class Table:
         with in_force(self._placement.context):
             draft = moved(draft, self._placement.context)
             self._slots, news, emitted = _commit(self._params[adapter], self._slots, call, draft, **options)
-        with in_force(mesh):
-            self._view = absorb(self._view, moved(news, mesh), model=self._model)
-        return self._keep(kind, blocks, emitted._replace(**told))
+        with in_force(self._placement.denoiser):
+            self._view = absorb(self._view, moved(news, self._placement.denoiser), model=self._model)
+        return emitted._replace(blocks=blocks, **told)
+
+    def _blocks_of(self, kind: Hashable, recipe: Recipe, mesh: Mesh | None) -> Blocks | None:
+        """The blocks of a kind of rows as far as they are; None in modes without any."""
+        if has_blocks(recipe.mode) and kind not in self._blocks:
+            with in_force(mesh):
+                self._blocks[kind] = empty_blocks(batch=self._batch, block_size=recipe.block_size)
+        return self._blocks.get(kind)
 
     def _keep(self, kind: Hashable, blocks: Blocks | None, emitted: Emitted) -> Emitted:
         if blocks is None:

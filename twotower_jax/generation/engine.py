@@ -5,6 +5,10 @@ done free their slot, and waiting prompts are read into it, in pieces. While row
 read one piece per call, so that they do not wait for it. A call lasts until some of its rows have finished their blocks
 (quorum.py); the others go on in the next one.
 
+Where each tower has devices of its own, both work at once: the slots are two groups, of which the denoiser makes one's
+blocks while the context reads the other's. Calls return before they are done, so that the host has only to ask for both
+before it waits for one: a step begins the blocks of one group, and finishes those of the other, begun a step before.
+
 A row's numbers come from the same compiled arithmetic whatever its neighbors are; with another batch size the shapes
 of the matrix products are others, and so may be the last bits of its logits, but not its tokens.
 """
@@ -17,8 +21,8 @@ import numpy as np
 
 from twotower_jax import memory, sharding
 from twotower_jax.generation import scheduling
-from twotower_jax.generation.blocks import Table
-from twotower_jax.generation.modes import Call, Emitted
+from twotower_jax.generation.blocks import Draft, Table
+from twotower_jax.generation.modes import Call, Emitted, Recipe
 from twotower_jax.generation.placement import TowerMeshes
 from twotower_jax.generation.prefix_cache import PrefixCache, borders
 from twotower_jax.generation.quorum import Quorum
@@ -107,8 +111,11 @@ class Engine:
         self._submitted = 0
         self._prefixes = prefix_cache
         self._quorums: defaultdict[Kind, Quorum] = defaultdict(Quorum)
-        # For each kind, which rows it was said for, and what it says.
-        self._standing: dict[Kind, tuple[tuple, Call]] = {}
+        # For each kind and group, which rows it was said for, and what it says.
+        self._standing: dict[tuple[Kind, int], tuple[tuple, Call]] = {}
+        # Where the towers are apart: the group of slots whose blocks were begun last, and these blocks.
+        self._group = 0
+        self._begun: list[tuple[Kind, list[Row | None], Call, Recipe, Draft | None]] = []
         self.cache_bytes = cache_bytes(model, batch, self.capacity, placement.context)
         _check_memory(self.cache_bytes, batch, self.capacity, settings.max_cache_gb, placement)
         # AR needs no denoiser: apart from the context it is then left out.
@@ -183,8 +190,11 @@ class Engine:
           what rows got, in the order of their numbers. Of those whose block is not finished nothing, or what they asked
           for.
         """
-        firsts = self._read_prompts()
-        calls = [(places, self._advance(kind, places)) for kind, places in self._kinds().items()]
+        if self._rows.apart:
+            firsts, calls = self._in_turns()
+        else:
+            firsts = self._read_prompts()
+            calls = [(places, self._advance(kind, places)) for kind, places in self._kinds().items()]
         # One transfer, after the calls: the first tokens do not hold them up.
         told = [chosen for _, chosen in firsts], [emitted for _, emitted in calls]
         chosen, emitted = jax.device_get(sharding.whole(told))
@@ -299,27 +309,51 @@ class Engine:
 
     # Blocks.
 
-    def _kinds(self) -> dict[Kind, list[Row | None]]:
-        """The rows that are ready, by kind, each at its place in the table."""
+    def _in_turns(self) -> tuple[list, list[tuple[list[Row | None], Emitted]]]:
+        """Begins the blocks of a group, and finishes those of the other."""
+        begun, self._begun = self._begun, []
+        groups = [self._kinds(group) for group in (1 - self._group, self._group)]
+        # Blocks that are begun are not begun again; without any, whichever group has rows.
+        chosen = 0 if begun or groups[0] else 1
+        self._group = 1 - self._group if chosen == 0 else self._group
+        for kind, places in groups[chosen].items():
+            call, recipe = self._call(kind, places)
+            self._begun.append((kind, places, call, recipe, self._rows.begin(call, recipe, kind, kind.adapter)))
+        firsts, calls = self._read_prompts(), []
+        for kind, places, call, recipe, draft in begun:
+            # A row may have been canceled since, and its slot be another's.
+            places = [row if row is self._table[slot] else None for slot, row in enumerate(places)]
+            if any(places):
+                call = call._replace(alive=np.array([row is not None for row in places]))
+                emitted = self._rows.finish(call, recipe, draft, kind, kind.adapter)
+                calls.append((places, scheduling.told(emitted, places)))
+        return firsts, calls
+
+    def _kinds(self, group: int | None = None) -> dict[Kind, list[Row | None]]:
+        """The rows that are ready, by kind, each at its place in the table; of every second slot, if `group` says."""
         kinds = {}
         for slot, row in enumerate(self._table):
-            if row is not None and not row.reading:
+            if row is not None and row.ready and group in (None, slot % 2):
                 kinds.setdefault(row.kind, [None] * len(self._table))[slot] = row
         return kinds
 
     def _advance(self, kind: Kind, places: list[Row | None]) -> Emitted:
+        call, recipe = self._call(kind, places)
+        return scheduling.told(self._rows.block(call, recipe, kind, kind.adapter), places)
+
+    def _call(self, kind: Kind, places: list[Row | None]) -> tuple[Call, Recipe]:
         config = self._model.config
         recipe = scheduling.recipe(kind, places, self._record, self._routing, config.vocab_size)
         quorum = self._quorums[kind].of(sum(row is not None for row in places))
-        call = scheduling.now(self._stand(kind, places), kind, places, quorum, config)
-        return scheduling.told(self._rows.block(call, recipe, kind, kind.adapter), places)
+        return scheduling.now(self._stand(kind, places), kind, places, quorum, config), recipe
 
     def _stand(self, kind: Kind, places: list[Row | None]) -> Call:
         """What is the same in every call for these rows, made once."""
         rows = self._eos_width, *(None if row is None else row.number for row in places)
-        if self._standing.get(kind, (None, None))[0] != rows:
-            self._standing[kind] = rows, scheduling.standing(kind, places, self._eos_width, self._model.config)
-        return self._standing[kind][1]
+        of = kind, self._group
+        if self._standing.get(of, (None, None))[0] != rows:
+            self._standing[of] = rows, scheduling.standing(kind, places, self._eos_width, self._model.config)
+        return self._standing[of][1]
 
 
 def generate(

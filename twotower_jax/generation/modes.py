@@ -51,6 +51,8 @@ class Call(NamedTuple):
         mode S + 1 positions from the newest token on, whose first says nothing.
       quorum: () int32, the call ends as soon as so many rows have finished their blocks.
       most: () int32, and after so many evaluations or tokens at the latest.
+      again, held: (B, S) and (B,) bool, positions that are masked again before the call goes on, and rows whose blocks
+        are not to be committed yet: of rows whose steps the host looks at (guide.py). None where there is none.
     """
 
     alive: jax.Array
@@ -63,6 +65,8 @@ class Call(NamedTuple):
     given: Given
     quorum: jax.Array
     most: jax.Array
+    again: jax.Array | None = None
+    held: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +241,8 @@ def denoise(
         revealed = jax.tree.map(update, revealed, decided)
         return made + 1, blocks, evaluations + moving, finite & (fine | ~moving), revealed, trace
 
-    begun = Blocks(jnp.where(call.fresh[:, None], given.tokens, blocks.xt), jnp.where(call.fresh, 0, blocks.step))
+    xt = blocks.xt if call.again is None else jnp.where(call.again, mask_id, blocks.xt)
+    begun = Blocks(jnp.where(call.fresh[:, None], given.tokens, xt), jnp.where(call.fresh, 0, blocks.step))
     _, _, decided, happened = jax.eval_shape(evaluate, begun, active)
     revealed = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), decided)
     trace = jax.tree.map(lambda v: jnp.zeros((STEPS_PER_TRACE, *v.shape), v.dtype), happened)
@@ -245,6 +250,8 @@ def denoise(
     _, blocks, evaluations, finite, revealed, trace = jax.lax.while_loop(keep_going, one_step, carry)
     moving = undecided(blocks, finite)
     done = active & ~moving & enough(moving)
+    if call.held is not None:
+        done &= ~call.held
     return blocks, Denoised(blocks.xt, done, evaluations, finite, revealed, trace)
 
 

@@ -83,6 +83,8 @@ class _Done(Exception):  # noqa: N818 (no error)
 class _Rehearsal:
     """As `blocks.Table`, but nothing is there: programs are compiled, up to that of the first block."""
 
+    apart = False
+
     def __init__(self, model: TwoTower, params: Params, placement: TowerMeshes, *, batch: int, capacity: int, **rest):
         del rest
         self._model, self._params, self._mesh, self._batch = model, params, placement.context, batch

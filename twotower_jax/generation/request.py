@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.generation.automaton import Automaton
 from twotower_jax.generation.settings import Settings, check_row, has_blocks
 from twotower_jax.tokens import check_ids
 
@@ -28,6 +29,8 @@ class Request:
         denoiser's own mask token is never said, and is no use here in diffusion.
       start: tokens at the first positions to begin with, the mask token where undecided; strategies may change them.
         Of diffusion alone.
+      constraint: the rows that may be said, of which this is to be one; an end token follows, unless none has room.
+        Nothing else may then be said of positions, nor a stop text; and not in speculative mode.
       logprobs: tell of each token its log-probability, and of so many of the most probable ones; None tells nothing.
       context_logprobs: tell of each token its exact log-probability under the context tower.
       provisional: tell of every step of a block; in modes of one token at a time, of every token alone.
@@ -49,6 +52,7 @@ class Request:
     pinned: Mapping[int, int] = dataclasses.field(default_factory=dict)
     allowed: Mapping[int, Collection[int]] | None = None
     start: Sequence[int] | None = None
+    constraint: Automaton | None = None
     logprobs: int | None = None
     context_logprobs: bool = False
     provisional: bool = False
@@ -70,11 +74,21 @@ class Request:
                 raise ValueError(f"{name}: there is no position {outside[0]}; new tokens have 0 … {last}")
         if self.start is not None and not 0 < len(self.start) <= self.max_new_tokens:
             raise ValueError(f"start must hold 1 … {self.max_new_tokens} token ids, not {len(self.start)}")
+        if self.constraint is not None:
+            self._check_constraint()
+
+    def _check_constraint(self) -> None:
+        if self.mode == "speculative":
+            raise ValueError(
+                "constraint: what may follow a draft is not known before it is read: not in mode 'speculative'"
+            )
+        if names := [name for name in ("pinned", "allowed", "start", "stop") if getattr(self, name)]:
+            raise ValueError(f"constraint: with it {names[0]} cannot be given")
 
     @property
     def holds(self) -> bool:
         """Whether it says something of single positions."""
-        return bool(self.pinned or self.allowed or self.start)
+        return bool(self.pinned or self.allowed or self.start or self.constraint)
 
     @property
     def tells(self) -> bool:
@@ -102,11 +116,19 @@ class Request:
                 raise ValueError(
                     f"pinned[{position}]={token} is the mask token, which stands for an undecided position"
                 )
+        if self.constraint is not None:
+            check_ids(self.constraint.said, config.vocab_size, "constraint")
+            if mask is not None and self.constraint.says(mask):
+                raise ValueError("constraint holds the mask token, which stands for an undecided position")
         for position, ids in (self.allowed or {}).items():
             if not set(ids) - {mask}:
                 raise ValueError(f"allowed[{position}] holds no token that may stand there")
             if position in self.pinned and self.pinned[position] not in ids:
                 raise ValueError(f"pinned[{position}]={self.pinned[position]} is not among those allowed there")
+        for position, token in enumerate(self.start or ()):
+            pinned, allowed = self.pinned.get(position, token), (self.allowed or {}).get(position, (token,))
+            if token != mask and (token != pinned or token not in allowed):
+                raise ValueError(f"start[{position}]={token} is not what is pinned or allowed there")
 
 
 def from_settings(settings: Settings, prompt: Sequence[int], max_new_tokens: int | None = None) -> Request:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from twotower_jax.diffusion import Strategy
+from twotower_jax.generation.guide import Guide
 from twotower_jax.generation.modes import Emitted, Trace
 from twotower_jax.generation.request import Request
 from twotower_jax.generation.settings import Result, Step, TokenLogprob, has_blocks
@@ -89,6 +90,7 @@ class Row:
       rule: the strategy with its knobs; None in modes without one.
       over: whether its first token, which reading the prompt gave, already ends it.
       fresh: whether it is to begin a block. evaluations: that its newest block took.
+      guide: of a row that has a constraint. again: positions of its block that are masked again.
     """
 
     number: int
@@ -118,6 +120,11 @@ class Row:
         self.logprobs: list[TokenLogprob] = []
         self.context_logprobs: list[float] = []
         self._block = Block(size)
+        self.guide: Guide | None = None
+        if self.request.constraint is not None:
+            options = self.end_tokens, self.request.max_new_tokens, self.mask_token_id
+            self.guide = Guide(self.request.constraint, *options)
+        self.again = np.zeros(size, bool)
 
     @property
     def sample(self) -> int:
@@ -127,6 +134,17 @@ class Row:
     @property
     def reading(self) -> bool:
         return self.read < max(1, len(self.to_read))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can go on: its prompt is read, and what its next token depends on is known."""
+        return not self.reading and not (self.guide and self.chooses_first and not self.tokens)
+
+    @property
+    def steps(self) -> int:
+        """The evaluations that its block may take by now."""
+        most = self.request.sampling.steps_per_block
+        return max(most, self._block.evaluations + 1) if self.guide else most
 
     @property
     def chooses_first(self) -> bool:
@@ -152,6 +170,8 @@ class Row:
         logprobs, context = self._tell([token], chosen.log_probability[i : i + 1], [_pairs(chosen.top, (i,))])
         self.step_map.append(0)
         self.tokens.append(token)
+        if self.guide is not None:
+            self.guide.advance([token])
         step_map = [0] if self.blockwise else None
         return Progress(
             self.number, None, 0, [token], None, None, None, None, logprobs, step_map, context_logprobs=context
@@ -172,7 +192,7 @@ class Row:
             block.add(emitted, slot)
             self.fresh = count > 0
             if not count and not self.over:
-                return self._provisional(emitted, slot)
+                return self._unfinished(emitted, slot)
             self.evaluations, self._block = block.evaluations, Block(len(block.step))
         new = emitted.said.tokens[slot, :count].tolist()
         logprobs = context = None
@@ -187,6 +207,9 @@ class Row:
         step_map = self._steps_of(block, count, accepted)
         self.step_map += step_map or []
         self.tokens += new
+        if self.guide is not None:
+            self.guide.advance(new)
+            self.again = np.zeros_like(self.again)
         steps = None if emitted.trace is None else block.steps
         self.trace += steps or ()
         self.blocks += count > 0
@@ -201,10 +224,13 @@ class Row:
         error = f"prompt {self.number + 1}: the model's logits are not finite; are its weights?"
         return Progress(self.number, self.blocks, len(self.tokens), [], None, None, None, error=error)
 
-    def _provisional(self, emitted: Emitted, slot: int) -> Progress | None:
+    def _unfinished(self, emitted: Emitted, slot: int) -> Progress | None:
+        if self.guide is not None:
+            self.again = self.guide.settle(emitted.blocks.xt[slot].tolist(), self._block.log_probability)
         if not self.request.provisional:
             return None
-        standing = emitted.blocks.xt[slot, self.given :].tolist()
+        standing = emitted.blocks.xt[slot, self.given :]
+        standing = np.where(self.again, self.mask_token_id, standing).tolist() if self.guide else standing.tolist()
         return Progress(self.number, self.blocks, len(self.tokens), [], None, None, None, standing)
 
     def _tell(self, tokens, log_probability, top, context=None, slot=0):

@@ -64,7 +64,7 @@ def standing(kind: Kind, rows: Places, eos_width: int, config: ModelConfig) -> C
     if some.blockwise:
         rules = [(row or some).rule for row in rows]
         strategy = jax.tree.map(lambda *knobs: np.array(knobs, _knob_dtype(knobs[0])), *rules)
-    provisional = any(row is not None and row.request.provisional for row in rows)
+    stepwise = any(row is not None and (row.request.provisional or row.guide) for row in rows)
     return Call(
         alive=np.array([row is not None for row in rows]),
         draws=draws(rows),
@@ -75,7 +75,7 @@ def standing(kind: Kind, rows: Places, eos_width: int, config: ModelConfig) -> C
         fresh=np.zeros(len(rows), bool),
         given=given([None] * len(rows), [0] * len(rows), _positions(kind), config),
         quorum=np.int32(0),
-        most=np.int32(1 if provisional else _NO_LIMIT),
+        most=np.int32(1 if stepwise else _NO_LIMIT),
     )
 
 
@@ -86,18 +86,26 @@ def now(standing: Call, kind: Kind, rows: Places, quorum: int, config: ModelConf
     if not any(row is not None and row.request.holds for row in rows):
         return standing
     firsts = [row.position - row.given if row else 0 for row in rows]
-    return standing._replace(given=given(rows, firsts, _positions(kind), config))
+    standing = standing._replace(given=given(rows, firsts, _positions(kind), config))
+    if kind.mode != "diffusion" or not any(row is not None and row.guide for row in rows):
+        return standing
+    return standing._replace(
+        steps=_column(rows, np.int32, 1, lambda row: row.steps),
+        again=np.stack([np.zeros(kind.block_size, bool) if row is None else row.again for row in rows]),
+        held=_column(rows, bool, False, lambda row: row.guide is not None and not row.guide.whole),
+    )
 
 
 def told(emitted: Emitted, rows: Places) -> Emitted:
     """What of a call the rows are to be told: to fetch an array from a device takes its time."""
     requests = [row.request for row in rows if row is not None]
     said, revealed = emitted.said._replace(finite=None), emitted.revealed
-    if not any(request.tells for request in requests):
+    guided = any(request.constraint for request in requests)
+    if not guided and not any(request.tells for request in requests):
         said = said._replace(log_probability=None)
         revealed = revealed and revealed._replace(log_probability=None)
     provisional = any(request.provisional for request in requests)
-    return emitted._replace(said=said, revealed=revealed, blocks=emitted.blocks if provisional else None)
+    return emitted._replace(said=said, revealed=revealed, blocks=emitted.blocks if provisional or guided else None)
 
 
 def draws(rows: Places) -> Draws:
@@ -131,6 +139,9 @@ def given(rows: Places, firsts: Sequence[int], count: int, config: ModelConfig) 
     tokens = np.full((len(rows), count), config.mask_token_id, np.int32)
     fixed = np.zeros((len(rows), count), bool)
     allowed = None
+    if any(row is not None and (row.request.allowed or row.guide) for row in rows):
+        # At other positions too: compiled once for the whole row.
+        allowed = np.full((len(rows), count, -(-config.vocab_size // 8)), 255, np.uint8)
     for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
         if row is None or not row.request.holds:
             continue
@@ -142,11 +153,10 @@ def given(rows: Places, firsts: Sequence[int], count: int, config: ModelConfig) 
             if position in request.pinned:
                 tokens[i, place], fixed[i, place] = request.pinned[position], True
             if request.allowed and position in request.allowed:
-                if allowed is None:
-                    allowed = np.full((len(rows), count, -(-config.vocab_size // 8)), 255, np.uint8)
                 allowed[i, place] = allowed_bits(request.allowed[position], config.vocab_size)
-        if request.allowed and allowed is None:  # At other positions: compiled once for the whole row.
-            allowed = np.full((len(rows), count, -(-config.vocab_size // 8)), 255, np.uint8)
+        if row.guide is not None:
+            known = count if row.blockwise else 1  # Where one token is said at a time, what follows it is not known.
+            allowed[i, :known] = row.guide.allowed(known, config.vocab_size)
     return Given(tokens, fixed, allowed)
 
 

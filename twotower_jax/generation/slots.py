@@ -117,7 +117,7 @@ def ends(tokens: Int[Array, " B *rows"], eos: Int[Array, "B K"]) -> Bool[Array, 
 def allowed_bits(ids: Collection[int], vocab_size: int) -> np.ndarray:
     """A set of tokens as bits, (⌈V/8⌉,) uint8."""
     bits = np.zeros(vocab_size, bool)
-    bits[list(ids)] = True
+    bits[ids if isinstance(ids, np.ndarray) else list(ids)] = True
     return np.packbits(bits)
 
 

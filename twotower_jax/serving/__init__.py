@@ -4,6 +4,9 @@ limits      what a client may ask for, and how long it may take
 errors      what a client is told
 fields      fields of a body, each read once
 schema      bodies to requests of the engine
+holding     what they say of the positions of the answer
+json_schema which schemas are honored
+grammars    texts, expressions and schemas to automata of tokens
 loop        the engine's thread, and how the event loop speaks with it
 scoring     log-probabilities of prompts, for `echo`
 text        tokens to text, piece by piece

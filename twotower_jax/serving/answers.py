@@ -58,7 +58,13 @@ class Answer:
             "context_evaluations": sum(result.context_evaluations for result in done),
         }
 
-    def extras(self, prompt: Sequence[int] | None, tokens: Sequence[int], step_map: Sequence[int] | None) -> dict:
+    def extras(
+        self,
+        prompt: Sequence[int] | None,
+        tokens: Sequence[int],
+        step_map: Sequence[int] | None,
+        context_logprobs: Sequence[float] | None,
+    ) -> dict:
         """The fields of a choice that only we have, and only if asked for."""
         found: dict[str, Any] = {}
         if self.job.token_ids:
@@ -67,6 +73,8 @@ class Answer:
                 found["prompt_token_ids"] = list(prompt)
         if self.job.step_map:
             found["step_map"] = list(step_map or ())
+        if self.job.context_logprobs:
+            found["context_logprobs"] = list(context_logprobs or ())
         return found
 
     def logprobs(self, told: Sequence[TokenLogprob | None], tokens: Sequence[int], offsets: "Offsets") -> dict | None:
@@ -114,7 +122,8 @@ class Answer:
             choice["text"] = self.texts.decode(prompt) + text if job.echo else text
         shown = [*prompt, *tokens] if job.echo else tokens
         choice["logprobs"] = self.logprobs([*(scored or ()), *told], shown, Offsets(self.texts))
-        return choice | self.extras(prompt, tokens, None if result is None else result.step_map)
+        about = (None, None) if result is None else (result.step_map, result.context_logprobs)
+        return choice | self.extras(prompt, tokens, *about)
 
 
 class Offsets:

@@ -6,8 +6,10 @@ import dataclasses
 import hmac
 import importlib.resources
 import json
+import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
@@ -25,6 +27,7 @@ from twotower_jax.generation.settings import MODES
 from twotower_jax.serving import metrics, stream
 from twotower_jax.serving.answers import Answer
 from twotower_jax.serving.errors import ApiError, to_json
+from twotower_jax.serving.holding import CONSTRAINTS
 from twotower_jax.serving.limits import Limits, parse_object, read_body
 from twotower_jax.serving.loop import EngineLoop, Group
 from twotower_jax.serving.schema import Job, Reader
@@ -48,6 +51,7 @@ class Service:
       loop: the engine's. reader: of bodies. texts: tokens to text.
       keys: one of which a client must give; none where there are none.
       draining: whether no more requests are taken.
+      makes_grammars: a thread in which bodies are read that take longer, one after another.
     """
 
     loop: EngineLoop
@@ -58,6 +62,7 @@ class Service:
     keys: Sequence[bytes] = ()
     draining: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    makes_grammars: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
 
     @property
     def name(self) -> str:
@@ -66,14 +71,18 @@ class Service:
     async def read(self, request: Request, read: Callable[[dict], Any]) -> Any:
         """What `read` makes of a request's body."""
         body = await read_body(request, self.limits)
+        small = len(body) <= _SMALL
+        values = parse_object(body) if small else await asyncio.to_thread(parse_object, body)
 
-        def parse():
+        def read_values():
             try:
-                return read(parse_object(body))
+                return read(values)
             except RecursionError:
                 raise ApiError(400, "the body is nested too deep", code="invalid_json") from None
 
-        return parse() if len(body) <= _SMALL else await asyncio.to_thread(parse)
+        if any(name in values for name in CONSTRAINTS):
+            return await asyncio.get_running_loop().run_in_executor(self.makes_grammars, read_values)
+        return read_values() if small else await asyncio.to_thread(read_values)
 
     def enter(self, job: Job) -> Group:
         """Places for a job's rows, which are submitted."""
@@ -81,17 +90,19 @@ class Service:
             message = "the server is about to end and takes no more requests"
             raise ApiError(503, message, code="draining", headers={"retry-after": "5"}, close=True)
         group = self.loop.enter(job.places)
-        for request in job.requests:
-            group.submit(request)
+        group.submit(job.requests)
         return group
 
 
-def make_app(service: Service, cors_origins: Sequence[str] = ()) -> Starlette:
-    """The application. Web pages of `cors_origins` may use it, others may not."""
+def make_app(service: Service, cors_origins: Sequence[str] = (), hosts: Collection[str] | None = None) -> Starlette:
+    """The application. Web pages of `cors_origins` may use it, others may not. It answers to these `hosts` alone, or to
+    all."""
     middleware = [Middleware(_Keys, keys=service.keys)]
     if cors_origins:
         allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(cors_origins), **allowed))
+    if hosts is not None:
+        middleware.insert(0, Middleware(_Hosts, names=hosts))
     app = Starlette(
         routes=[
             Route("/v1/completions", _completions, methods=["POST"]),
@@ -130,6 +141,27 @@ def read_keys(path: str) -> list[bytes]:
     if bad := [number for number, line in keys.items() if not line.isascii() or len(line.split()) > 1]:
         raise ValueError(f"--api_keys={path}: line {bad[0]}: a key is of ASCII characters without spaces")
     return list(keys.values())
+
+
+class _Hosts:
+    """Answers to its own names alone.
+
+    A web page elsewhere can have its own name lead to this machine (DNS rebinding): for a browser the server is then a
+    part of that page, and no rule about other origins holds. But the name is in the request.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]):
+        self._app, self._names = app, {name.lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            header = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
+            name = re.sub(r":[0-9]*$", "", header.strip()).lower()
+            if header and name not in self._names:
+                message = f"Host: {name[:100]!r} is no name of this server, which says others with --allowed_host=NAME"
+                await ApiError(403, message, code="host_not_allowed", close=True).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _Keys:

@@ -28,7 +28,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 NEUTRAL_COMPLETION = {"suffix": ("",)}
 NEUTRAL_CHAT = {
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -40,10 +39,9 @@ NEUTRAL_CHAT = {
 }
 _INSTEAD = {
     "suffix": 'tokens that are to follow can be given as "pinned"',
-    "response_format": "text is generated as it comes",
 }
 # Fields that clients send as null though only other servers know them.
-_NULL = {"guided_json", "guided_regex", "guided_choice", "structured_outputs", "reasoning_effort", "prompt_logprobs"}
+_NULL = {"guided_grammar", "reasoning_effort", "prompt_logprobs"}
 
 
 def refused(name: str, what: str, code: str | None = "invalid_value") -> ApiError:

@@ -26,6 +26,8 @@ class Limits:
       head_seconds: from the connection, or the answer before, until the request's head has come.
       body_seconds: from there until its body has.
       write_seconds: until a client has read what is waiting for it, beyond what the sockets hold.
+      step_seconds: of the engine, functions that it compiles for a step included; after that it has failed. 0 is for
+        ever.
     """
 
     body_bytes: int = 4 << 20
@@ -39,6 +41,7 @@ class Limits:
     head_seconds: float = 10.0
     body_seconds: float = 30.0
     write_seconds: float = 30.0
+    step_seconds: float = 600.0
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:

@@ -159,12 +159,12 @@ class Group:
             self._left = True
             self._loop._leave(self.tickets, self._places)
 
-    def submit(self, request: Request) -> Ticket:
-        """Adds a row."""
-        ticket = Ticket(request)
-        self.tickets.append(ticket)
-        self._loop._say(("submit", ticket))
-        return ticket
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Adds rows, which the engine gets together: that no row of a body begins before another, by chance."""
+        tickets = [Ticket(request) for request in requests]
+        self.tickets += tickets
+        if tickets:
+            self._loop._say(("submit", tickets))
 
     async def score(self, prompts: Sequence[Sequence[int]], top: int, adapter: str | None = None) -> list[Scored]:
         """Log-probabilities of prompts under the context tower, see `Scorer`.
@@ -184,6 +184,7 @@ class EngineLoop:
       make: builds engine and scorer, in that thread, and does what is to be done before requests are answered.
       places: rows that may be running or waiting.
       observer: of what happens.
+      step_seconds: a step that takes longer never comes to an end, and the engine has failed; 0 waits for ever.
 
     Attributes:
       ready: whether requests are answered.
@@ -191,8 +192,10 @@ class EngineLoop:
       failure: why none will be answered any more, in one line; None as long as all is well.
     """
 
-    def __init__(self, make: Callable[[], tuple[Engine, Scorer]], places: int, observer: Observer):
-        self._make, self.places, self._observer = make, places, observer
+    def __init__(
+        self, make: Callable[[], tuple[Engine, Scorer]], places: int, observer: Observer, step_seconds: float = 0.0
+    ):
+        self._make, self.places, self._observer, self._step_seconds = make, places, observer, step_seconds
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self.taken = 0
         self._idle = asyncio.Event()
@@ -200,6 +203,9 @@ class EngineLoop:
         # The engine thread's own: rows by the engine's number, and the counts that were told last.
         self._live: dict[int, Ticket] = {}
         self._told = (0, 0)
+        # When the step began that it is at, of `time.monotonic`; None between steps.
+        self._since: float | None = None
+        self._watching: asyncio.Task | None = None
         self._open: set[Ticket] = set()
         self._scores: set[asyncio.Future] = set()
         self._loop = asyncio.get_running_loop()
@@ -210,6 +216,8 @@ class EngineLoop:
 
     def start(self) -> None:
         self._thread.start()
+        if self._step_seconds:
+            self._watching = asyncio.create_task(self._watch())
 
     async def drain(self) -> None:
         """Waits until no row is left."""
@@ -218,6 +226,8 @@ class EngineLoop:
     async def stop(self, seconds: float = 60.0) -> bool:
         """Ends the thread, after the step that it is at, and says whether it has ended within so many seconds."""
         self._stopped = True
+        if self._watching is not None:
+            self._watching.cancel()
         self._commands.put(("stop", None))
         end = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < end:
@@ -248,12 +258,13 @@ class EngineLoop:
         if self.failure is not None:
             # Failed since the place was taken.
             if kind == "submit":
-                thing.put(self._failed(500), self._observer)
+                for ticket in thing:
+                    ticket.put(self._failed(500), self._observer)
             elif kind == "score":
                 thing.future.set_exception(self._failed(500))
             return
         if kind == "submit":
-            self._open.add(thing)
+            self._open.update(thing)
         elif kind == "score":
             self._scores.add(thing.future)
             thing.future.add_done_callback(self._scores.discard)
@@ -288,7 +299,17 @@ class EngineLoop:
         else:
             future.set_result(scored)
 
+    async def _watch(self) -> None:
+        """Fails the engine when a step does not come to an end: a device may hang, and then nothing is raised."""
+        while self.failure is None:
+            await asyncio.sleep(min(1.0, self._step_seconds / 4))
+            since = self._since
+            if since is not None and time.monotonic() - since > self._step_seconds:
+                self._fail(f"a step has not come to an end within {self._step_seconds:g} seconds")
+
     def _fail(self, failure: str) -> None:
+        if self.failure is not None:  # Of a step that was given up, and came to an end after all.
+            return
         self.failure = failure
         self.ready = False
         self._observer.step(0, 0)
@@ -317,7 +338,7 @@ class EngineLoop:
 
     def _serve(self, engine: Engine, scorer: Scorer) -> None:
         scores: list[_Score] = []
-        while True:
+        while self.failure is None:
             while True:
                 try:
                     kind, thing = self._commands.get(block=not (engine.busy or scores))
@@ -326,7 +347,8 @@ class EngineLoop:
                 if kind == "stop":
                     return
                 if kind == "submit":
-                    self._submit(engine, thing)
+                    for ticket in thing:
+                        self._submit(engine, ticket)
                 elif kind == "score":
                     scores.append(thing)
                 else:
@@ -338,12 +360,14 @@ class EngineLoop:
                     self._call(self._free, places)
                     self._told = engine.running, engine.waiting
                     self._call(self._deliver, [], *self._told)
+            self._since = time.monotonic()
             if scores:
                 score = scores.pop(0)
                 if not score.future.done():  # Else nobody waits for it any more.
                     self._score(scorer, score)
             if engine.busy:
                 self._step(engine)
+            self._since = None
 
     def _submit(self, engine: Engine, ticket: Ticket) -> None:
         try:

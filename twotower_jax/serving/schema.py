@@ -17,6 +17,8 @@ from twotower_jax.generation.request import Request
 from twotower_jax.generation.settings import MODES, has_blocks
 from twotower_jax.serving.errors import ApiError
 from twotower_jax.serving.fields import NEUTRAL, NEUTRAL_CHAT, NEUTRAL_COMPLETION, Fields, is_integer, refused, shown
+from twotower_jax.serving.grammars import Grammars
+from twotower_jax.serving.holding import Constraint, read_allowed, read_constraint, read_pinned, read_start
 from twotower_jax.serving.limits import Limits
 
 # Alternatives of tokens that functions are compiled for; a request gets the next, and tells as many as were asked for.
@@ -65,6 +67,7 @@ class Job:
     include_usage: bool
     token_ids: bool
     step_map: bool
+    context_logprobs: bool
     stream_steps: bool
     adapter: str | None = None
 
@@ -86,7 +89,7 @@ class Reader:
       capacity: tokens of a row, prompt and answer. most_new: the most new tokens that a slot has room for, after a
         prompt of so many, in a mode, with a block size. places: rows that may be running or waiting.
       template: of conversations; a text says why there is none.
-      longest_token: the most characters that a token can stand for.
+      longest_token: the most characters that a token can stand for. grammars: of its tokens.
       adapters: names of models that are adapters of this one.
     """
 
@@ -103,12 +106,13 @@ class Reader:
         most_new: Callable[[int, str, int], int],
         places: int,
         longest_token: int,
+        grammars: Grammars,
         adapters: Sequence[str] = (),
     ):
         self.name, self.config, self.defaults, self.limits = name, config, defaults, limits
         self.capacity, self._most_new, self.adapters = capacity, most_new, tuple(adapters)
         self._tokenizer, self._template = tokenizer, template
-        self._places, self._longest_token = places, longest_token
+        self._places, self._longest_token, self._grammars = places, longest_token, grammars
         self._kinds: set[tuple] = set()
         self._block_limit = max(limits.block_size, defaults.sampling.get("block_size", 0))
 
@@ -296,7 +300,8 @@ class Reader:
             raise refused("stream_steps", "needs stream to be true")
         mode = fields.word("mode", self.defaults.mode, MODES)
         sampling = self._sampling(fields)
-        tokens = self._new_tokens(tokens, tokens_name, longest, mode, sampling.block_size)
+        constraint = read_constraint(fields, self._grammars)
+        tokens = self._new_tokens(tokens, tokens_name, longest, mode, sampling.block_size, constraint)
         seed = fields.integer("seed", self.defaults.seed, 0, 2**32 - 1)
         seed = secrets.randbelow(2**32) if seed is None else seed
         shared = {
@@ -304,18 +309,28 @@ class Reader:
             "seed": seed,
             "tolerance": fields.number("tolerance", None, 0, 1),
             "stop": self._stop(fields),
-            "pinned": self._pinned(fields, tokens),
+            "pinned": read_pinned(fields, tokens, self._check_ids),
+            "allowed": read_allowed(fields, tokens, self._check_ids) or None,
+            "start": read_start(fields, tokens, self.config.mask_token_id, self._check_ids),
+            "constraint": None if constraint is None else constraint.automaton,
             "logprobs": None if logprobs is None else next(most for most in _ALTERNATIVES if most >= logprobs),
+            "context_logprobs": fields.boolean("return_context_logprobs"),
             "provisional": stream_steps,
             "adapter": adapter,
         }
         if shared["tolerance"] is None:
             shared["tolerance"] = self.defaults.tolerance if shared["mode"] == "speculative" else 0.0
-        if fields.boolean("ignore_eos", self.defaults.ignore_eos):
+        self._check_constraint(constraint, shared)
+        ignore_eos = fields.boolean("ignore_eos", self.defaults.ignore_eos and constraint is None)
+        if ignore_eos and constraint is not None:
+            raise refused("ignore_eos", f"cannot be honored with {constraint.name}: an answer ends when it is complete")
+        if ignore_eos:
             shared["end_tokens"] = ()
         token_ids, step_map = fields.boolean("return_token_ids"), fields.boolean("return_step_map")
         if step_map and not has_blocks(shared["mode"]):
             raise refused("return_step_map", f"has no meaning in mode {shared['mode']}, which denoises no blocks")
+        if shared["context_logprobs"] and shared["mode"] == "mock_ar":
+            raise refused("return_context_logprobs", "are not to be had in mode mock_ar, a check of the denoiser")
         fields.finish(NEUTRAL | (NEUTRAL_CHAT if chat else NEUTRAL_COMPLETION))
         requests = []
         try:
@@ -340,11 +355,30 @@ class Reader:
             include_usage=include_usage,
             token_ids=token_ids,
             step_map=step_map,
+            context_logprobs=shared["context_logprobs"],
             stream_steps=stream_steps,
             adapter=adapter,
         )
 
-    def _new_tokens(self, tokens: int | None, name: str, longest: int, mode: str, block_size: int) -> int:
+    def _check_constraint(self, constraint: Constraint | None, shared: Mapping[str, Any]) -> None:
+        if constraint is None:
+            return
+        if shared["mode"] == "speculative":
+            raise refused(
+                constraint.name, "cannot be honored in mode speculative: what may follow a draft is not known"
+            )
+        if names := [name for name in ("pinned", "allowed", "start", "stop") if shared[name]]:
+            raise refused(names[0], f"cannot be honored together with {constraint.name}")
+
+    def _new_tokens(
+        self,
+        tokens: int | None,
+        name: str,
+        longest: int,
+        mode: str,
+        block_size: int,
+        constraint: Constraint | None,
+    ) -> int:
         """The checked number of new tokens, or as many of the default as there is room for."""
         room = min(self.capacity - longest, self._most_new(longest, mode, block_size))
         if tokens is not None and longest + tokens > self.capacity:
@@ -353,7 +387,14 @@ class Reader:
         if room < (1 if tokens is None else tokens):
             what = f"of {block_size} leaves room for {max(0, room)} new tokens after a prompt of {longest}"
             raise refused("block_size", what, code=_TOO_LONG)
-        return min(self.defaults.max_new_tokens, room) if tokens is None else tokens
+        default = self.defaults.max_new_tokens
+        if constraint is not None:
+            default = max(default, constraint.wanted)
+            if (possible := min(default, room) if tokens is None else tokens) < constraint.needed:
+                raise refused(
+                    name, f"{possible} new tokens are too few for {constraint.name}, which needs {constraint.needed}"
+                )
+        return min(default, room) if tokens is None else tokens
 
     def _stop(self, fields: Fields) -> tuple[str, ...]:
         given = fields.take("stop", [])
@@ -365,18 +406,6 @@ class Reader:
             what = f"must hold at most {limits.stop_texts} texts of 1 to {limits.stop_characters} characters each"
             raise refused("stop", what)
         return tuple(dict.fromkeys(texts))
-
-    def _pinned(self, fields: Fields, tokens: int) -> dict[int, int]:
-        given = fields.take("pinned", {})
-        if not isinstance(given, dict):
-            raise refused("pinned", 'must be an object of positions and token ids, such as {"3": 17}')
-        pinned = {}
-        for position, token in given.items():
-            if not re.fullmatch(r"0|[1-9][0-9]{0,8}", position) or int(position) >= tokens:
-                raise refused("pinned", f"there is no position {shown(position)} in {tokens} new tokens")
-            self._check_ids([token], f"pinned[{position}]")
-            pinned[int(position)] = token
-        return pinned
 
     def _sampling(self, fields: Fields) -> SamplingConfig:
         """What the body says, and for the rest the defaults that go with it."""
@@ -431,7 +460,7 @@ _TOO_LONG = "context_length_exceeded"
 # Names of fields, as messages from below have them.
 _FIELDS = (
     "steps_per_block", "block_size", "confidence_threshold", "strategy", "temperature", "tolerance",
-    "top_k", "top_p", "pinned", "logprobs", "stop", "seed", "mode",
+    "top_k", "top_p", "pinned", "allowed", "start", "logprobs", "stop", "seed", "mode",
 )  # fmt: skip
 
 

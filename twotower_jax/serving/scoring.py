@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from twotower_jax.diffusion import token_log_probabilities
-from twotower_jax.generation.placement import TowerMeshes, in_force
+from twotower_jax.generation.placement import TowerMeshes, bind_part, in_force
 from twotower_jax.generation.settings import TokenLogprob
-from twotower_jax.parameters import Params, bind
+from twotower_jax.parameters import Params
 from twotower_jax.tokens import check_ids, pad_rows
 from twotower_jax.two_tower import TwoTower
 
@@ -35,7 +35,7 @@ class _Found(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("model", "top"))
 def _score(params: Params, ids: Int[Array, "B L"], *, model: TwoTower, top: int) -> _Found:
     """Of each token after the first, and of one more that says nothing: (B, L), (B, L, top) and (B, L, top)."""
-    bound = bind(model, params)
+    bound = bind_part(model, params)
     states = bound.context_tower.causal(ids)
     batch, length, width = states.shape
     following = jnp.concatenate([ids[:, 1:], ids[:, :1]], axis=1)

@@ -18,6 +18,7 @@ from twotower_jax.generation.scheduling import PIECE
 from twotower_jax.generation.settings import Settings
 from twotower_jax.parameters import Params
 from twotower_jax.serving.app import Service
+from twotower_jax.serving.grammars import Grammars
 from twotower_jax.serving.limits import Limits
 from twotower_jax.serving.loop import EngineLoop
 from twotower_jax.serving.metrics import Metrics
@@ -128,6 +129,7 @@ def make_service(
         places=engine.slots + max_waiting,
         prefixes=prefixes,
         adapters=tuple(adapters or ()),
+        end_tokens=settings.end_tokens(model.config),
         **options,
     )
 
@@ -146,6 +148,7 @@ def assemble(
     keys: Sequence[bytes] = (),
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     adapters: Sequence[str] = (),
+    end_tokens: Sequence[int] = (),
 ) -> Callable[[], Service]:
     """A service around any engine.
 
@@ -153,6 +156,7 @@ def assemble(
       begin: gives engine and scorer, in the engine's thread. config: of the model. folder: of the tokenizer.
       given: defaults of requests. keys: one of which a client must give. limits: of what it may ask for.
       name, capacity, most_new, places, adapters: see `Reader`. prefixes: the engine's, for the metrics.
+      end_tokens: the engine's.
     """
     tokenizer = load_tokenizer(folder)
     try:
@@ -174,10 +178,11 @@ def assemble(
             most_new=most_new,
             places=places,
             longest_token=texts.longest(),
+            grammars=Grammars(tokenizer, texts, config, end_tokens),
             adapters=adapters,
         )
         return Service(
-            loop=EngineLoop(begin, places, metrics),
+            loop=EngineLoop(begin, places, metrics, limits.step_seconds),
             reader=reader,
             metrics=metrics,
             limits=limits,

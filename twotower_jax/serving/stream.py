@@ -154,19 +154,20 @@ class _Choice:
         if not progress.tokens and result is None:
             return parts
         if result is None:
-            tokens, told, steps = progress.tokens, progress.logprobs, progress.step_map
+            tokens, told = progress.tokens, progress.logprobs
+            about = progress.step_map, progress.context_logprobs
             text = self._deltas.push(tokens)
         else:
             # The row as it was cut, without what was told before.
-            tokens, told, steps = (
+            tokens, told, *about = (
                 None if values is None else values[self._told :]
-                for values in (result.tokens, result.logprobs, result.step_map)
+                for values in (result.tokens, result.logprobs, result.step_map, result.context_logprobs)
             )
             text = self._deltas.finish(result.text)
         self._told += len(tokens)
         part = self._part(text, tokens, self._answer.logprobs(told or (), tokens, self.offsets))
         part |= {"finish_reason": None if result is None else finish_reason(result)}
-        parts.append(part | self._answer.extras(self._prompt, tokens, steps))
+        parts.append(part | self._answer.extras(self._prompt, tokens, *about))
         self._prompt = None
         return parts
 

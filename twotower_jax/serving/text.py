@@ -31,6 +31,11 @@ class TokenTexts:
         vocabulary = tokenizer.get_vocab() if "ByteFallback" in kinds else {}
         self.settling = frozenset(i for text, i in vocabulary.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", text))
 
+    @property
+    def bytewise(self) -> bool:
+        """Whether texts are the bytes of their tokens, one after another."""
+        return self._bytes is not None
+
     def bytes(self, token: int) -> bytes | None:
         """Its bytes; None where the tokenizer does not tell."""
         if token in self._added:

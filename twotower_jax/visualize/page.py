@@ -1,4 +1,5 @@
-"""A story as one HTML file that needs nothing else: a slider over the steps, and the charts.
+"""A story as one HTML file that needs nothing else: a slider over the steps, and the charts. It opens on the finished
+text and plays once.
 
 Text of the model and of prompts is data to it: it stands in a JSON block whose `<` are escaped, and reaches the page as
 text nodes. A policy in its head forbids anything to be loaded.
@@ -28,9 +29,10 @@ body{background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif
 padding:0 1rem}
 h1{font-size:1.2rem;margin:0 0 .3rem}.faint{color:var(--faint)}
 #bar{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;margin:1rem 0 .4rem}#at{flex:1;min-width:12rem}
-#text{font:14px/2 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid var(--line);
-border-radius:6px;padding:.6rem .8rem;min-height:8rem}
-#text span{border-radius:3px}#text .prompt,#text .cut{color:var(--faint)}
+#prompt,#text{font:14px/2 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;
+border:1px solid var(--line);border-radius:6px;padding:.6rem .8rem}#text{min-height:8rem}
+#prompt{color:var(--faint);border-style:dashed}.name{margin:.6rem 0 .2rem}
+#text span{border-radius:3px}#text .cut{color:var(--faint)}
 #text .cut{text-decoration:line-through}#text .mask{background:var(--mask);color:transparent}
 #scale{display:inline-block;width:10rem;height:.8rem;border-radius:3px;background:linear-gradient(to right,%(scale)s)}
 .chart{overflow:auto;margin:1.2rem 0}
@@ -43,7 +45,8 @@ border-radius:6px;padding:.6rem .8rem;min-height:8rem}
 <button id="theme">Light / dark</button></div>
 <div class="faint"><span id="state"></span> &nbsp; <span id="low"></span> <span id="scale"></span>
 <span id="high"></span></div>
-<div id="text"></div>
+<div class="faint name">Prompt</div><div id="prompt"></div>
+<div class="faint name">Answer</div><div id="text"></div>
 <div class="chart">%(steps)s</div><div class="chart">%(heat)s</div>%(experts)s
 <script type="application/json" id="data">%(data)s</script>
 <script>
@@ -88,7 +91,7 @@ function load(frame) {
 function draw() {
   const at = Number($("at").value), frame = data.frames[at];
   const cells = data.cells.slice(0, frame.settled).concat(frame.cells);
-  $("text").replaceChildren(piece(data.prompt, "prompt", "prompt"), ...cells.map(token));
+  $("text").replaceChildren(...cells.map(token));
   $("state").textContent = "block " + frame.block + (frame.step === null ? ", read by the context tower"
     : ", after " + frame.step + " steps, masked " + Math.round(frame.t * 100) + " %%")
     + "  (" + at + " of " + last + ")";
@@ -102,24 +105,29 @@ function move(by) {
   draw();
 }
 function stop() { clearInterval(timer); timer = null; $("play").textContent = "Play"; }
-$("play").onclick = () => {
-  if (timer !== null) return stop();
+function play() {
   if (Number($("at").value) === last) $("at").value = 0;
   $("play").textContent = "Pause";
   timer = setInterval(() => { move(1); if (Number($("at").value) === last) stop(); }, 220);
   draw();
-};
-$("back").onclick = () => { stop(); move(-1); };
-$("next").onclick = () => { stop(); move(1); };
-$("at").oninput = () => { stop(); draw(); };
+}
+// Whoever touches something before it has begun to play by itself does not want that.
+let first = null;
+function touched(what) { return () => { clearTimeout(first); what(); }; }
+$("play").onclick = touched(() => timer === null ? play() : stop());
+$("back").onclick = touched(() => { stop(); move(-1); });
+$("next").onclick = touched(() => { stop(); move(1); });
+$("at").oninput = touched(() => { stop(); draw(); });
 $("by").onchange = draw;
 if (data.load) $("moment").onchange = draw;
 $("theme").onclick = () => {
   const dark = getComputedStyle(document.documentElement).colorScheme === "dark";
   document.documentElement.dataset.theme = dark ? "light" : "dark";
 };
-$("at").max = last;
+$("at").max = $("at").value = last;
+$("prompt").textContent = data.prompt;
 draw();
+if (last && !matchMedia("(prefers-reduced-motion: reduce)").matches) first = setTimeout(play, 1200);
 </script></body></html>
 """
 
