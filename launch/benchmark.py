@@ -12,6 +12,7 @@ python launch/benchmark.py generation
 python launch/benchmark.py serving_engine --checkpoint=DIR
 python launch/benchmark.py quantization --checkpoint=DIR --rows=rows.jsonl
 python launch/benchmark.py drafts
+python launch/benchmark.py optimizers
 python launch/benchmark.py data
 python launch/benchmark.py shuffle
 python launch/benchmark.py serving

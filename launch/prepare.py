@@ -31,7 +31,7 @@ from twotower_jax.data.prepared import TRAIN, VALIDATION, Manifest, verify
 from twotower_jax.data.sampled import SampleSettings, text_prompts, write_sampled
 from twotower_jax.data.tokenizer import load_tokenizer
 from twotower_jax.files import check_folder
-from twotower_jax.paths import local_path
+from twotower_jax.paths import as_path, local_path
 from twotower_jax.tokens import parse_ids
 
 _DEFAULTS = Settings()
@@ -123,7 +123,7 @@ def main() -> None:
         command_line.refuse_given([_SEED], "without --validation_fraction: no document is chosen")
     if _DEDUP.value != "near":
         command_line.refuse_given(_OF_NEAR, "without --dedup=near")
-    path = pathlib.Path(_TOKENIZER.value)
+    path = as_path(_TOKENIZER.value)
     folder = path.parent if path.name == "tokenizer.json" else path
     tokenizer = load_tokenizer(folder)
     ids = parse_ids(_EOS.value, "--eos") if _EOS.value else end_tokens(folder, tokenizer)
@@ -215,9 +215,9 @@ def _counted(documents: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray
 def _report() -> None:
     from twotower_jax.data import report
 
-    check_folder(pathlib.Path(_REPORT.value), "give a folder that launch/prepare.py made")
+    check_folder(as_path(_REPORT.value), "give a folder that launch/prepare.py made")
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(new_folder(pathlib.Path(_OUTPUT.value))) if _OUTPUT.value else None
+        output = stack.enter_context(new_folder(as_path(_OUTPUT.value))) if _OUTPUT.value else None
         found = report.report(
             _REPORT.value,
             sequence_length=_LENGTH.value,

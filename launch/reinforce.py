@@ -5,14 +5,20 @@
 
 Questions are those of tasks (twotower_jax/data/tasks.py) or rows {"prompt": ..., "response": ...} of a file. --reward
 names a Python function, one of twotower_jax/reinforce/rewards.py or of a file given as --register. The workdir is a
-checkpoint as launch/train.py writes it. docs/guide/finetuning.md says what is optimized.
+checkpoint as launch/train.py writes it, and the same command goes on with it. docs/guide/finetuning.md says what is
+optimized.
 """
 
+# ruff: noqa: E402
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
 import functools
 import sys
+
+from twotower_jax.train import stopping
+
+stopping.listen()  # now, because the imports below take seconds
 
 from absl import flags
 
@@ -23,16 +29,19 @@ from twotower_jax.files import check_folder
 from twotower_jax.generation.trained import trained_block_size, untrained_denoiser
 from twotower_jax.paths import as_path
 from twotower_jax.reinforce.loop import ReinforceConfig, reinforce
-from twotower_jax.reinforce.questions import from_file, from_tasks
+from twotower_jax.reinforce.questions import all_of_file, from_file, from_tasks
 from twotower_jax.reinforce.rewards import REWARDS
 
 flags.adopt_module_key_flags(strategy_flags)
 _DEFAULT = ReinforceConfig(checkpoint="", asked="")
 _CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "Folder of the checkpoint to start from.", required=True)
-_WORKDIR = command_line.DEFINE_path("workdir", None, "A new folder for checkpoints and metrics.", required=True)
+_WORKDIR = command_line.DEFINE_path("workdir", None, "Where checkpoints and metrics go.", required=True)
 _TASKS = flags.DEFINE_list("tasks", [], "Ask questions of these tasks, several with commas.")
 _QUESTIONS = command_line.DEFINE_path(
     "questions", None, 'Ask those of a JSON Lines file: {"prompt": …, "response": …}.'
+)
+_HELD_OUT = command_line.DEFINE_path(
+    "held_out", None, "Such a file of questions that teach nothing: asked before the first step and after the last."
 )
 _REWARD = flags.DEFINE_string("reward", _DEFAULT.reward, f"{', '.join(REWARDS)}, or one of --register.")
 _STEPS = flags.DEFINE_integer("steps", _DEFAULT.steps, "Steps, each with new answers.")
@@ -51,6 +60,9 @@ _KL = flags.DEFINE_float("kl", _DEFAULT.kl, "Cost of a nat of divergence from th
 _SEED = flags.DEFINE_integer("seed", _DEFAULT.seed, "Of questions and sampling.")
 _ROWS = flags.DEFINE_integer("rows", _DEFAULT.rows, "Rows of the training pass computed together.")
 _EVERY = flags.DEFINE_integer("checkpoint_every", _DEFAULT.checkpoint_every, "Save after so many steps; 0: at the end.")
+_VALIDATION_EVERY = flags.DEFINE_integer(
+    "validation_every", _DEFAULT.validation_every, "Ask --held_out after so many steps as well."
+)
 
 
 def main() -> None:
@@ -82,14 +94,23 @@ def main() -> None:
         seed=_SEED.value,
         rows=_ROWS.value,
         checkpoint_every=_EVERY.value,
+        validation_every=_VALIDATION_EVERY.value,
     )
     asked = config.steps * config.prompts_per_step, config.seed
     questions = from_file(_QUESTIONS.value, *asked) if _QUESTIONS.value else from_tasks(_TASKS.value, *asked)
+    if config.validation_every and _HELD_OUT.value is None:
+        raise ValueError(f"--validation_every={config.validation_every} needs --held_out=FILE.jsonl")
+    held_out = all_of_file(_HELD_OUT.value) if _HELD_OUT.value else []
     if untrained_denoiser(folder):
         print(
             f"warning: {folder} is a backbone: its denoiser never trained, and all answers are noise", file=sys.stderr
         )
-    reinforce(config, _WORKDIR.value, questions, functools.partial(print, flush=True))
+    say = functools.partial(print, flush=True)
+    step = reinforce(config, _WORKDIR.value, questions, say, held_out=held_out, stop=stopping.requested).step
+    if step < config.steps:
+        said = f"stopped by {stopping.requested()} at step {step}; run the same command again to go on"
+        print(said, file=sys.stderr)
+        sys.exit(stopping.STOPPED)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_prepare_leaves_copies_out_and_goes_on_without_reading_again(tmp_path, m
         prepare([str(folder)], output, tokenizer, settings, workers=workers, quiet=True)
     made = {file: file.stat().st_mtime_ns for file in output.glob("progress/*.npy")}
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda folder: made.update((file, made[file] - file.stat().st_mtime_ns)
+        patch.setattr(shutil, "rmtree", lambda folder, **_: made.update((file, made[file] - file.stat().st_mtime_ns)
                                                                    for file in made))  # fmt: skip
         manifest = prepare([str(folder)], output, tokenizer, settings, workers=workers, quiet=True)
     assert made and not any(made.values())

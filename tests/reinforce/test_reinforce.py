@@ -225,7 +225,8 @@ def test_settings_out_of_range_are_refused(changes):
 
 
 def test_the_reward_rises(folder, tmp_path):
-    """Answers are worth the share of some tokens in them, one in eight; the same run gives the same numbers."""
+    """Answers are worth the share of some tokens in them, one in eight. A run that is stopped and goes on gives the
+    same numbers to the bit, though other questions are asked on the way."""
     REWARDS.register("eighths", lambda answer: sum(token % 8 == 5 for token in answer.tokens) / len(answer.tokens))
     sampling = SamplingConfig(block_size=BLOCK, steps_per_block=2, strategy="posterior", temperature=1.0)
     config = ReinforceConfig(
@@ -243,14 +244,26 @@ def test_the_reward_rises(folder, tmp_path):
     )
     questions = [Question("The list", "x"), Question("A", "x")] * config.steps
     try:
-        rows = reinforce(config, tmp_path / "run", questions, lambda line: None)
-        again = reinforce(dataclasses.replace(config, steps=2), tmp_path / "again", questions, lambda line: None)
+        rows = reinforce(config, tmp_path / "run", questions, lambda line: None).rows
+        parts = dataclasses.replace(config, steps=3), tmp_path / "parts", questions, lambda line: None
+        stop = iter(["", "SIGTERM"]).__next__
+        first = reinforce(*parts, held_out=questions[:2], stop=stop)
+        then = reinforce(*parts, held_out=questions[:2])
+        with pytest.raises(ValueError, match=r"holds another run .*: reinforce.kl 0.001 -> 0.1; use a new"):
+            reinforce(dataclasses.replace(parts[0], kl=0.1), *parts[1:])
+        assert reinforce(*parts) == (3, [])
     finally:
         REWARDS.unregister("eighths")
     rewards = [row["reward"] for row in rows]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
     assert abs(rows[0]["kl"]) < 1e-6 < rows[1]["kl"]
-    assert [row["reward"] for row in again] == rewards[:2] and again[1]["loss"] == rows[1]["loss"]
+    assert (first.step, then.step) == (1, 3)
+    again = [row.copy() for row in (*first.rows, *then.rows)]
+    asked = {row["step"]: [row.pop(f"validation_{name}", None) for name in ("reward", "exact")] for row in again}
+    assert again[0] == {"step": 0} and asked.pop(1) == asked.pop(2) == [None, None]
+    assert all(0 <= reward <= 1 and exact == 0 for reward, exact in asked.values())
+    seconds = {"seconds": None}
+    assert [row | seconds for row in again[1:]] == [row | seconds for row in rows[:3]]
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert written == rows
     # What is saved is what trained: the denoiser has changed, and the context, which is frozen, has not.
@@ -278,7 +291,7 @@ def test_the_command(folder, tmp_path):
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["reinforce"]["reward"] == "short" and "own.py sha256" in str(settings["registered"])
     for wrong, said in (
-        (words, "holds a run"),
+        ((*words, "--seed=1"), "holds another run (saved -> now): seed 0 -> 1; use a new workdir"),
         ((*words[:2], "--tasks=sums"), "there is no task 'sums'"),
         (words[:2], "give either --tasks"),
         ((*words[:3], "--temperature=0"), "temperature=0"),

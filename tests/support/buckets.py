@@ -185,7 +185,8 @@ def seeded(seed: int, share: float, kinds: Sequence[int | str]) -> Callable[[str
 
 
 class Hub:
-    """A Hugging Face Hub with one repository, org/name, of the files of a folder; it serves what readers ask."""
+    """A Hugging Face Hub with one repository, org/name, as a model and as a data set, of the files of a folder; it
+    serves what readers ask."""
 
     def __init__(self, folder: pathlib.Path):
         files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
@@ -218,7 +219,7 @@ class Hub:
 
             def do_GET(self) -> None:
                 parts = urllib.parse.urlsplit(self.path)
-                path, query = urllib.parse.unquote(parts.path), urllib.parse.parse_qs(parts.query)
+                path, query = _as_model(urllib.parse.unquote(parts.path)), urllib.parse.parse_qs(parts.query)
                 if path.startswith("/api/models/org/name/tree/"):
                     below = path.removeprefix("/api/models/org/name/tree/").partition("/")[2]
                     found = tree(below, query.get("recursive") in (["true"], ["True"], ["1"]))
@@ -240,7 +241,7 @@ class Hub:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-                if not self.path.startswith("/api/models/org/name/paths-info/"):
+                if not _as_model(self.path).startswith("/api/models/org/name/paths-info/"):
                     return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
                 kind = self.headers.get("Content-Type", "")
                 wanted = json.loads(body)["paths"] if "json" in kind else urllib.parse.parse_qs(body)["paths"]
@@ -257,9 +258,14 @@ class Hub:
         self._server.server_close()
 
 
+def _as_model(path: str) -> str:
+    """What is asked of a data set as it is asked of a model."""
+    return path.replace("/api/datasets/", "/api/models/", 1).replace("/datasets/", "/", 1)
+
+
 @contextlib.contextmanager
 def hub(folder: pathlib.Path) -> Iterator[None]:
-    """Serves the files of a folder as hf://org/name while the block runs."""
+    """Serves the files of a folder as hf://org/name and hf://datasets/org/name while the block runs."""
     server = Hub(folder)
     try:
         with in_environment(HF_ENDPOINT=server.url):

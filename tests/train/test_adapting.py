@@ -18,6 +18,7 @@ from twotower_jax.layers.common import matmul
 from twotower_jax.parameters import flatten, parameter_table, unflatten
 from twotower_jax.quantization import METHODS
 from twotower_jax.sharding import MeshShape, batch_sharding, make_mesh
+from twotower_jax.train.config import check_given
 from twotower_jax.train.loop import train
 from twotower_jax.train.objectives import NoiseKey, make_objective
 from twotower_jax.train.step import make_optimizer, make_step, merge, split, start_state, tables
@@ -95,6 +96,14 @@ def test_patterns_that_cannot_be(small_config, targets, message):
 def test_settings_that_cannot_be(step_config, changes, message):
     with pytest.raises(ValueError, match=message):
         config = step_config(**changes)
+        make_objective(config, config.model_config(40))
+
+
+def test_no_rank_and_routers_that_move_are_refused(step_config):
+    with pytest.raises(ValueError, match="lora.rank=0 is no adapter: give at least 1"):
+        check_given(step_config(), ["lora.rank"])
+    config = step_config(**{"lora.rank": 2, "router_bias_rate": 1e-3, PATTERN: "*E"})
+    with pytest.raises(ValueError, match="router_bias_rate=0.001 moves biases of the base.*leave it out, or train"):
         make_objective(config, config.model_config(40))
 
 

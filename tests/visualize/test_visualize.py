@@ -18,6 +18,7 @@ from twotower_jax.generation import Progress, Result, Settings, Step
 from twotower_jax.generation.trace import TraceWriter
 from twotower_jax.visualize.animation import animation
 from twotower_jax.visualize.charts import expert_map, heat_map, steps_chart
+from twotower_jax.visualize.curves import draw_curves, read_curves
 from twotower_jax.visualize.page import page
 from twotower_jax.visualize.story import Cell, TraceError, read_story
 
@@ -263,3 +264,41 @@ def test_the_command_writes_all_or_nothing(trace, tmp_path):
     )
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "pip install 'twotower_jax[visual]'" in run.stderr
+
+
+# Curves of a run.
+
+
+def test_curves_are_a_run_s_numbers_where_they_stand(tmp_path):
+    """The step that was made again counts as it was made last; the lowest value is at the bottom, the last at right."""
+    rows = [{"step": 0, "exact": 0.25}, {"step": 1, "reward": 0.5, "kl": None, "load": [1.0]}, {"step": 2, "reward": 9}]
+    rows += [{"step": 2, "reward": 1.5, "exact": 0.75}, {"step": 4, "reward": 1.0}]
+    _write(tmp_path / "metrics.jsonl", rows)
+    curves = read_curves(tmp_path, ["reward", "exact"])
+    assert curves == {"reward": [(1, 0.5), (2, 1.5), (4, 1.0)], "exact": [(0, 0.25), (2, 0.75)]}
+    root = xml.etree.ElementTree.fromstring(draw_curves("<&", curves))
+    lines = [line.get("points").split() for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    places = [[tuple(map(float, corner.split(","))) for corner in line] for line in lines]
+    box = next(r for r in root.iter("{http://www.w3.org/2000/svg}rect") if r.get("class") == "tt-empty")
+    left, top, width, height = (float(box.get(name)) for name in ("x", "y", "width", "height"))
+    for line, curve in zip(places, curves.values(), strict=True):
+        expected = [(left + width * step / 4, top + height * (1 - (value - 0.25) / 1.25)) for step, value in curve]
+        assert line == [pytest.approx(corner, abs=0.06) for corner in expected]
+    with pytest.raises(ValueError, match="no row has a number 'load'; there are exact, reward"):
+        read_curves(tmp_path, ["load"])
+
+
+def test_the_command_draws_curves(tmp_path):
+    _write(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    out = tmp_path / "pictures"
+    run = run_command("visualize", f"--workdir={tmp_path}", "--fields=loss", f"--output={out}")
+    assert run.returncode == 0 and os.listdir(out) == ["curves.svg"], run.stderr
+    for given, said in (
+        ((), "give either --trace=FILE or --workdir=DIR"),
+        ((f"--workdir={tmp_path}",), "--workdir needs --fields"),
+        ((f"--workdir={tmp_path / 'gone'}", "--fields=loss"), "no such folder"),
+        ((f"--workdir={tmp_path}", "--fields=gain"), "no row has a number 'gain'; there are loss"),
+    ):
+        run = run_command("visualize", *given, f"--output={tmp_path / 'none'}")
+        assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
+        assert not (tmp_path / "none").exists()

@@ -14,14 +14,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from twotower_jax import command_line
+from twotower_jax.benchmarks._small import define_data_flag, small_config
 from twotower_jax.checkpoint.load import load
 from twotower_jax.data import load_tokenizer
 from twotower_jax.data.sampled import SampleSettings, write_sampled
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Settings, generate
 from twotower_jax.generation.sampled import continued
-from twotower_jax.train.config import TrainConfig, freeze, shipped
+from twotower_jax.train.config import TrainConfig
 from twotower_jax.train.loop import train
 from twotower_jax.train.metrics import Row
 from twotower_jax.train.placement import Placement
@@ -36,7 +36,7 @@ _OBJECTIVES = ("masked tokens", "and distillation", "masked tokens of its own sa
 
 
 def define_flags() -> None:
-    command_line.DEFINE_path("data", None, "Text to train on; default: the documentation that ships with Python.")
+    define_data_flag()
     flags.DEFINE_integer("steps", 300, "Of each run.", lower_bound=1)
     flags.DEFINE_integer("seeds", 2, "Runs of each kind.", lower_bound=1)
     flags.DEFINE_integer("samples", 512, "Documents of the context tower's own, of 128 tokens.", lower_bound=1)
@@ -87,13 +87,7 @@ def _run_seed(seed: int, folder: pathlib.Path, loads: dict[str, list[Row]], draf
 
 
 def _config(seed: int, **changes: Any) -> TrainConfig:
-    config = shipped("tiny")
-    config.model.update(hidden_size=64, mamba_num_heads=4, moe_intermediate_size=64)
-    config.model.moe_shared_expert_intermediate_size = 128
-    config.update(seed=seed, steps=flags.FLAGS.steps, sequence_length=128, batch_size=8, data=flags.FLAGS.data or "")
-    config.log_every = max(1, flags.FLAGS.steps // 4)
-    config.update_from_flattened_dict(changes)
-    return freeze(config)
+    return small_config(seed, flags.FLAGS.steps, **changes)
 
 
 def _train(config: TrainConfig, workdir: pathlib.Path) -> Row:

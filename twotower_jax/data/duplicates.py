@@ -11,13 +11,15 @@ documents before it alone.
 
 import dataclasses
 import hashlib
+import io
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from twotower_jax.paths import AnyPath, in_store
 
 KINDS = ("exact", "near")
 
@@ -70,7 +72,7 @@ class Fingerprints(NamedTuple):
     signatures: np.ndarray
     bands: np.ndarray
 
-    def save(self, folder: pathlib.Path, part: int) -> None:
+    def save(self, folder: AnyPath, part: int) -> None:
         """Writes them; what is there under its name is whole."""
         for name, array in self._asdict().items():
             save_array(_file(folder, part, name), array)
@@ -131,12 +133,12 @@ def joined(pieces: Sequence[Fingerprints]) -> Fingerprints:
     )
 
 
-def are_saved(folder: pathlib.Path, part: int) -> bool:
+def are_saved(folder: AnyPath, part: int) -> bool:
     """Whether a part has its fingerprints."""
     return all(_file(folder, part, name).exists() for name in Fingerprints._fields)
 
 
-def choose(folder: pathlib.Path, parts: int, near: Near | None) -> tuple[list[np.ndarray], dict[str, int]]:
+def choose(folder: AnyPath, parts: int, near: Near | None) -> tuple[list[np.ndarray], dict[str, int]]:
     """Which documents are left out, by the fingerprints of all parts.
 
     Takes about 75 bytes of memory for each document, and a signature for each that another resembles.
@@ -169,7 +171,7 @@ def _first_of_equal(digests: np.ndarray) -> np.ndarray:
     return found
 
 
-def _leave_out_near(folder: pathlib.Path, ends: np.ndarray, stays: np.ndarray, near: Near) -> None:
+def _leave_out_near(folder: AnyPath, ends: np.ndarray, stays: np.ndarray, near: Near) -> None:
     """Takes near copies out of `stays`, bool (documents,)."""
     documents, buckets = _in_one_bucket(folder, ends, stays)
     wanted = near.threshold * near.permutations - 1e-9
@@ -195,7 +197,7 @@ def _leave_out_near(folder: pathlib.Path, ends: np.ndarray, stays: np.ndarray, n
         signatures.append(signature)
 
 
-def _in_one_bucket(folder: pathlib.Path, ends: np.ndarray, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _in_one_bucket(folder: AnyPath, ends: np.ndarray, stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The documents of `stays` that have a band in common with another, and its number: pairs ordered by document."""
     parts, numbers = len(ends) - 1, np.flatnonzero(stays)
     documents, buckets, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
@@ -213,25 +215,37 @@ def _in_one_bucket(folder: pathlib.Path, ends: np.ndarray, stays: np.ndarray) ->
     return documents[order], buckets[order]
 
 
-def _each(folder: pathlib.Path, parts: int, name: str) -> list[np.ndarray]:
+def _each(folder: AnyPath, parts: int, name: str) -> list[np.ndarray]:
     return [_load(folder, part, name) for part in range(parts)]
 
 
-def _load(folder: pathlib.Path, part: int, name: str, mapped: bool = False) -> np.ndarray:
+def _load(folder: AnyPath, part: int, name: str, mapped: bool = False) -> np.ndarray:
     # An empty array cannot be mapped.
     path = _file(folder, part, name)
+    if in_store(path):
+        return load_array(path)
     try:
         return np.load(path, mmap_mode="r" if mapped else None)
     except ValueError:
         return np.load(path)
 
 
-def _file(folder: pathlib.Path, part: int, name: str) -> pathlib.Path:
+def _file(folder: AnyPath, part: int, name: str) -> AnyPath:
     return folder / f"{part:06d}.{name}.npy"
 
 
-def save_array(path: pathlib.Path, array: np.ndarray) -> None:
+def load_array(path: AnyPath) -> np.ndarray:
+    """What `save_array` wrote."""
+    return np.load(io.BytesIO(path.read_bytes()))
+
+
+def save_array(path: AnyPath, array: np.ndarray) -> None:
     """Writes an array: all of it or nothing."""
+    if in_store(path):
+        content = io.BytesIO()
+        np.save(content, array)
+        path.write_bytes(content.getvalue())
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
         np.save(file, array)

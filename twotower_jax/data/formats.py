@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from twotower_jax.data.archives import BrokenArchive, members
 from twotower_jax.data.compression import CUT_OFF, decompressed, zstandard
-from twotower_jax.data.documents import DataError
 from twotower_jax.data.parquet import parquet_slices, pyarrow, read_parquet
+from twotower_jax.data.places import check_unchanged, open_file
 from twotower_jax.data.rows import Field, File, Row, Slice, object_text, row_text
 
 _TEXT, _LINES, _JSON, _TAR, _PARQUET = range(5)
@@ -91,29 +91,20 @@ def read_rows(piece: Slice, field: Field) -> Iterator[Row]:
       DataError: the file is not the one that was found at first, or became another while it was read.
       ValueError: reading needs a package that is not installed.
     """
-    _check_unchanged(piece.file)
+    check_unchanged(piece.file)
     path = piece.file.path
     kind, compression = format_of(path)
     if kind == _PARQUET and not callable(field):
-        groups = range(piece.start, piece.stop)
-        yield from read_parquet(path, path, groups, field)
+        with open_file(path) as raw:
+            yield from read_parquet(raw, path, range(piece.start, piece.stop), field)
     elif kind == _LINES and not compression:
         yield from _read_lines(piece, field)
     else:
-        with open(path, "rb") as raw:
+        with open_file(path) as raw:
             size = max(1, piece.file.size)
             read = _read_tar if kind == _TAR else _read_stream
             yield from read(raw, Format(kind, compression), path, field, lambda: raw.tell() / size)
-    _check_unchanged(piece.file)
-
-
-def _check_unchanged(file: File) -> None:
-    try:
-        now = os.stat(file.path)
-    except OSError as error:
-        raise DataError(f"{file.path}: cannot be read any more ({error.strerror})") from None
-    if (now.st_size, now.st_mtime_ns) != (file.size, file.changed):
-        raise DataError(f"{file.path}: was changed while it was read")
+    check_unchanged(piece.file)
 
 
 # The kinds. How far a stream is read is asked of `done`, for it may be part of another.
@@ -222,7 +213,7 @@ def _read_tar(raw: BinaryIO, format: Format, path: str, field: Field, done: _Don
 def _read_lines(piece: Slice, field: Field) -> Iterator[Row]:
     """The lines that begin in the slice."""
     path = piece.file.path
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         at = piece.start
         if at:
             file.seek(at - 1)
@@ -240,7 +231,7 @@ def _read_lines(piece: Slice, field: Field) -> Iterator[Row]:
 def _line_number(path: str, at: int) -> int:
     """The number of the line that begins at byte `at`; counted anew, for few lines are asked for."""
     lines = 1
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while at > 0 and (block := file.read(min(at, 1 << 20))):
             lines += block.count(b"\n")
             at -= len(block)

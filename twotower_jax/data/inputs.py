@@ -5,12 +5,15 @@ The kinds of files are those of formats.py. What a folder holds besides is left 
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from twotower_jax.data.conversations import is_conversation
 from twotower_jax.data.formats import KNOWN, check_installed, format_of, read_rows, slices
+from twotower_jax.data.places import look, same_file
 from twotower_jax.data.rows import Field, File, Row, Slice
+from twotower_jax.paths import AnyPath, as_path, in_store
 
 __all__ = [
     "File",
@@ -27,6 +30,9 @@ __all__ = [
 
 _SHOWN = 3
 
+# Objects of a store that are asked about at a time.
+_REQUESTS = 16
+
 
 def read_documents(path: str | Path) -> list[str]:
     """The `distinct_documents` of the `text_files` at a path."""
@@ -40,7 +46,7 @@ def text_files(path: str | Path, report: Callable[[str], None] = lambda line: No
       FileNotFoundError: nothing is at `path`.
       ValueError: `path` is of another kind, a folder holds no such files, or a package to read them is missing.
     """
-    if not Path(path).exists():
+    if not as_path(path).exists():
         raise FileNotFoundError(f"{path}: no such file or folder; give a file of text or a folder of them ({KNOWN})")
     return find_files([str(path)], report=report)
 
@@ -99,12 +105,15 @@ def find_files(
     Raises:
       ValueError: an input stands for nothing, a file is of an unknown kind, is named twice, or needs a package that is
         not installed.
+      OSError: a store does not answer.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, AnyPath] = {}
     for name in inputs:
-        path = Path(name)
         if not name:
             raise ValueError("an input is empty; give files, folders or patterns")
+        path = as_path(name)
+        if in_store(path):
+            path.check()
         if path.is_dir():
             files, left_out = _files_below(path, field)
             if not files:
@@ -117,35 +126,69 @@ def find_files(
         elif path.exists():
             raise ValueError(f"{name}: is no regular file, and cannot be read in parts; save what it gives first")
         else:
-            anchor = Path(path.anchor or ".")
-            files = sorted(file for file in anchor.glob(str(path.relative_to(path.anchor))) if file.is_file())
+            files = _matching(path)
             if not files:
                 raise ValueError(f"{name}: no such file or folder, and as a pattern it matches no file")
         for file in files:
             if not format_of(file.name):
                 kind = file.suffix or "without suffix"
                 raise ValueError(f"{file}: cannot read files of this kind ({kind}); known are {KNOWN}")
-            if str(file.resolve()) in found:
+            if same_file(file) in found:
                 raise ValueError(f"{file}: is among the inputs twice")
-            found[str(file.resolve())] = file
-    files = [_file(file) for file in found.values()]
+            found[same_file(file)] = file
+    files = _look_at(list(found.values()))
     check_installed(files)
     return files
 
 
-def _file(path: Path) -> File:
-    status = path.stat()
-    return File(str(path), status.st_size, status.st_mtime_ns)
+def _look_at(paths: list[AnyPath]) -> list[File]:
+    """What is found at each; at those of a store at several at a time."""
+    if not any(map(in_store, paths)):
+        return [look(path) for path in paths]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(look, paths))
 
 
-def _files_below(folder: Path, field: str) -> tuple[list[Path], str]:
+def _matching(pattern: AnyPath) -> list[AnyPath]:
+    """The files that fit a pattern, sorted."""
+    if not in_store(pattern):
+        anchor = Path(pattern.anchor or ".")
+        return sorted(file for file in anchor.glob(str(pattern.relative_to(pattern.anchor))) if file.is_file())
+    anchor = next((p for p in pattern.parents if not any(c in str(p) for c in "*?[")), None)
+    return [] if anchor is None else sorted(file for file in anchor.glob(pattern.relative_to(anchor)) if file.is_file())
+
+
+def _files_below(folder: AnyPath, field: str) -> tuple[list[AnyPath], str]:
     """The files of a folder to read, each once, sorted; and what is left out, in words."""
-    found: dict[str, Path] = {}
     left: dict[str, list[str]] = {}
 
-    def leave_out(why: str, path: Path) -> None:
+    def leave_out(why: str, path: AnyPath) -> None:
         left.setdefault(why, []).append(str(path.relative_to(folder)))
 
+    files = []
+    for path in sorted((_objects_below if in_store(folder) else _linked_files_below)(folder, leave_out)):
+        if format_of(path.name).may_be_something_else and not _holds_text(path, field):
+            leave_out(f"JSON without a text in {field!r}", path)
+        else:
+            files.append(path)
+    return files, "; ".join(f"{why}: {_listed(sorted(names))}" for why, names in sorted(left.items()))
+
+
+def _objects_below(folder: AnyPath, leave_out: Callable[[str, AnyPath], None]) -> Iterator[AnyPath]:
+    """The objects of a store that are of a known kind."""
+    for name in folder.sizes():
+        path = folder / name
+        if any(part.startswith(".") for part in name.split("/")):
+            leave_out("hidden", path)
+        elif not format_of(path.name):
+            leave_out("of other kinds", path)
+        else:
+            yield path
+
+
+def _linked_files_below(folder: Path, leave_out: Callable[[str, Path], None]) -> list[Path]:
+    """The files of a known kind, each once, wherever links lead."""
+    found: dict[str, Path] = {}
     # Links come last, so that what is in the folder itself stands where it lies. A folder is entered once, or a link
     # to a folder around it would never end.
     folders, linked_folders, linked_files, entered = [folder], [], [], set()
@@ -178,13 +221,7 @@ def _files_below(folder: Path, field: str) -> tuple[list[Path], str]:
             leave_out("linked twice", path)
         else:
             found[os.path.realpath(path)] = path
-    files = []
-    for path in sorted(found.values()):
-        if format_of(path.name).may_be_something_else and not _holds_text(path, field):
-            leave_out(f"JSON without a text in {field!r}", path)
-        else:
-            files.append(path)
-    return files, "; ".join(f"{why}: {_listed(sorted(names))}" for why, names in sorted(left.items()))
+    return list(found.values())
 
 
 def _listed(names: Sequence[str], count: int | None = None) -> str:
@@ -198,9 +235,9 @@ def holds_conversations(files: Sequence[File], field: str = "text") -> bool:
     return field == "text" and bool(files) and _first_text(files[0], _mark) is not None
 
 
-def _holds_text(path: Path, field: str) -> bool:
+def _holds_text(path: AnyPath, field: str) -> bool:
     """Whether the first row has a text, or is a conversation."""
-    file = _file(path)
+    file = look(path)
     return _first_text(file, field) is not None or holds_conversations([file], field)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from twotower_jax.data.places import open_file
 from twotower_jax.data.rows import File, Row, Slice
 
 # Rows that are decoded at a time.
@@ -24,7 +25,8 @@ def parquet_slices(file: File, part_bytes: int) -> list[Slice]:
     """Neighboring row groups together as far as they fit; all of the file if it cannot be read, to be reported then."""
     arrow = pyarrow(file.path)
     try:
-        metadata = arrow.parquet.read_metadata(file.path)
+        with open_file(file.path) as raw:
+            metadata = arrow.parquet.read_metadata(raw)
     except (arrow.ArrowException, OSError):
         return [Slice(file, 0, 0, file.size)]
     pieces: list[Slice] = []
@@ -37,11 +39,11 @@ def parquet_slices(file: File, part_bytes: int) -> list[Slice]:
     return pieces
 
 
-def read_parquet(source: str | BinaryIO, where: str, groups: range | None, field: str) -> Iterator[Row]:
+def read_parquet(source: BinaryIO, where: str, groups: range | None, field: str) -> Iterator[Row]:
     """The documents of some row groups, or of all with None; what is broken ends with a problem.
 
     Args:
-      source: the file's path, or a file that can be sought in.
+      source: a file that can be sought in.
       where: its name, for messages.
 
     Raises:

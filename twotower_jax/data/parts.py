@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait as wait_for
@@ -20,12 +21,13 @@ from tokenizers import Tokenizer
 from twotower_jax.data import inputs
 from twotower_jax.data.conversations import Coder, Encoding, conversation_text
 from twotower_jax.data.documents import DataError
-from twotower_jax.data.duplicates import KINDS, Fingerprinter, Near, joined
+from twotower_jax.data.duplicates import KINDS, Fingerprinter, Near, joined, load_array
 from twotower_jax.data.inputs import Row, Slice
 from twotower_jax.data.prepared import TRAIN, VALIDATION, write_json
 from twotower_jax.data.rows import Field
 from twotower_jax.data.shards import Shard, ShardWriter
 from twotower_jax.data.tokenizer import EOS_ID, encode, id_range, load_tokenizer
+from twotower_jax.paths import AnyPath, as_path, in_store
 
 # Of the folder that is made: what goes away when it is complete.
 PROGRESS = "progress"
@@ -119,7 +121,7 @@ class Part(NamedTuple):
 
 
 class _Worker(NamedTuple):
-    output: pathlib.Path
+    output: AnyPath
     settings: Settings
     tokenizer: Tokenizer
     coder: Coder | None
@@ -135,7 +137,7 @@ def start_worker(output: str, settings: Settings, weight: Any, tokens: Any, stop
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
-    folder = pathlib.Path(output)
+    folder = as_path(output)
     tokenizer, coder = load_tokenizer(folder), None
     if settings.conversational:
         coder = Coder(tokenizer, folder if settings.template_sha256 else None, settings.end_tokens)
@@ -183,12 +185,22 @@ def _count(weight: float, tokens: int) -> None:
 
 
 def make_part(number: int, part: list[Slice]) -> Part:
-    """Tokenizes a part and writes its shards and its record."""
+    """Tokenizes a part and writes its shards and its record.
+
+    For a store, shards are made on this machine's disk, and sent when all of the part are there.
+    """
+    if not in_store(_worker.output):
+        return _make_part(number, part, _worker.output / PROGRESS)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _make_part(number, part, pathlib.Path(scratch))
+
+
+def _make_part(number: int, part: list[Slice], scratch: pathlib.Path) -> Part:
     output, settings, tokenizer = _worker.output, _worker.settings, _worker.tokenizer
-    writers = {s: _SplitWriter(number, s, output / PROGRESS, settings.shard_size, token_dtype(tokenizer))
+    writers = {s: _SplitWriter(number, s, scratch, settings.shard_size, token_dtype(tokenizer))
                for s in (TRAIN, VALIDATION)}  # fmt: skip
     skipped, problems, left_out, members, row = 0, [], 0, [], 0
-    copies = frozenset(np.load(copies_file(output, number)).tolist()) if settings.dedup else ()
+    copies = frozenset(load_array(copies_file(output, number)).tolist()) if settings.dedup else ()
     encoding = None if _worker.coder is None else Encoding(_worker.coder)
     for rows, weight in _chunks(part, settings.text_field if encoding is None else encoding):
         found = _check(rows)
@@ -211,14 +223,17 @@ def make_part(number: int, part: list[Slice]) -> Part:
         _count(weight, tokens)
     made = [pair for writer in writers.values() for pair in writer.finish()]
     for partial, shard in made:
-        os.replace(partial, output / shard.name)
+        if in_store(output):
+            (output / shard.name).write_bytes(partial.read_bytes())
+        else:
+            os.replace(partial, output / shard.name)
     result = Part([shard for _, shard in made], skipped, problems, left_out, members)
     values = result._asdict() | {"shards": [shard._asdict() for shard in result.shards]}
     write_json(output / PROGRESS / f"{number:06d}.json", values)
     return result
 
 
-def copies_file(output: pathlib.Path, number: int) -> pathlib.Path:
+def copies_file(output: AnyPath, number: int) -> AnyPath:
     """Where the rows of a part stand that are left out as copies, int64."""
     return output / PROGRESS / f"{number:06d}.copies.npy"
 

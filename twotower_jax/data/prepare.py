@@ -10,9 +10,10 @@ the number of processes and of interruptions. While it is made, the folder holds
                          input is read once for that, before any of it is tokenized
     progress/*.PID       shards that a process is writing; they get their names when all of their part are on the disk
 
-and it is complete when dataset.json stands there. Input files are told by size and time of change, not by hash: all of
-them would have to be read again to find that nothing has changed, and the error to be expected of a time, that it
-changed without the content, leads to a refusal and to no wrong data.
+and it is complete when dataset.json stands there. In a store it is the same, but shards are made on this machine's disk
+and sent whole, and a lease in place of a lock keeps other writers out. Input files are told by size and time of change,
+not by hash: all of them would have to be read again to find that nothing has changed, and the error to be expected of a
+time, that it changed without the content, leads to a refusal and to no wrong data.
 """
 
 import contextlib
@@ -22,14 +23,14 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from twotower_jax.atomic import locked_folder
+from twotower_jax.atomic import WRITING, locked_folder
 from twotower_jax.data import duplicates, inputs, prepared, shards
 from twotower_jax.data.conversations import JOINS, Coder
 from twotower_jax.data.documents import DataError
@@ -48,6 +49,8 @@ from twotower_jax.data.parts import (
 )
 from twotower_jax.data.prepared import TRAIN, Manifest, read_json, read_manifest, write_json
 from twotower_jax.data.tokenizer import EOS_ID, id_range, load_tokenizer, save_tokenizer
+from twotower_jax.outputs import check_writable
+from twotower_jax.paths import AnyPath, as_path, in_store
 
 _PLAN, _COPIES = "plan.json", "copies.json"
 
@@ -98,7 +101,9 @@ def prepare(
         raise ValueError(
             f"the tokenizer has no token {settings.end_token} to close documents with; give one with --eos"
         )
-    output = pathlib.Path(output)
+    output = as_path(output)
+    if in_store(output):
+        check_writable(output)
     files = inputs.find_files(sources, settings.text_field, report=lambda line: quiet or print(line, file=sys.stderr))
     if inputs.holds_conversations(files, settings.text_field):
         ends = settings.end_tokens or (settings.end_token,)
@@ -109,12 +114,12 @@ def prepare(
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; choose a folder")
     output.mkdir(parents=True, exist_ok=True)
-    with locked_folder(output, f"{output}: another process is writing it"):
+    with _alone(output) as check:
         if prepared.is_prepared(output):
             manifest = read_manifest(output)
             _refuse_differences(output, _identity(manifest.settings, manifest.inputs), _wanted(settings, files, False))
             _refuse_other_tokenizer(output, tokenizer)
-            shutil.rmtree(output / PROGRESS, ignore_errors=True)
+            _remove(output / PROGRESS)
             return manifest
         _begin(output, tokenizer, settings, files, tokenizer_folder if settings.template_sha256 else None)
         parts = inputs.divide(files, settings.shard_size * _BYTES_PER_TOKEN)
@@ -124,11 +129,33 @@ def prepare(
         progress = _Progress(_weights(parts), done, quiet)
         if left:
             done |= _run(make_part, output, settings, left, workers, progress)
+        check()
         return _complete(output, tokenizer, settings, files, [done[number] for number in range(len(parts))], copies)
 
 
+@contextlib.contextmanager
+def _alone(output: AnyPath) -> Iterator[Callable[[], None]]:
+    """Keeps every other process that would write the folder out; gives what raises if one took this one for dead."""
+    busy = f"{output}: another process is writing it"
+    if in_store(output):
+        from twotower_jax.stores.lease import held
+
+        with held(output / WRITING, busy) as lease:
+            yield lease.check
+    else:
+        with locked_folder(output, busy):
+            yield lambda: None
+
+
+def _remove(folder: AnyPath) -> None:
+    if in_store(folder):
+        folder.remove_tree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _begin(
-    output: pathlib.Path,
+    output: AnyPath,
     tokenizer: Tokenizer,
     settings: Settings,
     files: Sequence[File],
@@ -140,18 +167,18 @@ def _begin(
         _refuse_differences(output, read_json(folder / _PLAN), wanted)
         if (output / "tokenizer.json").exists():
             _refuse_other_tokenizer(output, tokenizer)
-    elif any(entry != folder for entry in output.iterdir()):
+    elif any(entry.name not in (PROGRESS, WRITING) for entry in output.iterdir()):
         raise ValueError(f"{output}: holds other files; choose a new or empty folder")
     folder.mkdir(exist_ok=True)
-    for file in folder.iterdir():
+    for file in () if in_store(folder) else folder.iterdir():
         if file.suffix not in (".json", ".npy"):
             file.unlink()
     write_json(folder / _PLAN, wanted)
-    save_tokenizer(tokenizer, output, settings.end_token, None if source is None else pathlib.Path(source))
+    save_tokenizer(tokenizer, output, settings.end_token, None if source is None else as_path(source))
 
 
 def _find_copies(
-    output: pathlib.Path, settings: Settings, parts: list[list[Slice]], workers: int, quiet: bool
+    output: AnyPath, settings: Settings, parts: list[list[Slice]], workers: int, quiet: bool
 ) -> dict[str, int]:
     """Writes for each part which of its rows are left out as copies; returns how many there are of each kind."""
     Fingerprinter(settings.near)  # so that a package that is missing is met here
@@ -182,7 +209,7 @@ def _identity(settings: dict[str, Any], files: list[dict[str, Any]], with_times:
     return values
 
 
-def _refuse_differences(output: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _refuse_differences(output: AnyPath, saved: dict[str, Any], now: dict[str, Any]) -> None:
     saved = {"end_token": EOS_ID} | saved  # Sets made before there was a choice do not name it.
     names = [name for name in saved | now if saved.get(name) != now.get(name)]
     lines = [f"{name} {saved.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names]
@@ -195,17 +222,18 @@ def _refuse_differences(output: pathlib.Path, saved: dict[str, Any], now: dict[s
         )
 
 
-def _refuse_other_tokenizer(output: pathlib.Path, tokenizer: Tokenizer) -> None:
+def _refuse_other_tokenizer(output: AnyPath, tokenizer: Tokenizer) -> None:
     if load_tokenizer(output).to_str() != tokenizer.to_str():
         raise ValueError(f"{output} holds data of another tokenizer; use the same one, or another folder")
 
 
-def _finished_parts(output: pathlib.Path, count: int) -> dict[int, Part]:
+def _finished_parts(output: AnyPath, count: int) -> dict[int, Part]:
     """The parts whose record and whose shards, by name and size, are there."""
     found = {}
+    there = {entry.name for entry in (output / PROGRESS).iterdir()}
     for number in range(count):
         path = output / PROGRESS / f"{number:06d}.json"
-        if path.exists():
+        if path.name in there:
             raw = read_json(path)
             part = Part(**raw | {"shards": [shards.parse(shard) for shard in raw["shards"]]})
             with contextlib.suppress(DataError, ValueError):
@@ -216,7 +244,7 @@ def _finished_parts(output: pathlib.Path, count: int) -> dict[int, Part]:
 
 
 def _complete(
-    output: pathlib.Path,
+    output: AnyPath,
     tokenizer: Tokenizer,
     settings: Settings,
     files: Sequence[File],
@@ -244,13 +272,13 @@ def _complete(
         names = [name for part in parts for name in part.members]
         print(inputs.said_of_members(left_out, names), file=sys.stderr)
     manifest.write(output)
-    shutil.rmtree(output / PROGRESS)
+    _remove(output / PROGRESS)
     return manifest
 
 
 def _run[T](
     work: Callable[[int, list[Slice]], T],
-    output: pathlib.Path,
+    output: AnyPath,
     settings: Settings,
     parts: dict[int, list[Slice]],
     workers: int,

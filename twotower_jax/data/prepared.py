@@ -250,7 +250,10 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Writes a JSON file: all of it or nothing, and on the disk."""
+    """Writes a JSON file: all of it or nothing, and on the disk, or in a store."""
+    if in_store(path):
+        path.write_text(json.dumps(values, indent=1) + "\n")
+        return
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps(values, indent=1) + "\n")

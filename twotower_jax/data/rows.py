@@ -10,7 +10,8 @@ Field = str | Callable[[Any], str]
 
 
 class File(NamedTuple):
-    """An input as it was found: path, bytes, and time of the last change in nanoseconds."""
+    """An input as it was found: path, bytes, and time of the last change in nanoseconds; in a store, in its place a
+    number that its version gives."""
 
     path: str
     size: int

@@ -4,10 +4,11 @@ Generation and training share the weights: what an update makes, the next answer
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from twotower_jax.checkpoint.fingerprint import fingerprint
 from twotower_jax.checkpoint.load import Loaded, load_merged, stored_method
-from twotower_jax.checkpoint.workdir import CONFIG, Saver, Workdir
+from twotower_jax.checkpoint.workdir import Saver, Workdir, read_base
 from twotower_jax.data import Decoder, encode, load_tokenizer
 from twotower_jax.data.tokenizer import save_tokenizer
 from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.generation.settings import Result
 from twotower_jax.parameters import Params, count
 from twotower_jax.paths import as_path
 from twotower_jax.registry import registered
@@ -29,13 +32,16 @@ from twotower_jax.reinforce.questions import Question
 from twotower_jax.reinforce.rewards import REWARDS, Answer, rewards_of
 from twotower_jax.reinforce.rollouts import Layout, Sampler, Steps, steps_of
 from twotower_jax.tokens import check_ids
-from twotower_jax.train.config import ADDED, CHANGEABLE, TrainConfig
+from twotower_jax.train.config import ADDED, TrainConfig
 from twotower_jax.train.metrics import METRICS, open_lines, writing
 from twotower_jax.train.objectives import Denoiser
-from twotower_jax.train.step import TrainState, make_optimizer, merge, start_state, tables
+from twotower_jax.train.step import TrainState, abstract_state, make_optimizer, merge, start_state, tables
 
 Row = dict[str, Any]
 Report = Callable[[str], None]
+
+# Settings in which a run that goes on may differ from before.
+CHANGEABLE = ("steps", "checkpoint_every", "validation_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,8 @@ class ReinforceConfig:
       clip, kl: ε and β, see `policy.loss_sums`.
       rows: of the training pass that are computed together.
       checkpoint_every: steps; 0 saves at the end only.
+      validation_every: steps between two answers to all questions that are held out; 0 asks them before the first step
+        and after the last.
 
     Raises:
       ValueError: at construction, naming the value.
@@ -73,6 +81,7 @@ class ReinforceConfig:
     seed: int = 0
     rows: int = 16
     checkpoint_every: int = 0
+    validation_every: int = 0
 
     def __post_init__(self):
         REWARDS[self.reward]
@@ -89,8 +98,9 @@ class ReinforceConfig:
             raise ValueError(f"kl={self.kl} must not be negative")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be at least 0 and less than 2**32")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every={self.checkpoint_every} must not be negative")
+        for name in ("checkpoint_every", "validation_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.sampling.temperature <= 0:
             raise ValueError("temperature=0 samples the same answer again and again; give a number of more than 0")
         if self.sampling.top_k or self.sampling.top_p < 1:
@@ -113,14 +123,13 @@ class Learner:
     """
 
     def __init__(self, config: ReinforceConfig, settings: TrainConfig, loaded: Loaded, layout: Layout):
-        denoiser = Denoiser(loaded.model)
-        self.model = loaded.model
+        self.model, self._denoiser = loaded.model, Denoiser(loaded.model)
         self._updates, self._rows = config.updates, config.rows
-        self._optimizer = make_optimizer(settings, tables(denoiser)[0])
+        self._optimizer = make_optimizer(settings, tables(self._denoiser)[0])
         temperature = config.sampling.temperature
         self._objective = Objective(self.model, layout.block_size, temperature, config.clip, config.kl)
         self.state: TrainState
-        self.state, self.frozen = start_state(denoiser, self._optimizer, loaded.params)
+        self.state, self.frozen = start_state(self._denoiser, self._optimizer, loaded.params)
         # Updates consume the state, and the divergence is from what it was.
         self._start = jax.tree.map(jnp.copy, self.state.params) if config.kl else None
 
@@ -128,6 +137,17 @@ class Learner:
     def params(self) -> Params:
         """All parameters as they are now."""
         return merge(self.state.weights, self.frozen)
+
+    def restore(self, folder: Workdir) -> None:
+        """Takes weights and moments of the newest checkpoint; what divergence is from stays what was loaded.
+
+        Raises:
+          CheckpointError: if the checkpoint is broken.
+        """
+        state, frozen = abstract_state(self._denoiser, self._optimizer)
+        weights, optimizer, self.frozen, _ = folder.restore(state.weights, state.optimizer, frozen)
+        made = jnp.int32(folder.step * self._updates)
+        self.state = state.with_weights(weights).replace(step=made, optimizer=optimizer)
 
     def learn(self, steps: Steps, advantages: np.ndarray) -> Row:
         """Makes the updates of one sampling.
@@ -173,79 +193,127 @@ class Learner:
         return Batch(steps, advantages[steps.answer], old, start)
 
 
+class ReinforceResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      step: steps made in all.
+      rows: of metrics.jsonl that this call has added.
+    """
+
+    step: int
+    rows: list[Row]
+
+
 def reinforce(
-    config: ReinforceConfig, workdir: str | pathlib.Path, questions: Sequence[Question], report: Report = print
-) -> list[Row]:
-    """Runs all steps and saves a workdir as those of `launch/train.py` are, which everything that takes a checkpoint
-    takes; its metrics.jsonl has a row for each step.
+    config: ReinforceConfig,
+    workdir: str | pathlib.Path,
+    questions: Sequence[Question],
+    report: Report = print,
+    *,
+    held_out: Sequence[Question] = (),
+    stop: Callable[[], str] = lambda: "",
+) -> ReinforceResult:
+    """Runs all steps, or goes on from the newest checkpoint in `workdir`: answers, losses and weights are then those of
+    a run that was not interrupted, to the bit.
+
+    The workdir is one as those of `launch/train.py` are, which everything that takes a checkpoint takes; its
+    metrics.jsonl has a row for each step.
 
     Args:
-      workdir: new or empty.
+      workdir: new, empty, or of this same run.
       questions: `steps · prompts_per_step`, in the order in which they are asked.
-
-    Returns:
-      the rows.
+      held_out: questions that teach nothing, asked as `validation_every` says, at temperature 0. A new run has them in
+        a row of step 0.
+      stop: is asked after every step; anything but "" saves and ends the run.
 
     Raises:
-      ValueError, OSError: for inputs that cannot be used, before anything is written; FloatingPointError for weights
-        that are not finite any more; SaveError for what cannot be written.
+      ValueError, OSError: for inputs that cannot be used, before anything is written; CheckpointError for a checkpoint
+        that is broken; FloatingPointError for weights that are not finite any more; SaveError for what cannot be
+        written.
     """
-    setup = _Setup.make(config, workdir, questions)
-    learner, folder = setup.learner, setup.folder
+    setup = _Setup.make(config, workdir, questions, held_out)
+    learner = setup.learner
     report(
         f"{config.asked}: {count(tables(Denoiser(learner.model))[0]):,} parameters train on {config.steps} × "
         f"{config.prompts_per_step} prompts with {config.group_size} answers each"
     )
     rows = []
-    with folder.locked():
-        folder.create(learner.model.config, learner.frozen)
-        with writing(folder.path):
-            roles = {"end_token": learner.model.config.eos_token_ids[0], "source": setup.tokenizer_folder}
-            save_tokenizer(setup.tokenizer, folder.path, **roles)
-        with folder.logging(), folder.saver(keep=2) as saver, open_lines(folder.logs / METRICS) as file:
-            for step in range(1, config.steps + 1):
-                started = time.monotonic()
-                try:
-                    row = {"step": step} | _step(config, setup, step)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"step {step}: {error}") from None
-                row["seconds"] = round(time.monotonic() - started, 3)
+    with setup.folder().locked():
+        folder = setup.folder()  # As it is now that no other run writes to it.
+        if folder.step is None:
+            setup.begin(folder)
+        else:
+            learner.restore(folder)
+            folder.write_settings(learner.model.config)
+            report(f"resuming at step {folder.step} of {config.steps}")
+        made = saved = folder.step or 0
+        with folder.logging(METRICS), folder.saver(keep=2) as saver, open_lines(folder.logs / METRICS) as file:
+
+            def write(row: Row) -> None:
                 rows.append(row)
                 with writing(folder.path / METRICS):
                     file.write(json.dumps(row, allow_nan=False) + "\n")
                     file.flush()
                 report(_line(row, config.steps))
-                if step == config.steps or config.checkpoint_every and step % config.checkpoint_every == 0:
-                    _save(saver, step, learner)
-    return rows
+
+            if folder.step is None and held_out:
+                write({"step": 0} | _validate(config, setup))
+            while made < config.steps and not stop():
+                started, made = time.monotonic(), made + 1
+                last = made == config.steps
+                try:
+                    row = {"step": made} | _step(config, setup, made)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"step {made}: {error}") from None
+                row["seconds"] = round(time.monotonic() - started, 3)
+                if held_out and (last or _due(made, config.validation_every)):
+                    row |= _validate(config, setup)
+                write(row)
+                if last or _due(made, config.checkpoint_every):
+                    _save(saver, made, learner)
+                    saved = made
+            if made > saved:
+                _save(saver, made, learner)
+    return ReinforceResult(made, rows)
+
+
+class _Asked(NamedTuple):
+    """Questions, their prompts as token ids, and what answers them."""
+
+    questions: Sequence[Question]
+    prompts: Sequence[np.ndarray]
+    sampler: Sampler
 
 
 class _Setup(NamedTuple):
     """What a run reads before it writes anything."""
 
-    folder: Workdir
+    folder: Callable[[], Workdir]
     tokenizer: Tokenizer
     tokenizer_folder: pathlib.Path
-    questions: Sequence[Question]
-    prompts: list[np.ndarray]
-    sampler: Sampler
+    training: _Asked
+    held_out: _Asked
     layout: Layout
     learner: Learner
 
     @classmethod
-    def make(cls, config: ReinforceConfig, workdir: str | pathlib.Path, questions: Sequence[Question]) -> "_Setup":
+    def make(
+        cls,
+        config: ReinforceConfig,
+        workdir: str | pathlib.Path,
+        questions: Sequence[Question],
+        held_out: Sequence[Question],
+    ) -> "_Setup":
         if (method := stored_method(config.checkpoint)) is not None:
             raise ValueError(
                 f"{config.checkpoint}: its weights are quantized ({method.name}), from which training cannot start; "
                 "give the checkpoint that it was made from"
             )
-        path = as_path(workdir)
-        if (path / CONFIG).exists():
-            raise ValueError(f"workdir {path} holds a run; choose another one, and go on with it as checkpoint")
         size = config.sampling.block_size
         loaded = load_merged(config.checkpoint)
         tokenizer = load_tokenizer(loaded.tokenizer_folder)
-        prompts = encode(tokenizer, [question.prompt for question in questions])
+        prompts = encode(tokenizer, [question.prompt for question in (*questions, *held_out)])
         check_ids(np.concatenate(prompts), loaded.model.config.vocab_size, "questions")
         longest = max(map(len, prompts))
         layout = Layout.of(longest, config.max_new_tokens, size, loaded.model.config.pad_token_id)
@@ -265,32 +333,53 @@ class _Setup(NamedTuple):
             weight_decay=0.0,
             seed=config.seed,
             checkpoint_every=config.checkpoint_every,
-        )
-        own = registered()
-        folder = Workdir(
-            path,
-            dataclasses.asdict(settings)
-            | {"reinforce": dataclasses.asdict(config)}
-            | ({"registered": own} if own else {}),
-            CHANGEABLE,
-            ADDED,
-        )
-        sampler = Sampler(
-            loaded.model, config.sampling, longest=longest, new=config.max_new_tokens, batch_size=config.answers
+            validation_every=config.validation_every,
         )
         learner = Learner(config, settings, loaded, layout)
-        return cls(folder, tokenizer, loaded.tokenizer_folder, questions, prompts, sampler, layout, learner)
+        said = dataclasses.asdict(settings)
+        # What the settings do not say already, and what tells this checkpoint from another one at its place.
+        said["reinforce"] = {name: value for name, value in dataclasses.asdict(config).items() if name not in said}
+        start = as_path(config.checkpoint)
+        said["reinforce"]["towers"] = None if read_base(start) else fingerprint(start)
+        if own := registered():
+            said["registered"] = own
+        folder = functools.partial(Workdir, workdir, said, CHANGEABLE, ADDED)
+        folder()  # Refuses a workdir that cannot be this run's.
+        room = {"longest": longest, "new": config.max_new_tokens, "batch_size": config.answers}
+        training = Sampler(loaded.model, config.sampling, **room)
+        greedy = Sampler(loaded.model, dataclasses.replace(config.sampling, temperature=0.0), **room)
+        return cls(
+            folder,
+            tokenizer,
+            loaded.tokenizer_folder,
+            _Asked(questions, prompts[: len(questions)], training),
+            _Asked(held_out, prompts[len(questions) :], greedy),
+            layout,
+            learner,
+        )
+
+    def begin(self, folder: Workdir) -> None:
+        """Writes what a new workdir holds once."""
+        config = self.learner.model.config
+        folder.create(config, self.learner.frozen)
+        with writing(folder.path):
+            roles = {"end_token": config.eos_token_ids[0], "source": self.tokenizer_folder}
+            save_tokenizer(self.tokenizer, folder.path, **roles)
+
+    def answers(self, asked: _Asked, numbers: Iterable[int], seed: int) -> tuple[list[Answer], list[Result]]:
+        """What the policy answers now to some of the questions, by their numbers."""
+        results = asked.sampler(self.learner.params, [asked.prompts[n] for n in numbers], seed)
+        decode = Decoder(self.tokenizer)
+        pairs = zip(numbers, results, strict=True)
+        return [Answer(asked.questions[n], decode(r.tokens), r.tokens) for n, r in pairs], results
 
 
 def _step(config: ReinforceConfig, setup: _Setup, step: int) -> Row:
     """Samples, rewards and learns."""
-    asked = slice((step - 1) * config.prompts_per_step, step * config.prompts_per_step)
-    group = range(config.group_size)
-    prompts, questions = ([one for one in many[asked] for _ in group] for many in (setup.prompts, setup.questions))
+    first = (step - 1) * config.prompts_per_step
+    numbers = [first + n for n in range(config.prompts_per_step) for _ in range(config.group_size)]
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
-    results = setup.sampler(setup.learner.params, prompts, seed)
-    decode = Decoder(setup.tokenizer)
-    answers = [Answer(q, decode(r.tokens), r.tokens) for q, r in zip(questions, results, strict=True)]
+    answers, results = setup.answers(setup.training, numbers, seed)
     rewards = np.array(rewards_of(config.reward, answers)).reshape(-1, config.group_size)
     advantages = policy.advantages(rewards).reshape(-1)
     learned = setup.learner.learn(steps_of(results, setup.layout), advantages)
@@ -305,20 +394,35 @@ def _step(config: ReinforceConfig, setup: _Setup, step: int) -> Row:
     }
 
 
+def _validate(config: ReinforceConfig, setup: _Setup) -> Row:
+    """What the questions that are held out tell of the weights as they are now."""
+    answers, _ = setup.answers(setup.held_out, range(len(setup.held_out.questions)), config.seed)
+    return {
+        "validation_reward": float(np.mean(rewards_of(config.reward, answers))),
+        "validation_exact": float(np.mean(rewards_of("exact", answers))),
+    }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
 def _save(saver: Saver, step: int, learner: Learner) -> None:
     saver.save(step, learner.state.weights, learner.state.optimizer, {})
     saver.wait()
 
 
 def _line(row: Row, steps: int) -> str:
-    return "  ".join(
-        (
-            f"step {row['step']:>{len(str(steps))}}/{steps}",
+    parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
+    if "reward" in row:
+        parts += [
             f"reward {row['reward']:.3f}",
             f"exact {row['exact']:.3f}",
             *([] if row["kl"] is None else [f"kl {row['kl']:.4f}"]),
             f"grad norm {row['grad_norm']:.3f}",
             f"{row['tokens_per_evaluation']:.2f} tokens/evaluation",
             f"{row['seconds']:.1f} s",
-        )
-    )
+        ]
+    if "validation_reward" in row:
+        parts.append(f"held out: reward {row['validation_reward']:.3f}, exact {row['validation_exact']:.3f}")
+    return "  ".join(parts)

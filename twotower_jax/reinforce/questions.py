@@ -38,8 +38,8 @@ def from_tasks(names: Sequence[str], count: int, seed: int) -> list[Question]:
     return [Question(prompt, answer, prompt.partition(":")[0]) for prompt, answer in asked]
 
 
-def from_file(path: str | pathlib.Path, count: int, seed: int) -> list[Question]:
-    """Rows {"prompt", "response"} of a JSON Lines file, shuffled anew each time that all have been asked.
+def all_of_file(path: str | pathlib.Path) -> list[Question]:
+    """Rows {"prompt", "response"} of a JSON Lines file, in their order.
 
     Raises:
       ValueError: naming the file and the row, for one that is none; OSError if the file cannot be read.
@@ -50,6 +50,16 @@ def from_file(path: str | pathlib.Path, count: int, seed: int) -> list[Question]
         if not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f'{path}, row {number}: expected "prompt" and "response", texts that are not empty')
         rows.append(Question(*(check_text(text, f"{path}, row {number}") for text in texts)))
+    return rows
+
+
+def from_file(path: str | pathlib.Path, count: int, seed: int) -> list[Question]:
+    """The rows of a file, shuffled anew each time that all have been asked.
+
+    Raises:
+      ValueError, OSError: as `all_of_file`.
+    """
+    rows = all_of_file(path)
     draw, asked = random.Random(seed), []
     while len(asked) < count:
         asked += draw.sample(rows, len(rows))

@@ -30,7 +30,8 @@ def with_adapter(objective: Objective, settings: Lora) -> "Adapting":
     """
     if objective.balance.bias_rate:
         raise ValueError(
-            f"router_bias_rate={objective.balance.bias_rate} moves biases of the base, which an adapter leaves"
+            f"router_bias_rate={objective.balance.bias_rate} moves biases of the base, which an adapter leaves; "
+            "leave it out, or train without lora.rank"
         )
     adapting = Adapting(objective, settings)
     _ = adapting.adapter

@@ -471,6 +471,7 @@ def check_given(config: TrainConfig, given: Collection[str]) -> list[str]:
         for name in ("router_bias_rate", "router_balance_loss", "router_z_loss"):
             without[name] = getattr(config, name), "a model without experts"
     if not config.lora.rank:
+        _check("lora.rank" not in given, "lora.rank=0 is no adapter: give at least 1, or leave it out to train all")
         for name, value in dataclasses.asdict(config.lora).items():
             if value != getattr(Lora, name):
                 without[f"lora.{name}"] = value, "lora.rank=0"
