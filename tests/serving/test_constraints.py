@@ -142,7 +142,8 @@ def ask(served, bodies: list[dict], kind: str = "completions", **options) -> lis
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("mode", ["ar", pytest.param("diffusion", marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
 def test_answers_are_what_they_have_to_be(served, mode):
     """Choices, expressions and schemas, of rows side by side with free ones, which are alone what they are together."""
     free = [{"prompt": "The", "max_tokens": 9, "seed": seed, "temperature": 1.0} for seed in (4, 5)]
@@ -161,7 +162,8 @@ def test_answers_are_what_they_have_to_be(served, mode):
     answers = ask(served, bodies)
     for answer, pattern in list(zip(answers, expected, strict=True))[2:]:
         for choice in answer.choices:
-            assert choice.finish_reason == "stop"
+            # One that fills its room has none for an end token.
+            assert choice.finish_reason == "stop" or pattern is None
             if pattern is None:
                 jsonschema.validate(json.loads(choice.text), SCHEMAS[1])
             else:
