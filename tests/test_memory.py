@@ -134,6 +134,23 @@ def test_a_run_whose_compiled_step_does_not_fit(train_config, tmp_path, monkeypa
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_a_step_that_its_compiler_refuses(train_config, tmp_path, monkeypatch):
+    """TPUs' compiler makes no program of what does not fit; anything else that it says is no matter of memory."""
+    config, said = train_config(pattern="-"), []
+
+    def compile_or_fail(self):
+        raise jax.errors.JaxRuntimeError(said[-1])
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_or_fail)
+    said.append("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.1G of 15.7G hbm.\nTotal: much")
+    with pytest.raises(ValueError, match="does not fit: the compiler says RESOURCE_.* Used 21.1G of 15.7G hbm.$"):
+        train(config, tmp_path / "run", lambda line: None)
+    said.append("INTERNAL: something")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something"):
+        train(config, tmp_path / "run", lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_border_of_a_compiled_step(train_config):
     config = train_config(pattern="-")
     objective = make_objective(config, config.model_config(270))

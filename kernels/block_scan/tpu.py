@@ -64,6 +64,8 @@ def block_scan(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, 
     """`kernels.block_scan`, same arguments and results."""
     batch, length, inner = z.shape
     heads, head_dim, state_size = state.shape[1:]
+    if inner % state_size:  # B and C are found by whole blocks of the state's width.
+        raise ValueError(f"block_scan: a state of {state_size} does not divide {inner} channels")
     padded = length + -length % SUBLANES
     width = inner // groups
     lanes = width + -width % (1 if interpret and width < LANES else LANES)

@@ -417,7 +417,8 @@ def test_command_stops_at_a_bad_row_or_counts_it(corpus, tmp_path):
     ]
     done = run(*arguments)
     assert done.returncode == 3
-    assert done.stderr.startswith(f"error: {file}, line 21: not a JSON object") and done.stderr.count("\n") == 1
+    (said,) = (line for line in done.stderr.splitlines() if " of the input, " not in line)  # on a slow machine
+    assert said.startswith(f"error: {file}, line 21: not a JSON object")
     assert not (tmp_path / "out" / "dataset.json").exists() and not list((tmp_path / "out").glob("*.array_record"))
     changed = run(*arguments, "--skip_bad")
     assert changed.returncode == 2 and "skip_bad False -> True" in changed.stderr

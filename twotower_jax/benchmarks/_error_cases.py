@@ -114,10 +114,10 @@ def _two_tower_ssd(chunk: int, name: str, *arrays):
 
 
 def _block_scans() -> Iterator[Case]:
-    """Two heads of 64 or 80 in two groups, state 64: what the GPU kernel takes."""
-    heads, groups, state = 2, 2, 64
+    """Two heads of 64 in two groups, or four of 80, state 64: what the GPU kernel takes."""
+    groups, state = 2, 64
 
-    def arrays(length, strong, rng, dtype, head_dim=64):
+    def arrays(length, strong, rng, dtype, heads=2, head_dim=64):
         inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
         weights = [_normal(rng, dtype, 4, channels), _normal(rng, dtype, channels)]
         weights += [_normal(rng, jnp.float32, heads), _normal(rng, dtype, inner)]
@@ -133,7 +133,7 @@ def _block_scans() -> Iterator[Case]:
     for kind, strong in _DECAYS.items():
         for length in 1, 16, 40:
             yield Case("block_scan", kind, functools.partial(arrays, length, strong), run, gradients=(XLA,))
-    of_80 = functools.partial(arrays, 16, 0.0, head_dim=80)
+    of_80 = functools.partial(arrays, 16, 0.0, heads=4, head_dim=80)
     yield Case("block_scan", "heads of 80", of_80, run, gradients=(XLA,))
 
 

@@ -3,7 +3,7 @@
     sources.py     Python's own documentation
     tasks.py       questions with exact answers; task_windows.py makes windows of them
     inputs.py      the user's files of text: which there are, and what is in them, as formats.py reads it
-                   (rows.py, compression.py, archives.py, parquet.py: its parts)
+                   (rows.py, places.py, compression.py, archives.py, parquet.py: its parts)
     tokenizer.py   byte-level BPE: train, save, load, encode
     chat.py        conversations, by the template of a chat model's tokenizer
     packing.py     documents in memory -> windows of equal length, some documents held out for validation

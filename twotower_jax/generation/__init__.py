@@ -15,6 +15,7 @@ placement.py      the devices of both towers
 modes.py          one block of diffusion, AR and mock-AR: a draft of the denoiser's, a commit of the context's
 speculative.py    the same where the denoiser drafts and the context decides
 blocks.py         both compiled, as one function or, with towers apart, as two
+rehearsal.py      what that will need of memory, by compiling it for shapes
 stops.py          where a row ends
 watch.py          rows filling in, on a terminal
 trace.py          everything that happened, as JSON Lines
