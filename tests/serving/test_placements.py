@@ -44,13 +44,13 @@ def answers(checkpoint, bodies: list[dict], placement=None, dtype="float32", qua
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "quantize"),
-    [
-        ("bfloat16", "int8"),
-        *(pytest.param(*case, marks=pytest.mark.whole) for case in (("bfloat16", None), ("float32", "int4"))),
-    ],
-)
+def test_weights_in_fewer_bits_are_served_in_bfloat16(checkpoint):
+    found, scored = answers(checkpoint, BODIES[:1], dtype="bfloat16", quantize="int8")
+    assert len(found[0][0]["token_ids"]) == 7 and len(scored) == 5
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", "int8"), ("bfloat16", None), ("float32", "int4")])
 def test_other_weights_are_served(checkpoint, dtype, quantize):
     """What is said is a row's own, and one of the choices is one of them."""
     found, scored = answers(checkpoint, BODIES, dtype=dtype, quantize=quantize)

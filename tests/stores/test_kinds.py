@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import buckets
-from twotower_jax.checkpoint import load, orbax_steps, store_steps
+from twotower_jax.checkpoint import fingerprint, load, orbax_steps, store_steps
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.data import load_tokenizer
 from twotower_jax.paths import as_path
@@ -28,6 +28,7 @@ def test_the_hub_is_read(backbone_folder, address, tmp_path):
         with pytest.raises(StoreError, match="hf://org/other: there is no such repository"):
             as_path("hf://org/other").check()
     assert made.files == convert(backbone_folder, tmp_path / "out").files
+    assert fingerprint.fingerprint(as_path(f"{address}/out")) == fingerprint.fingerprint(backbone_folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 
 import buckets
 from helpers import run_command
-from twotower_jax import outputs
+from twotower_jax import command_line, outputs
+from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint import fingerprint, load, manifest
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import export
@@ -33,6 +34,13 @@ def test_local_paths_stay_what_they_are(tmp_path):
     assert as_path(tmp_path) is not None and isinstance(as_path(tmp_path), pathlib.PurePath)
 
 
+def test_flags_for_paths_of_this_machine_refuse_addresses():
+    """In place of making a folder called gs:."""
+    assert command_line._PathParser().parse("gs://bucket/x") == "gs://bucket/x"
+    with pytest.raises(ValueError, match="gs://bucket/x is an address"):
+        command_line._LocalPathParser().parse("gs://bucket/x")
+
+
 def test_names():
     path = as_path("gs://bucket/a/b.tar.gz")
     assert str(path.parent / "c" / "d.txt") == "gs://bucket/a/c/d.txt"
@@ -52,7 +60,7 @@ def test_what_is_no_address_is_refused(text):
         as_path(text)
 
 
-@pytest.mark.parametrize("name", ["plain", "é ü %20 #1?&=+", "a" * 300, "quote'\"[x]*"])
+@pytest.mark.parametrize("name", ["é ü %20 #1?&=+", "a" * 300, "quote'\"[x]*"])
 def test_objects(address, name):
     path = as_path(address) / name / "file"
     assert not path.exists() and not path.parent.is_dir()
@@ -110,8 +118,9 @@ def folders(backbone_folder, tmp_path_factory) -> dict[str, pathlib.Path]:
     return found
 
 
-@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.whole)])
-@pytest.mark.parametrize("kind", [pytest.param("source", marks=pytest.mark.whole), "converted"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", ["source", "converted"])
 def test_checkpoints_are_read(folders, kind, quantize):
     url = f"gs://{buckets.BUCKET}/{kind}"
     here, there = (load.load(path, quantize=quantize) for path in (folders[kind], url))
@@ -120,6 +129,7 @@ def test_checkpoints_are_read(folders, kind, quantize):
     assert load.contents(url) == load.contents(folders[kind])
 
 
+@pytest.mark.whole
 def test_conversion_and_export_within_a_store(folders, address, tmp_path):
     """No copy of the model on this machine, and the very same files."""
     made = convert(as_path(f"gs://{buckets.BUCKET}/source"), as_path(f"{address}/out"), verify=True)
@@ -134,18 +144,24 @@ def test_conversion_and_export_within_a_store(folders, address, tmp_path):
         assert as_path(f"{address}/hf/{file.name}").read_bytes() == file.read_bytes()
 
 
-def test_a_failed_conversion_leaves_nothing(folders, address, monkeypatch):
+def test_folders_are_whole_or_not_at_all(address, monkeypatch):
     out = as_path(f"{address}/out")
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr("twotower_jax.checkpoint.convert._stream", lambda *_: {}[0])
-        convert(folders["source"], out)
+    with pytest.raises(KeyError), new_folder(out) as folder:
+        manifest.write_file(folder / "a", (b"1", b"2"))
+        assert out.sizes().keys() == {"a", ".writing"}
+        with pytest.raises(ValueError, match="another process is writing it"), new_folder(out):
+            pass
+        raise KeyError
     assert not out.is_dir()
-    # What a killed process has left is no checkpoint, and goes when the next one begins.
+    # What a killed process has left goes when the next one begins.
     (out / "params" / "left").write_bytes(b"x")
     (out / ".writing").write_bytes(json.dumps({"owner": "gone"}).encode())
     monkeypatch.setattr("twotower_jax.stores.lease.SECONDS", 0.01)
-    convert(folders["source"], out)
-    assert "params/left" not in out.sizes() and ".writing" not in out.sizes()
+    with new_folder(out) as folder:
+        manifest.write_file(folder / "a", (b"3",))
+    assert out.sizes() == {"a": 1}
+    with pytest.raises(ValueError, match="exists already"), new_folder(out):
+        pass
 
 
 @pytest.mark.parametrize("change", ["flip", *(pytest.param(c, marks=pytest.mark.whole) for c in ("cut", "remove"))])
@@ -221,6 +237,7 @@ def test_the_cache_stays_within_its_limit(address, tmp_path, monkeypatch):
         cache.local(StorePath(f"{address}/0"))
 
 
+@pytest.mark.whole
 def test_commands_read_and_write_addresses(folders, address):
     as_path(f"{address}/in.jsonl").write_text(json.dumps({"ids": [3, 4, 5]}) + "\n")
     flags = [f"--checkpoint=gs://{buckets.BUCKET}/converted", f"--prompts={address}/in.jsonl", "--max_new_tokens=2"]

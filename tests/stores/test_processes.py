@@ -80,14 +80,16 @@ class Processes:
         finally:
             self.kill()
 
-    def kill(self) -> None:
-        """SIGKILL, to the process that trains before its parent: that would take it along."""
+    def kill(self) -> list[tuple[str, str]]:
+        """SIGKILL, to the process that trains before its parent: that would take it along. What they have said."""
+        said = []
         for process in self._started:
             children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
             for child in children.read_text().split() if children.exists() else ():
                 os.kill(int(child), signal.SIGKILL)
             process.kill()
-            process.communicate()
+            said.append(process.communicate())
+        return said
 
 
 @pytest.mark.whole
@@ -125,9 +127,9 @@ def test_killed_processes_go_on_from_their_disks(server, address, tmp_path, lost
         while not all(list(folder.glob("copies/*/*/4")) for folder in running.folders) and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.2)
-        running.kill()
+        said = running.kill()
     faults.stop()
-    assert committed_steps(as_path(address) / "checkpoints") == [2]
+    assert committed_steps(as_path(address) / "checkpoints") == [2], said
     if lost:
         (part,) = running.folders[1].glob("copies/*/1-of-2/4/hashes.json")
         part.unlink()

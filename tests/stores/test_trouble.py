@@ -136,11 +136,14 @@ def test_training_says_so_before_it_begins(server, workdir, fault, said):
         assert not as_path(workdir).is_dir()
 
 
-def test_missing_packages_are_named(tmp_path):
-    """And nothing of a store's library is imported for paths of this machine."""
+def test_missing_packages_are_named():
     code = "import sys; sys.modules['gcsfs'] = None; from twotower_jax.paths import as_path; as_path('gs://bucket/x').exists()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "gs:// needs the package gcsfs: python -m pip install 'twotower_jax[stores]'" in run.stderr
+
+
+@pytest.mark.whole
+def test_paths_of_this_machine_import_nothing():
     code = (
         "import sys; from twotower_jax.checkpoint import load; from twotower_jax.train import loop; "
         "assert not {'gcsfs', 's3fs', 'aiohttp', 'twotower_jax.stores.clients'} & sys.modules.keys()"

@@ -1,5 +1,6 @@
 """A workdir in a store: the run that it is on a disk, whole checkpoints or none, and copies on local disks."""
 
+import contextlib
 import itertools
 import pathlib
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import buckets
-from twotower_jax.checkpoint import load, orbax_steps, store_steps, workdir
+from twotower_jax.checkpoint import load, local_copies, orbax_steps, store_steps, workdir
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.files import CheckpointError
 from twotower_jax.paths import as_path
@@ -26,7 +27,7 @@ def make(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "text.txt").write_text("\n".join(f"line {i} of a text that is trained on" for i in range(300)))
     model = {
-        **{"hidden_size": 16, "hybrid_override_pattern": "M*", "mamba_num_heads": 2, "mamba_head_dim": 8},
+        **{"hidden_size": 16, "hybrid_override_pattern": "*-", "mamba_num_heads": 2, "mamba_head_dim": 8},
         **{"ssm_state_size": 8, "n_groups": 1, "chunk_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
         **{"head_dim": 8, "intermediate_size": 16},
     }
@@ -58,26 +59,37 @@ def same_run(path, whole) -> bool:
     return all(by_step[row["step"]] == row for row in found + rows(whole)) and state(path) == state(whole)
 
 
-def test_a_run_stops_and_goes_on(make, whole, address, tmp_path):
-    """Bit for bit the run on a disk; its workdir copied either way goes on as well."""
+def test_a_run_stops_and_goes_on(make, whole, address):
+    """Bit for bit the run on a disk."""
     path = as_path(address)
     assert make(address, stop_after=3).stopped == "the test"
     assert orbax_steps.committed_steps(path / "checkpoints") == [2, 3]
     make(address)
     assert same_run(address, whole) and orbax_steps.committed_steps(path / "checkpoints") == [4, STEPS]
     assert not (path / workdir.LEASE).exists() and (path / "tensorboard").is_dir()
-    sizes = path.sizes()
-    assert {name.split("/")[1] for name in sizes if name.startswith("checkpoints/")} == {"4", str(STEPS)}
-    for name in sizes:
+    steps = {name.split("/")[1] for name in path.sizes() if name.startswith("checkpoints/")}
+    assert steps == {"4", str(STEPS)}
+
+
+@pytest.mark.whole
+def test_workdirs_are_copied_either_way(make, whole, address, tmp_path):
+    """From a store to a disk and back, where they go on."""
+    make(address)
+    path = as_path(address)
+    for name in path.sizes():
         (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "down" / name).write_bytes((path / name).read_bytes())
     buckets.upload(whole, f"{address}-up")
+    make(whole, STEPS + 1)
     for copy in (tmp_path / "down", f"{address}-up"):
         assert state(copy) == state(whole)
+        make(copy, STEPS + 1)
+        assert state(copy, STEPS + 1) == state(whole, STEPS + 1)
         there, here = load.load(str(copy)), load.load(whole)
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), there.params, here.params))
 
 
+@pytest.mark.whole
 def test_another_run_is_kept_out(make, address):
     with (
         lease.held(as_path(address) / workdir.LEASE, "busy"),
@@ -93,6 +105,44 @@ def test_settings_of_another_run_are_refused(make, address):
         make(address, 1, seed=5)
 
 
+def test_what_is_half_sent_is_no_step(address, monkeypatch):
+    folder, send = as_path(address) / "checkpoints", store_steps._send
+
+    def half(final, texts, parts):
+        send(final, texts, parts[:1])
+        raise OSError("the store is gone")
+
+    for step, sender in ((1, send), (2, half)):
+        monkeypatch.setattr(store_steps, "_send", sender)
+        writer = store_steps.StoreWriter()
+        writer.start(folder / str(step), {"params": {"a": jax.numpy.arange(4.0), "b": jax.numpy.zeros(2)}}, {})
+        with pytest.raises(SaveError, match="the store is gone") if step == 2 else contextlib.nullcontext():
+            writer.wait()
+    assert orbax_steps.committed_steps(folder) == [1] and (folder / "2").is_dir()
+    orbax_steps.clean_up(folder)
+    assert not (folder / "2").is_dir()
+    orbax_steps.keep_newest(folder, 1)
+    orbax_steps.verify(folder / "1")
+
+
+def test_copies_of_a_step(address, tmp_path, capsys):
+    """Of all parts and values, by hash; broken ones count as none."""
+    path, values = as_path(address), np.arange(12.0, dtype=np.float32).reshape(3, 4)
+    copies = local_copies.LocalCopies(tmp_path, path)
+    for step in (1, 2):
+        writer = store_steps.StoreWriter(keep=copies.keep)
+        writer.start(path / "checkpoints" / str(step), {"params": {"x": jax.numpy.asarray(values)}}, {"run": step})
+        writer.wait()
+    copy = copies.agreed()
+    assert copy.step == 2 and [entry.name for entry in tmp_path.glob("*/0-of-1/*")] == ["2"]
+    target = {"x": jax.ShapeDtypeStruct((3, 4), np.float32)}
+    np.testing.assert_array_equal(store_steps.restore_arrays(copy.folder / "params", target)["x"], values)
+    part = next(copy.folder.rglob("c.*"))
+    part.write_bytes(bytes(part.stat().st_size))
+    assert copies.agreed() is None and "this copy is not used" in capsys.readouterr().err
+
+
+@pytest.mark.whole
 def test_a_step_is_whole_or_none(make, whole, address, monkeypatch):
     """Where sending ends at any object, the step before counts; what is left goes when the run goes on."""
     path, send = as_path(address), store_steps._send
@@ -113,6 +163,7 @@ def test_a_step_is_whole_or_none(make, whole, address, monkeypatch):
     assert same_run(address, whole)
 
 
+@pytest.mark.whole
 def test_changed_parts_are_found(make, whole, address):
     buckets.upload(whole, f"{address}-up")  # in Orbax's layout
     make(address, 2)
@@ -138,7 +189,7 @@ def test_nothing_is_written_over(make, address):
         store_steps._send(folder, {"params/a/zarr.json": b"{}"}, [])
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (64, 3, 5)])
+@pytest.mark.parametrize("shape", [(64, 3, 5), *(pytest.param(s, marks=pytest.mark.whole) for s in ((), (3,)))])
 def test_arrays_in_parts(address, shape, monkeypatch):
     """Arrays of every rank, cut and divided over devices in one way, come back divided in another."""
     monkeypatch.setattr(store_steps, "_CHUNK_BYTES", 100)
@@ -158,7 +209,8 @@ def test_arrays_in_parts(address, shape, monkeypatch):
         orbax_steps.restore_arrays(folder / "t", {"x": jax.ShapeDtypeStruct(shape, np.float16)})
 
 
-@pytest.mark.parametrize("broken", [False, pytest.param(True, marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("broken", [False, True])
 def test_copies_on_the_local_disk(make, whole, address, tmp_path, monkeypatch, broken):
     """A run whose newest state had not come to the store goes on from the disk; from a broken copy, from the store."""
     send = store_steps._send

@@ -118,9 +118,13 @@ class Workdir:
                 self._copies = LocalCopies(pathlib.Path(local_copy), self.path)
         self._settings = settings
         self._identity = identity(settings, changeable, added)
-        for parent in (self.path, *(() if in_store(self.path) else self.path.parents)):
-            if parent.exists() and not parent.is_dir():
-                raise ValueError(f"workdir {self.path}: {parent} is a file, not a folder")
+        if in_store(self.path):
+            blocked = self.path if self.path.is_file() else None  # one question: others may be writing below it
+        else:
+            above = (self.path, *self.path.parents)
+            blocked = next((parent for parent in above if parent.exists() and not parent.is_dir()), None)
+        if blocked is not None:
+            raise ValueError(f"workdir {self.path}: {blocked} is a file, not a folder")
         self.step, self.stored_step, self.model = None, None, None
         if not self.path.exists() or not any(_counts(p.name) for p in self.path.iterdir()):
             return

@@ -263,7 +263,13 @@ class StorePath:
         size = self.info().size
         if size > 2 * _BLOCK_BYTES:
             return self.read(0, size)
-        return self._ask(lambda seconds, _: _of_length(self._client.get(self._key, None, None, seconds), size))
+
+        def request(seconds: float, _: int) -> bytes:
+            # It may be written anew meanwhile; another try then meets one object.
+            content = self._client.get(self._key, None, None, seconds)
+            return _of_length(content, self._client.info(self._key, seconds).size)
+
+        return self._ask(request)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)

@@ -133,7 +133,7 @@ def campaign(
     plan = [("SIGKILL", PHASES[i % 3]) for i in range(kills)] + [("SIGTERM", PHASES[i % 3]) for i in range(terms)]
     rng.shuffle(plan)
     # Enough steps to be interrupted in.
-    steps = (len(plan) + 1) * (_STEPS_BETWEEN[1] + 8)
+    steps = (len(plan) + 1) * (_STEPS_BETWEEN[1] + kind.more_steps)
     (scratch / "config.py").write_text(_CONFIG)
     (scratch / "text").mkdir()
     for i in range(12):
@@ -154,7 +154,10 @@ class Run:
 
     Attributes:
       pause: seconds between two looks at it.
+      more_steps: that a start may make while a phase is waited for.
     """
+
+    more_steps = 8
 
     pause = 0.0005
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from unittest import mock
 
 import warm
 from absl import flags
@@ -56,8 +57,8 @@ class StoreRun(Run):
 
     def start(self, *arguments: str) -> "_Forked":
         if StoreRun._server is None:
-            os.environ.update({k: v for k, v in self.environment().items() if k.startswith(("JAX_", "XLA_"))})
-            StoreRun._server = warm.Server()
+            with mock.patch.dict(os.environ, self.environment()):
+                StoreRun._server = warm.Server()
         return _Forked(StoreRun._server, [*self.arguments(), *arguments], self)
 
     def half_done(self) -> bool:
