@@ -61,7 +61,7 @@ def folder(tmp_path, small_config, random_params):
         "conversations": [{"prompt": f"What is {i} ? ", "response": str(i)} for i in range(16)],
         "runs/finetune_demo/data/questions": [{"prompt": "The list", "response": "object"}],
         "runs/finetune_demo/data/held_out": [{"prompt": "A list", "response": "object"}],
-        "rows": [{"prompt": "The list", "text": " object"}],
+        "rows": [{"text": "The list object"}],
     }
     for name, lines in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -80,5 +80,7 @@ def test_the_commands_of_a_section_run(folder, section):
         script = path.removeprefix("launch/").removesuffix(".py")
         if script == "train" and not any(flag.startswith("--config.data=") for flag in flags):
             flags.append("--config.data=text.jsonl")
+        if any(flag.startswith("--config.lora.rank=") for flag in flags):
+            flags.append("--config.lora.rank=2")
         done = run_command(script, *flags, *TINY[script], cwd=folder, timeout=900)
         assert done.returncode == 0, (path, flags, done.stderr)
