@@ -6,6 +6,7 @@ A folder is there where an object is below it. What is read is as long as the st
 
 import fnmatch
 import functools
+import hashlib
 import io
 import re
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def pool() -> ThreadPoolExecutor:
 
 
 class Stat(NamedTuple):
-    """What `os.stat_result` says of a file, as far as a store knows it."""
+    """What `os.stat_result` says of a file, as far as a store knows it; in place of a time a number of the version."""
 
     st_size: int
     st_mtime_ns: int
@@ -181,7 +182,8 @@ class StorePath:
 
     def stat(self) -> Stat:
         found = self.info()
-        return Stat(found.size, 0 if found.age is None else hash(found.version))
+        version = hashlib.blake2b(found.version.encode(), digest_size=7).digest()
+        return Stat(found.size, int.from_bytes(version, "little"))
 
     def is_file(self) -> bool:
         try:
