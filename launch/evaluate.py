@@ -46,9 +46,7 @@ _LIKELIHOOD = flags.DEFINE_enum(
     "in the order in which it commits. See docs/guide/evaluation.md.",
 )  # fmt: skip
 _SAMPLES = flags.DEFINE_integer("likelihood_samples", 32, "Draws of --likelihood=bound.", lower_bound=2)
-_OUTPUT = command_line.DEFINE_path(
-    "output", None, "Folder for the results; made if it does not exist.", required=True, local=True
-)
+_OUTPUT = command_line.DEFINE_path("output", None, "Folder for the results; made if it does not exist.", required=True)
 _LIMIT = flags.DEFINE_integer("limit", None, "At most so many questions of each task or part of one.", lower_bound=1)
 _SHOTS = flags.DEFINE_integer("num_fewshot", None, "Examples before each question; default: the task's.", lower_bound=0)
 _CHAT = flags.DEFINE_bool("chat", False, "Put questions into the checkpoint's chat template.")
@@ -91,7 +89,7 @@ def main() -> None:
     if _BASE_URL.value is None:
         base = generation_flags.settings(batch_size=_BATCH_SIZE.value)
     points = parse_points(_MODES.value, base)
-    with output_folder(_OUTPUT.value) as output:
+    with output_folder(_OUTPUT.value, _ANSWERS) as output:
         tasks = find_tasks(
             _TASKS.value,
             include_path=_INCLUDE_PATH.value,

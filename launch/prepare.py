@@ -15,7 +15,6 @@ import environment  # noqa: F401, first: it says what is missing
 # isort: split
 import contextlib
 import os
-import pathlib
 import sys
 from collections.abc import Iterator
 
@@ -31,14 +30,14 @@ from twotower_jax.data.prepared import TRAIN, VALIDATION, Manifest, verify
 from twotower_jax.data.sampled import SampleSettings, text_prompts, write_sampled
 from twotower_jax.data.tokenizer import load_tokenizer
 from twotower_jax.files import check_folder
-from twotower_jax.paths import as_path, local_path
+from twotower_jax.paths import as_path, is_address, local_path
 from twotower_jax.tokens import parse_ids
 
 _DEFAULTS = Settings()
 _INPUT = flags.DEFINE_multi_string(
     "input", [], "A file, a folder or a pattern in quotes; several with commas between them or by repeating the flag."
 )
-_OUTPUT = command_line.DEFINE_path("output", None, "The folder to make, or to go on with.", local=True)
+_OUTPUT = command_line.DEFINE_path("output", None, "The folder to make, or to go on with.")
 _TOKENIZER = command_line.DEFINE_path(
     "tokenizer", None, "A tokenizer.json, or a folder that holds one: a checkpoint, a workdir, a Hugging Face folder."
 )
@@ -82,7 +81,6 @@ _SAMPLE_FROM = command_line.DEFINE_path(
     "sample_from",
     None,
     "A checkpoint whose context tower continues the beginnings of the texts; its tokenizer counts.",
-    local=True,
 )
 _OF_SAMPLES = SampleSettings
 _PROMPT_TOKENS = flags.DEFINE_integer(
@@ -157,6 +155,8 @@ def _sample() -> None:
     for flag in (_INPUT, _OUTPUT):
         if not flag.value:
             raise ValueError(f"--{flag.name} is missing; only --verify goes without")
+    if is_address(_OUTPUT.value):
+        raise ValueError(f"--output={_OUTPUT.value}: samples are written to a folder of this machine")
     # Here, so that text is prepared without them.
     from twotower_jax.checkpoint.load import contents, load
     from twotower_jax.checkpoint.orbax_steps import latest_step
@@ -168,7 +168,7 @@ def _sample() -> None:
     from twotower_jax.parameters import cast, parameter_table
     from twotower_jax.train.config import DTYPES
 
-    folder, dtype = pathlib.Path(_SAMPLE_FROM.value), DTYPES[_DTYPE.value]
+    folder, dtype = as_path(_SAMPLE_FROM.value), DTYPES[_DTYPE.value]
     contents(folder)  # says what is wrong with it
     tokenizer = load_tokenizer(folder)
     ids = parse_ids(_EOS.value, "--eos") if _EOS.value else end_tokens(folder, tokenizer)

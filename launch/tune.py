@@ -37,18 +37,16 @@ from twotower_jax.generation.prompts import prompt_ids, read_prompts
 from twotower_jax.generation.settings import Settings
 from twotower_jax.generation.trained import trained_block_size
 from twotower_jax.generation.tune import Point, Sweep, grid, sweep
-from twotower_jax.outputs import output_file, output_folder
+from twotower_jax.outputs import check_writable, output_file, output_folder
 from twotower_jax.parameters import Params
-from twotower_jax.paths import as_path
+from twotower_jax.paths import as_path, in_store
 from twotower_jax.two_tower import TwoTower
 from twotower_jax.visualize.tradeoff import plot
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(strategy_flags)
 _PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines: {"text": ...} or {"ids": [...]}.', required=True)
-_OUTPUT = command_line.DEFINE_path(
-    "output", None, "Folder for the results; made if it does not exist.", required=True, local=True
-)
+_OUTPUT = command_line.DEFINE_path("output", None, "Folder for the results; made if it does not exist.", required=True)
 _THRESHOLDS = flags.DEFINE_list(
     "thresholds", ["0.6", "0.8", "0.9"], "Confidence thresholds to try, of strategies that have one."
 )
@@ -80,7 +78,9 @@ def _check_writable(folder: pathlib.Path) -> None:
     listed = folder / manifest.NAME
     if listed.exists() and FILE in manifest.read(folder).files:
         raise ValueError(f"--write: {listed} holds the hash of {FILE}; tune the Hugging Face folder and convert again")
-    if not os.access(folder, os.W_OK):
+    if in_store(folder):
+        check_writable(folder)
+    elif not os.access(folder, os.W_OK):
         raise ValueError(f"--write: {folder} cannot be written")
 
 
@@ -112,7 +112,7 @@ def main() -> None:
         # Opened first, so that a file that cannot be written is known before the sweep; all appear at its end.
         files = {name: stack.enter_context(output_file(output / name)) for name in (*_RESULTS, FILE)}
         there = checkpoint / FILE
-        if _WRITE.value and os.path.realpath(there) != os.path.realpath(output / FILE):
+        if _WRITE.value and (in_store(there) or os.path.realpath(there) != os.path.realpath(output / FILE)):
             files["--write"] = stack.enter_context(output_file(there))
         _tune(rows, samplings, settings, files)
 

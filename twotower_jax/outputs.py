@@ -90,9 +90,14 @@ def write_file(path: str | pathlib.Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def output_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def output_folder(path: str | pathlib.Path, *continued: str) -> Iterator[pathlib.Path]:
     """A folder for results, made with those above it where it is not there. If the work fails or is interrupted before
     anything is in it, what was made is removed.
+
+    Of a folder in a store it is one of this machine, from which the files go there every few seconds and at the end.
+
+    Args:
+      continued: names of files that the work goes on with where they are there.
 
     Raises:
       ValueError: naming the path, if something else has its name or it cannot be written in.
@@ -101,7 +106,11 @@ def output_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     path = as_path(path)
     if in_store(path):
         check_writable(path)
-        yield path
+        from twotower_jax.stores.spool import Spool
+
+        spool = Spool(path)
+        with spool.running(*continued):
+            yield spool.folder
         return
     for parent in (path, *path.parents):
         if parent.exists() and not parent.is_dir():

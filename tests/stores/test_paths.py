@@ -107,6 +107,21 @@ def test_outputs_are_whole_or_not_at_all(address):
         pass
 
 
+def test_folders_for_results(address):
+    """The work has a folder of this machine; what it makes is in the store at the end, or as far as it came."""
+    store = as_path(f"{address}/results")
+    with pytest.raises(KeyError), outputs.output_folder(str(store), "answers.jsonl") as folder:
+        (folder / "answers.jsonl").write_text('{"a": 1}\n{"b"')
+        (folder / ".table.md.partial").write_text("half")
+        raise KeyError
+    assert (store / "answers.jsonl").read_text() == '{"a": 1}\n'  # Whole rows.
+    with outputs.output_folder(str(store), "answers.jsonl", "other.jsonl") as again:
+        assert again != folder and (again / "answers.jsonl").read_text() == '{"a": 1}\n'
+        outputs.write_file(again / "table.md", "| a |")
+    assert sorted(path.name for path in store.iterdir()) == ["answers.jsonl", "table.md"]
+    assert (store / "table.md").read_text() == "| a |"
+
+
 @pytest.fixture(scope="module")
 def folders(backbone_folder, tmp_path_factory) -> dict[str, pathlib.Path]:
     """A Hugging Face folder and what is made of it, here and in the bucket, by kind."""

@@ -1,4 +1,4 @@
-"""Files that grow while a run runs (metrics, samples, traces), where objects are only ever written whole.
+"""Files that grow while a command runs (metrics, samples, traces, answers), where objects are only ever written whole.
 
 They grow in a folder of this machine, and their content goes to the store every few seconds, before a checkpoint
 becomes whole, and in the end. So a killed run loses at most what came after its newest checkpoint, which is made again.
@@ -61,7 +61,7 @@ class Spool:
         self.send()
 
     def send(self) -> None:
-        """Sends what has changed.
+        """Sends what has changed, but for hidden files, which are not finished.
 
         Raises:
           StoreError: if the store does not take it.
@@ -69,7 +69,9 @@ class Spool:
         with self._turn:
             for file in sorted(self.folder.rglob("*")):
                 name = str(file.relative_to(self.folder))
-                if not file.is_file() or self._sent.get(name) == (state := self._state(name)):
+                if file.name.startswith(".") or not file.is_file():
+                    continue
+                if self._sent.get(name) == (state := self._state(name)):
                     continue
                 content = file.read_bytes()
                 if file.suffix == ".jsonl":
