@@ -156,6 +156,7 @@ def together(line: str) -> int:
     return math.prod(int(size) for axis, size in re.findall(r"('\w+')=(\d+)", sizes) if axis in axes)
 
 
+@pytest.mark.whole(but=["sequence2-tensor2-data2"])
 @each_mesh
 def test_no_collective_that_the_design_does_not_expect(objective, gradients, shape):
     """Weights are gathered a layer at a time and gradients summed; rows of tokens move for the sake of three axes only.

@@ -125,6 +125,7 @@ def test_tables_of_rows_that_do_not_fill_tiles_lie_by_rows(small_config):
     assert row_format(embeddings, (300, 1), place, "tpu") == place
 
 
+@pytest.mark.whole
 def test_however_a_table_lies_tokens_are_the_same(model, one_device, monkeypatch):
     """Here by columns, which is not how a CPU has it; what towers share they share."""
     bare, params = model
@@ -143,6 +144,7 @@ def test_however_a_table_lies_tokens_are_the_same(model, one_device, monkeypatch
     assert results == one_device("ar")
 
 
+@pytest.mark.whole
 def test_tied_towers_may_be_apart(small_config, random_params):
     model = TwoTower(small_config("ME"), Variant(context="tied"))
     settings = dataclasses.replace(SETTINGS, max_new_tokens=5)
