@@ -222,6 +222,7 @@ def test_half_a_scale_through_the_whole_path(method, converted):
     assert quantized > 0.95 * sum(array.size for array in flatten(whole.params).values())
 
 
+@pytest.mark.whole
 def test_a_workdir(sources, tmp_path):
     """Trained in float32, the context frozen in bfloat16, read array by array; and laid out layer by layer."""
     model, params, _ = load.load(sources["backbone_bf16"])
@@ -492,6 +493,7 @@ def test_experts_as_tpus_read_them(nano30b, step_config, random_params):
     assert as_read(table[path], divided, "tpu") is divided
 
 
+@pytest.mark.whole
 def test_on_a_mesh(step_config, random_params, tmp_path):
     """Eight devices: each holds its part of values and scales, and the model computes what one device does."""
     from twotower_jax.checkpoint.export import model_tensors, write_folder

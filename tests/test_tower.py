@@ -244,6 +244,7 @@ def test_padding_is_seen_by_nobody(make):
             assert_close(one, two, 1e-6)
 
 
+@pytest.mark.whole
 def test_a_batch_gives_what_each_row_alone_gives(make):
     model = make()
     ids, lengths, block, t = tokens(0, 2, 8), np.array([3, 8], np.int32), tokens(1, 2, 4), np.float32([0.25, 1.0])

@@ -118,6 +118,7 @@ def denoised(member, prompt: list[int], new: int) -> tuple[list[int], int]:
     return tokens[len(prompt) :], evaluations
 
 
+@pytest.mark.whole(but=["moe"])
 def test_rows_end_at_any_of_the_end_tokens(member):
     assert member.model.config.eos_token_ids == (2, 11)
     first, second = (case["ar"] for case in member.cases)
@@ -309,6 +310,7 @@ def test_operations_of_latent_experts():
     assert flops(plain, 0.0, 1) == 2 * d * e + k * 4 * d * f + 4 * d * shared
 
 
+@pytest.mark.whole(but=["fsdp"])
 @pytest.mark.parametrize("shape", [{"expert": 2, "tensor": 2}, {"fsdp": 4}], ids=["expert-tensor", "fsdp"])
 def test_latent_experts_on_a_mesh(small_config, random_params, shape):
     """Outputs and every gradient are those of one device."""
@@ -333,6 +335,7 @@ def test_latent_experts_on_a_mesh(small_config, random_params, shape):
         np.testing.assert_allclose(one, other, atol=1e-5 * max(1e-6, np.max(np.abs(other))))
 
 
+@pytest.mark.whole
 def test_latent_experts_in_fewer_bits():
     """Projections and experts in 8 bits compute what their values and scales say."""
     latent = Member("latent")

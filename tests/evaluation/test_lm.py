@@ -209,6 +209,7 @@ def test_lm_evals_client_of_our_server_agrees_request_by_request(server, loaded,
         assert client.generate_until(requests[1], disable_tqdm=True) == lm.generate_until(requests[0])
 
 
+@pytest.mark.whole
 def test_a_server_answers_as_a_model_of_this_process_does(server, loaded, ar, task_files):
     there = Served(server, {"mode": "ar"}, together=3)
     for name, known in (("choose_here", 0.5), ("write_here", 0.75)):

@@ -168,6 +168,7 @@ def test_a_pinned_token_conditions_what_comes_before_it(tiny):
     assert free.tokens[:7] != held.tokens[:7]
 
 
+@pytest.mark.whole
 def test_what_ar_says_with_pinned_and_allowed_tokens_speculative_says_too(tiny):
     held = {"pinned": {0: 9, 4: 11, 11: 12}, "allowed": {2: (20, 30), 7: range(8), 13: (60, 61)}}
     for sampling in ({}, {"temperature": 1.2}):

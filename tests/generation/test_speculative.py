@@ -69,6 +69,7 @@ def test_tokens_are_those_of_ar(tiny, random_params, sampled):
     assert accepted > 100  # Rows were rolled back from every kind of place.
 
 
+@pytest.mark.whole
 def test_the_joint_distribution_is_that_of_ar(small_config, random_params):
     """A chi-square test of all sequences of three tokens against the product of AR's exact conditionals."""
     model = TwoTower(small_config("M*", vocab_size=6))

@@ -182,6 +182,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(trained, tmp_path):
     assert np.array_equal(before["context_tower", *path[1:]], after["context_tower", *path[1:]])
 
 
+@pytest.mark.whole
 def test_it_divides_over_eight_devices(trained, tmp_path):
     config, folder = trained
     mesh = MeshShape(data=2, fsdp=2, tensor=2)

@@ -199,7 +199,7 @@ def alone(step_config, random_params, ids):
     return steps(step_config(**DROPPED), random_params, ids)
 
 
-@pytest.mark.whole(but=["mesh.fsdp"])
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "changes",
     [{"mesh.fsdp": 2, "mesh.sequence": 2, "mesh.tensor": 2}, {"accumulate": 4}],

@@ -189,6 +189,7 @@ def test_a_backbone_learns_answers_alone(small_config, random_params):
 # Steps and runs.
 
 
+@pytest.mark.whole
 def test_a_step_is_the_same_in_parts_and_on_a_mesh(step_config, random_params):
     """On a mesh that divides rows and positions, and with rows taken in two parts."""
     parts = [[(3 + i % 3, 5), (2, 1 + i)] for i in range(16)]
