@@ -102,6 +102,7 @@ def losses(config) -> np.ndarray:
     return np.array(found)
 
 
+@pytest.mark.whole
 def test_moments_in_bfloat16_train_as_well():
     """The mean loss of the last 50 of 200 steps is within a thousandth of that with float32 moments."""
     exact, kept = (losses(small(moments_dtype=dtype))[-50:].mean() for dtype in ("float32", "bfloat16"))

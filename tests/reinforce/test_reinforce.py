@@ -224,6 +224,7 @@ def test_settings_out_of_range_are_refused(changes):
 # Runs.
 
 
+@pytest.mark.whole
 def test_the_reward_rises(folder, tmp_path):
     """Answers are worth the share of some tokens in them, one in eight. A run that is stopped and goes on gives the
     same numbers to the bit, though other questions are asked on the way."""
