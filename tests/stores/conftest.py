@@ -12,6 +12,18 @@ def server(tmp_path_factory):
         yield url
 
 
+@pytest.fixture(scope="module", autouse=True)
+def online():
+    """The Hub is asked here, a stand-in of it; other tests are kept from asking."""
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture
 def address(request) -> str:
     """Of a folder of the bucket that nobody else uses."""

@@ -60,6 +60,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     (out / "text").mkdir()
     for i in range(24):
         (out / "text" / f"{i}.txt").write_text(" ".join(str((i + 3) * n * n) for n in range(20 + 5 * i)))
+    rows = ({"prompt": f"{i} {i * i} ", "response": str(i + 7) * (1 + i % 2)} for i in range(64))
+    (out / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return out
 
 
@@ -109,3 +111,18 @@ def test_several_processes_are_one_run(folder, processes, mesh, flags):
         assert found.keys() == expected.keys()
         for field in {"loss", "grad_norm", "validation_loss"} & expected.keys():
             assert found[field] == pytest.approx(expected[field], rel=2e-5), (field, found["step"])
+
+
+@pytest.mark.whole
+def test_several_processes_learn_from_conversations_as_one(folder):
+    """Each reads its rows of every batch; the held-out answers are asked by all."""
+    flags = "--config.data=talks.jsonl", "--config.sample_answers=2"
+    expected_rows, expected_samples = run(folder, "talks-alone", 1, *flags)
+    rows, samples = run(folder, "talks", 2, *flags, "--config.mesh.fsdp=-1")
+    assert samples == expected_samples and len(rows) == len(expected_rows) == 2
+    for found, expected in zip(rows, expected_rows, strict=True):
+        assert found.keys() == expected.keys()
+        for field in ("loss", "grad_norm", "loss_by_turn", "validation_loss", "validation_loss_by_turn"):
+            assert found.get(field) == pytest.approx(expected.get(field), rel=2e-5), (field, found["step"])
+    for name in ("exact_answers", "tokens_per_evaluation"):
+        assert rows[-1][f"validation_{name}"] == expected_rows[-1][f"validation_{name}"]
