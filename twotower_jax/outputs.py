@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from twotower_jax.paths import as_path, in_store
+from twotower_jax.paths import AnyPath, as_path, in_store
 
 if TYPE_CHECKING:
     from twotower_jax.stores.path import StorePath
@@ -135,12 +135,17 @@ def check_writable(folder: "StorePath") -> None:
       ValueError: if such a store is only read.
       StoreError: if it refuses, in one line.
     """
-    if not folder.writable:
-        raise ValueError(f"{folder}: such addresses are only read; write to a folder of this machine, gs:// or s3://")
+    refuse_read_only(folder)
     folder.check()
     probe = folder / f".probe-{uuid.uuid4().hex}"
     probe.create(b"")
     probe.unlink(missing_ok=True)
+
+
+def refuse_read_only(path: AnyPath) -> None:
+    """Raises ValueError for an address of a store that is only read; asks nobody."""
+    if in_store(path) and not path.writable:
+        raise ValueError(f"{path}: such addresses are only read; write to a folder of this machine, gs:// or s3://")
 
 
 def check_apart(paths: Mapping[str, str | None], inputs: Mapping[str, str | None] = {}) -> None:  # noqa: B006

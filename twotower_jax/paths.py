@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from twotower_jax.stores.path import StorePath
 
-# Of this machine or of a store.
+# One of this machine or of a store.
 type AnyPath = "pathlib.Path | StorePath"
 
 _SCHEME = "file://"

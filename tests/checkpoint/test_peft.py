@@ -44,7 +44,7 @@ np.savez(output, plain=plain, adapted=adapted)
 def test_peft_computes_the_same(kind, tmp_path):
     base, folder = DATA / "family" / kind, tmp_path / "adapter"
     table = parameter_table(Backbone(config_file.read_config(base)))
-    # Of a Mamba-based model it refuses out_proj.
+    # It refuses out_proj of a Mamba-based model.
     targets = ",".join(target for target in TARGETS.split(",") if target != "out_proj")
     settings, rng = Lora(rank=3, alpha=24.0, targets=targets), np.random.default_rng(0)
     tensors = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from twotower_jax import atomic
-from twotower_jax.checkpoint import huggingface, orbax_steps, workdir
+from twotower_jax.checkpoint import huggingface, orbax_steps, workdir, workdir_model
 from twotower_jax.checkpoint.convert import convert
 from twotower_jax.checkpoint.export import check_expressible, export, remarks
 from twotower_jax.config import Variant
@@ -106,7 +106,7 @@ def test_a_run_that_waited_goes_on_from_what_the_other_one_left(train_config, tm
     assert result.step == 3 and "resuming at step 2 of 3" in said
     assert sum("starting from random weights" in line for line in said) == 1
     loop.train(config, tmp_path / "alone", said.append)
-    params = [workdir.load(path)[1] for path in (folder, tmp_path / "alone")]
+    params = [workdir_model.load(path)[1] for path in (folder, tmp_path / "alone")]
     flat = [workdir.flatten(tree) for tree in params]
     assert all(np.array_equal(flat[0][path], flat[1][path]) for path in flat[1])
 

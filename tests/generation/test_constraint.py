@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from calls import results_of
 
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Engine, Request, Settings
@@ -37,14 +38,7 @@ def request(number: int, mode: str = "diffusion", **values) -> Request:
 
 
 def results(tiny, requests) -> list:
-    engine, found = Engine(*tiny, ENGINE, capacity=128), {}
-    numbers = [engine.submit(one) for one in requests]
-    while engine.busy:
-        for progress in engine.step():
-            assert progress.error is None
-            if progress.result is not None:
-                found[progress.number] = progress.result
-    return [found[number] for number in numbers]
+    return results_of(Engine(*tiny, ENGINE, capacity=128), requests)
 
 
 def sentences(automaton: Automaton, most: int) -> set[tuple[int, ...]]:

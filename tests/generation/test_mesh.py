@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from calls import call_of
+from calls import call_of, results_of
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
@@ -242,13 +242,7 @@ def test_a_row_canceled_between_the_towers_leaves_its_slot_to_another(model):
             engine.step()
         for number in range(len(canceled)):
             engine.cancel(number)
-        found, numbers = {}, [engine.submit(one) for one in rows]
-        while engine.busy:
-            for progress in engine.step():
-                assert progress.number in numbers
-                if progress.result is not None:
-                    found[progress.number] = progress.result
-        return [found[number] for number in numbers]
+        return results_of(engine, rows)
 
     apart = Engine(*model, SETTINGS, capacity=64, placement=tower_meshes(MeshShape(), apart=True))
     assert run(apart, asked[4:], asked[:4]) == run(Engine(*model, SETTINGS, capacity=64), asked[4:])

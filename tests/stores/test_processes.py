@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from config_files import config_file
 
 import buckets
 from helpers import ROOT
@@ -16,37 +17,7 @@ from twotower_jax.checkpoint.orbax_steps import committed_steps
 from twotower_jax.paths import as_path
 from workdirs import rows, state
 
-CONFIG = """
-from twotower_jax.train.config import base_config
-
-
-def get_config():
-    config = base_config(
-        {
-            "hidden_size": 16,
-            "hybrid_override_pattern": "M*",
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 4,
-            "ssm_state_size": 8,
-            "n_groups": 2,
-            "chunk_size": 8,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 4,
-        }
-    )
-    config.objective = "denoiser"
-    config.data = "text.txt"
-    config.vocab_size = 266
-    config.sequence_length = 32
-    config.block_size = 8
-    config.batch_size = 8
-    config.steps = 4
-    config.log_every = 1
-    config.checkpoint_every = 2
-    config.mesh.fsdp = -1
-    return config
-"""
+SETTINGS = {"data": "text.txt", "steps": 4, "checkpoint_every": 2, "mesh.fsdp": -1}
 
 
 class Processes:
@@ -60,7 +31,7 @@ class Processes:
         self.folders, self._started = [top / f"{i}-of-{count}" for i in range(count)], []
         for i, folder in enumerate(self.folders):
             folder.mkdir(exist_ok=True)
-            (folder / "config.py").write_text(CONFIG)
+            (folder / "config.py").write_text(config_file("M*", SETTINGS))
             (folder / "text.txt").write_text(
                 "\n".join(" ".join(str((k + 3) * n) for n in range(30)) for k in range(40))
             )

@@ -21,7 +21,8 @@ def test_what_passes_is_tried_again(server, address, seed):
     """A third of all requests fail, in every way; what is written and read is right, and written once."""
     rng = random.Random(seed)
     objects = {f"{number}": rng.randbytes(rng.randrange(1, 5000)) for number in range(12)}
-    with buckets.faulty(server, buckets.seeded(seed, 0.33, PASSING)) as faults:
+    # With so many faults nine in a row come now and then, which is what fits into 15 seconds.
+    with buckets.faulty(server, buckets.seeded(seed, 0.33, PASSING)) as faults, retrying.patient(120):
         for name, content in objects.items():
             (as_path(address) / name).create(content)
         assert as_path(address).sizes() == {name: len(content) for name, content in objects.items()}

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -80,12 +81,13 @@ def test_workdirs_are_copied_either_way(make, whole, address, tmp_path):
         (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "down" / name).write_bytes((path / name).read_bytes())
     buckets.upload(whole, f"{address}-up")
-    make(whole, STEPS + 1)
+    longer = shutil.copytree(whole, tmp_path / "longer")
+    make(longer, STEPS + 1)
     for copy in (tmp_path / "down", f"{address}-up"):
         assert state(copy) == state(whole)
         make(copy, STEPS + 1)
-        assert state(copy, STEPS + 1) == state(whole, STEPS + 1)
-        there, here = load.load(str(copy)), load.load(whole)
+        assert state(copy, STEPS + 1) == state(longer, STEPS + 1)
+        there, here = load.load(str(copy)), load.load(longer)
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), there.params, here.params))
 
 

@@ -1,11 +1,24 @@
-"""A call of the compiled block, as the engine makes it, for tests that look at the program."""
+"""What the engine does, in one go: all that it is asked, or one call of the compiled block, to look at the program."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from twotower_jax.generation import Request, scheduling
+from twotower_jax.generation import Engine, Request, Result, scheduling
 from twotower_jax.generation.modes import Blocks
 from twotower_jax.generation.rows import Row
 from twotower_jax.generation.stops import Ending
+
+
+def results_of(engine: Engine, requests: Sequence[Request]) -> list[Result]:
+    """The result of each, all submitted together."""
+    found, numbers = {}, [engine.submit(request) for request in requests]
+    while engine.busy:
+        for progress in engine.step():
+            assert progress.number in numbers and progress.error is None
+            if progress.result is not None:
+                found[progress.number] = progress.result
+    return [found[number] for number in numbers]
 
 
 def call_of(model, request: Request, rows: int):

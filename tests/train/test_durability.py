@@ -14,7 +14,7 @@ import pytest
 
 from campaigns import kills
 from helpers import ROOT
-from twotower_jax.checkpoint import orbax_steps, workdir
+from twotower_jax.checkpoint import orbax_steps, workdir, workdir_model
 from twotower_jax.files import CheckpointError
 
 MESHES = ROOT / "tests/support/restore_on_meshes.py"
@@ -81,16 +81,16 @@ def test_flipped_bits_are_named_and_the_way_out_with_them(scratch):
     assert f"to go on from step {earlier}, remove {newest}" in said
     shutil.rmtree(newest)
     assert run.newest() == earlier
-    workdir.load(run.folder)
+    workdir_model.load(run.folder)
 
     frozen = max((f for f in (run.folder / "frozen").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     frozen.write_bytes(frozen.read_bytes()[:-1])
     with pytest.raises(CheckpointError) as error:
-        workdir.load(run.folder)
+        workdir_model.load(run.folder)
     assert str(frozen.relative_to(run.folder / "frozen")) in str(error.value)
     (run.folder / "frozen" / orbax_steps.HASHES).unlink()
     with pytest.raises(CheckpointError, match=orbax_steps.HASHES):
-        workdir.load(run.folder)
+        workdir_model.load(run.folder)
 
 
 def test_two_runs_cannot_share_a_workdir(tmp_path):

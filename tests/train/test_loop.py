@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from twotower_jax.checkpoint import load as checkpoint
-from twotower_jax.checkpoint import orbax_steps, workdir
+from twotower_jax.checkpoint import orbax_steps, workdir, workdir_model
 from twotower_jax.config import Variant
 from twotower_jax.data import load_tokenizer, pack_documents, read_documents
 from twotower_jax.diffusion import masked_loss_sum, next_tokens, token_log_probabilities
@@ -91,8 +91,8 @@ def test_losses_fall(backbone_run, denoiser_run):
 
 
 def test_the_frozen_tower_is_untouched(backbone_run, denoiser_run):
-    _, backbone = workdir.load(backbone_run[1])
-    model, params = workdir.load(denoiser_run[1])
+    _, backbone = workdir_model.load(backbone_run[1])
+    model, params = workdir_model.load(denoiser_run[1])
     assert model.variant == Variant()
     for name in ("context_tower", "context_head"):
         assert same_bits(params[name], backbone[name])
@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name, request, tmp_pa
     assert any("resuming at step 8 of 12" in line for line in lines)
     assert rows(copy)[-2:] == rows(copy)[1:3] == rows(folder)[1:]
     assert {k: v for k, v in again.metrics.items() if k != "tokens_per_second"} == rows(folder)[-1]
-    assert same_bits(workdir.load(copy)[1], workdir.load(folder)[1])
+    assert same_bits(workdir_model.load(copy)[1], workdir_model.load(folder)[1])
     start = make_start(config, look(config, folder))
     state, frozen = abstract_state(start.objective, make_optimizer(config, tables(start.objective)[0]))
     states = [look(config, f).restore(state.weights, state.optimizer, frozen) for f in (folder, copy)]
@@ -145,12 +145,12 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(backbone_run, tmp_path, qu
     result = train(config, tmp_path / "run", quiet)
     assert (result.step, result.stopped) == (12, "")
     assert rows(tmp_path / "run") == rows(folder)
-    assert same_bits(workdir.load(tmp_path / "run")[1], workdir.load(folder)[1])
+    assert same_bits(workdir_model.load(tmp_path / "run")[1], workdir_model.load(folder)[1])
 
 
 def test_the_validation_loss_is_that_of_the_held_out_text(backbone_run):
     config, folder, result = backbone_run
-    model, params = workdir.load(folder)
+    model, params = workdir_model.load(folder)
     _, held_out = pack_documents(
         read_documents(config.data),
         load_tokenizer(folder),
@@ -291,17 +291,17 @@ def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, t
     model, params, tokenizer = checkpoint.load(backbone_run[1])
     assert tokenizer == backbone_run[1] and load_tokenizer(tokenizer).get_vocab_size() == 270
     assert same_bits(params["context_tower"], params["denoiser_tower"])
-    tied, tied_params = workdir.load(backbone_run[1], Variant(context="tied", context_loss=True))
+    tied, tied_params = workdir_model.load(backbone_run[1], Variant(context="tied", context_loss=True))
     assert flatten(tied_params).keys() == parameter_table(tied).keys()
 
-    model, params = workdir.load(denoiser_run[1])
+    model, params = workdir_model.load(denoiser_run[1])
     assert flatten(params).keys() == parameter_table(model).keys()
-    untimed, without = workdir.load(denoiser_run[1], Variant(time_conditioning=False))
+    untimed, without = workdir_model.load(denoiser_run[1], Variant(time_conditioning=False))
     assert untimed.time is None and "time" not in without
     with pytest.raises(CheckpointError, match="context='frozen', two towers, which cannot become one"):
-        workdir.load(denoiser_run[1], Variant(context="tied"))
+        workdir_model.load(denoiser_run[1], Variant(context="tied"))
 
-    laid_out, flat = workdir.load(denoiser_run[1], execution=Execution(scan_layers=False))
+    laid_out, flat = workdir_model.load(denoiser_run[1], execution=Execution(scan_layers=False))
     assert {path: a.shape for path, a in flatten(flat).items()} == {
         path: parameter.shape for path, parameter in parameter_table(laid_out).items()
     }
@@ -313,7 +313,7 @@ def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, t
     (tmp_path / workdir.CHECKPOINTS).mkdir()
     shutil.copy(denoiser_run[1] / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
-        workdir.load(tmp_path)
+        workdir_model.load(tmp_path)
 
 
 @pytest.mark.whole(but=["denoiser"])

@@ -8,55 +8,27 @@ import subprocess
 import sys
 
 import pytest
+from config_files import config_file
 
 from helpers import ROOT
 
-CONFIG = """
-from twotower_jax.train.config import base_config
-
-
-def get_config():
-    config = base_config(
-        {
-            "hidden_size": 16,
-            "hybrid_override_pattern": "ME*",
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 4,
-            "ssm_state_size": 8,
-            "n_groups": 2,
-            "chunk_size": 8,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 4,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 8,
-            "moe_shared_expert_intermediate_size": 8,
-        }
-    )
-    config.objective = "denoiser"
-    config.data = "text"
-    config.vocab_size = 266
-    config.sequence_length = 32
-    config.block_size = 8
-    config.batch_size = 8
-    config.steps = 2
-    config.log_every = 1
-    config.learning_rate = 1e-2
-    config.validation_fraction = 0.3
-    config.reset_at_documents = True
-    config.remat = "layer"
-    config.sample_every = 2
-    config.sample_prompts = ("64 125", "3")
-    config.sample_tokens = 16
-    return config
-"""
+SETTINGS = {
+    "data": "text",
+    "steps": 2,
+    "learning_rate": 1e-2,
+    "validation_fraction": 0.3,
+    "reset_at_documents": True,
+    "remat": "layer",
+    "sample_every": 2,
+    "sample_prompts": ("64 125", "3"),
+    "sample_tokens": 16,
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("processes")
-    (out / "config.py").write_text(CONFIG)
+    (out / "config.py").write_text(config_file("ME*", SETTINGS))
     (out / "text").mkdir()
     for i in range(24):
         (out / "text" / f"{i}.txt").write_text(" ".join(str((i + 3) * n * n) for n in range(20 + 5 * i)))

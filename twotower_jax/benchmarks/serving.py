@@ -359,7 +359,7 @@ async def _ended(reader: asyncio.StreamReader) -> bool:
 
 
 async def _memory(server: _Server, client: Any, count: int) -> str:
-    """Of bodies alike, after so many that everything has been allocated once."""
+    """Drift over bodies alike, after so many that everything has been allocated once."""
     bodies = [body | {"max_tokens": min(8, body["max_tokens"])} for body in _requests(count + count // 4)]
 
     async def send(some: list[dict]) -> int:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from twotower_jax import lora, randomness
 from twotower_jax.checkpoint import adapter as adapters
-from twotower_jax.checkpoint import huggingface, manifest, store, workdir
+from twotower_jax.checkpoint import huggingface, manifest, store, workdir, workdir_model
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
 from twotower_jax.files import check_folder
@@ -79,7 +79,7 @@ def load(
     elif (path / store.MANIFEST).exists():
         model, params = store.load(path, variant, execution, sharding=sharding, verify=verify, quantize=method)
     elif (path / workdir.CHECKPOINTS).exists():
-        model, params = workdir.load(path, variant, execution, sharding=sharding, quantize=method)
+        model, params = workdir_model.load(path, variant, execution, sharding=sharding, quantize=method)
     else:
         variant = variant or Variant()
         model, params = huggingface.load(path, variant, execution, sharding=sharding, quantize=method)

@@ -72,17 +72,54 @@ def latest_step(folder: pathlib.Path) -> int | None:
     return max(committed_steps(folder), default=None)
 
 
-class FolderWriter:
-    """Writes folders one after another in the background.
+class BackgroundWriter:
+    """One thing after another is written in the background.
 
-    Every process of a run calls it alike and writes its parts of the arrays; process 0 completes the folder. An error
-    of the background is raised by the next call, whichever it is.
+    An error of the background is raised by the next call, whichever it is.
     """
 
     def __init__(self):
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_PATIENCE_SECONDS)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def _begin(self, work: Callable[..., None], *arguments: Any) -> None:
+        def run() -> None:
+            try:
+                work(*arguments)
+            except BaseException as error:  # whatever it is, the thread that trains has to hear of it
+                self._error = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error waits to be raised."""
+        return self._error is not None
+
+    def raise_failure(self) -> None:
+        """Raises SaveError if a save has failed; does not wait for one that is under way."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Returns when all is written; raises SaveError if it could not be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_failure()
+
+
+class FolderWriter(BackgroundWriter):
+    """Writes folders one after another in the background.
+
+    Every process of a run calls it alike and writes its parts of the arrays; process 0 completes the folder.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_PATIENCE_SECONDS)
         _say_failures_once()
 
     def start(
@@ -109,28 +146,7 @@ class FolderWriter:
             final.parent.mkdir(parents=True, exist_ok=True)
             items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
             self._checkpointer.save(partial, args=ocp.args.Composite(**items), force=True)
-        self._thread = threading.Thread(
-            target=self._finish, args=(partial, final, list(trees), dict(values), then), daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def failed(self) -> bool:
-        """Whether an error waits to be raised."""
-        return self._error is not None
-
-    def raise_failure(self) -> None:
-        """Raises SaveError if a save has failed; does not wait for one that is under way."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def wait(self) -> None:
-        """Returns when all is on the disk; raises SaveError if it could not be written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.raise_failure()
+        self._begin(self._finish, partial, final, list(trees), dict(values), then)
 
     def close(self) -> None:
         """Lets go of Orbax's threads, after `wait`."""
@@ -144,14 +160,11 @@ class FolderWriter:
         values: Mapping[str, Any],
         then: Callable[[], None],
     ) -> None:
-        try:
-            with as_save_error(final):
-                self._checkpointer.wait_until_finished()
-                if jax.process_index() == 0:
-                    _commit(partial, final, trees, values)
-                    then()
-        except BaseException as error:  # whatever it is, the thread that trains has to hear of it
-            self._error = error
+        with as_save_error(final):
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                _commit(partial, final, trees, values)
+                then()
 
 
 def clean_up(folder: pathlib.Path, name: str = "*") -> None:
@@ -304,7 +317,7 @@ def _commit(partial: pathlib.Path, final: pathlib.Path, trees: Sequence[str], va
 
 
 def _store_steps() -> Any:
-    """Of folders in a store; imported for those alone."""
+    """The functions for folders in a store, imported for those alone."""
     from twotower_jax.checkpoint import store_steps
 
     return store_steps

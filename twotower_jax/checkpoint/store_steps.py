@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import pathlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from twotower_jax.checkpoint import arrays, chunks, manifest
 from twotower_jax.checkpoint.manifest import Digest
-from twotower_jax.checkpoint.orbax_steps import HASHES, SaveError, as_save_error
+from twotower_jax.checkpoint.orbax_steps import HASHES, BackgroundWriter, SaveError, as_save_error
 from twotower_jax.checkpoint.pipeline import in_order
 from twotower_jax.files import CheckpointError, read_bytes, read_json
 from twotower_jax.parameters import Params, Path, flatten, unflatten
@@ -53,7 +52,7 @@ class Part(NamedTuple):
     data: np.ndarray
 
 
-class StoreWriter:
+class StoreWriter(BackgroundWriter):
     """Writes folders one after another in the background, with the interface of `orbax_steps.FolderWriter`.
 
     Args:
@@ -69,9 +68,8 @@ class StoreWriter:
         before: Callable[[], None] = lambda: None,
         keep: Callable[[str, Mapping[str, bytes], Iterator[Part]], None] | None = None,
     ):
+        super().__init__()
         self._lease, self._before, self._keep = lease, before, keep
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
 
     def start(
         self,
@@ -98,29 +96,19 @@ class StoreWriter:
                 final.remove_tree(first=HASHES)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"{final} is empty")
-        self._thread = threading.Thread(target=self._finish, args=(final, texts, owned, held, then), daemon=True)
-        self._thread.start()
+        self._begin(self._finish, final, texts, owned, held, then)
 
     @property
     def failed(self) -> bool:
-        """Whether an error waits to be raised."""
-        return self._error is not None or self._lease is not None and self._lease.lost
+        """Whether an error waits to be raised, the loss of the lease included."""
+        return super().failed or self._lease is not None and self._lease.lost
 
     def raise_failure(self) -> None:
-        """See `orbax_steps.FolderWriter.raise_failure`."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        """Raises SaveError if a save has failed or the lease is lost; does not wait for a save that is under way."""
+        super().raise_failure()
         if self._lease is not None and self._lease.lost:
             with as_save_error(None):
                 self._lease.check()
-
-    def wait(self) -> None:
-        """See `orbax_steps.FolderWriter.wait`."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.raise_failure()
 
     def close(self) -> None:
         """Has nothing to let go of."""
@@ -137,24 +125,21 @@ class StoreWriter:
         held: list[Part],
         then: Callable[[], None],
     ) -> None:
-        try:
-            with as_save_error(final):
-                if self._keep is not None:
-                    self._keep(final.name, texts, itertools.chain(owned, held))
-                held.clear()
-                hashes = _send(final, texts if jax.process_index() == 0 else {}, owned)
-                if jax.process_index() > 0:
-                    (final / _share(jax.process_index())).create(listed(hashes))
-                    return
-                hashes |= _shares(final)
-                self._before()
-                self._check()
-                (final / HASHES).create(listed(hashes))
-                for process in range(1, jax.process_count()):
-                    (final / _share(process)).unlink(missing_ok=True)
-                then()
-        except BaseException as error:  # whatever it is, the thread that trains has to hear of it
-            self._error = error
+        with as_save_error(final):
+            if self._keep is not None:
+                self._keep(final.name, texts, itertools.chain(owned, held))
+            held.clear()
+            hashes = _send(final, texts if jax.process_index() == 0 else {}, owned)
+            if jax.process_index() > 0:
+                (final / _share(jax.process_index())).create(listed(hashes))
+                return
+            hashes |= _shares(final)
+            self._before()
+            self._check()
+            (final / HASHES).create(listed(hashes))
+            for process in range(1, jax.process_count()):
+                (final / _share(process)).unlink(missing_ok=True)
+            then()
 
 
 def _send(final: StorePath, texts: Mapping[str, bytes], parts: list[Part]) -> dict[str, Digest]:

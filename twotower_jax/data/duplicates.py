@@ -58,7 +58,7 @@ class Near:
 
 
 class Fingerprints(NamedTuple):
-    """Of the documents of a part that are text, in order.
+    """The documents of a part that are text, in order.
 
     Attributes:
       rows: the number of each among the rows of the part, int64 (documents,).

@@ -85,7 +85,7 @@ class Schedule:
         self._unit = math.lcm(*(2 * share.denominator for here in self.shares for share in here))
         self._unit *= math.lcm(1, *lengths)
         scaled = [[int(share * run.batch_size * self._unit) for share in here] for here in self.shares]
-        # Of each source, and of the sources from each on, what they have given when each step of `steps` begins.
+        # What each source, and the sources from each on, have given when each step of `steps` begins.
         self._own = [_Sum(self.steps, [here[k] for here in scaled]) for k in range(len(own))]
         self._tail = [_Sum(self.steps, [sum(here[k:]) for here in scaled]) for k in range(len(own))]
 
@@ -108,7 +108,7 @@ class Schedule:
         return (own.before(step) + passed * own.during(step) // within) // self._unit
 
     def identity(self) -> list[str]:
-        """Of each source, its shares, by the step that they are of."""
+        """Each source's shares, by the step that they are of."""
         return [
             ", ".join(f"{here[k]} at {step}" for step, here in zip(self.steps, self.shares, strict=True))
             for k in range(len(self._own))

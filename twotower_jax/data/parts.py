@@ -29,7 +29,7 @@ from twotower_jax.data.shards import Shard, ShardWriter
 from twotower_jax.data.tokenizer import EOS_ID, encode, id_range, load_tokenizer
 from twotower_jax.paths import AnyPath, as_path, in_store
 
-# Of the folder that is made: what goes away when it is complete.
+# What goes away from the folder that is made when it is complete.
 PROGRESS = "progress"
 
 # Characters, or documents, that are tokenized at a time.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# Of one automaton: token moves, in 8 bytes each, and states.
+# The most that one automaton may have: token moves, in 8 bytes each, and states.
 MOST_MOVES, MOST_STATES = 1 << 23, 1 << 12
 
 

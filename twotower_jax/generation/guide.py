@@ -18,7 +18,7 @@ from twotower_jax.generation.slots import allowed_bits
 
 
 class Guide:
-    """Of one row.
+    """What one row may say.
 
     Args:
       end_tokens: that end the row; no token of the automaton. limit: of its new tokens.

@@ -23,7 +23,7 @@ _REMEMBERED, _SIMULATED = 256, 32
 
 
 class Quorum:
-    """Of the rows of one kind. All of them, until four blocks of each have been seen."""
+    """How many rows of one kind have to be done. All of them, until four blocks of each have been seen."""
 
     def __init__(self):
         self._counts: collections.deque[int] = collections.deque(maxlen=_REMEMBERED)

@@ -153,7 +153,7 @@ class Row:
 
     @property
     def position(self) -> int:
-        """Of the next new token. The first one may be chosen already and not yet read."""
+        """The position of the next new token. The first one may be chosen already and not yet read."""
         return max(len(self.tokens), int(self.chooses_first and not self.reading))
 
     @property

@@ -273,7 +273,7 @@ def prefill(
 
 
 def newest_state(h: Float[Array, "B L D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
-    """Of states (B, L, D) those of each row's last of `lengths` (B,) real tokens; meaningless where that is 0."""
+    """The states, of (B, L, D), of each row's last of `lengths` (B,) real tokens; meaningless where that is 0."""
     return jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 

@@ -198,7 +198,7 @@ class Mixer(nnx.Module):
 
     @classmethod
     def kernel_flops(cls, config: ModelConfig, keys: float, scans: int) -> float:
-        """Of `flops`, what ops of `kernels` compute. A compiled program does not show it: planning/predict.py."""
+        """What of `flops` ops of `kernels` compute. A compiled program does not show it: planning/predict.py."""
         return 0.0
 
     @classmethod

@@ -83,7 +83,7 @@ class LeastTraining(NamedTuple):
 
     @property
     def frozen(self) -> int:
-        """Of the weights, those that do not train."""
+        """Those of the weights that do not train."""
         return self.weights - self.gradients
 
     @property

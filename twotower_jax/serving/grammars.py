@@ -44,7 +44,7 @@ try:
     if kind == "schema":
         text = build_regex_from_schema(text)
     index = Index(text, Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
-except BaseException as error:  # Of Rust too.
+except BaseException as error:  # Rust's too.
     print(json.dumps({"error": str(error)}))
     sys.exit(0)
 moves = index.get_transitions()
@@ -122,7 +122,7 @@ class Grammars:
         return found
 
     def _spelled(self) -> dict[int, bytes]:
-        """Of each token that is a part of texts its bytes."""
+        """The bytes of each token that is a part of texts."""
         if not self._texts.bytewise:
             raise ValueError("the tokenizer does not tell what bytes its tokens stand for")
         special = self._tokenizer.get_added_tokens_decoder().keys() | self._ends

@@ -32,7 +32,7 @@ class Constraint(NamedTuple):
 
 
 def read_constraint(fields: Fields, grammars: Grammars) -> Constraint | None:
-    """Of the fields `CONSTRAINTS`, of which one may say something.
+    """The fields `CONSTRAINTS`, of which one may say something.
 
     Raises:
       ApiError: naming the field.

@@ -308,7 +308,7 @@ class EngineLoop:
                 self._fail(f"a step has not come to an end within {self._step_seconds:g} seconds")
 
     def _fail(self, failure: str) -> None:
-        if self.failure is not None:  # Of a step that was given up, and came to an end after all.
+        if self.failure is not None:  # A step that was given up came to an end after all.
             return
         self.failure = failure
         self.ready = False

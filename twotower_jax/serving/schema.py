@@ -124,7 +124,7 @@ class Reader:
     # Bodies.
 
     def completion(self, body: Mapping[str, Any]) -> Job:
-        """Of /v1/completions.
+        """A request to /v1/completions.
 
         Raises:
           ApiError: naming the field.
@@ -138,7 +138,7 @@ class Reader:
         return self._job(fields, False, prompts, tokens, "max_tokens", logprobs, echo, adapter=adapter)
 
     def chat(self, body: Mapping[str, Any]) -> Job:
-        """Of /v1/chat/completions. Raises as `completion`."""
+        """A request to /v1/chat/completions. Raises as `completion`."""
         fields = Fields(body)
         adapter = self._check_model(fields)
         prompts = [self._conversation(fields.take("messages"))]
@@ -204,7 +204,7 @@ class Reader:
         return self.adapter(model)
 
     def _prompts(self, fields: Fields) -> list[list[int]]:
-        """Of a text, token ids, or a list of either."""
+        """The rows of token ids that `prompt` says: a text, token ids, or a list of either."""
         given = fields.take("prompt")
         several = isinstance(given, list) and given and not all(is_integer(part) for part in given)
         parts = given if several else [given]

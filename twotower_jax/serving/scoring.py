@@ -34,7 +34,7 @@ class _Found(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "top"))
 def _score(params: Params, ids: Int[Array, "B L"], *, model: TwoTower, top: int) -> _Found:
-    """Of each token after the first, and of one more that says nothing: (B, L), (B, L, top) and (B, L, top)."""
+    """What was thought of each token after the first: (B, L), (B, L, top) and (B, L, top). The last says nothing."""
     bound = bind_part(model, params)
     states = bound.context_tower.causal(ids)
     batch, length, width = states.shape

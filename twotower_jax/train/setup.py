@@ -12,6 +12,7 @@ import optax
 from twotower_jax.checkpoint.workdir import CONFIG, Workdir, read_settings
 from twotower_jax.data import TrainingData
 from twotower_jax.files import CheckpointError
+from twotower_jax.outputs import refuse_read_only
 from twotower_jax.parameters import count, flatten, unflatten
 from twotower_jax.paths import as_path
 from twotower_jax.registry import registered
@@ -146,6 +147,7 @@ def look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
     Raises:
       ValueError: if that is something else, or a run with other settings, or one that is beyond `config.steps`.
     """
+    refuse_read_only(as_path(workdir))
     settings, own = dataclasses.asdict(settled(config, workdir)), registered()
     folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED, config.local_copy)
     if folder.step is not None and folder.step > config.steps:

@@ -86,17 +86,17 @@ class Outcome(NamedTuple):
     problem: str
 
 
-def define_flags() -> None:
-    flags.DEFINE_integer("kills", 30, "SIGKILLs, in turn in each phase.", lower_bound=0)
-    flags.DEFINE_integer("terms", 20, "SIGTERMs, in turn in each phase.", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "Of the moments.")
+def define_flags(kills: int = 30, terms: int = 20) -> None:
+    flags.DEFINE_integer("kills", kills, "SIGKILLs, in turn in each phase.", lower_bound=0)
+    flags.DEFINE_integer("terms", terms, "SIGTERMs, in turn in each phase.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Draws the moments.")
 
 
-def main() -> None:
+def main(run: "type[Run] | None" = None) -> None:
     outcomes, start = [], time.monotonic()
-    total = flags.FLAGS.kills + flags.FLAGS.terms
+    wanted, total = flags.FLAGS, flags.FLAGS.kills + flags.FLAGS.terms
     with tempfile.TemporaryDirectory() as scratch:
-        for outcome in campaign(pathlib.Path(scratch), flags.FLAGS.kills, flags.FLAGS.terms, flags.FLAGS.seed):
+        for outcome in campaign(pathlib.Path(scratch), wanted.kills, wanted.terms, wanted.seed, run or Run):
             outcomes.append(outcome)
             seconds = time.monotonic() - start
             print(f"{len(outcomes)} of {total} and the end, {seconds:.0f} s: {outcome}", flush=True)

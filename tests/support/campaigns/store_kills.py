@@ -9,12 +9,9 @@ import os
 import pathlib
 import signal
 import subprocess
-import tempfile
-import time
 from unittest import mock
 
 import warm
-from absl import flags
 
 import buckets
 from campaigns import kills
@@ -24,25 +21,12 @@ from twotower_jax.paths import as_path
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("kills", 25, "SIGKILLs, in turn in each phase.", lower_bound=0)
-    flags.DEFINE_integer("terms", 5, "SIGTERMs, in turn in each phase.", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "Of the moments.")
+    kills.define_flags(25, 5)
 
 
 def main() -> None:
-    outcomes, start = [], time.monotonic()
-    total = flags.FLAGS.kills + flags.FLAGS.terms
-    with tempfile.TemporaryDirectory() as scratch, buckets.gs():
-        campaign = kills.campaign(
-            pathlib.Path(scratch), flags.FLAGS.kills, flags.FLAGS.terms, flags.FLAGS.seed, StoreRun
-        )
-        for outcome in campaign:
-            outcomes.append(outcome)
-            seconds = time.monotonic() - start
-            print(f"{len(outcomes)} of {total} and the end, {seconds:.0f} s: {outcome}", flush=True)
-    print(kills.table(outcomes))
-    if any(outcome.problem for outcome in outcomes):
-        raise SystemExit(1)
+    with buckets.gs():
+        kills.main(StoreRun)
 
 
 class StoreRun(Run):
