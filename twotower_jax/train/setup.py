@@ -129,8 +129,12 @@ def settled(config: TrainConfig, workdir: str | pathlib.Path) -> TrainConfig:
     """The settings with what they leave to the run decided: as the workdir's run has it, or as a new one would.
 
     A run from before there were such settings had none of what they do.
+
+    Raises:
+      ValueError: for an address of a store that is only read.
     """
     path, saved = as_path(workdir), None
+    refuse_read_only(path)
     if (path / CONFIG).is_file():
         with contextlib.suppress(CheckpointError):  # which `Workdir` is to report
             saved = read_settings(path)
@@ -147,7 +151,6 @@ def look(config: TrainConfig, workdir: str | pathlib.Path) -> Workdir:
     Raises:
       ValueError: if that is something else, or a run with other settings, or one that is beyond `config.steps`.
     """
-    refuse_read_only(as_path(workdir))
     settings, own = dataclasses.asdict(settled(config, workdir)), registered()
     folder = Workdir(workdir, settings | ({"registered": own} if own else {}), CHANGEABLE, ADDED, config.local_copy)
     if folder.step is not None and folder.step > config.steps:
