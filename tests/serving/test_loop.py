@@ -99,12 +99,21 @@ def test_an_engine_that_hangs_turns_red_and_leaves_nobody_waiting(scripted, stre
     async def run():
         service, engine = scripted(slots=1, limits=Limits(step_seconds=0.05))
         async with running(service) as client:
+            now = 0.0
+            service.loop.clock = lambda: now
             assert (await complete(client)).status_code == 200
-            await asyncio.sleep(0.2)  # Nothing to do is no step.
+            await until(lambda: service.loop._since is None)
+            now += 1  # Nothing to do is no step.
+            await asyncio.sleep(0.1)
             assert (await client.get("/health")).status_code == 200
+            engine.hold = True
+            held = [asyncio.create_task(complete(client, stream=stream)) for _ in range(3)]
+            await until(lambda: engine.running + engine.waiting == 3)
             engine.hang = threading.Event()
+            await until(lambda: engine.hangs)
+            now += 1
             async with asyncio.timeout(10):
-                answers = await asyncio.gather(*(complete(client, stream=stream) for _ in range(3)))
+                answers = await asyncio.gather(*held)
             said = "a step has not come to an end within 0.05 seconds"
             for answer in answers:
                 assert answer.status_code == (200 if stream else 500)

@@ -105,7 +105,7 @@ class Scripted:
 
     Attributes:
       fail_at: the step that raises an error. bad: first prompt tokens of rows that fail alone.
-      hold: whether steps give nothing. hang: what a step waits for, if anything.
+      hold: whether steps give nothing. hang: what a step waits for, if anything; hangs: whether one does.
       steps: made so far. canceled: numbers of rows.
     """
 
@@ -120,6 +120,7 @@ class Scripted:
         self.bad: set[int] = set()
         self.hold = False
         self.hang: threading.Event | None = None
+        self.hangs = False
         self.steps = 0
         self.canceled: list[int] = []
         self._count = 0
@@ -155,6 +156,7 @@ class Scripted:
         if self.steps == self.fail_at:
             raise RuntimeError("the device is\non fire")
         if self.hang is not None:
+            self.hangs = True
             self.hang.wait()
         while self._queue and len(self._table) < self.slots:
             self._table.append(self._queue.pop(0))

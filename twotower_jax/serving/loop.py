@@ -190,6 +190,7 @@ class EngineLoop:
       ready: whether requests are answered.
       taken: places of rows that are running or waiting.
       failure: why none will be answered any more, in one line; None as long as all is well.
+      clock: tells the seconds by which the length of a step is judged.
     """
 
     def __init__(
@@ -203,7 +204,8 @@ class EngineLoop:
         # The engine thread's own: rows by the engine's number, and the counts that were told last.
         self._live: dict[int, Ticket] = {}
         self._told = (0, 0)
-        # When the step began that it is at, of `time.monotonic`; None between steps.
+        self.clock = time.monotonic
+        # When the step began that it is at, by `clock`; None between steps.
         self._since: float | None = None
         self._watching: asyncio.Task | None = None
         self._open: set[Ticket] = set()
@@ -304,7 +306,7 @@ class EngineLoop:
         while self.failure is None:
             await asyncio.sleep(min(1.0, self._step_seconds / 4))
             since = self._since
-            if since is not None and time.monotonic() - since > self._step_seconds:
+            if since is not None and self.clock() - since > self._step_seconds:
                 self._fail(f"a step has not come to an end within {self._step_seconds:g} seconds")
 
     def _fail(self, failure: str) -> None:
@@ -360,7 +362,7 @@ class EngineLoop:
                     self._call(self._free, places)
                     self._told = engine.running, engine.waiting
                     self._call(self._deliver, [], *self._told)
-            self._since = time.monotonic()
+            self._since = self.clock()
             if scores:
                 score = scores.pop(0)
                 if not score.future.done():  # Else nobody waits for it any more.
