@@ -104,7 +104,13 @@ class Pipeline:
 
                 return lax.fori_loop(0, steps(t), one, step)
 
-            lax.fori_loop(0, mine, tile, jnp.int32(0))
+            done = lax.fori_loop(0, mine, tile, jnp.int32(0))
+
+            def drain(k, _):
+                plgpu.barrier_wait(freed.at[lax.rem(done - 1 - k, self.stages)])
+
+            # So that every barrier is at rest when the thread block ends, as the interpreter of JAX 0.11 insists.
+            lax.fori_loop(0, jnp.minimum(done, self.stages), drain, None)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
