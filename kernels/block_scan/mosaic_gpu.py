@@ -289,16 +289,18 @@ def block_scan(
     outputs = [jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.float32)]
     if next_state:
         outputs.append(jax.ShapeDtypeStruct(state.shape, jnp.float32))
+    body = functools.partial(
+        _kernel,
+        heads=in_program,
+        per_group=heads // groups,
+        length=length,
+        inner=inner,
+        swizzle=swizzle,
+        next_state=next_state,
+    )
+    body.__name__ = "block_scan"  # As profilers and compilers call it.
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            heads=in_program,
-            per_group=heads // groups,
-            length=length,
-            inner=inner,
-            swizzle=swizzle,
-            next_state=next_state,
-        ),
+        body,
         out_type=outputs,
         scratch_types=scratch,
         grid=(batch, heads // in_program),

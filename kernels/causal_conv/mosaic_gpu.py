@@ -199,6 +199,7 @@ def _backward_kernel(*refs, cut: ProgramTiles):
 
 def _call(cut: ProgramTiles, kernel, x, inputs, outputs):
     batch, length, channels = x.shape
+    kernel.__name__ = f"convolution{kernel.func.__name__.removesuffix('_kernel')}"
     return plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],

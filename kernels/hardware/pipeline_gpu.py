@@ -172,8 +172,9 @@ class Pipeline:
 
         return sums
 
-    def call(self, body: Callable, out_type, scratch: dict, *arrays):
-        """Runs `body(*arrays, out, **scratch)`, refs, in every thread block."""
+    def call(self, name: str, body: Callable, out_type, scratch: dict, *arrays):
+        """Runs `body(*arrays, out, **scratch)`, refs, in every thread block, under a name for profilers."""
+        body.__name__ = name
         return plgpu.kernel(
             body,
             out_type=out_type,

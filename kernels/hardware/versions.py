@@ -28,7 +28,7 @@ def with_gradient(
 ) -> Callable:
     """A function with its gradient, of which remat keeps and computes no more than it must.
 
-    JAX before 0.12 refuses that to what calls back, as the interpreter of Mosaic GPU kernels does: there, and then, remat
+    JAX before 0.12 refuses that to what calls back, as the interpreter of Mosaic GPU kernels does: there, and then, it
     runs the forward pass whole.
 
     Args:
