@@ -79,7 +79,8 @@ def main() -> None:
             with of_mosaic() if values.resources else contextlib.nullcontext([]) as found:
                 result = _compile(case, device)
             if values.resources and row[0] == "triton":
-                found = of_triton(case.function, case.shapes, round(10 * float(device.compute_capability)))
+                with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("device",)).abstract_mesh):
+                    found = of_triton(case.function, case.shapes, round(10 * float(device.compute_capability)))
             for kernel in found:
                 resources.setdefault((row[0], kernel), case.name)
             failures += result.startswith("FAILED")
