@@ -422,5 +422,5 @@ def attention(q, sources, *, own_block=None, block_size=None, tile_size=None, si
     """`kernels.attention`, same arguments and results. `interpret` runs it on any backend, with any head dim."""
     sizes = sizes or Sizes()
     if interpret:
-        sizes = sizes._replace(interpret=interpreter(True))
+        sizes = sizes._replace(interpret=interpreter(interpret))
     return flash.attention(_kernels(sizes), q, sources, own_block=own_block, block_size=block_size)

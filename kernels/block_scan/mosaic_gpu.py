@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.block_scan import LONGEST_BLOCK
 from twotower_jax.kernels.hardware import versions
-from twotower_jax.kernels.hardware.hopper import not_hopper
+from twotower_jax.kernels.hardware.hopper import interpreter, not_hopper
 from twotower_jax.kernels.numerics.gated_norm import gated_norm
 from twotower_jax.kernels.numerics.log_decay import two_parts
 from twotower_jax.kernels.numerics.split import PARTS
@@ -305,7 +305,7 @@ def block_scan(
         scratch_types=scratch,
         grid=(batch, heads // in_program),
         grid_names=("row", "heads"),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=interpreter(interpret),
     )
     y, *last = kernel(
         xbc,

@@ -8,10 +8,16 @@ import signal
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from helpers import ROOT
-from twotower_jax.benchmarks.accelerator import bare, command, report, units
+from twotower_jax import kernels
+from twotower_jax.benchmarks import _error_cases
+from twotower_jax.benchmarks.accelerator import bare, command, errors, report, units
 from twotower_jax.benchmarks.accelerator.results import Results, digest
 
 # In place of the worker: units that are what their names say, and a line in a file for each that is asked for.
@@ -302,3 +308,32 @@ def test_stand_ins_do_what_configs_need():
         _ = config.size
     module = bare._jaxtyping()
     assert module.Float[module.Array, "B L"] | None
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("kind", "platform", "model"),
+    [("NVIDIA H200", "gpu", "nano30b"), ("NVIDIA H200", "gpu", "nano4b"), ("TPU v5p", "tpu", "nano30b")],
+)
+def test_kernels_take_the_problems_of_the_published_shapes(kind, platform, model, monkeypatch):
+    """They are traced for a device that is not there, without arrays."""
+    scale = units.scale(model)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(_error_cases, "_normal", lambda rng, dtype, *sizes: jnp.zeros(sizes, dtype))
+    mesh = AbstractMesh((1,), ("device",), abstract_device=AbstractDevice(kind, 132, platform))
+    traced = 0
+    for _, case in errors._cases(scale):
+        case = errors._here(case)
+        for name, dtypes in case.implementations.items():
+            # The plain product of jax.lax is not traced for devices that are not there.
+            if name == _error_cases.RAGGED or kernels.platform_of(case.op, name) != platform:
+                continue
+            for dtype in dtypes:
+
+                def run(case=case, name=name, dtype=dtype):
+                    return case.run(name, *case.arrays(np.random.default_rng(0), jnp.dtype(dtype)))
+
+                with jax.sharding.use_abstract_mesh(mesh):
+                    jax.eval_shape(run)
+                traced += 1
+    assert traced > 20
