@@ -147,6 +147,7 @@ def test_a_draw_does_not_depend_on_the_other_parameters(small_config):
     )
 
 
+@pytest.mark.whole
 def test_scales_of_fresh_parameters(small_config):
     """initializer_range; what feeds the residual stream is divided by √layers; norms at 1, biases at 0."""
     config = small_config("M*E-", hidden_size=64, intermediate_size=64, moe_intermediate_size=64, mlp_bias=True)

@@ -73,6 +73,7 @@ def test_an_objective_of_ones_own_trains_loads_and_is_part_of_the_run(tmp_path, 
         train(config, tmp_path / "run", print)
 
 
+@pytest.mark.whole
 def test_its_loss_is_its_formula(small, random_params):
     runpy.run_path(str(CONFIGS / "example_objective.py"))
     config = small("certain")
@@ -203,6 +204,7 @@ def test_the_backbone_of_the_page(snippet):
     assert len(parameter_table(Backbone(config.model_config(512)))) > 10
 
 
+@pytest.mark.whole
 def test_an_implementation_of_ones_own_is_the_op():
     example = runpy.run_path(str(CONFIGS / "example_implementation.py"))
     assert freeze(example["get_config"]()).kernels.expert_mlp == "one_by_one"

@@ -71,6 +71,7 @@ def literal_bound(denoise, context, tokens):
     return total
 
 
+@pytest.mark.whole
 def test_the_bound_is_the_mean_over_all_masks(tiny, denoise):
     pairs = [Pair((1, 2), (4, 0, 1, 2, 2)), Pair((1,), (0, 4, 4, 1)), Pair((4, 4, 1), (2,))]
     found = scores(bound_scores, tiny, pairs, block_size=SIZE, samples=400, batch_size=2)

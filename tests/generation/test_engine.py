@@ -52,6 +52,7 @@ def together(tiny):
     return run(tiny, PROMPTS, DIFFUSION)
 
 
+@pytest.mark.whole
 def test_lengths_counts_and_masks(tiny, together):
     mask = tiny[0].config.mask_token_id
     for result, prompt in zip(together, PROMPTS, strict=True):
@@ -106,6 +107,7 @@ def test_neighbors_change_no_bit(tiny):
     assert sum(len(s.committed) for s in first.trace) == 24
 
 
+@pytest.mark.whole
 def test_routing_is_that_of_the_forward_pass(small_config, random_params):
     """At every step, layer by layer: the router's choice on what enters the experts; recording it changes no token."""
     model = TwoTower(small_config("E", vocab_size=512))
@@ -206,6 +208,7 @@ def _letters(tokens):
     return "".join(chr(ord("a") + t % 26) for t in tokens)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
 def test_stop_texts(tiny, mode, together):
     """A stop text inside a block ends the row where it is complete; the text ends before it."""
@@ -424,6 +427,7 @@ def test_scores_do_not_depend_on_the_batch(tiny):
         np.testing.assert_allclose(score_ar(*tiny, [row], batch_size=1)[0], scores, rtol=0, atol=2e-5)
 
 
+@pytest.mark.whole
 def test_denoiser_scores_of_mixed_shapes_keep_their_order(tiny):
     rng = np.random.default_rng(0)
 

@@ -206,6 +206,7 @@ def test_the_scans_of_nano_4b_lower_for_a_tpu():
     assert kernels_in(jax.grad(loss, argnums=tuple(range(9))), *one, *one[:4]) == 2
 
 
+@pytest.mark.whole
 def test_the_scan_of_nano_4b_lowers_for_a_hopper_gpu():
     def loss(*arrays):
         y, last = kernels.ssd(*arrays, chunk_size=256)

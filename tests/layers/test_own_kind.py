@@ -168,6 +168,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / METRICS).read_text().splitlines()]
 
 
+@pytest.mark.whole
 def test_a_run_that_was_interrupted_goes_on_bit_for_bit(trained, tmp_path):
     config, folder = trained
     asked = iter(["", "", "SIGTERM"])

@@ -394,6 +394,7 @@ def test_what_kernels_compute_of_a_step(step_config):
     assert step_flops(config, model, 4, in_kernels=True) == pytest.approx(config.batch_size * length * a_token)
 
 
+@pytest.mark.whole
 def test_serving_on_one_device(step_config):
     """Weights in bfloat16, and caches of two Mamba layers and one with keys."""
     model = step_config().model_config(40)

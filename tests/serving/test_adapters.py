@@ -77,6 +77,7 @@ def test_what_adapters_do_not_change_is_there_once(loaded, adapters):
             assert (value.base if isinstance(value, Adapted) else value) is flat[path]
 
 
+@pytest.mark.whole
 def test_a_prefix_of_one_adapter_is_none_of_another(loaded, adapters):
     """What the context keeps of a prompt depends on what reads it."""
     model, params, _ = loaded

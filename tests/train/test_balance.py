@@ -174,7 +174,7 @@ def test_a_step_that_is_not_finite_leaves_the_bias(steps):
     jax.tree.map(np.testing.assert_array_equal, before.balanced, after.balanced)
 
 
-@pytest.mark.whole(but=["tied"])
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("variant", "moving"),
     [

@@ -163,6 +163,7 @@ def test_losses_equal_literal_sums(denoiser, random_params, complementary):
     assert all(counts[term] == losses[term].count for term in objective.terms)
 
 
+@pytest.mark.whole
 def test_a_weight_over_all_tokens_divides_by_what_they_count(denoiser, random_params):
     objective = dataclasses.replace(denoiser, diffusion=MaskedDiffusion(weight=Elbo()))
     window = make_windows()[0]
@@ -229,6 +230,7 @@ def rows_of(folder):
     return {row.pop("step"): {k: v for k, v in row.items() if k != "tokens_per_second"} for row in lines}
 
 
+@pytest.mark.whole
 def test_a_run_goes_on_to_the_bit(train_config, talks, tmp_path):
     """Stopped and started again; validated by turn, and by answers to what is held out."""
     config = train_config(

@@ -132,7 +132,7 @@ UNREAD = {
 }
 
 
-@pytest.mark.whole(but=["tied-True", "frozen-False-False-False"])
+@pytest.mark.whole(but=["frozen-False-False-False"])
 @pytest.mark.parametrize(
     ("variant", "frozen", "unread"),
     [

@@ -388,7 +388,7 @@ def _blocks_of_8_gradients(implementation):
     return with_gradients(blocks_of(8, 32 if implementation in FAST else 16, implementation), OPTIMIZED)
 
 
-@pytest.mark.whole(but=["xla", "pallas"])
+@pytest.mark.whole(but=["pallas_tpu_interpret-0.01"])
 @pytest.mark.parametrize(("implementation", "large"), for_each([0.01, 50.0, 1e6], [50.0], [50.0]), ids=str)
 def test_two_tower_ssd_with_extreme_decays(implementation, large):
     """Mixed with small ones in both towers, over three chunks or more; `large` = 0.01 mixes nothing."""
@@ -402,7 +402,7 @@ def test_two_tower_ssd_with_extreme_decays(implementation, large):
     check_gradients(TWO_TOWER_NAMES, gradients, gradients_expected)
 
 
-@pytest.mark.whole(but=["xla-both", "pallas_tpu_interpret-context", "triton"])
+@pytest.mark.whole(but=["triton_interpret-context frozen"])
 @pytest.mark.parametrize(
     ("implementation", "frozen"),
     [
@@ -446,6 +446,7 @@ def test_the_tpu_kernels_read_nothing_that_was_not_written():
     check_gradients(TWO_TOWER_NAMES, gradients, gradients_expected)
 
 
+@pytest.mark.whole
 def test_the_gpu_kernels_await_what_they_read():
     """Under the interpreter's detector of races between the copy engine and the threads, which raises on one."""
     interpret = plgpu.InterpretGPUParams(detect_races=True)
@@ -469,7 +470,7 @@ def test_two_tower_ssd_refuses_a_length_that_is_no_multiple():
         two_tower_ssd(*arrays, block_size=8)
 
 
-@pytest.mark.whole(but=["gradient"])
+@pytest.mark.whole
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradient"])
 def test_memory_does_not_grow_as_the_block_shrinks(gradients):
     """At S = 4 the states of all blocks would take 4 times those at S = 16, and be most of the memory.
