@@ -74,6 +74,7 @@ def entries(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.glob("*-cache"))
 
 
+@pytest.mark.whole
 def test_a_second_start_finds_what_a_first_compiled(tmp_path):
     """The first two at the same time; a fourth start meets damaged files, and compiles."""
     folder = tmp_path / "twotower_jax" / "compiled"

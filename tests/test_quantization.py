@@ -174,7 +174,7 @@ def test_serving_plan(step_config):
 # Loading.
 
 
-@pytest.mark.whole(but=["int4-backbone_bf16"])
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["two_tower", "backbone_bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_numbers_however_they_come(name, method, sources, converted):
@@ -461,6 +461,7 @@ def test_generation_in_all_modes(quantized_tokens):
     assert len({str(rows) for rows in found.values()}) == 3
 
 
+@pytest.mark.whole
 def test_experts_as_tpus_read_them(nano30b, step_config, random_params):
     """1920 wide in the release, and no other matrix changed; a small model computes what it did."""
     changed = set()

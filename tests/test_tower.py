@@ -415,6 +415,7 @@ UNREAD = {
 }
 
 
+@pytest.mark.whole
 def test_a_gradient_through_the_context_is_that_of_generation(make, training_gradients):
     """In both towers: the same blocks after caches, differentiated through their keys, values and states."""
     model = make("M*-", Variant(context="trained"))
@@ -486,7 +487,7 @@ def test_documents_side_by_side_know_nothing_of_each_other(make, bidirectional):
             np.testing.assert_allclose(found[:, begin:end], expected, atol=2e-5)
 
 
-@pytest.mark.whole(but=["unit"])
+@pytest.mark.whole
 @pytest.mark.parametrize("remat", ["layer", "unit"])
 def test_rematerialization_changes_no_gradient(make, training_gradients, remat):
     params = make("M*-", Variant(context="trained")).params
@@ -525,6 +526,7 @@ def test_what_is_trainable():
 # From a backbone
 
 
+@pytest.mark.whole
 def test_a_fresh_denoiser_is_the_backbone(make, small_config, random_params):
     """Fresh time conditioning changes nothing at any t; used causally, the denoiser says what the context says."""
     backbone = Backbone(small_config("M*-"))

@@ -56,6 +56,7 @@ def test_even_routing_is_even(small_config):
     assert all(len(set(chosen)) == 3 for chosen in np.asarray(experts).reshape(-1, 3).tolist())
 
 
+@pytest.mark.whole
 def test_parameters_are_those_of_initialize(small_config):
     model = TwoTower(small_config("M"))
     found = random_params(model, jnp.float32)

@@ -118,7 +118,7 @@ def denoised(member, prompt: list[int], new: int) -> tuple[list[int], int]:
     return tokens[len(prompt) :], evaluations
 
 
-@pytest.mark.whole(but=["moe"])
+@pytest.mark.whole
 def test_rows_end_at_any_of_the_end_tokens(member):
     assert member.model.config.eos_token_ids == (2, 11)
     first, second = (case["ar"] for case in member.cases)

@@ -151,6 +151,7 @@ def test_the_layer_kind_of_the_page(snippet):
     assert found.hybrid_override_pattern == "Mg*g"
 
 
+@pytest.mark.whole
 def test_the_schedule_weight_and_times_of_the_page(snippet):
     process = settings_of(snippet("Noise schedule and weight")).diffusion.process
     t = np.float32([0.0, 0.5, 1.0])

@@ -102,6 +102,7 @@ def test_rolling_windows_cover_a_long_text_once(make_lm, ar):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.whole
 def test_texts_are_those_of_generation_and_end_as_asked(make_lm, ar, written, task_files):
     stop = (task_files / "stop.txt").read_text()
     kwargs = {"until": [stop], "max_gen_toks": NEW, "do_sample": False, "temperature": 0.0}

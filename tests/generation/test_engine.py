@@ -74,6 +74,7 @@ def test_order_and_neighbors_do_not_matter(tiny, together):
     assert backwards[::-1] == together
 
 
+@pytest.mark.whole
 def test_rows_that_finish_make_room_and_nobody_notices(tiny, together):
     """Rows of many lengths through two slots: each gets what it gets alone, in no more blocks than there is work."""
     limits = [20, 3, 1, 20, 12, 5, 20, 8]
@@ -318,6 +319,7 @@ def test_a_longer_run_begins_like_a_shorter_one(tiny, together):
     assert [r.tokens for r in shorter] == [r.tokens[:11] for r in together]
 
 
+@pytest.mark.whole
 def test_ar_follows_the_full_forward_pass(tiny):
     """Each greedy token is the argmax of the whole sequence read at once."""
     model, params = tiny

@@ -192,6 +192,7 @@ def test_meshes_that_cannot_be(model, words, apart, message):
         tower_meshes(parse_mesh(words), apart=apart).check(model[0].config)
 
 
+@pytest.mark.whole
 def test_both_towers_work_at_once(model, one_device, monkeypatch):
     """Whenever the host waits for what the context made of some rows, the denoiser has been given blocks of others that
     do not depend on it: by the order in which calls are made, and waited for."""

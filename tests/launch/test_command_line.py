@@ -78,7 +78,7 @@ def test_settings_that_change_numbers_are_refused(monkeypatch, name):
         jax_settings.check_settings()
 
 
-@pytest.mark.whole(but=["NANS"])
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "setting", ["JAX_ENABLE_X64=1", "JAX_NUMPY_DTYPE_PROMOTION=strict", "JAX_DEBUG_NANS=1", "JAX_DISABLE_JIT=1"]
 )

@@ -24,6 +24,7 @@ def plan(step_config):
     return plan_step(config, Hardware("cpu:8", jax.devices(), 8, 2**30, 1e12))
 
 
+@pytest.mark.whole
 def test_bytes_by_kind(plan, step_config):
     """Matrices with a side of D = 16 in eighths, all else whole; the optimizer has two moments a weight, two counts."""
     trained, frozen = tables(make_objective(step_config(), step_config().model_config(40)))

@@ -35,6 +35,7 @@ def adapters(loaded):
     return {"polite": make(1), "short": make(2)}
 
 
+@pytest.mark.whole
 def test_requests_choose_an_adapter_by_name_and_get_what_it_gives_alone(served, loaded, checkpoint, adapters):
     model, params, _ = loaded
     tokenizer = load_tokenizer(checkpoint)

@@ -250,7 +250,7 @@ def quantized(method):
     return made
 
 
-@pytest.mark.whole(but=["int4"])
+@pytest.mark.whole
 @pytest.mark.parametrize("method", ["int8", "int4"])
 def test_a_quantized_base_has_the_gradients_of_its_numbers(step_config, random_params, ids, method):
     """Those of a base of float32 that holds what the quantized one stands for, also through the routed experts."""

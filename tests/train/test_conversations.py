@@ -84,6 +84,7 @@ def open_model(request, small_config, random_params):
     return model, random_params(model)
 
 
+@pytest.mark.whole(but=["forward"])
 def test_no_answer_knows_of_anything_later(open_model):
     """No derivative of its loss in any token after its blocks, nor in any of another conversation; and one in what was
     said before it."""

@@ -103,6 +103,7 @@ def test_a_run_with_an_average_goes_on_to_the_bit(run, tmp_path):
         assert a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
 
 
+@pytest.mark.whole
 def test_what_loads_the_run_takes_the_average(run):
     config, folder = run
     last = folder / workdir.CHECKPOINTS / "4"

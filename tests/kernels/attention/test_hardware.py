@@ -118,7 +118,7 @@ def compare(platform, length, use, *, heads=(H, K, P), gradient=True, seed=0, sc
     check(found, expected, platform, max(scale, 1.0))
 
 
-@pytest.mark.whole(but=["tpu-30-5", "gpu-48-8"])
+@pytest.mark.whole(but=["gpu-48-8"])
 @pytest.mark.parametrize(("platform", "length", "block"), [("tpu", 72, 8), ("tpu", 30, 5), ("gpu", 48, 8)])
 def test_denoiser_training_and_all_its_gradients(platform, length, block):
     compare(platform, length, denoiser(length, block))
@@ -149,7 +149,7 @@ def test_documents_side_by_side(platform):
     compare(platform, length, causal(length, start), gradient=False)
 
 
-@pytest.mark.whole(but=["tpu-65", "gpu"])
+@pytest.mark.whole(but=["tpu-65"])
 @pytest.mark.parametrize(("platform", "length"), [("tpu", 64), ("tpu", 65), ("gpu", 41)])
 def test_causal_and_all_its_gradients(platform, length):
     compare(platform, length, causal(length))

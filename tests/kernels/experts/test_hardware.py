@@ -94,7 +94,7 @@ def check(form, dtype, arguments, weights, meant=None):
     assert distance(y, one_by_one(*arguments, meant or weights)) < TOLERANCE[dtype]
 
 
-@pytest.mark.whole(but=["tpu_interpret-float32", "[mosaic_gpu_interpret"])
+@pytest.mark.whole(but=["mosaic_gpu_interpret-bfloat16"])
 @pytest.mark.parametrize("form, dtype", FORMS)
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), favourites=st.integers(3, E), nobody=st.sampled_from([0, 0.3, 0.9]))
@@ -204,7 +204,7 @@ def test_tpu_tiles_of_a_width_that_they_do_not_divide(bits):
     check(TPU, jnp.float32, rows(0, 20, 2, jnp.float32), draw(jnp.float32, bits, 832))
 
 
-@pytest.mark.whole(but=["float32", "grouped_interpret-bfloat16"])
+@pytest.mark.whole(but=["mosaic_gpu_grouped_interpret-bfloat16"])
 @pytest.mark.parametrize("form, dtype", [form for form in FORMS if form != (TPU, jnp.bfloat16)])
 def test_gradients(form, dtype):
     """Those of the rows, the gates and both matrices; experts without rows get zeros."""
