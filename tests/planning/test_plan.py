@@ -25,6 +25,7 @@ def plan(step_config):
     return plan_step(config, Hardware("cpu:8", jax.devices(), 8, 2**30, 1e12))
 
 
+@pytest.mark.whole
 def test_bytes_by_kind(plan, step_config):
     """Matrices with a side of D = 16 in eighths, all else whole; the optimizer has two moments a weight, two counts."""
     trained, frozen = tables(make_objective(step_config(), step_config().model_config(40)))
@@ -423,6 +424,7 @@ def test_what_kernels_compute_of_a_step(step_config):
     assert step_flops(config, model, 4, in_kernels=True) == pytest.approx(config.batch_size * length * a_token)
 
 
+@pytest.mark.whole
 def test_serving_on_one_device(step_config):
     """Weights in bfloat16, and caches of two Mamba layers and one with keys."""
     model = step_config().model_config(40)
