@@ -46,12 +46,12 @@ def check(function, reference, arrays, gradient):
 @pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.whole)])
 def test_attention(gradient):
     """Tiles of 16, two warpgroups that share what a third one fetches."""
-    position, sizes = jnp.arange(40), attention_gpu.Sizes(rows=16, keys=16, keys_backward=16, blocks=4, few=8)
+    stop, sizes = jnp.arange(1, 41)[None], attention_gpu.Sizes(rows=16, keys=16, keys_backward=16, blocks=4, few=8)
 
     def attend(name, q, key, value):
         options = {"sizes": sizes, "interpret": DETECTING} if name is None else {"implementation": name}
         function = attention_gpu.attention if name is None else kernels.attention
-        return function(q, (kernels.Keys(key, value, position + 1),), **options)
+        return function(q, (kernels.Keys(key, value, stop),), **options)
 
     arrays = draw(0, (1, 40, 2, 16), (1, 1, 40, 16), (1, 1, 40, 16))
     check(functools.partial(attend, None), functools.partial(attend, "xla"), arrays, gradient)
