@@ -29,7 +29,7 @@ Work = Callable[[], np.ndarray]
 
 BLOCK, PROMPT = 16, 32
 _PATTERN = "MEMEM*" + "EMEMEM*" * 2 + "EMEM"
-# Published fields of models for a laptop: 22.5 and 124 million parameters.
+# Published fields of models for a laptop: 22.7 and 124 million parameters.
 MODELS = {
     "a": ModelConfig(
         vocab_size=4096,
