@@ -74,6 +74,7 @@ def entries(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.glob("*-cache"))
 
 
+@pytest.mark.whole
 def test_a_second_start_finds_what_a_first_compiled(tmp_path):
     """The first two at the same time; a fourth start meets damaged files, and compiles."""
     folder = tmp_path / "twotower_jax" / "compiled"
@@ -87,6 +88,7 @@ def test_a_second_start_finds_what_a_first_compiled(tmp_path):
     assert ended(start(tmp_path)) == "486.0 False"
 
 
+@pytest.mark.whole
 def test_starts_without_the_default_folder(tmp_path):
     """Switched off, measuring, or with a folder of the user's, by flag or as JAX's own; those are used."""
     processes = [

@@ -162,6 +162,7 @@ def test_the_border_of_a_compiled_step(train_config):
         check_room(config, *weights, 101, None, Room(counted + 100, "x"))
 
 
+@pytest.mark.whole
 def test_what_generation_takes_beside_weights(small_config, random_params):
     """The caches and the programs of what then runs; in shapes, as the parameters are loaded."""
     model, prompts = TwoTower(small_config("M*-")), [[5] * 9, [6, 7]]

@@ -128,6 +128,7 @@ def test_cast_keeps_what_is_marked(small_config, random_params):
         np.testing.assert_array_equal(array, flatten(params)[path].astype(array.dtype))
 
 
+@pytest.mark.whole
 def test_a_draw_does_not_depend_on_the_other_parameters(small_config):
     """The same array whether the model has a second tower or not, and another one for every path and key."""
     both, tied = (parameter_table(TwoTower(small_config("E"), Variant(context=c))) for c in ("frozen", "tied"))
@@ -147,6 +148,7 @@ def test_a_draw_does_not_depend_on_the_other_parameters(small_config):
     )
 
 
+@pytest.mark.whole
 def test_scales_of_fresh_parameters(small_config):
     """initializer_range; what feeds the residual stream is divided by √layers; norms at 1, biases at 0."""
     config = small_config("M*E-", hidden_size=64, intermediate_size=64, moe_intermediate_size=64, mlp_bias=True)

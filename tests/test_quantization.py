@@ -174,7 +174,7 @@ def test_serving_plan(step_config):
 # Loading.
 
 
-@pytest.mark.whole(but=["int8-two_tower", "int4-backbone"])
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["two_tower", "backbone_bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_numbers_however_they_come(name, method, sources, converted):
@@ -448,6 +448,7 @@ def quantized_tokens(small_config, random_params):
     return tokens
 
 
+@pytest.mark.whole
 def test_diffusion_is_that_of_the_numbers_that_the_weights_stand_for(quantized_tokens):
     assert quantized_tokens("diffusion") == quantized_tokens("diffusion", stands_for=True)
 
@@ -460,6 +461,7 @@ def test_generation_in_all_modes(quantized_tokens):
     assert len({str(rows) for rows in found.values()}) == 3
 
 
+@pytest.mark.whole
 def test_experts_as_tpus_read_them(nano30b, step_config, random_params):
     """1920 wide in the release, and no other matrix changed; a small model computes what it did."""
     changed = set()

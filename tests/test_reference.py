@@ -96,7 +96,7 @@ def test_context_logits_and_hidden_states(recorded):
         assert_close(h, recorded[f"context.hidden.{i:02d}"], LOGITS)
 
 
-@pytest.mark.whole(but=["[tiny]"])
+@pytest.mark.whole
 def test_caches(recorded):
     length = int(recorded["cache.prompt_len"])
     np.testing.assert_array_equal(recorded.cache.lengths, [length, length])
@@ -116,6 +116,7 @@ def test_caches(recorded):
     assert checked == sum(name.startswith("cache.") for name in recorded.expected) - 1
 
 
+@pytest.mark.whole
 def test_denoiser_with_and_without_time(recorded):
     block, t = recorded["denoiser.block"], recorded["denoiser.t"]
     timed, untimed, embedding, block_out = _denoise(recorded.params, block, t, recorded.cache, model=recorded.model)
@@ -167,7 +168,7 @@ def filled(prompts: list[list[int]]) -> list[list[int]]:
     return longest
 
 
-@pytest.mark.whole(but=["[tiny-ar"])
+@pytest.mark.whole
 @pytest.mark.parametrize("mode", ["ar", "mock_ar"])
 def test_one_token_at_a_time(recorded, mode):
     for result, case in zip(_generate(recorded, _settings(mode)), recorded.cases, strict=True):
@@ -191,7 +192,7 @@ def test_mask_diffusion_token_by_token_and_step_by_step(recorded):
             assert steps == case["trace"]
 
 
-@pytest.mark.whole(but=["[tiny]"])
+@pytest.mark.whole
 def test_scores_are_the_recorded_log_probabilities(recorded):
     def log_softmax(logits):
         shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
@@ -238,6 +239,7 @@ def _choose(x, weight, bias, *, config):
     return bind(router, {"weight": weight, "bias": bias}).choose(x)
 
 
+@pytest.mark.whole
 def test_bfloat16_stays_close_to_float32(recorded):
     """Weights, activations and caches in bfloat16.
 

@@ -137,6 +137,7 @@ def test_per_layer_and_by_layer_are_inverse(make):
     np.testing.assert_array_equal(entries.stack(), stacked)
 
 
+@pytest.mark.whole
 def test_layer_outputs_of_a_scanned_tower(make):
     model = make()
     ids = tokens(0, 2, 32)
@@ -185,6 +186,7 @@ def test_scanned_and_unrolled_are_the_same(make):
 # Prefill, decoding
 
 
+@pytest.mark.whole
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1),
     first=st.tuples(st.integers(1, 8), st.integers(1, 8)),
@@ -313,7 +315,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.whole(but=["default-12", "no experts-64", "tied, bidirectional"])
+@pytest.mark.whole(but=["default-12"])
 @pytest.mark.parametrize(
     "name, block",
     [
@@ -413,6 +415,7 @@ UNREAD = {
 }
 
 
+@pytest.mark.whole
 def test_a_gradient_through_the_context_is_that_of_generation(make, training_gradients):
     """In both towers: the same blocks after caches, differentiated through their keys, values and states."""
     model = make("M*-", Variant(context="trained"))
@@ -430,6 +433,7 @@ def test_a_gradient_through_the_context_is_that_of_generation(make, training_gra
         assert np.any(gradient) != unread, path
 
 
+@pytest.mark.whole
 def test_tied_towers_add_up_their_gradients(make, training_gradients):
     """One tower in both roles: its gradient is the sum of what two equal towers get."""
     tied = make("M*-", Variant(context="tied")).params
@@ -440,6 +444,7 @@ def test_tied_towers_add_up_their_gradients(make, training_gradients):
     assert_trees_close(training_gradients("tied")[1](tied), both | {"context_tower": total}, 1e-5)
 
 
+@pytest.mark.whole
 def test_a_frozen_context_gets_no_gradient(make, training_gradients):
     params = make("M*-", Variant(context="trained")).params
     frozen = training_gradients("frozen")[1](params)
@@ -449,6 +454,7 @@ def test_a_frozen_context_gets_no_gradient(make, training_gradients):
     assert_trees_close(frozen | {"context_tower": trained["context_tower"]}, trained, 1e-6)
 
 
+@pytest.mark.whole
 def test_expert_load_comes_in_the_order_of_the_layers(make):
     """For a pattern with repeats: the same as laid out layer by layer, and on average 1."""
     clean, noisy, t = batch()
@@ -481,7 +487,7 @@ def test_documents_side_by_side_know_nothing_of_each_other(make, bidirectional):
             np.testing.assert_allclose(found[:, begin:end], expected, atol=2e-5)
 
 
-@pytest.mark.whole(but=["unit"])
+@pytest.mark.whole
 @pytest.mark.parametrize("remat", ["layer", "unit"])
 def test_rematerialization_changes_no_gradient(make, training_gradients, remat):
     params = make("M*-", Variant(context="trained")).params
@@ -489,6 +495,7 @@ def test_rematerialization_changes_no_gradient(make, training_gradients, remat):
     assert_trees_close(training_gradients("frozen", remat=remat)[1](params), expected, 1e-6)
 
 
+@pytest.mark.whole
 def test_the_gradient_is_the_slope(make, training_gradients):
     """Along a random direction of each tower's parameters, against a difference quotient."""
     params = make("M*-", Variant(context="trained")).params
@@ -519,6 +526,7 @@ def test_what_is_trainable():
 # From a backbone
 
 
+@pytest.mark.whole
 def test_a_fresh_denoiser_is_the_backbone(make, small_config, random_params):
     """Fresh time conditioning changes nothing at any t; used causally, the denoiser says what the context says."""
     backbone = Backbone(small_config("M*-"))

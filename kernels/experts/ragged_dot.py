@@ -1,5 +1,8 @@
 """Expert products by `jax.lax.ragged_dot`, which TPUs have natively: forward and both gradients are one kernel each.
 
+On v6e and tpu7x each is a fusion that reads as a product of all experts with all rows, of which its loop leaves out the
+tiles that are not an expert's own (planning/predict.py, `is_ragged`).
+
 Rows are sorted by expert. On GPUs `ragged_dot` is a dense product over all experts; do not use it there.
 
 XLA's TPU compiler lays a stack of matrices (E, K, N) down with K along the lanes where that takes less padding, as with

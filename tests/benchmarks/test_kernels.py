@@ -169,6 +169,7 @@ def test_errors_are_small_where_nothing_is_wrong(op):
     assert 0 < outputs < 1e-6 and 0 < gradients < 5e-6
 
 
+@pytest.mark.whole
 def test_errors_of_experts():
     of_experts = [case for case in cases() if case.op == "expert_mlp"]
     for case in of_experts[2], of_experts[-1]:

@@ -39,6 +39,7 @@ def test_bytes_of_a_pass_of_the_published_model():
     assert written - alone == state / 64 + 6 * 2 * 2 * 128 * 2
 
 
+@pytest.mark.whole
 def test_even_routing_is_even(small_config):
     model = TwoTower(small_config("E*"))
     params = random_params(model, jnp.float32)
@@ -55,6 +56,7 @@ def test_even_routing_is_even(small_config):
     assert all(len(set(chosen)) == 3 for chosen in np.asarray(experts).reshape(-1, 3).tolist())
 
 
+@pytest.mark.whole
 def test_parameters_are_those_of_initialize(small_config):
     model = TwoTower(small_config("M"))
     found = random_params(model, jnp.float32)

@@ -1,11 +1,14 @@
 """What a run of the measurement counts."""
 
+import pytest
+
 from twotower_jax.benchmarks.serving_engine import run
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Settings, generate
 from twotower_jax.two_tower import TwoTower
 
 
+@pytest.mark.whole
 def test_a_run_counts_what_its_rows_count(small_config, random_params):
     model = TwoTower(small_config("M*", vocab_size=40))
     params, prompts = random_params(model), [[5 + i] for i in range(8)]

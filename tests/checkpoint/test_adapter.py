@@ -99,6 +99,7 @@ def test_files_of_a_backbone_change_the_towers_asked_for(request, tmp_path, back
         np.testing.assert_allclose(tensor, before[name] + update, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.whole
 def test_merged_and_unmerged_agree_within_rounding_and_the_merged_folder_loads(tmp_path, backbone):
     """They differ by less than it changes that every adapted number goes to its neighbor: merged, it is rounded by up
     to half of that; unmerged, two products are added in its place."""

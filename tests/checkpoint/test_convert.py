@@ -122,6 +122,7 @@ def test_time_conditioning_of_a_backbone(time_init, sources, tmp_path):
         assert abs(tables.std() * 64**0.5 - 1) < 0.1
 
 
+@pytest.mark.whole
 def test_a_converted_backbone_denoises_as_it_reads(small_config, random_params, tmp_path):
     """With the identity conditioning the denoiser is the backbone, whatever t is: a block of one token, causal."""
     model = TwoTower(small_config("M*EM*E-"))
@@ -220,6 +221,7 @@ def test_plain_orbax_restores_it(converted):
         assert_same(checkpointer.restore(converted["two_tower_bf16"] / "params", target), params)
 
 
+@pytest.mark.whole
 def test_restores_onto_any_mesh(converted):
     """On eight devices, by Orbax and by our own reader, each device with its share and nothing else."""
     code = f"""
@@ -251,6 +253,7 @@ assert experts.addressable_shards[0].data.size * 8 == experts.size
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment, timeout=120)
 
 
+@pytest.mark.whole
 def test_two_processes_restore_and_check_it_together(converted, tmp_path):
     """Each reads and hashes its share; a broken file that one of them finds is an error of both."""
     code = """

@@ -79,7 +79,7 @@ def test_logits(member):
     np.testing.assert_allclose(member.logits(member.params, expected["ids"]), expected["logits"], rtol=0, atol=LOGITS)
 
 
-@pytest.mark.whole(but=["dense"])
+@pytest.mark.whole
 def test_tokens_in_four_modes(member):
     """Both towers compute what the one computed, so that mock_ar and speculative give the tokens of ar as well;
     diffusion gives what a literal loop over the forward pass of training does."""
@@ -118,7 +118,7 @@ def denoised(member, prompt: list[int], new: int) -> tuple[list[int], int]:
     return tokens[len(prompt) :], evaluations
 
 
-@pytest.mark.whole(but=["moe"])
+@pytest.mark.whole
 def test_rows_end_at_any_of_the_end_tokens(member):
     assert member.model.config.eos_token_ids == (2, 11)
     first, second = (case["ar"] for case in member.cases)
@@ -310,7 +310,7 @@ def test_operations_of_latent_experts():
     assert flops(plain, 0.0, 1) == 2 * d * e + k * 4 * d * f + 4 * d * shared
 
 
-@pytest.mark.whole(but=["fsdp"])
+@pytest.mark.whole
 @pytest.mark.parametrize("shape", [{"expert": 2, "tensor": 2}, {"fsdp": 4}], ids=["expert-tensor", "fsdp"])
 def test_latent_experts_on_a_mesh(small_config, random_params, shape):
     """Outputs and every gradient are those of one device."""

@@ -219,6 +219,7 @@ def test_a_tokenizer_that_is_not_read_is_mentioned(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("compile_once")
 def test_a_run_with_a_bidirectional_denoiser_is_not_exported(train_config, tmp_path):
     variant = {"context": "trained", "bidirectional_mamba": True}

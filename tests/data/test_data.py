@@ -59,6 +59,7 @@ def take(data, count):
 # Sources
 
 
+@pytest.mark.whole
 def test_python_documentation_is_reference_text(documentation):
     assert sum(len(page) for page in documentation) > 1_500_000
     assert len(set(documentation)) == len(documentation)

@@ -128,7 +128,8 @@ def test_bad_settings_are_refused():
     assert Settings(dedup="exact").values().keys() - Settings().values().keys() == {"dedup"}
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("workers", [2, 1])
 def test_prepare_leaves_copies_out_and_goes_on_without_reading_again(tmp_path, monkeypatch, workers):
     """Over files and parts, broken rows among them, in any number of processes; interrupted after the first reading."""
     texts, rng = make_texts(40), random.Random(3)

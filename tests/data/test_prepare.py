@@ -131,6 +131,7 @@ def test_copies_stay_on_one_side(tmp_path, tokenizer):
     assert train and validation and not train & validation
 
 
+@pytest.mark.whole
 def test_training_starts_from_a_prepared_folder(reference, tmp_path, small_config):
     model = {name: value for name, value in vars(small_config()).items() if name != "vocab_size"}
     settings = base_config(model)

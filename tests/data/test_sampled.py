@@ -29,6 +29,7 @@ def texts(tmp_path_factory):
     return file
 
 
+@pytest.mark.whole
 def test_what_a_checkpoint_writes_is_data_to_train_on(small_folder, texts, tmp_path, train_config):
     arguments = [
         *(f"--sample_from={small_folder}", f"--input={texts}", "--prompt_tokens=4", "--max_new_tokens=12"),

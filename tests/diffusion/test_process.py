@@ -101,6 +101,7 @@ def test_corruption_differs_by_seed_step_and_example_and_is_the_same_without_jit
     jax.tree.map(np.testing.assert_array_equal, reference, eager)
 
 
+@pytest.mark.whole
 def test_corruption_does_not_depend_on_the_mesh():
     # In a process of its own, since a test cannot add devices to a running one.
     program = """

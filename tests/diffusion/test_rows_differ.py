@@ -22,6 +22,7 @@ def logits():
     return jnp.round(values, 1).at[:, 1, 7].set(200.0)
 
 
+@pytest.mark.whole(but=["False"])
 @pytest.mark.parametrize("per_position", [False, True])
 def test_rows_choose_as_their_settings_say(logits, per_position):
     keys = jax.random.split(jax.random.key(1), logits.shape[: 1 + per_position])
@@ -55,6 +56,7 @@ RULES = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "options"), RULES, ids=[name for name, _ in RULES])
 def test_steps_are_a_rows_own(logits, name, options):
     """T as an argument, step for step: a third of all steps of rows that have 1 … 7 of them."""

@@ -96,6 +96,7 @@ def random_blocks(config, rng, batch=3):
     return xt, logits.astype(np.float32), jax.random.split(jax.random.key(rng.integers(2**32)), batch)
 
 
+@pytest.mark.whole(but=["confidence-S64", "posterior-S5-", "predict_and_noise-S5-"])
 @pytest.mark.parametrize("config", CONFIGS, ids=describe)
 @settings(max_examples=8)
 @given(seed=seeds, block=st.integers(0, 1000), data=st.data())

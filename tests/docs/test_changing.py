@@ -73,6 +73,7 @@ def test_an_objective_of_ones_own_trains_loads_and_is_part_of_the_run(tmp_path, 
         train(config, tmp_path / "run", print)
 
 
+@pytest.mark.whole
 def test_its_loss_is_its_formula(small, random_params):
     runpy.run_path(str(CONFIGS / "example_objective.py"))
     config = small("certain")
@@ -150,6 +151,7 @@ def test_the_layer_kind_of_the_page(snippet):
     assert found.hybrid_override_pattern == "Mg*g"
 
 
+@pytest.mark.whole
 def test_the_schedule_weight_and_times_of_the_page(snippet):
     process = settings_of(snippet("Noise schedule and weight")).diffusion.process
     t = np.float32([0.0, 0.5, 1.0])
@@ -203,6 +205,7 @@ def test_the_backbone_of_the_page(snippet):
     assert len(parameter_table(Backbone(config.model_config(512)))) > 10
 
 
+@pytest.mark.whole
 def test_an_implementation_of_ones_own_is_the_op():
     example = runpy.run_path(str(CONFIGS / "example_implementation.py"))
     assert freeze(example["get_config"]()).kernels.expert_mlp == "one_by_one"

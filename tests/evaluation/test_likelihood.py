@@ -71,6 +71,7 @@ def literal_bound(denoise, context, tokens):
     return total
 
 
+@pytest.mark.whole
 def test_the_bound_is_the_mean_over_all_masks(tiny, denoise):
     pairs = [Pair((1, 2), (4, 0, 1, 2, 2)), Pair((1,), (0, 4, 4, 1)), Pair((4, 4, 1), (2,))]
     found = scores(bound_scores, tiny, pairs, block_size=SIZE, samples=400, batch_size=2)
@@ -118,7 +119,7 @@ def literal_blockwise(denoise, context, tokens, threshold, steps):
     return total, greedy
 
 
-@pytest.mark.whole(but=["0.4-3"])
+@pytest.mark.whole
 @pytest.mark.parametrize(("threshold", "steps"), [(1.0, 3), (0.4, 3), (1.0, 2)])
 def test_blockwise_is_a_distribution_over_all_continuations(tiny, denoise, threshold, steps):
     """One token more than a block: 4⁴ continuations, whose probabilities add up to 1."""

@@ -36,6 +36,7 @@ def ar(make_lm) -> TwoTowerLM:
     return make_lm("ar")
 
 
+@pytest.mark.whole
 def test_lm_eval_finds_it_by_name_and_its_tasks_get_the_known_scores(checkpoint, task_files, scored):
     names = ["choose_here", "roll_here"]
     manager = TaskManager(include_path=str(task_files), include_defaults=False)
@@ -101,6 +102,7 @@ def test_rolling_windows_cover_a_long_text_once(make_lm, ar):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.whole
 def test_texts_are_those_of_generation_and_end_as_asked(make_lm, ar, written, task_files):
     stop = (task_files / "stop.txt").read_text()
     kwargs = {"until": [stop], "max_gen_toks": NEW, "do_sample": False, "temperature": 0.0}
@@ -189,6 +191,7 @@ def server(loaded):
     loop.close()
 
 
+@pytest.mark.whole
 def test_lm_evals_client_of_our_server_agrees_request_by_request(server, loaded, ar, make_lm):
     client = LocalCompletionsAPI(
         f"{server}/v1/completions", tokenizer_backend="none", model="small", max_retries=1, batch_size=1

@@ -53,6 +53,7 @@ def together(tiny):
     return run(tiny, PROMPTS, DIFFUSION)
 
 
+@pytest.mark.whole
 def test_lengths_counts_and_masks(tiny, together):
     mask = tiny[0].config.mask_token_id
     for result, prompt in zip(together, PROMPTS, strict=True):
@@ -74,6 +75,7 @@ def test_order_and_neighbors_do_not_matter(tiny, together):
     assert backwards[::-1] == together
 
 
+@pytest.mark.whole
 def test_rows_that_finish_make_room_and_nobody_notices(tiny, together):
     """Rows of many lengths through two slots: each gets what it gets alone, in no more blocks than there is work."""
     limits = [20, 3, 1, 20, 12, 5, 20, 8]
@@ -107,6 +109,7 @@ def test_neighbors_change_no_bit(tiny):
     assert sum(len(s.committed) for s in first.trace) == 24
 
 
+@pytest.mark.whole
 def test_routing_is_that_of_the_forward_pass(small_config, random_params):
     """At every step, layer by layer: the router's choice on what enters the experts; recording it changes no token."""
     model = TwoTower(small_config("E", vocab_size=512))
@@ -237,6 +240,7 @@ def _letters(tokens):
     return "".join(chr(ord("a") + t % 26) for t in tokens)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
 def test_stop_texts(tiny, mode, together):
     """A stop text inside a block ends the row where it is complete; the text ends before it."""
@@ -346,6 +350,7 @@ def test_a_longer_run_begins_like_a_shorter_one(tiny, together):
     assert [r.tokens for r in shorter] == [r.tokens[:11] for r in together]
 
 
+@pytest.mark.whole
 def test_ar_follows_the_full_forward_pass(tiny):
     """Each greedy token is the argmax of the whole sequence read at once."""
     model, params = tiny
@@ -455,6 +460,7 @@ def test_scores_do_not_depend_on_the_batch(tiny):
         np.testing.assert_allclose(score_ar(*tiny, [row], batch_size=1)[0], scores, rtol=0, atol=2e-5)
 
 
+@pytest.mark.whole
 def test_denoiser_scores_of_mixed_shapes_keep_their_order(tiny):
     rng = np.random.default_rng(0)
 

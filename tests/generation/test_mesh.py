@@ -62,7 +62,7 @@ CASES += [("expert=2,tensor=2", True, "speculative")]  # Each on a mesh of its o
 CASES += [(shape, False, "diffusion") for shape in ("data=2,expert=4", "fsdp=2,tensor=4")]
 
 
-@pytest.mark.whole(but=["tensor=2-False-diffusion", "[-True-diffusion"])
+@pytest.mark.whole(but=["tensor=2-False-diffusion"])
 @pytest.mark.parametrize(("shape", "apart", "mode"), CASES)
 def test_tokens_and_evaluations_are_those_of_one_device(model, one_device, shape, apart, mode):
     """With rows that wait for a slot, prompts read in pieces, sampling, and rows that end inside a block."""
@@ -165,6 +165,7 @@ def test_memory_is_counted_by_device(model):
     assert Engine(*model, settings, capacity=128, slots=3, placement=placement).cache_bytes == row
 
 
+@pytest.mark.whole
 def test_scores_on_a_mesh_are_those_of_one_device(model):
     rows = [[4, 5], list(range(4, 36)), [7], list(range(10, 27))]
     placement = tower_meshes(MeshShape(data=2, tensor=2))
@@ -191,6 +192,7 @@ def test_meshes_that_cannot_be(model, words, apart, message):
         tower_meshes(parse_mesh(words), apart=apart).check(model[0].config)
 
 
+@pytest.mark.whole
 def test_both_towers_work_at_once(model, one_device, monkeypatch):
     """Whenever the host waits for what the context made of some rows, the denoiser has been given blocks of others that
     do not depend on it: by the order in which calls are made, and waited for."""

@@ -39,7 +39,7 @@ def run(tiny, prompts, settings, cache, **options):
     return results
 
 
-@pytest.mark.whole(but=["diffusion", "[ar]"])
+@pytest.mark.whole(but=["diffusion"])
 @pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar"])
 def test_results_are_those_without_it(tiny, mode):
     settings = dataclasses.replace(SETTINGS, mode=mode)

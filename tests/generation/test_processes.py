@@ -12,7 +12,8 @@ import several
 from helpers import ROOT
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_give_what_one_gives(count):
     """Rows of two modes, submitted at the start and later, one canceled, one in a message of two parts."""
     with socket.socket() as free:

@@ -28,6 +28,7 @@ def tiny(small_config, random_params):
     return model, random_params(model)
 
 
+@pytest.mark.whole
 def test_the_bound_is_what_its_expectation_says(tiny):
     """All masks of all counts of two blocks of three, with equal weight for every count and every mask of a count."""
     model, params = tiny

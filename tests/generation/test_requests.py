@@ -118,6 +118,7 @@ def test_rows_of_all_kinds_get_what_they_get_alone(tiny):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("of", [1, 2])
 def test_the_quorum_changes_no_token(tiny, monkeypatch, of):
     requests = [
@@ -179,6 +180,7 @@ def test_what_ar_says_with_pinned_and_allowed_tokens_speculative_says_too(tiny):
         assert [r.tokens for r in results(tiny, one)] == [r.tokens for r in results(tiny, other)]
 
 
+@pytest.mark.whole
 def test_a_start_block_is_where_diffusion_begins(tiny):
     mask = tiny[0].config.mask_token_id
     begun = [9, mask, 8, mask, mask, 7, mask, mask, 5]  # One token of the second block.
@@ -200,6 +202,7 @@ def test_a_block_that_is_given_whole_takes_no_evaluation(tiny):
     assert (result.tokens, result.denoiser_evaluations, result.blocks) == (list(range(20, 28)), 0, 1)
 
 
+@pytest.mark.whole
 def test_log_probabilities_are_those_of_the_step_that_committed(tiny):
     """Against a plain forward pass for each recorded step; and step maps against the steps themselves."""
     model, params = tiny
@@ -257,6 +260,7 @@ def test_log_probabilities_of_the_context(tiny, mode):
         assert result.accepted_draft_tokens - drafted in (0, 1)  # The pinned one may count as drafted.
 
 
+@pytest.mark.whole
 def test_step_maps_of_drafts(tiny):
     asked = request(1, mode="speculative", sampling={"confidence_threshold": 1.0}, tolerance=1.0)
     (events,) = run(tiny, [asked], record_trace=True)

@@ -107,6 +107,7 @@ def test_the_joint_distribution_is_that_of_ar(small_config, random_params):
     assert statistic < freedom + 4 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.whole
 def test_drafts_are_drawn_with_the_random_numbers_of_ar():
     """Where both towers give the same logits, a drafted token is the one that AR will choose."""
     logits = 2 * jax.random.normal(jax.random.key(0), (3, 4, 50))
@@ -160,6 +161,7 @@ def test_tolerance_compares_with_the_best_token(tiny, random_params):
     assert min(ratios) < 0.95  # Some were not the best.
 
 
+@pytest.mark.whole
 def test_a_mask_token_said_by_ar_is_kept(small_config, random_params):
     """AR may say any token; the denoiser takes this one for an undecided position, and must not replace it."""
     model = TwoTower(small_config("M*", vocab_size=8))

@@ -75,6 +75,7 @@ def test_the_fastest_of_enough_agreement_is_chosen():
     assert measured.best(0.99) is points[3]
 
 
+@pytest.mark.whole
 def test_a_sweep_compiles_thresholds_together_and_measures_what_generate_gives(small_config, random_params):
     model = TwoTower(small_config("M"))
     params = random_params(model)

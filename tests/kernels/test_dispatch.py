@@ -206,6 +206,7 @@ def test_the_scans_of_nano_4b_lower_for_a_tpu():
     assert kernels_in(jax.grad(loss, argnums=tuple(range(9))), *one, *one[:4]) == 2
 
 
+@pytest.mark.whole
 def test_the_scan_of_nano_4b_lowers_for_a_hopper_gpu():
     def loss(*arrays):
         y, last = kernels.ssd(*arrays, chunk_size=256)
@@ -224,7 +225,7 @@ def test_ssd_lowers_for_a_hopper_gpu_at_the_shapes_of_the_30b_model(length, dtyp
     assert gpu_kernels_in(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *shapes(length=length, dtype=dtype)) == 6
 
 
-@pytest.mark.whole(but=["16-5-5"])
+@pytest.mark.whole
 @pytest.mark.parametrize(("block_size", "arrays", "count"), [(16, 9, 8), (16, 5, 5), (48, 9, 8)])
 def test_two_tower_ssd_lowers_for_a_hopper_gpu_at_the_shapes_of_the_30b_model(block_size, arrays, count):
     """With the context's gradients and, where it is frozen, without the three kernels of them."""

@@ -196,6 +196,7 @@ def test_mamba_without_a_cache_starts_from_zeros(small_config, random_params):
         assert_close(memory.end.state[row], state_expected)
 
 
+@pytest.mark.whole(but=["20-2-True", "1-5-False"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("block, blocks", [(1, 5), (2, 5), (6, 3), (20, 2)])
 def test_mamba_blocks_read_the_context(small_config, random_params, block, blocks, bidirectional):

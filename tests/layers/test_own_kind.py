@@ -168,6 +168,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / METRICS).read_text().splitlines()]
 
 
+@pytest.mark.whole
 def test_a_run_that_was_interrupted_goes_on_bit_for_bit(trained, tmp_path):
     config, folder = trained
     asked = iter(["", "", "SIGTERM"])
@@ -194,7 +195,8 @@ def test_it_divides_over_eight_devices(trained, tmp_path):
         check_fits(MeshShape(sequence=2), model, 8, 32, 8)
 
 
-def test_every_mode_says_what_whole_passes_say(trained):
+def test_every_mode_says_what_whole_passes_say(trained, pytestconfig):
+    all_modes = pytestconfig.getoption("whole")
     model, params, _ = load(trained[1] / "denoiser")
     size, new, capacity = 4, 8, 24
 
@@ -218,7 +220,8 @@ def test_every_mode_says_what_whole_passes_say(trained):
             text.append(int(np.argmax(context(text))))
         expected.append(text[len(prompt) :])
     assert tokens("ar") == expected
-    assert tokens("speculative") == expected
+    if all_modes:
+        assert tokens("speculative") == expected
 
     @functools.partial(jax.jit, static_argnames="causal")
     def after(params, ids, length, block, causal):
@@ -243,10 +246,11 @@ def test_every_mode_says_what_whole_passes_say(trained):
             text.append(int(np.argmax(denoiser(text[:-1], text[-1:], True)[0])))
         mock.append(text[len(prompt) :])
     assert tokens("diffusion") == diffusion
-    assert tokens("mock_ar") == mock
-    # A denoiser on a device of its own is told what changed in the state.
-    devices = [make_mesh(MeshShape(), [device]) for device in jax.devices()[:2]]
-    assert tokens("diffusion", TowerMeshes(*devices)) == diffusion
+    if all_modes:
+        assert tokens("mock_ar") == mock
+        # A denoiser on a device of its own is told what changed in the state.
+        devices = [make_mesh(MeshShape(), [device]) for device in jax.devices()[:2]]
+        assert tokens("diffusion", TowerMeshes(*devices)) == diffusion
 
 
 def test_blocks_in_training_are_blocks_after_a_cache(trained):

@@ -4,9 +4,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hlo import ragged_product
 from twotower_jax.planning import report
 from twotower_jax.planning.hardware import Hardware
 from twotower_jax.planning.plan import plan_step
@@ -122,6 +124,74 @@ def test_a_copy_that_goes_on_beside_other_work(middle, seconds):
     found = predict(text, RING, PEAK)
     assert found.seconds == pytest.approx(seconds)
     assert found.link_bytes == {} and found.bytes >= 2e6
+
+
+def convolution(given, kernel, out, attributes):
+    shapes = given, kernel, out
+    given, kernel, out = (f"f32[{','.join(map(str, shape))}]{{0}}" for shape in shapes)
+    return f"""
+ENTRY %main (a: {given}, b: {kernel}) -> {out} {{
+  %a = {given} parameter(0)
+  %b = {kernel} parameter(1)
+  ROOT %c = {out} convolution(%a, %b), {attributes}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "attributes", "products"),
+    [
+        # A batch of 8 products of 5 × 3 with 3 × 7, as a TPU writes it: the window meets one number in eight.
+        (((8, 5, 3), (8, 3, 7), (8, 5, 7)), "window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf", 8 * 105),
+        # As it writes the nine matrices that one multiplies, each output with one place of a window full of padding.
+        (((5, 3, 1), (7, 3, 9), (5, 7, 9)), "window={size=9 pad=8_8 rhs_reversal=1}, dim_labels=bf0_oi0->bf0", 9 * 105),
+        (((6, 3), (3, 7), (6, 7)), "dim_labels=bf_io->bf", 6 * 3 * 7),
+        # Four causal places for each of 10 positions, but for 1, 2 and 3 before the beginning. A group is a channel.
+        (((2, 10, 6), (4, 1, 6), (2, 10, 6)), "window={size=4 pad=3_0}, dim_labels=b0f_0io->b0f, feature_group_count=6",
+         2 * 6 * (4 * 10 - 6)),
+        # Places two apart, of 9 positions: 5 outputs, or 9 with two zeros on each side.
+        (((1, 9, 2), (3, 2, 3), (1, 5, 3)), "window={size=3 rhs_dilate=2}, dim_labels=b0f_0io->b0f", 5 * 3 * 2 * 3),
+        (((1, 9, 2), (3, 2, 3), (1, 9, 3)), "window={size=3 pad=2_2 rhs_dilate=2}, dim_labels=b0f_0io->b0f",
+         (7 + 9 + 7) * 2 * 3),
+        # Two sides: 2 × 2 of 5 × 4 in steps of 2, and 3 × 3 with a frame of zeros, of which the corners have 4.
+        (((1, 5, 4, 2), (2, 2, 2, 3), (1, 2, 2, 3)), "window={size=2x2 stride=2x2}, dim_labels=b01f_01io->b01f", 96),
+        (((1, 3, 3, 1), (3, 3, 1, 1), (1, 3, 3, 1)), "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f", 49),
+        # A group of the batch for each output, as in the gradient of a convolution by channel.
+        (((6, 10, 2), (10, 2, 6), (1, 1, 6)), "window={size=10}, dim_labels=b0f_0io->b0f, batch_group_count=6", 120),
+    ],
+)  # fmt: skip
+def test_convolutions_count_what_meets(shapes, attributes, products):
+    """A number that is inserted or padded is multiplied by nobody who can help it."""
+    assert predict(convolution(*shapes, attributes), RING, PEAK).flops == 2 * products
+
+
+@pytest.mark.parametrize(("strides", "spread", "apart", "pad"), [((1, 2), (3, 1), (2, 1), ((4, -1), (0, 3)))])
+def test_convolutions_as_a_loop_counts_them(strides, spread, apart, pad):
+    given, kernel = (2, 7, 5, 3), (4, 2, 3, 6)
+    out = jax.eval_shape(
+        lambda a, b: jax.lax.conv_general_dilated(a, b, strides, pad, spread, apart, ("NHWC", "HWIO", "NHWC")),
+        jax.ShapeDtypeStruct(given, jnp.float32),
+        jax.ShapeDtypeStruct(kernel, jnp.float32),
+    ).shape
+    met = 0
+    for here in np.ndindex(out[1:3]):
+        for tap in np.ndindex(kernel[:2]):
+            places = [here[d] * strides[d] + tap[d] * apart[d] - pad[d][0] for d in range(2)]
+            met += all(0 <= p <= (given[1 + d] - 1) * spread[d] and p % spread[d] == 0 for d, p in enumerate(places))
+    window = f"size=4x2 stride={strides[0]}x{strides[1]} pad=4_-1x0_3 lhs_dilate=3x1 rhs_dilate=2x1"
+    text = convolution(given, kernel, out, f"window={{{window}}}, dim_labels=b01f_01io->b01f")
+    assert predict(text, RING, PEAK).flops == 2 * 2 * 6 * 3 * met
+
+
+def test_a_ragged_product_is_a_kernel():
+    """As TPUs without a kernel for it write it: 8 groups with all 1000 rows, of which each is in one group."""
+    text = ragged_product(8, 1000, 64, 32)
+    known = predict(text, RING, PEAK, kernel_flops=2e9)
+    assert known.flops == 2e9 and known.uncounted == {"kernels": 1}
+    # The rows, the matrices and the mask are read, and the rows' products written.
+    assert known.bytes == 2 * 1000 * 64 + 2 * 8 * 64 * 32 + 8 * 1000 + 2 * 1000 * 32
+    dense = predict(text.replace("MODE_GROUP_STARTS", "MODE_UNSPECIFIED"), RING, PEAK, kernel_flops=2e9)
+    assert dense.flops == 8 * 2 * 1000 * 64 * 32 and dense.uncounted == {}
 
 
 LOOP = """

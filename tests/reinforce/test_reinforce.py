@@ -135,6 +135,7 @@ def test_the_loss_is_the_literal_sum():
     assert 0 < clipped < batch.steps.revealed.sum()
 
 
+@pytest.mark.whole
 def test_the_gradient_is_that_of_finite_differences(model, sampled):
     """Along random directions, of the mean over tokens that an update takes, added up over parts."""
     params, results, layout = sampled

@@ -35,6 +35,7 @@ def adapters(loaded):
     return {"polite": make(1), "short": make(2)}
 
 
+@pytest.mark.whole
 def test_requests_choose_an_adapter_by_name_and_get_what_it_gives_alone(served, loaded, checkpoint, adapters):
     model, params, _ = loaded
     tokenizer = load_tokenizer(checkpoint)
@@ -77,6 +78,7 @@ def test_what_adapters_do_not_change_is_there_once(loaded, adapters):
             assert (value.base if isinstance(value, Adapted) else value) is flat[path]
 
 
+@pytest.mark.whole
 def test_a_prefix_of_one_adapter_is_none_of_another(loaded, adapters):
     """What the context keeps of a prompt depends on what reads it."""
     model, params, _ = loaded

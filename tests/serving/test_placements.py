@@ -44,6 +44,7 @@ def answers(checkpoint, bodies: list[dict], placement=None, dtype="float32", qua
     return asyncio.run(run())
 
 
+@pytest.mark.whole
 def test_weights_in_fewer_bits_are_served_in_bfloat16(checkpoint):
     found, scored = answers(checkpoint, BODIES[:1], dtype="bfloat16", quantize="int8")
     assert len(found[0][0]["token_ids"]) == 7 and len(scored) == 5

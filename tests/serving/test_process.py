@@ -111,6 +111,7 @@ def test_the_page_shows_blocks_resolving(process):
         assert [error for error in page.errors if "400" not in error] == []
 
 
+@pytest.mark.whole
 def test_a_signal_lets_what_was_begun_be_finished(process):
     running, url = process
     host, port = url.removeprefix("http://").split(":")

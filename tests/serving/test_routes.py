@@ -203,7 +203,7 @@ def test_rows_of_a_body_and_each_alone_are_the_same(served):
     assert other[1].choices[0].token_ids == again.choices[0].token_ids
 
 
-@pytest.mark.whole(but=["speculative"])
+@pytest.mark.whole
 @pytest.mark.parametrize("mode", ["ar", "speculative"])
 def test_other_modes(served, mode):
     async def work(official, _):

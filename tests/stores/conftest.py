@@ -24,6 +24,13 @@ def online():
         yield
 
 
+@pytest.fixture(scope="module")
+def s3():
+    """Serves s3://bucket."""
+    with buckets.s3():
+        yield
+
+
 @pytest.fixture
 def address(request) -> str:
     """Of a folder of the bucket that nobody else uses."""

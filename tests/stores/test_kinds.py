@@ -31,12 +31,6 @@ def test_the_hub_is_read(backbone_folder, address, tmp_path):
     assert fingerprint.fingerprint(as_path(f"{address}/out")) == fingerprint.fingerprint(backbone_folder)
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with buckets.s3():
-        yield
-
-
 def test_objects_of_s3(s3):
     path = as_path("s3://bucket/a b/é#1")
     path.create(b"one")

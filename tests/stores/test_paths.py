@@ -18,7 +18,7 @@ from twotower_jax.checkpoint.export import export
 from twotower_jax.data import load_tokenizer
 from twotower_jax.data.megatron import MegatronDocuments
 from twotower_jax.data.prepare import Settings, prepare
-from twotower_jax.data.prepared import TRAIN, open_prepared
+from twotower_jax.data.prepared import TRAIN, open_prepared, verify
 from twotower_jax.data.tokenizer import train_tokenizer
 from twotower_jax.files import CheckpointError
 from twotower_jax.jsonl import read_rows, row_writer
@@ -260,5 +260,9 @@ def test_commands_read_and_write_addresses(folders, address):
     assert run.returncode == 0, run.stderr
     (row,) = read_rows(f"{address}/out.jsonl")
     assert row["prompt_ids"] == [3, 4, 5] and len(row["tokens"]) == 2
+    as_path(f"{address}/text.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(40)))
+    made = f"--output={address}/set", f"--tokenizer=gs://{buckets.BUCKET}/converted"
+    run = run_command("prepare", f"--input={address}/text.jsonl", *made)
+    assert run.returncode == 0 and verify(f"{address}/set").total(TRAIN, "documents") == 40, run.stderr
     run = run_command("generate", *flags, "--mode=ar", f"--checkpoint=gs://{buckets.BUCKET}/nothing")
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "no such folder" in run.stderr

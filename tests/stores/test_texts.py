@@ -119,6 +119,12 @@ def test_from_a_store_to_a_store_and_on_after_an_interruption(corpus, reference,
     assert windows.identity() == here.identity() and (windows[3]["ids"] == here[3]["ids"]).all()
 
 
+@pytest.mark.whole
+def test_to_s3(corpus, reference, s3):
+    manifest = prepare([CORPUS], "s3://bucket/out", train_tokenizer(TEXTS, 300), SETTINGS, quiet=True)
+    assert manifest.shards == read_manifest(reference).shards and verify("s3://bucket/out") == manifest
+
+
 def test_a_part_asks_for_little_more_than_its_own(address, monkeypatch):
     """Of a Parquet file of 32 MB, a part of 2 MB: the blocks of 4 MiB that it lies in, four ahead, and the footer."""
     texts = [f"{i} " + "x" * 2000 for i in range(16_000)]

@@ -47,7 +47,7 @@ def test_what_stays_is_said_soon(server, address, fault, monkeypatch):
         pytest.raises(StoreError, match=f"{address}/x: .*given up"),
     ):
         as_path(f"{address}/x").read(0, 10)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 12  # Without the limits of this test: 15.
 
 
 @pytest.mark.parametrize(

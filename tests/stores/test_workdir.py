@@ -73,6 +73,14 @@ def test_a_run_stops_and_goes_on(make, whole, address):
 
 
 @pytest.mark.whole
+def test_a_run_in_s3_stops_and_goes_on(make, whole, s3):
+    address = "s3://bucket/stopped"
+    make(address, stop_after=3)
+    make(address)
+    assert same_run(address, whole) and not as_path(f"{address}/{workdir.LEASE}").exists()
+
+
+@pytest.mark.whole
 def test_workdirs_are_copied_either_way(make, whole, address, tmp_path):
     """From a store to a disk and back, where they go on."""
     make(address)

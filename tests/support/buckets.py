@@ -288,6 +288,8 @@ def s3() -> Iterator[None]:
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     try:
         with in_environment(AWS_ENDPOINT_URL=url, **keys):
+            # What an earlier server of this process held is still there: moto keeps it in globals.
+            urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
             boto3.client("s3").create_bucket(Bucket=BUCKET)
             yield
     finally:

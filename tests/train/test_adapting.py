@@ -216,6 +216,7 @@ def test_two_steps_are_those_of_one_device(step_config, random_params, ids, alon
         assert np.linalg.norm(np.asarray(array, np.float64) - other) <= 1e-5 * np.linalg.norm(other)
 
 
+@pytest.mark.whole
 def test_dropout_belongs_to_seed_step_layer_and_row(step_config, random_params, ids):
     config = step_config(**DROPPED)
     objective, params = make(config, random_params)
@@ -249,7 +250,7 @@ def quantized(method):
     return made
 
 
-@pytest.mark.whole(but=["int4"])
+@pytest.mark.whole
 @pytest.mark.parametrize("method", ["int8", "int4"])
 def test_a_quantized_base_has_the_gradients_of_its_numbers(step_config, random_params, ids, method):
     """Those of a base of float32 that holds what the quantized one stands for, also through the routed experts."""
@@ -298,6 +299,7 @@ def run_config(train_config, base, **changes):
     return dataclasses.replace(config, lora=lora.Lora(**settings))
 
 
+@pytest.mark.whole
 def test_a_resumed_run_is_the_same_to_the_bit(train_config, backbone, tmp_path, compile_once):
     config = run_config(train_config, backbone)
     train(config, tmp_path / "whole", lambda line: None)

@@ -141,7 +141,7 @@ def test_the_bias_moves_by_the_sign_of_the_load(steps):
     assert np.any(moved != bias) and np.any(states[2].params["head"]["weight"] != states[0].params["head"]["weight"])
 
 
-@pytest.mark.whole(but=["mesh"])
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "changes", [{"mesh": {"sequence": 2, "expert": 2, "data": 2}}, {"accumulate": 4}], ids=["mesh", "parts"]
 )
@@ -174,7 +174,7 @@ def test_a_step_that_is_not_finite_leaves_the_bias(steps):
     jax.tree.map(np.testing.assert_array_equal, before.balanced, after.balanced)
 
 
-@pytest.mark.whole(but=["tied"])
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("variant", "moving"),
     [

@@ -84,6 +84,7 @@ def open_model(request, small_config, random_params):
     return model, random_params(model)
 
 
+@pytest.mark.whole(but=["forward"])
 def test_no_answer_knows_of_anything_later(open_model):
     """No derivative of its loss in any token after its blocks, nor in any of another conversation; and one in what was
     said before it."""
@@ -163,6 +164,7 @@ def test_losses_equal_literal_sums(denoiser, random_params, complementary):
     assert all(counts[term] == losses[term].count for term in objective.terms)
 
 
+@pytest.mark.whole
 def test_a_weight_over_all_tokens_divides_by_what_they_count(denoiser, random_params):
     objective = dataclasses.replace(denoiser, diffusion=MaskedDiffusion(weight=Elbo()))
     window = make_windows()[0]
@@ -229,6 +231,7 @@ def rows_of(folder):
     return {row.pop("step"): {k: v for k, v in row.items() if k != "tokens_per_second"} for row in lines}
 
 
+@pytest.mark.whole
 def test_a_run_goes_on_to_the_bit(train_config, talks, tmp_path):
     """Stopped and started again; validated by turn, and by answers to what is held out."""
     config = train_config(

@@ -24,7 +24,7 @@ MESHES = ROOT / "tests/support/restore_on_meshes.py"
 def scratch(tmp_path_factory, pytestconfig) -> pathlib.Path:
     """Where the runs are; `broken` was interrupted several times and then ended well."""
     scratch = tmp_path_factory.mktemp("runs")
-    killed = 3 if pytestconfig.getoption("whole") else 2
+    killed = 3 if pytestconfig.getoption("whole") else 1
     outcomes = list(kills.campaign(scratch, kills=killed, terms=1, seed=0))
     assert [outcome.problem for outcome in outcomes] == [""] * (killed + 2)
     ends = [("SIGKILL", -9)] * killed + [("SIGTERM", 75), ("nothing", 0)]
@@ -54,6 +54,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(scratch):
     assert "was logged as" in kills.differences(scratch / "whole", other)
 
 
+@pytest.mark.whole
 def test_a_disk_that_is_full_is_loud_and_costs_nothing(scratch):
     run = copy_of(scratch, "full", 6)
     before = run.newest()
@@ -68,6 +69,7 @@ def test_a_disk_that_is_full_is_loud_and_costs_nothing(scratch):
     orbax_steps.verify(run.folder / "checkpoints" / str(before))
 
 
+@pytest.mark.whole
 def test_flipped_bits_are_named_and_the_way_out_with_them(scratch):
     run = copy_of(scratch, "flipped", 2)
     newest = run.folder / "checkpoints" / str(run.newest())

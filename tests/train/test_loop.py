@@ -148,6 +148,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(backbone_run, tmp_path, qu
     assert same_bits(workdir_model.load(tmp_path / "run")[1], workdir_model.load(folder)[1])
 
 
+@pytest.mark.whole
 def test_the_validation_loss_is_that_of_the_held_out_text(backbone_run):
     config, folder, result = backbone_run
     model, params = workdir_model.load(folder)
@@ -287,6 +288,7 @@ def test_arrays_of_another_kind_are_refused(tmp_path):
         orbax_steps.restore_arrays(tmp_path / "nothing", target)
 
 
+@pytest.mark.whole
 def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, tmp_path):
     model, params, tokenizer = checkpoint.load(backbone_run[1])
     assert tokenizer == backbone_run[1] and load_tokenizer(tokenizer).get_vocab_size() == 270
@@ -316,7 +318,7 @@ def test_a_workdir_loads_as_any_variant_and_layout(backbone_run, denoiser_run, t
         workdir_model.load(tmp_path)
 
 
-@pytest.mark.whole(but=["denoiser"])
+@pytest.mark.whole
 @pytest.mark.parametrize("objective", ["autoregressive", "denoiser"])
 def test_a_run_starts_from_a_published_checkpoint(objective, train_config, data, tmp_path):
     config = train_config(objective=objective, init_from=str(data / "tiny" / "checkpoint"))

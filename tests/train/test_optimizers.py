@@ -22,6 +22,7 @@ from twotower_jax.train.step import make_optimizer, make_step, noise_scale, spli
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
+@pytest.mark.whole
 def test_muon_turns_hidden_matrices_and_leaves_the_rest_to_adamw(step_config, random_params):
     config = step_config(optimizer="muon", objective="autoregressive", warmup_fraction=0.0, clip_norm=1e9)
     objective = make_objective(config, config.model_config(40))
@@ -89,6 +90,7 @@ def stored(folder, tree):
         lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), orbax_steps.stored_arrays(folder / tree))))  # fmt: skip
 
 
+@pytest.mark.whole
 def test_a_run_with_an_average_goes_on_to_the_bit(run, tmp_path):
     config, folder = run
     copy = tmp_path / "copy"
@@ -101,6 +103,7 @@ def test_a_run_with_an_average_goes_on_to_the_bit(run, tmp_path):
         assert a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
 
 
+@pytest.mark.whole
 def test_what_loads_the_run_takes_the_average(run):
     config, folder = run
     last = folder / workdir.CHECKPOINTS / "4"

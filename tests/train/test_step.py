@@ -132,7 +132,7 @@ UNREAD = {
 }
 
 
-@pytest.mark.whole(but=["tied-True", "frozen-False-False-False"])
+@pytest.mark.whole(but=["frozen-False-False-False"])
 @pytest.mark.parametrize(
     ("variant", "frozen", "unread"),
     [
@@ -202,7 +202,7 @@ def test_rows_of_padding_do_not_count(train_config, random_params):
             jax.tree.map(np.testing.assert_array_equal, padded[part].count, three[part].count)
 
 
-@pytest.mark.whole(but=["[32]"])
+@pytest.mark.whole
 @pytest.mark.parametrize("block_size", [48, 32])
 def test_documents_of_a_curriculum_do_not_see_one_another(block_size, step_config, random_params, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{word} " * 20}) + "\n" for word in ("a", "b")))

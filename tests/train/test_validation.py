@@ -30,6 +30,7 @@ def levels(rows: int, index: np.ndarray, times: Times = Uniform()) -> np.ndarray
     return np.asarray(corruption.t)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])
 def test_each_row_of_a_validation_has_a_stratum_of_its_own(rows):
     t = levels(rows, np.arange(rows), Uniform(t_min=0.2))
@@ -64,6 +65,7 @@ def test_a_backbone_sees_each_window_once():
     assert (validation.draws, validation.rows) == (1, 3)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("objective", ["denoiser", "autoregressive"])
 def test_the_batch_has_no_part_in_a_validation(objective, step_config, random_params):
     changes = {} if objective == "autoregressive" else {"variant.context_loss": True, "variant.context": "trained"}

@@ -288,6 +288,7 @@ def test_curves_are_a_run_s_numbers_where_they_stand(tmp_path):
         read_curves(tmp_path, ["load"])
 
 
+@pytest.mark.whole
 def test_the_command_draws_curves(tmp_path):
     _write(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
     out = tmp_path / "pictures"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import Parameter
+from twotower_jax.planning.predict import is_ragged
 from twotower_jax.sharding import MeshShape, spec
 from twotower_jax.train.config import TrainConfig
 
@@ -20,6 +21,8 @@ STATES, DENSE, WEIGHT_COPIES = "a state for every block", "a dense expansion ove
 _BYTES = {"bf16": 2, "f32": 4}
 # Weights that count, in elements.
 _LARGE = 1 << 20
+# The rows that an exchange among the experts' devices has room for, of one even share (layers/expert_parallel.py).
+_ROOM = 1.5
 # Instructions that move elements and compute nothing, among them those that take a part, and those that move nothing.
 _MOVES = ("copy", "transpose", "pad", "slice", "dynamic-slice", "concatenate", "reverse", "gather")
 _CUTS = ("slice", "dynamic-slice")
@@ -91,15 +94,23 @@ def per_block_states(program: str, config: TrainConfig, model: ModelConfig, bloc
 
 
 def dense_experts(program: str, config: TrainConfig, model: ModelConfig, sizes: MeshShape) -> Check:
-    """Rows times experts times their width."""
+    """Rows times experts times their width; or a product that multiplies all experts with all rows.
+
+    Such a product need not be a buffer of its own, where what it gives is masked and summed in the same fusion. It is
+    one from twice the rows that an exchange among devices has room for; but it is none where it only stands there and
+    the loop leaves out what is masked (`predict.is_ragged`).
+    """
     experts, width = model.n_routed_experts // sizes.expert, model.moe_intermediate_size // sizes.tensor
-    least = _tokens(config, sizes) * experts * width
+    tokens = _tokens(config, sizes)
     found = []
     if experts > 1:
         for shape, dims in _shapes(program):
             expanded = dims[-1] == experts * width or sorted(dims[-2:]) == sorted((experts, width))
-            if expanded and math.prod(dims) >= least:
+            if expanded and math.prod(dims) >= tokens * experts * width:
                 found.append(shape)
+        sides = {width, model.expert_input_size}
+        most = 2 * _ROOM * tokens * model.num_experts_per_tok
+        found += sorted({one.shape for one in _in_products(program) if _rows_of_all(one.dims, experts, sides) >= most})
     return Check(DENSE, found)
 
 
@@ -158,6 +169,32 @@ def _copies(
         if is_used or matrix in at_rest and {"copy", "transpose"} & set(moved):
             retiled = entry is not None and _is_retiled(instruction, within, bodies, entry[1])
             yield f"{instruction.shape}{'' if is_used else ' at rest'} by {moved[0]}", size, retiled
+
+
+def _in_products(program: str) -> Iterator[_Instruction]:
+    """What goes into products and comes out of them, but for those that are ragged."""
+    bodies = dict(_computations(program))
+    calls = [(one.called, name, is_ragged(one.line)) for name, body in bodies.items() for one in body if one.called]
+    ragged = {called for called, _, is_one in calls if is_one}
+    while more := {called for called, name, _ in calls if name in ragged} - ragged:
+        ragged |= more
+    for body in (body for name, body in bodies.items() if name not in ragged):
+        for one in body:
+            if one.opcode in _PRODUCTS:
+                given = one.line.partition(f" {one.opcode}(")[2].partition(")")[0]
+                names = {one.name, *re.findall(r"%([\w.\-]+)", given)}
+                yield from (other for other in body if other.name in names)
+
+
+def _rows_of_all(dims: tuple[int, ...], experts: int, sides: set[int]) -> int:
+    """Of rows for every expert, as wide as one of the sides: how many there are in all; 0 of anything else."""
+    rest = list(dims)
+    for kind in {experts}, sides:
+        place = next((i for i, size in enumerate(rest) if size in kind), None)
+        if place is None:
+            return 0
+        del rest[place]
+    return 0 if set(rest) <= sides else experts * math.prod(rest)
 
 
 def _tokens(config: TrainConfig, sizes: MeshShape) -> int:

@@ -4,13 +4,16 @@ A program is HLO as text, one device's part of it, in the order in which it runs
 within fusions; bytes what every instruction reads and writes, of a slice its own size and not that of what it is cut
 out of; both times the trip counts of the loops around them. What a collective that begins and ends in two instructions
 needs is hidden as far as there is other work between the two. Of kernels the program shows only what they read and
-write; their arithmetic is given. Rates and what else is assumed: rates.py.
+write; their arithmetic is given. So it is with the ragged products that a TPU's compiler makes itself (`is_ragged`),
+which stand there as if every group were multiplied with every row. Rates and what else is assumed: rates.py.
 """
 
 import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from twotower_jax.planning.rates import Rates
 
@@ -46,6 +49,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_RAGGED = '"is_ragged_dot":true', '"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_GROUP_STARTS"'
 
 
 class Prediction(NamedTuple):
@@ -93,6 +99,16 @@ class _Instruction(NamedTuple):
     opcode: str
     operands: tuple[str, ...]
     rest: str
+
+
+def is_ragged(instruction: str) -> bool:
+    """Whether a line of a program is a product of sorted rows with a matrix for each group that does no more than that.
+
+    TPUs without a kernel for it have a fusion whose products, as they are written, are of all groups with all rows,
+    masked. Its loop goes over groups and tiles of rows, and from the last tile of one group to the first of the next by
+    the table of where they begin (libtpu 0.0.52, its machine code for v6e): a group has the tiles that its rows lie in.
+    """
+    return all(word in instruction for word in _RAGGED)
 
 
 def predict(program: str, rates: Rates, peak_flops: float, kernel_flops: float = 0.0) -> Prediction:
@@ -215,7 +231,7 @@ class _Program:
             return _sum([])
         flops, size = self._instruction_flops(one, shapes), self._traffic(one, shapes)
         arithmetic, memory = flops / self._peak, size / self._rates.memory
-        hidden_kernel = target.startswith(_KERNELS)
+        hidden_kernel = target.startswith(_KERNELS) or is_ragged(one.rest)
         return _sum([])._replace(
             flops=flops,
             bytes=size,
@@ -245,12 +261,9 @@ class _Program:
             depth = math.prod(sizes[int(d)] for d in contracted[1].split(",") if d) if contracted else 1
             return 2.0 * depth * sum(math.prod(dims) for _, dims in _arrays(one.shape))
         if one.opcode == "convolution":
-            # Each output element reads all of the kernel but its output features.
-            _, kernel = next(_arrays(shapes.get(one.operands[1], one.shape)))
-            _, out = next(_arrays(one.shape))
-            labels = re.search(r"dim_labels=\w+_(\w+)->(\w+)", one.rest)
-            features = kernel[labels[1].index("o")] if labels else 1
-            return 2.0 * math.prod(out) * math.prod(kernel) / max(features, 1)
+            return _convolution_flops(one, *(next(_arrays(shapes[operand]))[1] for operand in one.operands[:2]))
+        if is_ragged(one.rest):
+            return 0.0
         if one.opcode in ("fusion", "fusion-start", "async-start"):
             return sum(self._inside(called) for called in _CALLED.findall(one.rest))
         return 0.0
@@ -321,6 +334,30 @@ class _Program:
         if kind == "all-reduce":
             return 2 * given * (group - 1) / group, group
         return given if kind == "collective-permute" else given * (group - 1) / group, group
+
+
+def _convolution_flops(one: _Instruction, given: list[int], kernel: list[int]) -> float:
+    """Twice the products of a number of `given` with one of `kernel`; with what is inserted or padded there are none.
+
+    What a TPU writes down as a dilated window is often a batch of products, each dimension of the batch one of the
+    window's: of n · n pairs of an output and a place of the window, n meet a number. Groups of features have a smaller
+    kernel, and groups of the batch a smaller result, and need no more said.
+    """
+    of_given, of_kernel, of_out = _LABELS.search(one.rest).groups()
+    out = next(_arrays(one.shape))[1]
+    pairs = 1
+    if window := _WINDOW.search(one.rest):
+        sides = {name: sizes.split("x") for name, _, sizes in (part.partition("=") for part in window[1].split())}
+        for d, size in enumerate(sides["size"]):
+            stride, spread, apart = (
+                int(sides[n][d]) if n in sides else 1 for n in ("stride", "lhs_dilate", "rhs_dilate")
+            )
+            before = int(sides["pad"][d].partition("_")[0]) if "pad" in sides else 0
+            inputs, outputs = given[of_given.index(str(d))], out[of_out.index(str(d))]
+            place = stride * np.arange(outputs) - before
+            met = [place + apart * k for k in range(int(size))]
+            pairs *= sum(int(np.sum((p >= 0) & (p <= spread * (inputs - 1)) & (p % spread == 0))) for p in met)
+    return 2.0 * pairs * out[of_out.index("b")] * out[of_out.index("f")] * kernel[of_kernel.index("i")]
 
 
 def _closing(text: str) -> int:

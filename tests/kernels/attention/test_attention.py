@@ -145,6 +145,7 @@ class Denoising:
 
 
 # One tile, tiles that divide the length, tiles that do not, tiles smaller than the block.
+@pytest.mark.whole(but=["AfterCache-11-4", "DenoiserTraining-24-8", "Causal-20-512", "Denoising-6"])
 @pytest.mark.parametrize(
     "use, length, tile",
     [

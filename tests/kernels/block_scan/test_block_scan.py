@@ -83,7 +83,7 @@ def implementation(request):
     return request.param
 
 
-@pytest.mark.whole(but=["S1", "S7", "S64"])
+@pytest.mark.whole(but=["xla-S10", "pallas_tpu_interpret-S16", "pallas_tpu_interpret-S1]"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -152,7 +152,7 @@ def wide(batch, length, **changes):
     return Shape(batch, length, **{"head_dim": 64, "state": 64} | changes)
 
 
-@pytest.mark.whole(but=["S1-", "S17-", "S33-"])
+@pytest.mark.whole(but=["S17"])
 @pytest.mark.parametrize(
     ("shape", "decay"),
     [

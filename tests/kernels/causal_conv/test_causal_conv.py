@@ -119,6 +119,7 @@ def test_bfloat16_is_summed_in_float32(causal_conv):
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8 * 1.01, atol=1e-6)
 
 
+@pytest.mark.whole(but=["-7-3", "-1-6"])
 @pytest.mark.parametrize("block, blocks", [(1, 6), (2, 4), (3, 3), (4, 2), (7, 3), (8, 1)])
 def test_block_causal_conv_block_by_block(block_causal_conv, block, blocks):
     """Blocks shorter than the window reach over several blocks of the context."""
@@ -194,6 +195,7 @@ def check_against_the_reference(seed, blocks, implementation, longest=70, channe
             assert_close(one, np.asarray(other))
 
 
+@pytest.mark.whole
 @hypothesis.given(
     seed=st.integers(0, 2**16),
     blocks=st.booleans(),

@@ -94,7 +94,7 @@ def check(form, dtype, arguments, weights, meant=None):
     assert distance(y, one_by_one(*arguments, meant or weights)) < TOLERANCE[dtype]
 
 
-@pytest.mark.whole(but=["tpu_interpret-float32", "[mosaic_gpu_interpret"])
+@pytest.mark.whole(but=["mosaic_gpu_interpret-bfloat16"])
 @pytest.mark.parametrize("form, dtype", FORMS)
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), favourites=st.integers(3, E), nobody=st.sampled_from([0, 0.3, 0.9]))
@@ -160,6 +160,7 @@ def test_quantized(form, dtype, up, down):
     check(form, dtype, rows(T, T, K, dtype), weights, meant)
 
 
+@pytest.mark.whole
 def test_quantized_experts_as_tpus_store_them():
     """Wider by zeros, with rows of scales after the last; the same results as before, to the last bit.
 
@@ -203,7 +204,7 @@ def test_tpu_tiles_of_a_width_that_they_do_not_divide(bits):
     check(TPU, jnp.float32, rows(0, 20, 2, jnp.float32), draw(jnp.float32, bits, 832))
 
 
-@pytest.mark.whole(but=["float32", "grouped_interpret-bfloat16"])
+@pytest.mark.whole(but=["mosaic_gpu_grouped_interpret-bfloat16"])
 @pytest.mark.parametrize("form, dtype", [form for form in FORMS if form != (TPU, jnp.bfloat16)])
 def test_gradients(form, dtype):
     """Those of the rows, the gates and both matrices; experts without rows get zeros."""
@@ -237,7 +238,7 @@ def test_gradients(form, dtype):
     assert found[1].dtype == jnp.float32 and found[0].dtype == found[2].up.dtype == dtype
 
 
-@pytest.mark.whole(but=["tpu_interpret"])
+@pytest.mark.whole
 @pytest.mark.parametrize("form, dtype", [("xla", jnp.float32), (TPU, jnp.float32), (GPU, jnp.bfloat16)])
 def test_quantized_experts_have_the_gradients_of_what_they_stand_for_in_rows_and_gates(form, dtype):
     x, indices, gates = rows(9, 4, 3, dtype)
@@ -290,7 +291,7 @@ def grouped(a, b, matrices, groups):
     )
 
 
-@pytest.mark.whole(but=["grouped"])
+@pytest.mark.whole
 @pytest.mark.parametrize("module, bits", [(experts_gpu, 4), (experts_grouped_gpu, 16)])
 def test_no_races_on_gpus(module, bits):
     """Copies, products and stores keep their order: the interpreter compares vector clocks."""
@@ -304,6 +305,7 @@ def test_no_races_on_gpus(module, bits):
     assert not interpret_pallas_call.get_races().races_found
 
 
+@pytest.mark.whole
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), nobody=st.sampled_from([0, 0.5, 1]))
 def test_touched_experts(seed, nobody):
     """The experts with rows, in order; after them the last one again, without rows."""
