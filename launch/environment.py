@@ -4,6 +4,7 @@ Says in one line what is not installed, or which setting of the environment JAX 
 listens itself (`command_line.run`), an interruption ends it with a line. Any Python can read this file.
 """
 
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -11,12 +12,17 @@ import signal
 import sys
 
 _USAGE, _INTERRUPTED = 2, 130
+# `benchmark.py accelerator`, which a machine has to run that has nothing but what JAX and Flax need.
+_BARE = sys.argv[1:2] == ["accelerator"]
 
 
 def _check_packages():
-    for package in ("absl", "jax", "twotower_jax"):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if _BARE and importlib.util.find_spec("twotower_jax") is None:
+        sys.path.append(root)
+        importlib.import_module("twotower_jax").__path__.append(root)  # where kernels/ and configs/ are
+    for package in ("jax", "flax", "numpy") if _BARE else ("absl", "jax", "twotower_jax"):
         if importlib.util.find_spec(package) is None:
-            root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
             print(
                 f"error: the package {package!r} is not installed for {sys.executable}; activate the environment that "
                 f"has it (source .venv/bin/activate), or install it: pip install -e {root}",

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -74,3 +75,38 @@ def test_a_config_of_the_user_goes_before_a_shipped_one(tmp_path, monkeypatch):
     pathlib.Path("configs/nano4b.py").touch()
     assert console._with_shipped_config("--config=configs/nano4b.py:h200") == "--config=configs/nano4b.py:h200"
     assert console._with_shipped_config("--workdir=configs/tiny.py") == "--workdir=configs/tiny.py"
+
+
+def _lowest():
+    spec = importlib.util.spec_from_file_location("bounds", ROOT / ".ci/bounds.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_lowest_versions_of_all_dependencies_are_tested():
+    """`.ci/lowest` derives them from pyproject.toml and runs a slice that touches each of them."""
+    declared = _lowest().bounds((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert declared["jax"] == "0.11.2"  # What accelerators are found with.
+    lines = [line.split() for line in (ROOT / ".ci/lowest.txt").read_text(encoding="utf-8").splitlines()[1:]]
+    assert sorted(package for _, *packages in lines for package in packages) == sorted(declared)
+    assert all((ROOT / path).exists() for path, *_ in lines)
+
+
+def test_every_dependency_says_its_lowest_version_and_all_extras_the_same():
+    bounds, text = _lowest().bounds, (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert {name: bounds(text)[name] for name in ("absl-py", "moto")} == {"absl-py": "2", "moto": "5.2"}
+    with pytest.raises(ValueError, match="pyarrow: 21 and 22 are both"):
+        bounds(text.replace('data = ["pyarrow>=21"', 'data = ["pyarrow>=22"'))
+    with pytest.raises(ValueError, match="optax: not of the form"):
+        bounds(text.replace('"optax>=0.2.6"', '"optax"'))
+
+
+def test_private_names_of_jax_stand_in_one_file_of_the_package_and_one_of_the_tests():
+    """Each says for which versions they are so."""
+    files = [
+        file for folder in ("twotower_jax", "kernels", "launch", "tests") for file in (ROOT / folder).rglob("*.py")
+    ]
+    private = re.compile(r"^\s*(?:from|import) (?:jax|jaxlib)\.(?:_src|_\w+)", re.MULTILINE)
+    found = {str(file.relative_to(ROOT)) for file in files if private.search(file.read_text(encoding="utf-8"))}
+    assert found == {"kernels/hardware/versions.py", "tests/support/interpreters.py"}

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.kernels.attention import xla
+from twotower_jax.kernels.hardware import versions
 
 # Sources of no more keys are left to XLA.
 FEW = 128
@@ -46,11 +47,13 @@ class Kernels(NamedTuple):
       forward: (q, k, v, ranges, out_dtype) → o (N, M, P), lse (N, M) float32; 0 and −1e30 for rows that see nothing.
       backward: (q, k, v, ranges, do, lse, delta) → dq float32, dk, dv; do (N, M, P) in q's dtype.
       few: sources of no more keys are left to XLA.
+      interpreted: whether an interpreter runs them.
     """
 
     forward: Callable
     backward: Callable
     few: int = FEW
+    interpreted: bool = False
 
 
 def combine(outs, lses):
@@ -180,12 +183,6 @@ def _parts(kernels, blocks, length, sources, own):
     return parts if own is None else [*parts, _own_part(own, blocks)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(kernels, blocks, length, q, sources, own):
-    """Rows (B, K, M, P) to rows."""
-    return _forward(kernels, blocks, length, q, sources, own)[0]
-
-
 def _forward(kernels, blocks, length, q, sources, own):
     parts = _parts(kernels, blocks, length, sources, own)
     # Rounded once: what is still to be summed stays in float32.
@@ -211,7 +208,14 @@ def _backward_rule(kernels, blocks, length, residuals, do):
     return dq, dsources, None if own is None else of_keys[-1]
 
 
-_attend.defvjp(_forward_rule, _backward_rule, optimize_remat=True)
+def _attended(*arguments):
+    """Rows (B, K, M, P) to rows."""
+    return _forward(*arguments)[0]
+
+
+_attend = versions.with_gradient(
+    _attended, _forward_rule, _backward_rule, (0, 1, 2), lambda kernels: kernels.interpreted
+)
 
 
 def attention(kernels: Kernels, q, sources, *, own_block=None, block_size=None):

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.attention import flash
 from twotower_jax.kernels.attention.xla import MASKED
+from twotower_jax.kernels.hardware import versions
 from twotower_jax.kernels.hardware.hopper import interpreter, not_hopper
 
 _LOG2E = math.log2(math.e)
@@ -223,8 +224,8 @@ def _forward_kernel(
         some = jnp.where(total > 0, total, 1.0)
         out = acc / _down(some, acc.shape)
         lse = jnp.where(total > 0, (top + jnp.log2(some)) / _LOG2E, MASKED)
-        plgpu.store(out_ref.at[rows.head, split, rows.here], out.astype(out_ref.dtype), optimized=False)
-        plgpu.store(lse_ref.at[rows.head, split, rows.here], lse, optimized=False)
+        versions.store(out_ref.at[rows.head, split, rows.here], out.astype(out_ref.dtype))
+        versions.store(lse_ref.at[rows.head, split, rows.here], lse)
 
     def body(index, k, v, carry):
         (step,) = index
@@ -293,7 +294,7 @@ def _gradient_of_q_kernel(
         plgpu.barrier_wait(arrived.at[wg])
         dq = plgpu.layout_cast(jnp.zeros((cut.rows, head_dim), jnp.float32), plgpu.Layout.WGMMA)
         _, _, dq = run((lse * _LOG2E, delta, dq))
-        plgpu.store(dq_ref.at[rows.head, rows.here], dq * scale, optimized=False)
+        versions.store(dq_ref.at[rows.head, rows.here], dq * scale)
 
     def body(index, k, v, carry):
         lse, delta, dq = carry
@@ -331,8 +332,8 @@ def _gradient_of_keys_kernel(
 
         space = plgpu.ACC((cut.keys, head_dim), jnp.float32)
         dk, dv = pl.run_scoped(sums, space, space)
-        plgpu.store(dk_ref.at[head, split, here], dk * scale, optimized=False)
-        plgpu.store(dv_ref.at[head, split, here], dv, optimized=False)
+        versions.store(dk_ref.at[head, split, here], dk * scale)
+        versions.store(dv_ref.at[head, split, here], dv)
 
     def body(index, q, do, lse, delta, carry):
         dk_sum, dv_sum = carry
@@ -402,7 +403,8 @@ def _backward(q, k, v, ranges, do, lse, delta, *, sizes: Sizes):
 
 @functools.cache
 def _kernels(sizes: Sizes) -> flash.Kernels:
-    return flash.Kernels(functools.partial(_forward, sizes=sizes), functools.partial(_backward, sizes=sizes), sizes.few)
+    forward, backward = (functools.partial(function, sizes=sizes) for function in (_forward, _backward))
+    return flash.Kernels(forward, backward, sizes.few, sizes.interpret is not None)
 
 
 def unsupported(q, sources, *, own_block=None, block_size=None, tile_size=None) -> str | None:
@@ -420,5 +422,5 @@ def attention(q, sources, *, own_block=None, block_size=None, tile_size=None, si
     """`kernels.attention`, same arguments and results. `interpret` runs it on any backend, with any head dim."""
     sizes = sizes or Sizes()
     if interpret:
-        sizes = sizes._replace(interpret=interpreter(True))
+        sizes = sizes._replace(interpret=interpreter(interpret))
     return flash.attention(_kernels(sizes), q, sources, own_block=own_block, block_size=block_size)

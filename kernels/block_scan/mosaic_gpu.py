@@ -37,7 +37,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.block_scan import LONGEST_BLOCK
-from twotower_jax.kernels.hardware.hopper import not_hopper
+from twotower_jax.kernels.hardware import versions
+from twotower_jax.kernels.hardware.hopper import interpreter, not_hopper
 from twotower_jax.kernels.numerics.gated_norm import gated_norm
 from twotower_jax.kernels.numerics.log_decay import two_parts
 from twotower_jax.kernels.numerics.split import PARTS
@@ -228,11 +229,11 @@ def _kernel(
             within = _product(square, [ref.transpose((1, 0)) for ref in x_smem], mixing_rows)
             y = across * jnp.exp(coarse + fine) + within
             places = pl.ds(first, _ROWS)
-            plgpu.store(y_ref.at[row, h, places], y, optimized=False)
+            versions.store(y_ref.at[row, h, places], y)
             if next_state:
                 added = _product(state.shape, [ref.transpose((1, 0)) for ref in weighted_smem], b_rows)
                 kept = state * jnp.exp(last[0] + last[1])
-                plgpu.store(next_ref.at[row, h, places], kept + added, optimized=False)
+                versions.store(next_ref.at[row, h, places], kept + added)
 
 
 def unsupported(z, xbc, dt, log_decay, weights, tail, state, *, groups, epsilon, next_state) -> str | None:
@@ -288,21 +289,23 @@ def block_scan(
     outputs = [jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.float32)]
     if next_state:
         outputs.append(jax.ShapeDtypeStruct(state.shape, jnp.float32))
+    body = functools.partial(
+        _kernel,
+        heads=in_program,
+        per_group=heads // groups,
+        length=length,
+        inner=inner,
+        swizzle=swizzle,
+        next_state=next_state,
+    )
+    body.__name__ = "block_scan"  # As profilers and compilers call it.
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            heads=in_program,
-            per_group=heads // groups,
-            length=length,
-            inner=inner,
-            swizzle=swizzle,
-            next_state=next_state,
-        ),
+        body,
         out_type=outputs,
         scratch_types=scratch,
         grid=(batch, heads // in_program),
         grid_names=("row", "heads"),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=interpreter(interpret),
     )
     y, *last = kernel(
         xbc,

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twotower_jax.kernels.causal_conv.operands import operands, with_gradients
-from twotower_jax.kernels.hardware.hopper import not_hopper
+from twotower_jax.kernels.hardware.hopper import interpreter, not_hopper
 
 _LANES = 128  # Threads of a program.
 _POSITIONS = 64  # A program's.
@@ -38,7 +38,7 @@ class ProgramTiles(NamedTuple):
     positions: int
     blocks: bool
     limited: bool
-    interpret: bool
+    interpret: bool | plgpu.InterpretGPUParams
 
     @property
     def sources(self) -> int:
@@ -199,12 +199,13 @@ def _backward_kernel(*refs, cut: ProgramTiles):
 
 def _call(cut: ProgramTiles, kernel, x, inputs, outputs):
     batch, length, channels = x.shape
+    kernel.__name__ = f"convolution{kernel.func.__name__.removesuffix('_kernel')}"
     return plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
         grid=(batch, channels // cut.channels, pl.cdiv(length, cut.positions)),
         grid_names=("row", "channels", "step"),
-        interpret=plgpu.InterpretGPUParams() if cut.interpret else None,
+        interpret=interpreter(cut.interpret),
     )(*inputs)
 
 

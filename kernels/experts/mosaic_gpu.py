@@ -174,7 +174,7 @@ def _product(rows, matrix, tiles: Tiles, tile: int, activation: Activation | Non
         scratch["numbers"] = plgpu.SMEM((WARPGROUPS, 2, _GROUP, BLOCK), jnp.bfloat16)
         arrays = [matrix.values, matrix.scales]
     out = jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype)
-    return pipeline.call(body, out, scratch, rows, tiles.expert, tiles.used.reshape(1), *arrays)
+    return pipeline.call("experts_few_rows", body, out, scratch, rows, tiles.expert, tiles.used.reshape(1), *arrays)
 
 
 def _forward(activation: Activation, interpret: Interpret, x, indices, gates, weights: Weights) -> jax.Array:

@@ -136,7 +136,7 @@ def product(
 
     scratch = _spaces((_COLUMNS, STEP) if transposed else (STEP, _COLUMNS))
     out = jax.ShapeDtypeStruct((rows.shape[0], columns), jnp.bfloat16)
-    return pipeline.call(body, out, scratch, rows, matrices, *tiles)
+    return pipeline.call("experts_product", body, out, scratch, rows, matrices, *tiles)
 
 
 def outer(a: jax.Array, b: jax.Array, groups: Groups, *, interpret: Interpret = False) -> jax.Array:
@@ -178,4 +178,4 @@ def outer(a: jax.Array, b: jax.Array, groups: Groups, *, interpret: Interpret = 
 
     scratch = _spaces((STEP, _COLUMNS))
     out = jax.ShapeDtypeStruct((number, height, columns), jnp.bfloat16)
-    return pipeline.call(body, out, scratch, a, b, groups.first, groups.count)
+    return pipeline.call("experts_outer", body, out, scratch, a, b, groups.first, groups.count)

@@ -29,6 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from twotower_jax.kernels.hardware import versions
 from twotower_jax.kernels.numerics.split import PARTS, parts
 
 # Rows of a tile: what wgmma multiplies at once.
@@ -112,7 +113,7 @@ def move(target, ref) -> None:
 
 def store(ref, value: jax.Array) -> None:
     """From registers to global memory."""
-    plgpu.store(ref, value, optimized=False)
+    versions.store(ref, value)
 
 
 def put_parts(space, value: jax.Array) -> None:

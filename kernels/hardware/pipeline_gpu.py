@@ -104,7 +104,13 @@ class Pipeline:
 
                 return lax.fori_loop(0, steps(t), one, step)
 
-            lax.fori_loop(0, mine, tile, jnp.int32(0))
+            done = lax.fori_loop(0, mine, tile, jnp.int32(0))
+
+            def drain(k, _):
+                plgpu.barrier_wait(freed.at[lax.rem(done - 1 - k, self.stages)])
+
+            # So that every barrier is at rest when the thread block ends, as the interpreter of JAX 0.11 insists.
+            lax.fori_loop(0, jnp.minimum(done, self.stages), drain, None)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
@@ -166,8 +172,9 @@ class Pipeline:
 
         return sums
 
-    def call(self, body: Callable, out_type, scratch: dict, *arrays):
-        """Runs `body(*arrays, out, **scratch)`, refs, in every thread block."""
+    def call(self, name: str, body: Callable, out_type, scratch: dict, *arrays):
+        """Runs `body(*arrays, out, **scratch)`, refs, in every thread block, under a name for profilers."""
+        body.__name__ = name
         return plgpu.kernel(
             body,
             out_type=out_type,

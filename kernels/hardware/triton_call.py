@@ -1,14 +1,14 @@
 """How Triton kernels are called from JAX: compiled through jax-triton, or interpreted on a CPU."""
 
 import contextlib
-import functools
-import inspect
 import threading
 import types
 from typing import Any
 
 import jax
 import numpy as np
+
+from twotower_jax.kernels.hardware import versions
 
 # Names that Triton has for the types of arrays here.
 _TYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -33,8 +33,7 @@ def call(kernel, grid: tuple[int, ...], inputs: list[jax.Array], outputs, consta
         return jax.pure_callback(
             lambda *arrays: _interpreted(kernel, grid, arrays, outputs, constants), outputs, *inputs
         )
-    jax_triton = _jax_triton()
-    return jax_triton.triton_call(
+    return versions.jax_triton().triton_call(
         *inputs,
         kernel=kernel,
         out_type=outputs,
@@ -44,20 +43,6 @@ def call(kernel, grid: tuple[int, ...], inputs: list[jax.Array], outputs, consta
         backend_options=_OPTIONS,
         **constants,
     )
-
-
-@functools.cache
-def _jax_triton():
-    """The module. Its release 0.4.1 tells JAX which results are unused in the way that JAX had before 0.12."""
-    import jax_triton
-    from jax._src.interpreters import partial_eval
-    from jax_triton.triton_lib import triton_kernel_call_p
-
-    rules, default = partial_eval.dce_rules, partial_eval._default_dce_rule
-    theirs = rules[triton_kernel_call_p]
-    if len(inspect.signature(theirs).parameters) < len(inspect.signature(default).parameters):
-        rules[triton_kernel_call_p] = lambda used, live, equation: theirs(used, equation)
-    return jax_triton
 
 
 def compiled(kernel, inputs, outputs, constants: dict[str, Any], capability: int):

@@ -9,11 +9,10 @@ The gradient of the sums a collects what every exponential multiplies. The state
 are kept for the backward pass, and nothing else.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from twotower_jax.kernels.hardware import versions
 from twotower_jax.kernels.numerics.log_decay import Sum, cumulative, in_chunks
 from twotower_jax.kernels.ssd.gpu_layout import Decays, Pairs, Programs, ScanTiles, Source, cut_scan
 
@@ -43,13 +42,7 @@ class Edges:
         return self.to_edge * written, cut.put_at_edges(at_edge) - moved
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(cut: ScanTiles, x, dt, sums: Sum, b, c, initial):
-    """y and the last state. The gradient of the sums goes to the fine ones; `cumulative` holds the coarse constant."""
-    return _scan_forward(cut, x, dt, sums, b, c, initial)[0]
-
-
-def _scan_forward(cut, x, dt, sums, b, c, initial):
+def _scan_forward(cut: ScanTiles, x, dt, sums: Sum, b, c, initial):
     edges = Edges(cut, sums, dt)
     left, last = cut.programs.states(cut, x, b, edges.weight, edges.kept, initial)
     source = Source(b, x, Decays(sums, sums, dt))
@@ -75,7 +68,12 @@ def _scan_backward(cut, residuals, cotangents):
     return dx.astype(x.dtype), ddt + by_writer.by_step, dsums, db.astype(b.dtype), dc.astype(c.dtype), dinitial
 
 
-_scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
+def _scanned(*arguments):
+    """y and the last state. The gradient of the sums goes to the fine ones; `cumulative` holds the coarse constant."""
+    return _scan_forward(*arguments)[0]
+
+
+_scan = versions.with_gradient(_scanned, _scan_forward, _scan_backward, (0,), lambda cut: cut.interpret is not None)
 
 
 def ssd(x, dt, log_decay, b, c, *, initial_state=None, chunk_size=128, programs: Programs, interpret):

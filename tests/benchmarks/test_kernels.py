@@ -13,6 +13,7 @@ from twotower_jax.benchmarks import kernel_errors
 from twotower_jax.benchmarks._error_cases import Case, cases
 from twotower_jax.benchmarks._kernel_forms import Shape, forms
 from twotower_jax.benchmarks._kernel_goals import ONE_MATRIX, Measured, goals
+from twotower_jax.benchmarks._kernel_resources import Resources, parsed
 from twotower_jax.benchmarks._mamba_ssm import MambaSSM
 from twotower_jax.kernels.ssd.reference import ssd_sequential
 
@@ -189,3 +190,21 @@ def test_errors_are_those_of_the_worst_array():
     np.testing.assert_allclose(outputs, 1e-3, rtol=1e-3)
     np.testing.assert_allclose(gradients, 1e-3, rtol=1e-3)
     assert kernel_errors.errors(case._replace(gradients=()), "off", "float32", 0)[1] == 0
+
+
+def test_what_compilers_say_of_a_kernel_s_resources():
+    """As jax 0.12.0.1 and ptxas 12.9 print them."""
+    said = """Resources(smem_scratch_bytes=58368, tmem_scratch_cols=0, barrier_counts=Counter({Barrier(): 1}))
+Resources(smem_scratch_bytes=1024, tmem_scratch_cols=0)
+ptxas warning : Registers are spilled to local memory in function 'states_mosaic_gpu_kernel', 16 bytes spill stores
+ptxas info    : Compiling entry function 'states_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for states_mosaic_gpu_kernel
+    16 bytes stack frame, 16 bytes spill stores, 32 bytes spill loads
+ptxas info    : Used 255 registers, used 2 barriers, 16 bytes cumulative stack size, 1 bytes smem
+ptxas info    : Compiling entry function 'outputs_mosaic_gpu_kernel' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
+"""
+    assert parsed(said) == [Resources("states", 255, 48, 58368), Resources("outputs", 168, 0, 1024)]
+    assert [kernel.shared for kernel in parsed(said.partition("\n")[2])] == [None, None]
+    assert parsed("") == []

@@ -37,6 +37,24 @@ def missing_files(text: str) -> list[str]:
     return [name for name in named if not (ROOT / name).is_file()]
 
 
+def undated_tables(text: str) -> list[str]:
+    """The sections with a table of times or rates that do not say when they were measured, nor does the page's head,
+    nor that a test compares them with the code."""
+    timed = re.compile(r"^\|.*(?<![\w.])(?:tokens/s|MB/s|GB/s|TFLOP/s|seconds|ms|µs|\d s)(?![\w/]).*\|$", re.MULTILINE)
+    number = re.compile(r"^\|.*\| *[\d.,]+ *\|", re.MULTILINE)
+    vouched = re.compile(r"\b20\d\d-\d\d-\d\d\b|A test compares")
+    head, *sections = re.split(r"^(?=##+ )", text, flags=re.MULTILINE)
+    if vouched.search(head):
+        return []
+    measured = [section for section in sections if timed.search(section) and number.search(section)]
+    return [section.partition("\n")[0] for section in measured if not vouched.search(section)]
+
+
+def test_what_was_measured_says_when():
+    found = {page.name: undated_tables(page.read_text(encoding="utf-8")) for page in PAGES}
+    assert {name: sections for name, sections in found.items() if sections} == {}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_a_page_names_only_what_is_there(page):
     text = page.read_text(encoding="utf-8")
@@ -66,4 +84,7 @@ def test_what_is_broken_is_found(tmp_path):
     )
     page.write_text(text)
     assert broken_links(page, text) == ["#three", "gone.md", "no.svg"]
+    table = "| what | ms |\n|---|--:|\n| a | 3 |\n"
+    assert undated_tables(f"# A\n\n## B\n\n{table}\n## C\n\n{table}\n2026-11-29\n\n## D\n\n| a | b |\n") == ["## B"]
+    assert undated_tables(f"# A\n\n2026-11-29\n\n## B\n\n{table}") == []
     assert missing_files("see `docs/gone.md` and launch/train.py, ours/docs/gone.md") == ["docs/gone.md"]

@@ -52,8 +52,34 @@ def _normal(rng: np.random.Generator, dtype, *sizes: int) -> jax.Array:
     return jnp.asarray(rng.standard_normal(sizes), dtype)
 
 
+class Sizes(NamedTuple):
+    """What the problems are of.
+
+    Attributes:
+      heads, head_dim, groups, state, chunk, block: of the scans, H, P, G, N, Q and S.
+      channels: of the convolutions, C. queries, keys, query_dim: of attention, H, K, P.
+      experts, choices, width, expert_width: E, k, D, F.
+    """
+
+    heads: int = 4
+    head_dim: int = 8
+    groups: int = 2
+    state: int = 16
+    chunk: int = 16
+    block: int = 8
+    channels: int = 128
+    queries: int = 4
+    keys: int = 2
+    query_dim: int = 16
+    experts: int = 6
+    choices: int = 3
+    width: int = 128
+    expert_width: int = 192
+
+
+SMALL = Sizes()
+
 # Scans. Of strong decays a third of the positions decay by so much, beside others that decay mildly.
-_HEADS, _HEAD_DIM, _GROUPS, _STATE, _CHUNK, _BLOCK = 4, 8, 2, 16, 16, 8
 _DECAYS = {"mild decays": 0.0, "decays of 50 beside mild": 50.0, "decays of 1e6 beside mild": 1e6}
 _LENGTHS = (8, 16, 24, 120)
 _LONG = 65536
@@ -61,21 +87,28 @@ _LONG = 65536
 
 def _scans() -> Iterator[Case]:
     for op in "ssd", "two_tower_ssd":
-        arrays = {"ssd": _one_tower, "two_tower_ssd": _two_towers}[op]
-        run = functools.partial({"ssd": _ssd, "two_tower_ssd": _two_tower_ssd}[op], _CHUNK)
         for kind, strong in _DECAYS.items():
             for length in _LENGTHS:
-                forms = _EVERYWHERE | {TRITON: _BOTH}
-                problem = functools.partial(arrays, length, strong), run
-                yield Case(op, kind, *problem, implementations=forms, gradients=tuple(forms))
+                yield scan(op, kind, SMALL, length, strong)
         # As Nano 4B has them: a whole chunk and the beginning of another.
-        problem = functools.partial(arrays, 264, 0.0, head_dim=80), functools.partial(run.func, 256)
-        forms = _EVERYWHERE | {TRITON: _BOTH}
-        yield Case(op, "heads of 80, chunks of 256", *problem, implementations=forms, gradients=tuple(forms))
+        yield scan(op, "heads of 80, chunks of 256", SMALL._replace(head_dim=80, chunk=256), 264, 0.0)
         # The interpreters of GPU kernels would take hours.
         of_long = {name: ("float32",) for name in (XLA, TPU)}
-        long = functools.partial(arrays, _LONG, None), functools.partial(run.func, 128)
-        yield Case(op, f"{_LONG:,} tokens, slow decays", *long, implementations=of_long)
+        long = scan(op, f"{_LONG:,} tokens, slow decays", SMALL._replace(chunk=128), _LONG, None)
+        yield long._replace(implementations=of_long, gradients=(XLA, TPU, GPU))
+
+
+def scan(op: str, kind: str, sizes: Sizes, length: int, strong: float | None) -> Case:
+    """A scan of one tower or of two.
+
+    Args:
+      op: "ssd" or "two_tower_ssd".
+      strong: decays of a third of the positions, 0 for none; None for slow ones everywhere.
+    """
+    arrays, run = {"ssd": (_one_tower, _ssd), "two_tower_ssd": (_two_towers, _two_tower_ssd)}[op]
+    problem = functools.partial(arrays, sizes, length, strong), functools.partial(run, sizes)
+    forms = _EVERYWHERE | {TRITON: _BOTH}
+    return Case(op, kind, *problem, implementations=forms, gradients=tuple(forms))
 
 
 def _steps(rng, length: int, heads: int, strong: float | None) -> list[jax.Array]:
@@ -87,38 +120,48 @@ def _steps(rng, length: int, heads: int, strong: float | None) -> list[jax.Array
     return [jnp.asarray(dt, jnp.float32), jnp.asarray(decay, jnp.float32)]
 
 
-def _tower(rng, length: int, strong: float | None, dtype, head_dim: int) -> list[jax.Array]:
+def _tower(sizes: Sizes, length: int, strong: float | None, rng, dtype) -> list[jax.Array]:
     """x, dt, log-decay, B, C."""
-    steps = _steps(rng, length, _HEADS, strong)
-    x = _normal(rng, dtype, 1, length, _HEADS, head_dim)
-    b, c = (_normal(rng, dtype, 1, length, _GROUPS, _STATE) for _ in range(2))
+    steps = _steps(rng, length, sizes.heads, strong)
+    x = _normal(rng, dtype, 1, length, sizes.heads, sizes.head_dim)
+    b, c = (_normal(rng, dtype, 1, length, sizes.groups, sizes.state) for _ in range(2))
     return [x, *steps, b, c]
 
 
-def _one_tower(length: int, strong: float | None, rng, dtype, head_dim: int = _HEAD_DIM) -> list[jax.Array]:
-    initial = _normal(rng, jnp.float32, 1, _HEADS, head_dim, _STATE) * rng.choice([0.0, 10.0])
-    return [*_tower(rng, length, strong, dtype, head_dim), initial]
+def _one_tower(sizes: Sizes, length: int, strong: float | None, rng, dtype) -> list[jax.Array]:
+    initial = _normal(rng, jnp.float32, 1, sizes.heads, sizes.head_dim, sizes.state) * rng.choice([0.0, 10.0])
+    return [*_tower(sizes, length, strong, rng, dtype), initial]
 
 
-def _two_towers(length: int, strong: float | None, rng, dtype, head_dim: int = _HEAD_DIM) -> list[jax.Array]:
-    return [*_tower(rng, length, strong, dtype, head_dim), *_tower(rng, length, strong, dtype, head_dim)[:4]]
+def _two_towers(sizes: Sizes, length: int, strong: float | None, rng, dtype) -> list[jax.Array]:
+    return [*_tower(sizes, length, strong, rng, dtype), *_tower(sizes, length, strong, rng, dtype)[:4]]
 
 
-def _ssd(chunk: int, name: str, *arrays):
+def _ssd(sizes: Sizes, name: str, *arrays):
     *arrays, initial = arrays
-    return kernels.ssd(*arrays, initial_state=initial, chunk_size=chunk, implementation=name)
+    return kernels.ssd(*arrays, initial_state=initial, chunk_size=sizes.chunk, implementation=name)
 
 
-def _two_tower_ssd(chunk: int, name: str, *arrays):
-    return (kernels.two_tower_ssd(*arrays, block_size=_BLOCK, chunk_size=chunk, implementation=name),)
+def _two_tower_ssd(sizes: Sizes, name: str, *arrays):
+    options = {"block_size": sizes.block, "chunk_size": sizes.chunk, "implementation": name}
+    return (kernels.two_tower_ssd(*arrays, **options),)
 
 
 def _block_scans() -> Iterator[Case]:
     """Two heads of 64 in two groups, or four of 80, state 64: what the GPU kernel takes."""
-    groups, state = 2, 64
+    sizes = SMALL._replace(heads=2, head_dim=64, state=64)
+    for kind, strong in _DECAYS.items():
+        for length in 1, 16, 40:
+            yield block_scan(kind, sizes, length, strong)
+    yield block_scan("heads of 80", sizes._replace(heads=4, head_dim=80), 16, 0.0)
 
-    def arrays(length, strong, rng, dtype, heads=2, head_dim=64):
-        inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+
+def block_scan(kind: str, sizes: Sizes, length: int, strong: float) -> Case:
+    """One block after a state."""
+    heads, head_dim, groups, state = sizes.heads, sizes.head_dim, sizes.groups, sizes.state
+    inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+
+    def arrays(rng, dtype):
         weights = [_normal(rng, dtype, 4, channels), _normal(rng, dtype, channels)]
         weights += [_normal(rng, jnp.float32, heads), _normal(rng, dtype, inner)]
         per_token = _normal(rng, dtype, 1, length, inner), _normal(rng, dtype, 1, length, channels)
@@ -130,37 +173,38 @@ def _block_scans() -> Iterator[Case]:
         arguments = z, xbc, dt, decay, kernels.BlockWeights(*weights), tail, state
         return kernels.block_scan(*arguments, groups=groups, epsilon=1e-5, next_state=True, implementation=name)
 
-    for kind, strong in _DECAYS.items():
-        for length in 1, 16, 40:
-            yield Case("block_scan", kind, functools.partial(arrays, length, strong), run, gradients=(XLA,))
-    of_80 = functools.partial(arrays, 16, 0.0, heads=4, head_dim=80)
-    yield Case("block_scan", "heads of 80", of_80, run, gradients=(XLA,))
+    return Case("block_scan", kind, arrays, run, gradients=(XLA,))
 
 
 def _convolutions() -> Iterator[Case]:
-    channels, width = 128, 4
-
-    def arrays(count, length, scale, rng, dtype):
-        inputs = [scale * _normal(rng, dtype, 2, length, channels) for _ in range(count)]
-        tail = scale * _normal(rng, dtype, 2, width, channels)
-        return [*inputs, _normal(rng, dtype, width, channels), _normal(rng, dtype, channels), tail]
-
-    def one(before, name, x, weight, bias, tail):
-        return (kernels.causal_conv(x, weight, bias, tail, _before(before, x), implementation=name),)
-
-    def blocks(before, name, x, context, weight, bias, tail):
-        seen = _before(before, x)
-        return (kernels.block_causal_conv(x, context, weight, bias, _BLOCK, tail, seen, implementation=name),)
-
-    for op, run, count in ("causal_conv", one, 1), ("block_causal_conv", blocks, 2):
+    for op in "causal_conv", "block_causal_conv":
         for kind, scale, documents in (
             ("inputs of 1", 1.0, False),
             ("inputs of 1, documents", 1.0, True),
             ("inputs of 1000", 1000.0, False),
         ):
             for length in 8, 136:
-                made = functools.partial(arrays, count, length, scale)
-                yield Case(op, kind, made, functools.partial(run, documents))
+                yield convolution(op, kind, SMALL, length, scale, documents)
+
+
+def convolution(op: str, kind: str, sizes: Sizes, length: int, scale: float = 1.0, documents: bool = False) -> Case:
+    """`op`: "causal_conv" or "block_causal_conv"."""
+    channels, width = sizes.channels, 4
+    of_op = ("causal_conv", "block_causal_conv").index(op)
+
+    def arrays(rng, dtype):
+        inputs = [scale * _normal(rng, dtype, 2, length, channels) for _ in range(1 + of_op)]
+        tail = scale * _normal(rng, dtype, 2, width, channels)
+        return [*inputs, _normal(rng, dtype, width, channels), _normal(rng, dtype, channels), tail]
+
+    def one(name, x, weight, bias, tail):
+        return (kernels.causal_conv(x, weight, bias, tail, _before(documents, x), implementation=name),)
+
+    def blocks(name, x, context, weight, bias, tail):
+        seen = _before(documents, x)
+        return (kernels.block_causal_conv(x, context, weight, bias, sizes.block, tail, seen, implementation=name),)
+
+    return Case(op, kind, arrays, (one, blocks)[of_op])
 
 
 def _before(documents: bool, x: jax.Array) -> jax.Array | None:
@@ -175,52 +219,65 @@ def _before(documents: bool, x: jax.Array) -> jax.Array | None:
 
 def _attention() -> Iterator[Case]:
     """Two rows of 136 tokens, four heads on two of keys, of 16."""
-    length, position = 136, jnp.arange(136)
-    documents = jnp.where(position < 72, 0, 72)
+    for kind, scale, documents in (("", 1.0, False), (", documents", 1.0, True), (", scores of 50", 50.0, False)):
+        for way in "causal", "blocks after the context":
+            yield attention(way, SMALL, 136, kind, scale, documents)
+    yield attention("a block after a cache", SMALL, 136)
+
+
+def attention(way: str, sizes: Sizes, length: int, kind: str = "", scale: float = 1.0, documents: bool = False) -> Case:
+    """Two rows.
+
+    Args:
+      way: "causal", "blocks after the context" or "a block after a cache".
+      kind: that follows it in words.
+    """
+    position, block = jnp.arange(length), sizes.block
+    start = jnp.where(position < 72, 0, 72) if documents else None
+    cached = way == "a block after a cache"
+
+    def arrays(rng, dtype):
+        keys = [_normal(rng, dtype, 2, sizes.keys, length, sizes.query_dim) for _ in range(4)]
+        return [scale * _normal(rng, dtype, 2, block if cached else length, sizes.queries, sizes.query_dim), *keys]
+
+    def run(name, q, key, value, *own):
+        if way == "causal":
+            return (kernels.attention(q, (kernels.Keys(key, value, position + 1, start),), implementation=name),)
+        context = kernels.Keys(key, value, position // block * block, start)
+        if cached:
+            context = kernels.Keys(key, value, jnp.array([[length - 6], [17]]))
+            own = tuple(v[:, :, :block] for v in own)
+        return (kernels.attention(q, (context,), own_block=own, block_size=block, implementation=name),)
+
     implementations = {XLA: _BOTH, TPU: _BOTH, GPU: ("bfloat16",)}
-
-    def arrays(queries, scale, rng, dtype):
-        keys = [_normal(rng, dtype, 2, 2, length, 16) for _ in range(4)]
-        return [scale * _normal(rng, dtype, 2, queries, 4, 16), *keys]
-
-    def causal(start, name, q, key, value, *own):
-        return (kernels.attention(q, (kernels.Keys(key, value, position + 1, start),), implementation=name),)
-
-    def blocks(start, name, q, key, value, *own):
-        context = kernels.Keys(key, value, position // _BLOCK * _BLOCK, start)
-        return (kernels.attention(q, (context,), own_block=own, block_size=_BLOCK, implementation=name),)
-
-    def cached(name, q, key, value, *own):
-        cache = kernels.Keys(key, value, jnp.array([[130], [17]]))
-        own = tuple(v[:, :, :_BLOCK] for v in own)
-        return (kernels.attention(q, (cache,), own_block=own, block_size=_BLOCK, implementation=name),)
-
-    for kind, scale, start in (
-        ("", 1.0, None),
-        (", documents", 1.0, documents),
-        (", scores of 50", 50.0, None),
-    ):
-        for name, run in ("causal", causal), ("blocks after the context", blocks):
-            made = functools.partial(arrays, length, scale)
-            yield Case("attention", name + kind, made, functools.partial(run, start), implementations=implementations)
-    made = functools.partial(arrays, _BLOCK, 1.0)
-    yield Case(
-        "attention", "a block after a cache", made, cached, implementations=implementations, gradients=(),
-    )  # fmt: skip
+    gradients = () if cached else (XLA, TPU, GPU)
+    return Case("attention", way + kind, arrays, run, implementations=implementations, gradients=gradients)
 
 
 def _experts() -> Iterator[Case]:
     """90 rows with 3 of 6 experts each, D = 128, F = 192, some choices being of no expert."""
-    experts, model, width, tokens, choices = 6, 128, 192, 90, 3
+    for kind in "rows of 1", "rows of 1000", "all rows to one of them":
+        yield experts(kind, SMALL, 90)
+    for bits in 8, 4:
+        yield experts("rows of 1", SMALL, 90, bits)
 
-    def arrays(bits, kind, rng, dtype):
-        indices = np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)])
-        indices = np.where(rng.random(indices.shape) < 0.2, experts, indices)
+
+def experts(kind: str, sizes: Sizes, tokens: int, bits: int = 16) -> Case:
+    """Tokens through their experts.
+
+    Args:
+      kind: "rows of 1", "rows of 1000" or "all rows to one of them".
+    """
+    count, choices, model, width = sizes.experts, sizes.choices, sizes.width, sizes.expert_width
+
+    def arrays(rng, dtype):
+        indices = np.stack([rng.permutation(count)[:choices] for _ in range(tokens)])
+        indices = np.where(rng.random(indices.shape) < 0.2, count, indices)
         if kind == "all rows to one of them":
-            indices = np.where(np.arange(choices) == 1, experts - 1, experts) + 0 * indices
+            indices = np.where(np.arange(choices) == 1, count - 1, count) + 0 * indices
         scale = 1000.0 if kind == "rows of 1000" else 1.0
         x = scale * _normal(rng, dtype, tokens, model)
-        up, down = _normal(rng, dtype, experts, model, width) / 8, _normal(rng, dtype, experts, width, model) / 8
+        up, down = _normal(rng, dtype, count, model, width) / 8, _normal(rng, dtype, count, width, model) / 8
         if bits < 16:
             # With such scales, as checkpoints have them, float32 holds value · scale exactly.
             up, down = (quantize(w, bits, 64, scale_dtype=jnp.bfloat16) for w in (up, down))
@@ -231,10 +288,7 @@ def _experts() -> Iterator[Case]:
         return (kernels.expert_mlp(x, indices, gates, Weights(up, down), activation=relu2, implementation=name),)
 
     floats = {XLA: _BOTH, TPU: _BOTH, RAGGED: _BOTH, GPU: ("bfloat16",), GROUPED: ("bfloat16",)}
+    if bits == 16:
+        return Case("expert_mlp", kind, arrays, run, "dense", floats, (XLA, RAGGED, GPU, GROUPED, TPU))
     few = {name: floats[name] for name in (XLA, TPU, GPU)}
-    for kind in "rows of 1", "rows of 1000", "all rows to one of them":
-        made = functools.partial(arrays, 16, kind)
-        yield Case("expert_mlp", kind, made, run, "dense", floats, (XLA, RAGGED, GPU, GROUPED, TPU))
-    for bits in 8, 4:
-        made = functools.partial(arrays, bits, "rows of 1")
-        yield Case("expert_mlp", f"rows of 1, weights in {bits} bits", made, run, "dense", few, ())
+    return Case("expert_mlp", f"{kind}, weights in {bits} bits", arrays, run, "dense", few, ())

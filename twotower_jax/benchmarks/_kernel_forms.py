@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twotower_jax import kernels
+from twotower_jax import kernels, randomness
 from twotower_jax.benchmarks._kernel_goals import ONE_MATRIX
 from twotower_jax.benchmarks._mamba_ssm import MambaSSM
 from twotower_jax.benchmarks._shapes import demo_config, nano_config
@@ -83,13 +83,26 @@ class Form(NamedTuple):
         return sum(v.size * v.dtype.itemsize for v in [*jax.tree.leaves(self.arguments), *results])
 
 
+# cuDNN's attention, by way of jax.nn.
+CUDNN = "cudnn"
+
+
 def forms(
-    shape: Shape, dtype: jnp.dtype, ops: list[str], skip: list[str], mamba_ssm: MambaSSM | None = None
+    shape: Shape,
+    dtype: jnp.dtype,
+    ops: list[str],
+    skip: list[str],
+    mamba_ssm: MambaSSM | None = None,
+    refused: dict[str, str] | None = None,
 ) -> Iterator[Form]:
-    """The forms of the named ops but those called `skip`, each made when it is asked for."""
+    """The forms of the named ops but those called `skip`, each made when it is asked for.
+
+    Args:
+      refused: takes up why implementations cannot take the shapes, by name.
+    """
     for op in ops:
         first = []
-        for form in MAKERS[op](shape, dtype, _Names(op, skip)):
+        for form in MAKERS[op](shape, dtype, _Names(op, skip, {} if refused is None else refused)):
             first = [*first, form][:2]
             yield form
         if op == "ssd" and mamba_ssm is not None and first:
@@ -99,8 +112,8 @@ def forms(
 class _Names:
     """The implementations of an op that run here: not the interpreters, and no other platform's kernels."""
 
-    def __init__(self, op: str, skip: list[str]):
-        self.op, self.skip = op, skip
+    def __init__(self, op: str, skip: list[str], refused: dict[str, str]):
+        self.op, self.skip, self.refused = op, skip, refused
 
     def __call__(self, *args, **kwargs) -> list[str]:
         """Those that take these arguments."""
@@ -113,7 +126,8 @@ class _Names:
             return False
         try:
             kernels.chosen(self.op, *args, implementation=name, **kwargs)
-        except ValueError:
+        except ValueError as error:
+            self.refused[name] = str(error)
             return False
         return True
 
@@ -239,6 +253,14 @@ def _attention(s: Shape, dtype, names: _Names) -> Iterator[Form]:
 
         yield Form("attention, causal", name, run, (q, key, value), 4 * pairs)
         yield Form("attention, causal, gradient", name, gradient(run, 3), (q, key, value), 12 * pairs)
+    if jax.default_backend() == "gpu" and CUDNN not in names.skip:
+
+        def cudnn(q, key, value):
+            return jax.nn.dot_product_attention(q, key, value, is_causal=True, implementation="cudnn")
+
+        apart = q, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+        yield Form("attention, causal", CUDNN, cudnn, apart, 4 * pairs)
+        yield Form("attention, causal, gradient", CUDNN, gradient(cudnn, 3), apart, 12 * pairs)
     own = {"own_block": (own_key, own_value), "block_size": s.block}
     for name in names(q, (kernels.Keys(key, value, edge),), **own):
 
@@ -324,7 +346,8 @@ def _quantized(weights: Weights, bits: int) -> Weights:
 
 
 def _normal(rng, dtype, *sizes) -> jax.Array:
-    return jnp.asarray(rng.standard_normal(sizes, np.float32), dtype)
+    # On the device: the experts of one layer of the 30B model are more than a billion numbers.
+    return jax.random.normal(randomness.key(rng.integers(2**31)), sizes, dtype)
 
 
 def _uniform(rng, *sizes) -> jax.Array:

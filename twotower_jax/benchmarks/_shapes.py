@@ -73,20 +73,20 @@ def tiny_config() -> ModelConfig:
 
 def demo_config() -> ModelConfig:
     """The shape of the demonstration model."""
-    return _of_file("tiny")
+    return of_file("tiny")
 
 
 def small_config() -> ModelConfig:
     """99 million parameters a tower, more than a processor's caches hold."""
-    return _of_file("small100m")
+    return of_file("small100m")
 
 
 def nano_config() -> ModelConfig:
     """The shape of the published model."""
-    return _of_file("nano30b")
+    return of_file("nano30b")
 
 
-def _of_file(name: str) -> ModelConfig:
+def of_file(name: str) -> ModelConfig:
     """A config's model, over all of its vocabulary."""
     config = freeze(shipped(name))
     return config.model_config(config.vocab_size)

@@ -3,14 +3,16 @@
     python launch/benchmark.py kernel_compile --topology=v5p:2x2x1
     python launch/benchmark.py kernel_compile --op=ssd,two_tower_ssd
     python launch/benchmark.py kernel_compile --layers=nano4b
+    python launch/benchmark.py kernel_compile --topology=h200:1 --resources
 
 What is compiled is what runs there: Pallas kernels for TPUs (package `libtpu`) and, for h200:1, for NVIDIA Hopper
 (packages `jax-cuda13-plugin` and `jax-cuda13-pjrt`), where the scans of other GPUs are compiled as well (package
 `jax-triton`). A row per kernel: seconds to compile, and its temporary memory, which for gradients holds what the
 forward pass keeps. Experts are those of the 30B model, the only one that has any. Exit status 1 if anything does not
-compile.
+compile. With --resources a second table says what GPU kernels take of a multiprocessor (_kernel_resources.py).
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import kernels
 from twotower_jax.benchmarks import _attention_cases, _convolution_cases, _expert_cases
+from twotower_jax.benchmarks._kernel_resources import Resources, of_mosaic, of_triton
 from twotower_jax.benchmarks._shapes import LAYERS, LayerShape
 from twotower_jax.planning import hardware
 
@@ -54,6 +57,7 @@ def define_flags() -> None:
         "chunk_size", [], "Q, a multiple of 128; may be given several times. Default: the model's."
     )
     flags.DEFINE_list("op", [], "Only what begins with one of these: ssd, two_tower_ssd, block_scan, attention …")
+    flags.DEFINE_bool("resources", False, "Tell what GPU kernels take of a multiprocessor as well.")
     flags.DEFINE_bool("compare", False, "Compile XLA's convolutions as well, which takes minutes on TPUs.")
 
 
@@ -66,16 +70,29 @@ def main() -> None:
     layer = LAYERS[values.layers]
     chunks = values.chunk_size or [layer.chunk]
     failures, count = 0, 0
+    resources: dict[tuple[str, Resources], str] = {}
     for device in devices:
         for case, *row in _everything(layer, device.platform, values.dtype, chunks, values.compare):
             if values.op and not case.name.startswith(tuple(values.op)):
                 continue
             count += 1
-            result = _compile(case, device)
+            with of_mosaic() if values.resources else contextlib.nullcontext([]) as found:
+                result = _compile(case, device)
+            if values.resources and row[0] == "triton":
+                with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("device",)).abstract_mesh):
+                    found = of_triton(case.function, case.shapes, round(10 * float(device.compute_capability)))
+            for kernel in found:
+                resources.setdefault((row[0], kernel), case.name)
             failures += result.startswith("FAILED")
             print(f"| {' | '.join(map(str, (device.device_kind, row[0], case.name, *row[1:], result)))} |", flush=True)
     if not count:
         raise ValueError(f"--op={','.join(values.op)}: no case begins so")
+    if resources:
+        print("\n| implementation | kernel | first compiled for | registers | spilled, bytes | shared memory |")
+        print("|---|---|---|--:|--:|--:|")
+        for (name, kernel), case in resources.items():
+            shared = "" if kernel.shared is None else f"{kernel.shared / 1024:.1f} KiB"
+            print(f"| {name} | {kernel.kernel} | {case} | {kernel.registers} | {kernel.spilled} | {shared} |")
     if failures:
         sys.exit(1)
 

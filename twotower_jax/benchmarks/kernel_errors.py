@@ -9,15 +9,14 @@ hundredth of the largest one, since some vanish under strong decay. The kernels 
 """
 
 import itertools
-import zlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from twotower_jax import kernels
-from twotower_jax.benchmarks._error_cases import GPU, GROUPED, RAGGED, TPU, TRITON, XLA, Case, cases
+from twotower_jax.benchmarks._error_cases import GPU, GROUPED, RAGGED, TPU, TRITON, XLA, cases
+from twotower_jax.benchmarks._errors import errors
 
 _IMPLEMENTATIONS = [XLA, TPU, GPU, TRITON, GROUPED, RAGGED]
 
@@ -42,48 +41,3 @@ def main() -> None:
                 outputs, gradients = np.max(found, axis=0)
                 gradients = f"{gradients:.1e}" if name in group[0].gradients else ""
                 print(f"| {op} | {kind} | {name} | {dtype} | {outputs:.1e} | {gradients} |", flush=True)
-
-
-def errors(case: Case, name: str, dtype: str, seed: int) -> tuple[float, float]:
-    """Errors of one problem's outputs and of its gradients (0 where there are none)."""
-    rng = np.random.default_rng([seed, zlib.crc32(f"{case.op}, {case.kind}".encode())])
-    arrays = case.arrays(rng, jnp.dtype(dtype))
-    differentiable = name in case.gradients
-    found = _run(case, name, differentiable, arrays)
-    with jax.enable_x64(True):
-        exact = _run(case, case.exact, differentiable, jax.tree.map(_widened, arrays))
-    return _worst(found[0], exact[0], 0), _worst(found[1], exact[1], 0.01)
-
-
-def _widened(v: jax.Array) -> np.ndarray:
-    whole = jnp.issubdtype(v.dtype, jnp.integer)
-    # The scales of quantized matrices stay as they are: they are no argument of their own.
-    return np.asarray(v) if whole else np.asarray(v, np.float64)
-
-
-def _run(case: Case, name: str, differentiable: bool, arrays: list) -> tuple[list, list]:
-    """The outputs, and the gradients of a weighted sum of them in all floating-point arguments."""
-    floating = [i for i, v in enumerate(arrays) if jnp.issubdtype(jax.tree.leaves(v)[0].dtype, jnp.floating)]
-
-    def loss(*arrays):
-        outputs = case.run(name, *arrays)
-        rng = np.random.default_rng(0)
-        total = 0
-        for v in outputs:
-            # Numbers of 8 bits, which are the same in every dtype.
-            weights = jnp.asarray(rng.standard_normal(v.shape), jnp.bfloat16).astype(v.dtype)
-            total += jnp.sum(v * weights, dtype=jnp.promote_types(v.dtype, jnp.float32))
-        return total, outputs
-
-    if not differentiable:
-        return jax.jit(lambda *arrays: case.run(name, *arrays))(*arrays), []
-    gradients, outputs = jax.jit(jax.grad(loss, argnums=floating, has_aux=True))(*arrays)
-    return outputs, gradients
-
-
-def _worst(found, exact, least: float) -> float:
-    """The largest error, each array's norm counting as at least so much of the largest one."""
-    norms = [np.linalg.norm(b) for b in exact]
-    floor = max([1e-30, *(least * norm for norm in norms)])
-    differences = (np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b)) for a, b in zip(found, exact, strict=True))
-    return max((d / max(norm, floor) for d, norm in zip(differences, norms, strict=True)), default=0.0)

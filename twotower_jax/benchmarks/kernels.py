@@ -14,18 +14,15 @@ On a GPU `ssd` is compared with the Triton kernels of `mamba_ssm`, if that and P
 the same turns. What the kernels are to reach on an H200 (_kernel_goals.py) stands below the table.
 """
 
-import statistics
-import time
-
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from twotower_jax import randomness
-from twotower_jax.benchmarks._kernel_forms import MAKERS, SHAPES, Form, forms
+from twotower_jax.benchmarks._kernel_forms import MAKERS, SHAPES, forms
 from twotower_jax.benchmarks._kernel_goals import Measured, goals
 from twotower_jax.benchmarks._mamba_ssm import INSTALL, MambaSSM
 from twotower_jax.benchmarks._one_thread import use_one_thread
+from twotower_jax.benchmarks._timing import Timed, ceilings
 
 
 def define_flags() -> None:
@@ -53,11 +50,11 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__}, {device}, {values.dtype}, {shape}, median of {values.turns} turns\n", flush=True)
     library = _mamba_ssm() if "ssd" in values.op and "mamba_ssm" not in skip else None
-    product, copy = (_Timed(form) for form in _ceilings(dtype))
-    cases: dict[str, list[_Timed]] = {}
+    product, copy = (Timed(form) for form in ceilings(dtype))
+    cases: dict[str, list[Timed]] = {}
     for form in forms(shape, dtype, values.op, skip, library):
         try:
-            cases.setdefault(form.case, []).append(_Timed(form))
+            cases.setdefault(form.case, []).append(Timed(form))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -98,53 +95,3 @@ def _mamba_ssm() -> MambaSSM | None:
     except (ImportError, AttributeError) as error:
         print(f"mamba_ssm is left out: {error}; install it with: {INSTALL}\n")
         return None
-
-
-class _Timed:
-    """A form, compiled, and the seconds that its runs took."""
-
-    _ENOUGH = 0.02  # Seconds of work, one run after the other, on an accelerator.
-
-    def __init__(self, form: Form):
-        self.form = form
-        if form.library is None:
-            self.call, self.wait = jax.jit(form.function).lower(*form.arguments).compile(), jax.block_until_ready
-            self.temporaries = self.call.memory_analysis().temp_size_in_bytes
-        else:
-            self.call, self.wait = form.function, form.library.wait
-            self.wait(self.call(*form.arguments))  # Its first call compiles and tunes.
-            self.temporaries = form.library.temporaries(form.function, form.arguments)
-        self.seconds: list[float] = []
-        self.on_cpu = jax.default_backend() == "cpu"
-        self.calls = 1
-        self._timed()
-        if not self.on_cpu:
-            self.calls = max(1, int(self._ENOUGH / self._timed()))
-
-    def run(self) -> None:
-        """One turn."""
-        self.seconds.append(self._timed())
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def _timed(self) -> float:
-        clock = time.process_time if self.on_cpu else time.perf_counter
-        # Not counted: what the form before has left of memory and caches is not this one's.
-        self.wait(self.call(*self.form.arguments))
-        start = clock()
-        for _ in range(self.calls):
-            result = self.call(*self.form.arguments)
-        self.wait(result)
-        return (clock() - start) / self.calls
-
-
-def _ceilings(dtype: jnp.dtype) -> tuple[Form, Form]:
-    """A product of large matrices, a pass over a long array."""
-    size, length = (1024, 2**24) if jax.default_backend() == "cpu" else (8192, 2**28)
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    keys = jax.random.split(randomness.key(0), 2)
-    square, long = jax.random.normal(keys[0], (size, size), dtype), jax.random.normal(keys[1], (length,))
-    product = Form("product", "", lambda a: jnp.matmul(a, a, precision=precision), (square,), 2 * size**3)
-    return product, Form("copy", "", lambda a: a + 1, (long,), length)

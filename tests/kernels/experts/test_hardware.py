@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 import hypothesis
+import interpreters
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -295,14 +296,12 @@ def grouped(a, b, matrices, groups):
 @pytest.mark.parametrize("module, bits", [(experts_gpu, 4), (experts_grouped_gpu, 16)])
 def test_no_races_on_gpus(module, bits):
     """Copies, products and stores keep their order: the interpreter compares vector clocks."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
     x, indices, gates = rows(9, 20, 2, jnp.bfloat16)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     run = jax.jit(functools.partial(module.expert_mlp, activation=relu2, interpret=interpret))
     y = run(x, indices, gates, draw(jnp.bfloat16, bits))
     assert distance(y, one_by_one(x, indices, gates, draw(jnp.bfloat16, bits))) < TOLERANCE[jnp.bfloat16]
-    assert not interpret_pallas_call.get_races().races_found
+    assert not interpreters.races_found()
 
 
 @pytest.mark.whole
