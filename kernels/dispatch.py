@@ -77,6 +77,10 @@ class Op:
         self.implementations[name] = Implementation(name, function.__module__)
         self._own[name] = function
 
+    def registered(self, implementation: str | None) -> Callable | None:
+        """The function that a user's file has registered under a name; None for this package's own."""
+        return self._own.get(implementation)
+
     def load(self, implementation: str) -> Callable:
         """The function of an implementation, imported."""
         if implementation in self._own:

@@ -7,6 +7,7 @@ python launch/benchmark.py compile_time
 python launch/benchmark.py block_memory
 python launch/benchmark.py kernels --shape=nano --dtype=bfloat16
 python launch/benchmark.py forms
+python launch/benchmark.py peers
 python launch/benchmark.py kernel_errors --op=ssd
 python launch/benchmark.py kernel_compile --topology=h200:1
 python launch/benchmark.py generation

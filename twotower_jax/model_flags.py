@@ -13,15 +13,15 @@ from absl import flags
 
 from twotower_jax import command_line, memory, quantization
 from twotower_jax.checkpoint.adapter import Adapter
-from twotower_jax.checkpoint.load import Contents, contents, is_small, load, stored_method
+from twotower_jax.checkpoint.load import Contents, contents, load, stored_method
 from twotower_jax.checkpoint.load import beside as load_beside
 from twotower_jax.execution import Execution
 from twotower_jax.generation.placement import TowerMeshes, by_rows, parse_mesh, tower_meshes
 from twotower_jax.generation.rehearsal import abstract_params
 from twotower_jax.generation.trained import untrained_denoiser
 from twotower_jax.kernels import Backends
+from twotower_jax.layout import is_small
 from twotower_jax.parameters import Params, cast, count, parameter_table
-from twotower_jax.paths import as_path
 from twotower_jax.quantization import METHODS, Method
 from twotower_jax.tokens import parse_ids
 from twotower_jax.two_tower import TwoTower
@@ -81,9 +81,10 @@ def load_model(
         before any weight is read, where the devices cannot hold them.
     """
     placement = tower_meshes(parse_mesh(MESH.value), apart=apart)
-    scan_layers = jax.default_backend() == "cpu" and is_small(as_path(CHECKPOINT.value))
+    found = contents(CHECKPOINT.value)
+    scan_layers = jax.default_backend() == "cpu" and is_small(found.config)
     execution = Execution(dtype=DTYPE.value, scan_layers=scan_layers, backends=Backends.parse(KERNELS.value))
-    _check_memory(contents(CHECKPOINT.value), placement, execution, needs)
+    _check_memory(found, placement, execution, needs)
     places = None if placement.context is None else placement.parameter_sharding
     beside = {"adapter": adapter, "adapter_tower": adapter_tower}
     model, params, folder = load(

@@ -9,6 +9,7 @@ dictionary of arrays into one for a functional call, and every method is then a 
 """
 
 import dataclasses
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from twotower_jax.cache import Cache
 from twotower_jax.config import ModelConfig, Variant
 from twotower_jax.execution import Execution
+from twotower_jax.kernels import OPS
+from twotower_jax.layers import registry
 from twotower_jax.layers.mixer import Routing, Run
 from twotower_jax.layers.time_conditioning import TimeConditioning, modulation
 from twotower_jax.layers.vocabulary import Head
@@ -27,10 +30,29 @@ from twotower_jax.stack import PerLayer, walk
 from twotower_jax.tower import Tower
 
 
-class Backbone(nnx.Module):
+class _Model(nnx.Module):
+    """A module that equals another one made of the same: what JAX has compiled for one then serves the other, such as
+    for a checkpoint that is loaded a second time."""
+
+    def __init__(self, config: ModelConfig, execution: Execution, *others: Hashable):
+        """`others`: what else the module is made of."""
+        kinds = tuple(registry.kind(letter) for letter in sorted(set(config.hybrid_override_pattern)))
+        # A user's file that is run again replaces what it has registered.
+        own = tuple(op.registered(getattr(execution.backends, op.setting)) for op in OPS.values())
+        self.made_of = (config, execution, kinds, own, *others)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or type(self) is type(other) and self.made_of == other.made_of
+
+    def __hash__(self) -> int:
+        return hash(self.made_of)
+
+
+class Backbone(_Model):
     """One tower and its head: the autoregressive model that both towers of `TwoTower` start from."""
 
     def __init__(self, config: ModelConfig, execution: Execution = Execution()):  # noqa: B008 (frozen)
+        super().__init__(config, execution)
         self.config = config
         self.tower = Tower(config, "backbone.", execution)
         self.head = Head(config, Scope(("lm_head.",)))
@@ -58,7 +80,7 @@ class TrainingStates(NamedTuple):
     routing: dict[str, tuple[PerLayer, ...]]
 
 
-class TwoTower(nnx.Module):
+class TwoTower(_Model):
     """The context tower, the denoiser tower, their heads, and the denoiser's time conditioning."""
 
     def __init__(
@@ -68,6 +90,7 @@ class TwoTower(nnx.Module):
         execution: Execution = Execution(),  # noqa: B008 (frozen)
         time_table_init: Initializer | None = None,
     ):
+        super().__init__(config, execution, variant, time_table_init)
         self.config = config
         self.variant = variant
         bidirectional = variant.bidirectional_mamba

@@ -8,8 +8,11 @@ Taking an expert's matrices out of the stack copies them, which with few rows pe
 So where rows are few and touch most experts all the same, the first tile of every expert is part of one batched product
 with the stack as it lies, and the loop is left with the other tiles.
 
-The backward pass is always the loop. It recomputes the hidden layer from the rows, so that forward keeps nothing F
-wide.
+On a CPU few rows go through their experts one by one, with nothing filled up: products of one row, which read a matrix
+where it lies.
+
+The backward pass is always the loop over tiles. It recomputes the hidden layer from the rows, so that forward keeps
+nothing F wide.
 """
 
 import functools
@@ -17,7 +20,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from twotower_jax.kernels.experts import Activation, Weights, is_quantized
+from twotower_jax.kernels.dispatch import platform
+from twotower_jax.kernels.experts import Activation, Weights, is_quantized, weighted_sum
 from twotower_jax.kernels.experts.tiles import Tiles, in_tiles
 from twotower_jax.kernels.numerics.quantized import Quantized, as_array
 
@@ -87,6 +91,43 @@ def _tiled_mlp_backward(activation, batched, residuals, g):
 _tiled_mlp.defvjp(_tiled_mlp_forward, _tiled_mlp_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_by_row(
+    activation: Activation, x: jax.Array, indices: jax.Array, gates: jax.Array, weights: Weights
+) -> jax.Array:
+    """`experts.expert_mlp` of few rows."""
+    experts, choices = indices.reshape(-1), indices.shape[1]
+    # An expert's rows in succession, while its matrices are in the processor's caches.
+    order = jnp.argsort(experts)
+
+    def body(i, out):
+        place = order[i]
+        expert = experts[place]
+        row = jax.lax.dynamic_slice_in_dim(x, place // choices, 1)
+        y = _one_tile(activation, row, jax.tree.map(lambda w: w[expert], weights))
+        return out.at[place].set(jnp.where(expert < weights.up.shape[0], y[0], 0))
+
+    out = jax.lax.fori_loop(0, experts.size, body, jnp.zeros((experts.size, x.shape[1]), x.dtype))
+    return weighted_sum(out.reshape(*indices.shape, -1), gates).astype(x.dtype)
+
+
+def _row_by_row_forward(activation, x, indices, gates, weights):
+    return _row_by_row(activation, x, indices, gates, weights), (x, indices, gates, weights)
+
+
+def _row_by_row_backward(activation, residuals, g):
+    x, indices, gates, weights = residuals
+
+    def in_tiles(x, gates, weights):
+        return _by_tiles(activation, x, indices, gates, weights)
+
+    dx, dgates, dweights = jax.vjp(in_tiles, x, gates, weights)[1](g)
+    return dx, None, dgates, None if is_quantized(weights) else dweights
+
+
+_row_by_row.defvjp(_row_by_row_forward, _row_by_row_backward)
+
+
 def tile_size(rows: int, num_experts: int) -> int:
     """Rows per tile: about an expert's share, in powers of two from 8 to 256."""
     share = max(1, rows // num_experts)
@@ -95,6 +136,8 @@ def tile_size(rows: int, num_experts: int) -> int:
 
 # Rows of a tile that is still few.
 _FEW = 32
+# So many rows for each expert are still computed sooner one by one, and compiled in less than half of the time.
+_SINGLE = 3
 
 
 def _is_batched(rows: int, weights: Weights, dtype: jnp.dtype) -> bool:
@@ -108,6 +151,14 @@ def expert_mlp(
     x: jax.Array, indices: jax.Array, gates: jax.Array, weights: Weights, *, activation: Activation
 ) -> jax.Array:
     """See `experts.expert_mlp`."""
+    if platform() == "cpu" and indices.size <= _SINGLE * weights.up.shape[0]:
+        return _row_by_row(activation, x, indices, gates, weights)
+    return _by_tiles(activation, x, indices, gates, weights)
+
+
+def _by_tiles(
+    activation: Activation, x: jax.Array, indices: jax.Array, gates: jax.Array, weights: Weights
+) -> jax.Array:
     num_experts = weights.up.shape[0]
     batched = _is_batched(indices.size, weights, x.dtype)
     # An expert's first tile is to hold all of its rows, even if it has more than its share.

@@ -21,15 +21,16 @@ from twotower_jax.generation import (
     score_ar,
     score_denoiser,
 )
+from twotower_jax.generation import engine as engine_module
 from twotower_jax.generation.blocks import block
 from twotower_jax.generation.engine import in_order, iter_steps, start
-from twotower_jax.generation.slots import allocate, cache_bytes, end_token_array
+from twotower_jax.generation.scheduling import bucket
+from twotower_jax.generation.slots import allocate, cache_bytes, end_token_array, prefill
 from twotower_jax.generation.stops import cut
 from twotower_jax.parameters import bind, flatten, unflatten
 from twotower_jax.two_tower import TwoTower
 
-# With what is generated, none needs more than 64 positions, the smallest cache: whatever their prompts and limits,
-# tests share what is compiled for a batch.
+# Whatever their prompts and limits, tests share what is compiled for a batch: caches have few sizes.
 PROMPTS = [[5], [9, 8, 7], list(range(10, 42)), [306, 158, 215, 23, 496]]
 SAMPLING = SamplingConfig(block_size=8, steps_per_block=4, confidence_threshold=0.3)
 DIFFUSION = Settings(max_new_tokens=20, sampling=SAMPLING, ignore_eos=True, batch_size=4)
@@ -203,6 +204,36 @@ def test_other_knobs_compile_nothing(tiny):
         compiled = block._cache_size()
         run(tiny, PROMPTS, dataclasses.replace(first, sampling=SamplingConfig(8, 4, name, strategy_options=options)))
         assert block._cache_size() == compiled
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
+def test_more_tokens_or_the_same_model_again_compile_nothing(tiny, mode):
+    """What is compiled is for a size of caches that many lengths share, and for what a model is made of."""
+    settings = dataclasses.replace(DIFFUSION, mode=mode)
+    first = run(tiny, PROMPTS, settings)
+    compiled = [function._cache_size() for function in (block, prefill)]
+    longer = run(tiny, PROMPTS, dataclasses.replace(settings, max_new_tokens=60))
+    assert [r.tokens for r in first] == [r.tokens[:20] for r in longer]
+    again = TwoTower(tiny[0].config), tiny[1]
+    assert [r.tokens for r in run(again, PROMPTS, settings)] == [r.tokens for r in first]
+    assert [function._cache_size() for function in (block, prefill)] == compiled
+
+
+@pytest.mark.parametrize("length, room", [(1, 256), (256, 256), (257, 384), (385, 512), (700, 768), (10**6, 2**20)])
+def test_sizes_of_caches(length, room):
+    assert bucket(length) == room
+
+
+def test_little_memory_is_spent_on_fewer_sizes(tiny, monkeypatch):
+    """The caches are as large as they have to be where rounding up would take much, or more than is allowed."""
+    prompt = [[5] * 1025]
+    assert start(*tiny, prompt, DIFFUSION).capacity == 1536
+    tight = dataclasses.replace(DIFFUSION, max_cache_gb=cache_bytes(tiny[0], 1, 1100) / 1e9)
+    assert start(*tiny, prompt, tight).capacity == 1088
+    monkeypatch.setattr(
+        engine_module, "_SPARE_BYTES", cache_bytes(tiny[0], 1, 1536) - cache_bytes(tiny[0], 1, 1088) - 1
+    )
+    assert start(*tiny, prompt, DIFFUSION).capacity == 1088
 
 
 def _letters(tokens):

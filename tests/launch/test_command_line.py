@@ -35,6 +35,15 @@ def run(*arguments, python=(), **environment) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def test_what_only_some_commands_need_is_not_imported_for_all():
+    """Each of these takes a quarter to half a second."""
+    modules = "generation_flags, model_flags, data, generation, checkpoint.load"
+    lines = [f"import twotower_jax.{name}" for name in modules.split(", ")]
+    heavy = {"grain", "orbax.checkpoint", "tensorboardX", "torch"}
+    code = "; ".join(["import sys", *lines, f"print(*sorted({heavy} & sys.modules.keys()))"])
+    assert run("-c", code) == (0, "\n", "")
+
+
 def main(body: str, **environment) -> tuple[int, str, str]:
     """Runs a command whose main is this."""
     lines = "\n    ".join(body.splitlines())

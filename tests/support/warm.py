@@ -21,7 +21,9 @@ import warnings
 _MOST = 2**17  # Bytes of a request.
 # Not the modules that define flags for whoever imports them.
 _MODULES = (
+    "grain",
     "optax",
+    "orbax.checkpoint",
     "ml_collections.config_flags",
     "tensorboardX",
     "twotower_jax.command_line",

@@ -37,10 +37,9 @@ from twotower_jax import command_line
 from twotower_jax.benchmarks._roofline import random_params
 from twotower_jax.benchmarks._shapes import demo_config
 from twotower_jax.checkpoint.export import model_tensors, write_folder
-from twotower_jax.checkpoint.load import is_small, load
+from twotower_jax.checkpoint.load import load
 from twotower_jax.data import save_tokenizer, train_tokenizer
 from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.execution import Execution
 from twotower_jax.generation.engine import Engine
 from twotower_jax.generation.request import Request
 from twotower_jax.generation.settings import Settings
@@ -434,7 +433,7 @@ async def _clients(server: _Server, count: int) -> _Times:
 def _bare_engine(checkpoint: pathlib.Path, counts: list[int]) -> list[tuple[float, float]]:
     """Tokens a second and the processor's seconds per token of an engine that nobody serves, for the same rows."""
     values = flags.FLAGS
-    model, params, _ = load(checkpoint, execution=Execution(scan_layers=is_small(checkpoint)))
+    model, params, _ = load(checkpoint)
     sampling = SamplingConfig(block_size=values.block_size, steps_per_block=values.block_size)
     settings = Settings(sampling=sampling, batch_size=values.slots)
     engine = Engine(model, params, settings, capacity=slot_size(values.capacity, settings), slots=values.slots)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twotower_jax import randomness
+from twotower_jax import layout, randomness
 from twotower_jax.checkpoint import manifest
 from twotower_jax.checkpoint.config_file import read_config
 from twotower_jax.checkpoint.quantizing import read_quantized
@@ -224,14 +224,15 @@ def read_parameters(
 def load(
     path: str | pathlib.Path,
     variant: Variant = Variant(),  # noqa: B008 (frozen)
-    execution: Execution = Execution(),  # noqa: B008 (frozen)
+    execution: Execution | None = None,
     *,
     sharding: ShardingOf | None = None,
     quantize: Method | None = None,
 ) -> tuple[TwoTower, Params]:
     """A folder of either kind as a two-tower model and its parameters, in the dtypes stored or quantized.
 
-    Of a backbone both towers share the arrays, and the time conditioning is one that changes nothing.
+    Of a backbone both towers share the arrays, and the time conditioning is one that changes nothing. Without an
+    `execution` as in `load.load`.
 
     Raises:
       CheckpointError: see `open_folder` and `check`.
@@ -240,6 +241,7 @@ def load(
     folder = open_folder(as_path(path))
     if variant.context == "tied" and not folder.single_tower:
         raise ValueError(f"{path}: context='tied' needs a checkpoint of one tower; this has two different ones")
+    execution = execution or layout.decoding(folder.config)
     own = own_table(folder, execution)
     check(folder, own)
     say_ignored(folder)

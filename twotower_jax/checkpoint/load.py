@@ -19,8 +19,6 @@ from twotower_jax.quantization import METHODS, Method, check_mesh
 from twotower_jax.sharding import stored_sharding
 from twotower_jax.two_tower import TwoTower, from_backbone
 
-# Bytes on disk.
-_SMALL = 256 * 2**20
 _WANTED = "give a Hugging Face folder, a converted one or a workdir"
 
 
@@ -35,7 +33,7 @@ class Loaded(NamedTuple):
 def load(
     path: str | pathlib.Path,
     variant: Variant | None = None,
-    execution: Execution = Execution(),  # noqa: B008 (frozen)
+    execution: Execution | None = None,
     *,
     mesh: Mesh | None = None,
     sharding: ShardingOf | None = None,
@@ -50,7 +48,7 @@ def load(
     Args:
       path: a Hugging Face folder, a folder written by `launch/convert.py`, or a training workdir (its newest step).
       variant: of the model to make; None takes the one the checkpoint was trained as, or the default.
-      execution: how the model is to be computed.
+      execution: how the model is to be computed; None for float32, its layers laid out as layout.py says.
       mesh: where parameters go, each device holding its part (see sharding.py); None for one device. From a converted
         checkpoint or a workdir each host reads what its devices hold and no more.
       sharding: where each parameter goes instead, as generation has it (generation/placement.py).
@@ -130,7 +128,7 @@ def _load_adapted(
     path: pathlib.Path,
     base: workdir.Base,
     variant: Variant | None = None,
-    execution: Execution = Execution(),  # noqa: B008 (frozen)
+    execution: Execution | None = None,
     sharding: ShardingOf | None = None,
     verify: bool = True,
     quantize: Method | None = None,
@@ -238,16 +236,3 @@ def stored_method(path: str | pathlib.Path) -> Method | None:
     if workdir.read_base(path) is not None:
         return METHODS.get(workdir.read_settings(path)["lora"]["base"])
     return manifest.read(path).method if (path / store.MANIFEST).exists() else None
-
-
-def is_small(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint, by its size on disk, is computed so quickly that compiling is what takes time.
-
-    Then layers are better stacked and scanned, which compiles fewer of them. But a scan copies each layer's weights out
-    of the stack, every time it comes to it, and where they do not stay in a processor's caches that takes several times
-    as long as the rest: a token of `ar` with 100 million parameters a tower took 71 ms of processor time, and 11 ms
-    with layers one by one.
-    """
-    base = workdir.read_base(folder)
-    folders = [folder] if base is None else [folder, base_folder(folder, base)]
-    return sum(file.stat().st_size for one in folders for file in one.rglob("*") if file.is_file()) < _SMALL

@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from twotower_jax.atomic import sync_path, sync_tree
 from twotower_jax.checkpoint import arrays, manifest
@@ -118,6 +117,9 @@ class FolderWriter(BackgroundWriter):
     """
 
     def __init__(self):
+        # Here and below, because it takes long to import, and most commands never need it.
+        import orbax.checkpoint as ocp
+
         super().__init__()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_PATIENCE_SECONDS)
         _say_failures_once()
@@ -139,6 +141,8 @@ class FolderWriter(BackgroundWriter):
         Raises:
           SaveError: if the folder before this one could not be written, or this one not be begun.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         final = final.absolute()
         partial = final.with_name(final.name + _PARTIAL)
@@ -208,6 +212,8 @@ def stored_arrays(folder: pathlib.Path) -> Params:
     Raises:
       CheckpointError: if the folder is not there, or is not one of Orbax.
     """
+    import orbax.checkpoint as ocp
+
     if in_store(folder):
         found = _store_steps().stored_arrays(folder)
         return stored_arrays(_store_steps().local_copy(folder)) if found is None else found
@@ -227,6 +233,8 @@ def restore_arrays(folder: pathlib.Path, target: Params) -> Params:
     Raises:
       CheckpointError: if an array is missing, left over, or of another shape or dtype.
     """
+    import orbax.checkpoint as ocp
+
     if in_store(folder):
         found = _store_steps().stored_arrays(folder)
         if found is None:
@@ -245,6 +253,8 @@ def restore_on_host(folder: pathlib.Path, target: Params) -> Iterator[tuple[Path
     Raises:
       CheckpointError: as `restore_arrays`, before anything is read.
     """
+    import orbax.checkpoint as ocp
+
     if in_store(folder):
         found = _store_steps().stored_arrays(folder)
         if found is None:

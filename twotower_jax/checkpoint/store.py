@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from twotower_jax import parameters
+from twotower_jax import layout, parameters
 from twotower_jax.checkpoint import arrays, chunks, manifest
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.config_file import read_config
@@ -100,7 +100,7 @@ def _is_chunk(name: str) -> bool:
 def load(
     path: str | pathlib.Path,
     variant: Variant | None = None,
-    execution: Execution = Execution(),  # noqa: B008 (frozen)
+    execution: Execution | None = None,
     *,
     sharding: ShardingOf | None = None,
     verify: bool = True,
@@ -111,7 +111,7 @@ def load(
     Args:
       path: the folder.
       variant: None for the default one.
-      execution: decides, among other things, whether layers come stacked.
+      execution: decides, among other things, whether layers come stacked; None as in `load.load`.
       sharding: where each parameter goes; each host reads what its devices hold, and no more. None for one device.
       verify: compares every file with its recorded hash first.
       quantize: how, where the checkpoint is not quantized already.
@@ -132,7 +132,7 @@ def load(
         )
     if verify and not in_store(path):  # where each chunk is compared as it comes
         manifest.verify(path, store.manifest.files, store.manifest.files)
-    model = TwoTower(store.config, variant, execution)
+    model = TwoTower(store.config, variant, execution or layout.decoding(store.config))
     places = table_places(store.table)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

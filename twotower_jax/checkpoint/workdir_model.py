@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twotower_jax import randomness
+from twotower_jax import layout, randomness
 from twotower_jax.checkpoint import orbax_steps
 from twotower_jax.checkpoint.config_file import with_end_tokens
 from twotower_jax.checkpoint.quantizing import read_quantized
@@ -45,7 +45,7 @@ from twotower_jax.two_tower import Backbone, TwoTower, from_backbone
 def load(
     path: str | pathlib.Path,
     variant: Variant | None = None,
-    execution: Execution = Execution(),  # noqa: B008 (frozen)
+    execution: Execution | None = None,
     *,
     sharding: ShardingOf | None = None,
     quantize: Method | None = None,
@@ -58,7 +58,7 @@ def load(
 
     Args:
       variant: of the model to make; None takes the one trained, or the default for a backbone.
-      execution: of the model to make.
+      execution: of the model to make; None as in `load.load`.
       sharding: where each stored parameter goes; None for one device. Fresh ones, if any, are on one device.
       quantize: how. Arrays, which may be of many tensors, are then read one by one, by every process whole.
 
@@ -68,6 +68,7 @@ def load(
     path = as_path(path)
     settings = read_settings(path)
     config = with_end_tokens(model_config(path, settings), path)
+    execution = execution or layout.decoding(config)
     step = orbax_steps.latest_step(path / CHECKPOINTS)
     if step is None:
         raise CheckpointError(f"{path}: this workdir has no finished checkpoint yet")

@@ -6,8 +6,8 @@ A batch is a function of the data, the seed and the step alone. With several pro
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from twotower_jax.data.mixture import Mixture
@@ -15,8 +15,8 @@ from twotower_jax.data.packing import PackedSequences
 from twotower_jax.data.tokenizer import PAD_ID
 from twotower_jax.data.windows import Concatenation, DocumentWindows
 
-# One thread, a little ahead of the device, hides the assembly of batches: `launch/benchmark.py data` measures it.
-_READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+if TYPE_CHECKING:  # Only what trains needs it, and it takes long to import.
+    import grain
 
 
 class TrainingData:
@@ -43,6 +43,8 @@ class TrainingData:
           ValueError: `process_count` does not divide `batch_size`, or `process_index` is out of range; or the shares of
             a mixture change by steps of another number of rows.
         """
+        import grain
+
         if isinstance(sequences, Mixture) and sequences.batch_size not in (None, batch_size):
             raise ValueError(f"the mixture's weights change by steps of {sequences.batch_size} rows, not {batch_size}")
         rows = _local_batch_size(batch_size, process_index, process_count)
@@ -86,15 +88,21 @@ class TrainingData:
     def _seek(self, step: int) -> None:
         # A slice renumbers batches without reading any. Grain's own iterator state would do as well, but its layout
         # is Grain's, and a saved run should outlive it.
-        self._iterator = iter(self._batches[step:].to_iter_dataset(_READ_OPTIONS))
+        import grain
+
+        # One thread, a little ahead of the device, hides the assembly of batches: `launch/benchmark.py data`.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        self._iterator = iter(self._batches[step:].to_iter_dataset(options))
         self._step = step
 
 
-def epochs(source: Sequence, seed: int, number: int) -> grain.MapDataset:
+def epochs(source: Sequence, seed: int, number: int) -> "grain.MapDataset":
     """The entries of the `number`-th source in the order of training, without end: each epoch all of them.
 
     Each source has an order of its own; that of the first is the order it would have alone.
     """
+    import grain
+
     return grain.MapDataset.source(source).seed(seed + (number << 64)).shuffle().repeat()
 
 

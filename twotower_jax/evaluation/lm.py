@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from twotower_jax.checkpoint.load import is_small, load
+from twotower_jax.checkpoint.load import contents, load
 from twotower_jax.data import load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.diffusion import SamplingConfig
@@ -30,6 +30,7 @@ from twotower_jax.execution import Execution
 from twotower_jax.generation.operating_point import read_operating_point
 from twotower_jax.generation.placement import parse_mesh, tower_meshes
 from twotower_jax.generation.settings import Settings
+from twotower_jax.layout import is_small
 from twotower_jax.parameters import cast, parameter_table
 from twotower_jax.paths import as_path, local_path
 
@@ -90,7 +91,7 @@ class TwoTowerLM(TemplateLM):
         base = Settings(batch_size=int(batch_size), sampling=SamplingConfig(**sampling))
         settings = with_values(base, mode, options)
         placement = tower_meshes(parse_mesh([word for word in mesh.split("+") if word]))
-        scan_layers = jax.default_backend() == "cpu" and is_small(folder)
+        scan_layers = jax.default_backend() == "cpu" and is_small(contents(folder).config)
         execution = Execution(dtype=dtype, scan_layers=scan_layers)
         places = None if placement.context is None else placement.parameter_sharding
         beside = {"adapter": adapter and local_path(adapter), "adapter_tower": adapter_tower}

@@ -38,6 +38,8 @@ from twotower_jax.two_tower import TwoTower
 
 # Pieces are read together as long as they are not more tokens than this.
 _TOKENS_PER_READ = 512
+# Of each device, what caches may be larger than they need to be.
+_SPARE_BYTES = 64 * 2**20
 
 
 def positions(prompt_length: int, max_new_tokens: int, settings: Settings, request: Request | None = None) -> int:
@@ -394,17 +396,25 @@ def start(
     if not prompts:
         raise ValueError("no prompts given")
     rows = [_checked(model, prompt, number) for number, prompt in enumerate(prompts)]
-    engine = Engine(
-        model,
-        params,
-        settings,
-        capacity=max(positions(len(row), settings.max_new_tokens, settings) for row in rows),
-        slots=min(settings.batch_size, len(rows)),
-        **options,
-    )
+    needed = max(positions(len(row), settings.max_new_tokens, settings) for row in rows)
+    slots = min(settings.batch_size, len(rows))
+    placement = options.get("placement", TowerMeshes())
+    placement.check(model.config)
+    capacity = _roomy(model, needed, slots, settings, placement)
+    engine = Engine(model, params, settings, capacity=capacity, slots=slots, **options)
     for row in rows:
         engine.submit(row)
     return engine
+
+
+def _roomy(model: TwoTower, needed: int, slots: int, settings: Settings, placement: TowerMeshes) -> int:
+    """A capacity of at least `needed` positions, one of few, so that what is compiled for these prompts serves the next
+    ones too; no larger than needed where that would take more than a little memory."""
+    least, roomy = round_up(needed, PIECE), scheduling.bucket(needed)
+    rows = round_up(slots, placement.rows)
+    of_least, of_roomy = (cache_bytes(model, rows, size, placement.context) for size in (least, roomy))
+    allowed = settings.max_cache_gb is None or of_roomy <= settings.max_cache_gb * 1e9
+    return roomy if allowed and of_roomy - of_least <= _SPARE_BYTES else least
 
 
 def iter_steps(engine: Engine) -> Iterator[list[Progress]]:

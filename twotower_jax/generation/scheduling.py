@@ -16,6 +16,8 @@ from twotower_jax.generation.slots import Draws, Given, allowed_bits, end_token_
 PIECE = 64
 # Each longer piece is so many times the one before, up to prefill_chunk: few lengths, so that few are compiled.
 _PIECE_GROWTH = 4
+# Enough for most of what is typed at a prompt.
+_LEAST_BUCKET = 4 * PIECE
 # More evaluations than any call makes.
 _NO_LIMIT = 2**30
 
@@ -25,6 +27,14 @@ Places = Sequence[Row | None]
 
 def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
+
+
+def bucket(positions: int) -> int:
+    """The next of the few sizes that caches are rounded up to: 256, 384, 512, 768, 1024 and so on."""
+    size = _LEAST_BUCKET
+    while size < positions:
+        size = size // 2 * 3 if size.bit_count() == 1 else size // 3 * 4
+    return size
 
 
 def piece_width(left: int, chunk: int) -> int:

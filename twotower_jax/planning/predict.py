@@ -314,10 +314,10 @@ class _Program:
                 continue
             if kind in _COLLECTIVES:
                 return kind, phase
-            if kind == "async" and phase:
+            if kind in ("async", "custom-call") and phase:  # the latter on a core of its own, as on tpu7x
                 called = next(iter(_CALLED.findall(one.rest)), None)
                 inside = [i.opcode for i in self._bodies.get(called, ()) if i.opcode in _COLLECTIVES]
-                if inside or phase != "start":
+                if inside or kind == "async" and phase != "start":
                     return (inside or ["async"])[0], phase
         return None, ""
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from twotower_jax.kernels import expert_mlp
-from twotower_jax.kernels.experts import Weights, reference, relu2, sort_by_expert
+from twotower_jax.kernels.experts import Weights, reference, relu2, sort_by_expert, xla
 from twotower_jax.kernels.experts import ragged_dot as experts_ragged
 from twotower_jax.kernels.experts.xla import tile_size
 from twotower_jax.layers.common import ACTIVATIONS
@@ -115,6 +115,24 @@ def test_a_choice_of_no_expert_adds_nothing(form):
     assert not np.any(np.asarray(gradients[1])[nobody])
     for found, other in zip(jax.tree.leaves(gradients[2]), jax.tree.leaves(others[2]), strict=True):
         np.testing.assert_allclose(found, other, atol=1e-5 * np.max(np.abs(other)))
+
+
+def test_single_rows_are_as_in_tiles():
+    """On a CPU few rows go one by one; a choice of no expert stands among them. The gradients are those of tiles."""
+    x, gates, weights = draw(0, 3, 3, 8)
+    indices = route(1, 3, 3, 8)
+    indices[1, 2] = 8
+    forms = (jax.jit(functools.partial(form, relu2)) for form in (xla._row_by_row, xla._by_tiles))
+
+    def loss(form, x, gates, weights):
+        y = form(x, indices, gates, weights)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+    (single, y), (tiled, expected) = (
+        jax.grad(functools.partial(loss, form), (0, 1, 2), has_aux=True)(x, gates, weights) for form in forms
+    )
+    np.testing.assert_allclose(y, expected, atol=TOLERANCE * np.max(np.abs(expected)))
+    jax.tree.map(np.testing.assert_array_equal, single, tiled)
 
 
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), favourites=st.integers(3, 8))
