@@ -136,22 +136,22 @@ def tile_size(rows: int, num_experts: int) -> int:
 
 # Rows of a tile that is still few.
 _FEW = 32
-# So many rows for each expert are still computed sooner one by one, and compiled in less than half of the time.
-_SINGLE = 3
+# Fewer rows for each expert are best taken one by one; from here on most experts are touched by several.
+_SINGLE = 2
 
 
 def _is_batched(rows: int, weights: Weights, dtype: jnp.dtype) -> bool:
     """Whether most experts are touched by few rows each, and their stack can be multiplied with as it lies."""
     num_experts = weights.up.shape[0]
     as_it_lies = all(w is None or not isinstance(w, Quantized) and w.dtype == dtype for w in weights)
-    return as_it_lies and rows >= 2 * num_experts and tile_size(2 * rows, num_experts) <= _FEW
+    return as_it_lies and rows >= _SINGLE * num_experts and tile_size(2 * rows, num_experts) <= _FEW
 
 
 def expert_mlp(
     x: jax.Array, indices: jax.Array, gates: jax.Array, weights: Weights, *, activation: Activation
 ) -> jax.Array:
     """See `experts.expert_mlp`."""
-    if platform() == "cpu" and indices.size <= _SINGLE * weights.up.shape[0]:
+    if platform() == "cpu" and indices.size < _SINGLE * weights.up.shape[0]:
         return _row_by_row(activation, x, indices, gates, weights)
     return _by_tiles(activation, x, indices, gates, weights)
 

@@ -19,9 +19,6 @@ SETTINGS = {
     "validation_fraction": 0.3,
     "reset_at_documents": True,
     "remat": "layer",
-    "sample_every": 2,
-    "sample_prompts": ("64 125", "3"),
-    "sample_tokens": 16,
 }
 
 
@@ -64,13 +61,14 @@ def run(folder: pathlib.Path, name: str, processes: int, *flags: str) -> tuple[l
 
 
 # Rows divided between the processes; then rows, experts, and the positions of a row.
-FEW = ("--config.model.hybrid_override_pattern=M*", "--config.sample_every=0")
+FEW = ("--config.model.hybrid_override_pattern=M*",)
+SAMPLED = ("--config.sample_every=2", "--config.sample_prompts=('64 125', '3')", "--config.sample_tokens=16")
 
 
 @pytest.mark.whole(but=["two"])
 @pytest.mark.parametrize(
     ("processes", "mesh", "flags"),
-    [(2, ("fsdp=-1",), FEW), (2, ("fsdp=-1",), ()), (4, ("sequence=2", "expert=2"), ())],
+    [(2, ("fsdp=-1",), FEW), (2, ("fsdp=-1",), SAMPLED), (4, ("sequence=2", "expert=2"), SAMPLED)],
     ids=["two", "of all", "four"],
 )
 def test_several_processes_are_one_run(folder, processes, mesh, flags):
@@ -78,7 +76,7 @@ def test_several_processes_are_one_run(folder, processes, mesh, flags):
     rows, samples = run(folder, name, processes, *(f"--config.mesh.{axis}" for axis in mesh), *flags)
     expected_rows, expected_samples = run(folder, f"alone-{name}", 1, *flags)
     assert len(rows) == len(expected_rows) == 2 and "validation_loss" in expected_rows[-1]
-    assert samples == expected_samples and len(samples) == (0 if flags else 2)
+    assert samples == expected_samples and len(samples) == (2 if flags == SAMPLED else 0)
     for found, expected in zip(rows, expected_rows, strict=True):
         assert found.keys() == expected.keys()
         for field in {"loss", "grad_norm", "validation_loss"} & expected.keys():
@@ -88,7 +86,7 @@ def test_several_processes_are_one_run(folder, processes, mesh, flags):
 @pytest.mark.whole
 def test_several_processes_learn_from_conversations_as_one(folder):
     """Each reads its rows of every batch; the held-out answers are asked by all."""
-    flags = "--config.data=talks.jsonl", "--config.sample_answers=2"
+    flags = "--config.data=talks.jsonl", "--config.sample_answers=2", *SAMPLED
     expected_rows, expected_samples = run(folder, "talks-alone", 1, *flags)
     rows, samples = run(folder, "talks", 2, *flags, "--config.mesh.fsdp=-1")
     assert samples == expected_samples and len(rows) == len(expected_rows) == 2
