@@ -99,7 +99,7 @@ def test_every_dependency_says_its_lowest_version_and_all_extras_the_same():
     with pytest.raises(ValueError, match="pyarrow: 21 and 22 are both"):
         bounds(text.replace('data = ["pyarrow>=21"', 'data = ["pyarrow>=22"'))
     with pytest.raises(ValueError, match="optax: not of the form"):
-        bounds(text.replace('"optax>=0.2.6"', '"optax"'))
+        bounds(text.replace('"optax>=0.2.8"', '"optax"'))
 
 
 def test_private_names_of_jax_stand_in_one_file_of_the_package_and_one_of_the_tests():
