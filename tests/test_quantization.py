@@ -201,7 +201,7 @@ def test_the_same_numbers_however_they_come(name, method, sources, converted):
         )
 
 
-@pytest.mark.whole(but=["int8"])
+@pytest.mark.whole
 @pytest.mark.parametrize("method", METHODS)
 def test_half_a_scale_through_the_whole_path(method, converted):
     """Every matrix that was read is as near as its scales promise; everything else is what it was."""
@@ -329,6 +329,7 @@ def test_a_width_that_int4_cannot_halve(small_config):
     assert disk_table(table, METHODS["int8"])
 
 
+@pytest.mark.whole
 def test_commands(small_folder, tmp_path):
     """`--quantize` of convert.py, generate.py and score.py; verify.py says what it is and how far it drifts."""
 

@@ -469,7 +469,7 @@ def test_expert_load_comes_in_the_order_of_the_layers(make):
     np.testing.assert_allclose(np.mean(found, axis=1), 1, rtol=1e-6)
 
 
-@pytest.mark.whole(but=["False"])
+@pytest.mark.whole
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_documents_side_by_side_know_nothing_of_each_other(make, bidirectional):
     """Three in one row, of 4, 8 and 4 tokens, give what each gives alone, in both towers."""

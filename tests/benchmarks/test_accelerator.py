@@ -221,6 +221,7 @@ def test_units_have_names_of_their_own_and_all_parts_come_early(plan):
         json.dumps(one.parameters)
 
 
+@pytest.mark.whole
 def test_kernels_are_measured(plan):
     found = plan["errors: causal_conv, inputs of 1, xla, float32"].run()
     assert 0 < found["outputs"] < 1e-6 and 0 < found["gradients"] < 1e-6

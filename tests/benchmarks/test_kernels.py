@@ -101,6 +101,7 @@ def library(monkeypatch):
     return MambaSSM(), calls
 
 
+@pytest.mark.whole
 def test_mamba_ssm_is_asked_for_what_ours_computes(library):
     """Through the forms that are timed: the same arguments, outputs and gradients."""
     library, calls = library

@@ -19,6 +19,7 @@ def test_sizes(name, millions):
     assert round(count(parameter_table(Backbone(_peer_models.MODELS[name]))) / 1e6, 1) == millions
 
 
+@pytest.mark.whole
 def test_the_folder_holds_the_weights(tmp_path, capsys):
     """Every array, bit for bit, in both towers, so that whoever reads the layout computes with the same."""
     small = {"vocab_size": 32, "hidden_size": 16, "moe_intermediate_size": 8, "moe_shared_expert_intermediate_size": 8}

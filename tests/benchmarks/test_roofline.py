@@ -65,6 +65,7 @@ def test_parameters_are_those_of_initialize(small_config):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.whole
 def test_the_command_says_how_near_the_roofline_is():
     flags = ["--roofline", "--batches=2", "--new_tokens=64", "--repeats=1"]
     run = run_command("benchmark", "generation", *flags)

@@ -179,6 +179,7 @@ def test_training_starts_from_it(tmp_path):
 UNUSED = dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups"), 1)
 
 
+@pytest.mark.whole
 def test_the_command_s_end_tokens(tmp_path):
     """--eos in place of the checkpoint's."""
     case, *_ = json.loads((FAMILY / "moe.generation.json").read_text())

@@ -124,6 +124,7 @@ def test_moments_are_stored_so_and_lie_where_their_parameters_do(step_config):
     assert adam.count.dtype == jnp.int32
 
 
+@pytest.mark.whole
 def test_a_run_with_moments_in_bfloat16_goes_on_as_if_never_stopped(train_config, tmp_path, compile_once):
     """And not with moments of another kind."""
     settings = {"pattern": "-", "steps": 6, "log_every": 1, "checkpoint_every": 0, "validation_fraction": 0.0}
@@ -152,6 +153,7 @@ def test_a_dry_run_of_its_list(data):
     assert f"{PARAMETERS:,} parameters; nothing missing, nothing left over" in text
 
 
+@pytest.mark.whole
 def test_the_least_that_it_takes():
     """The tables of docs/reports/nano4b.md; and by hand, of one H100: 4 bytes of weight and of gradient, 4 of two
     moments, 2 of the frozen tower, but for some vectors."""

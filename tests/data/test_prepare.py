@@ -148,6 +148,7 @@ def test_training_starts_from_a_prepared_folder(reference, tmp_path, small_confi
     assert set(batch) == {"ids", "document_start", "counted"} and (batch["document_start"] % 16 == 0).all()
 
 
+@pytest.mark.whole
 def test_which_token_closes_documents(tmp_path, tokenizer):
     """The first of the checkpoint's end tokens, or of --eos; a set of another is another set."""
     (tmp_path / "a.jsonl").write_text(rows(make_texts(5)))
@@ -182,6 +183,7 @@ def test_a_set_made_before_there_was_a_choice(tmp_path, tokenizer):
 # Interruption
 
 
+@pytest.mark.whole
 def test_number_of_processes_does_not_matter(corpus, reference, tmp_path):
     done = run(*flags(corpus, tmp_path / "out", "--workers=3"))
     assert done.returncode == 0, done.stderr

@@ -83,6 +83,7 @@ def test_conversations_are_packed_whole(tmp_path):
     assert windows.filled == documents.tokens
 
 
+@pytest.mark.whole
 def test_the_command_writes_text_json_and_plots(folder, tmp_path):
     done = run_command("prepare", f"--report={folder}", f"--output={tmp_path / 'out'}", "--sequence_length=64")
     assert done.returncode == 0, done.stderr

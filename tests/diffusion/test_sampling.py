@@ -112,6 +112,7 @@ def test_step_against_the_literal_one(config, seed, block, data):
         np.testing.assert_allclose(result.confidence[row], confidence, rtol=1e-5)
 
 
+@pytest.mark.whole(but=["posterior-S64", "predict_and_noise-S5-", "confidence-S5-"])
 @pytest.mark.parametrize("config", CONFIGS, ids=describe)
 def test_rows_are_exactly_what_they_are_alone(config):
     xt, logits, keys = random_blocks(config, np.random.default_rng(6))

@@ -51,6 +51,7 @@ def test_the_command_compares_points_on_the_same_questions_and_goes_on(tmp_path,
     assert (again["tasks"], again["speed"]) == (found["tasks"], {})
 
 
+@pytest.mark.whole(but=["flags1-", "flags6-"])
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -92,6 +93,7 @@ def test_programs_of_a_model_run_only_if_that_is_allowed(tmp_path, checkpoint, t
     )
 
 
+@pytest.mark.whole
 def test_tuning_takes_a_tasks_score_for_its_quality(tmp_path, checkpoint, task_files):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "tuning"
     prompts.write_text('{"ids": [7, 8, 9]}\n' * 4)

@@ -138,6 +138,7 @@ def test_blockwise_refuses_what_has_no_order(tiny):
         scores(blockwise_scores, tiny, [Pair((1,), (2,))], sampling=SamplingConfig(strategy="posterior"))
 
 
+@pytest.mark.whole
 def test_the_context_scores_as_score_ar_does_whatever_the_batch(small_config, random_params):
     model = TwoTower(small_config("*", vocab_size=5))
     tiny, rng = (model, random_params(model)), np.random.default_rng(0)

@@ -133,6 +133,7 @@ def test_routing_is_that_of_the_forward_pass(small_config, random_params):
     assert experts[:, 0].tolist() == step.experts
 
 
+@pytest.mark.whole
 def test_routing_is_in_the_order_of_the_layers(small_config, random_params):
     """Stacked ones included: each layer is made to prefer the expert of its number."""
     model = TwoTower(small_config("EEMEEM*E"))
@@ -161,6 +162,7 @@ def test_prompts_may_be_read_in_pieces(tiny, mode):
     assert run(tiny, PROMPTS, dataclasses.replace(settings, prefill_chunk=7)) == whole
 
 
+@pytest.mark.whole
 def test_a_long_prompt_does_not_hold_up_the_others(tiny):
     """While a row is generated, a prompt is read one piece a block."""
     settings = dataclasses.replace(DIFFUSION, prefill_chunk=7)

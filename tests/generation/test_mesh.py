@@ -232,6 +232,7 @@ def test_both_towers_work_at_once(model, one_device, monkeypatch):
     assert "begin finish begin finish" in " ".join(order)
 
 
+@pytest.mark.whole
 def test_a_row_canceled_between_the_towers_leaves_its_slot_to_another(model):
     """What the denoiser had made of it is not committed to the row that has its slot now."""
     asked = [Request(prompt=[7 + i], max_new_tokens=9, sampling=SAMPLING, sample=i) for i in range(8)]

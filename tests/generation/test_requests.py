@@ -269,6 +269,7 @@ def test_step_maps_of_drafts(tiny):
         assert progress.step_map == [decided[i] for i in range(1, BLOCK)] + [0]
 
 
+@pytest.mark.whole
 def test_provisional_blocks_are_told_step_by_step(tiny):
     """An event for each evaluation but the last of a block, with what the trace has; nobody's tokens change."""
     asked = [request(i, mode=mode, sample=i) for i in range(2) for mode in ("diffusion", "speculative")]
@@ -286,6 +287,7 @@ def test_provisional_blocks_are_told_step_by_step(tiny):
         assert provisional == (steps if r.provisional else [])
 
 
+@pytest.mark.whole
 def test_one_token_at_a_time_on_request(tiny):
     (events,) = run(tiny, [request(mode="ar", provisional=True, max_new_tokens=5)])
     assert [len(p.tokens) for p in events] == [1, 1, 1, 1, 1]

@@ -164,6 +164,7 @@ def _run(script: str, **flags):
     return run_command(script, *arguments)
 
 
+@pytest.mark.whole
 def test_the_command_tunes_and_generation_follows(tmp_path, small_folder):
     checkpoint = shutil.copytree(small_folder, tmp_path / "checkpoint")
     (checkpoint / FILE).write_text('{"temperature": 0.5, "block_size": 4}')

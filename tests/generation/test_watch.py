@@ -98,6 +98,7 @@ def test_where_the_trained_block_size_stands(tmp_path, files, expected):
     assert trained_block_size(tmp_path) == expected
 
 
+@pytest.mark.whole
 def test_the_command_follows_its_flags(tmp_path, small_folder):
     """One run for the warning, the trace, a stop text and the fields of a row."""
     checkpoint = shutil.copytree(small_folder, tmp_path / "checkpoint")

@@ -156,7 +156,7 @@ def callback(phase, info):
         {_INTERRUPTED.replace(chr(10), chr(10) + "        ")}
 gc.callbacks.append(callback)
 gc.collect()
-time.sleep(9)"""
+time.sleep(2)"""
     assert main(body) == (130, "", "error: interrupted; nothing was left half-written\n")
 
 

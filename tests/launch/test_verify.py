@@ -16,6 +16,7 @@ from twotower_jax.checkpoint.export import export
 from twotower_jax.files import CheckpointError
 
 
+@pytest.mark.whole
 def test_certified(data, tmp_path):
     """With a part of what is recorded: compiling all of it takes a minute. `test_reference.py` has the rest."""
     recorded = load_file(data / "tiny_bf16/expected.safetensors")

@@ -43,6 +43,7 @@ def test_bytes_by_kind(plan, step_config):
     assert plan._replace(memory=int(1.12 * plan.total)).fits
 
 
+@pytest.mark.whole
 def test_nothing_that_is_ruled_out(plan):
     assert not any(check.found for check in plan.gates)
 

@@ -275,6 +275,7 @@ def test_the_reward_rises(folder, tmp_path):
     assert not same["denoiser_tower"] and not same["denoiser_head"]
 
 
+@pytest.mark.whole
 def test_the_command(folder, tmp_path):
     questions, own = tmp_path / "questions.jsonl", tmp_path / "own.py"
     questions.write_text('{"prompt": "The list", "response": "object"}\n')

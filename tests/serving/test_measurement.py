@@ -2,12 +2,14 @@
 
 import re
 
+import pytest
 from served import SHAPE
 
 from helpers import run_command
 from twotower_jax.benchmarks.serving import broken_bodies
 
 
+@pytest.mark.whole
 def test_a_small_server_bears_what_it_is_measured_with(checkpoint):
     sizes = {"mixed": 12, "malformed": 60, "disconnects": 6, "slow": 0, "memory": 0, "requests": 1, "new_tokens": 8}
     flags = [f"--{name}={value}" for name, value in sizes.items()]

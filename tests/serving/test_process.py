@@ -176,6 +176,7 @@ def test_a_second_signal_ends_at_once(checkpoint):
         thread.join()
 
 
+@pytest.mark.whole
 def test_a_signal_ends_it_though_nobody_reads_what_it_says(checkpoint):
     with holding(checkpoint) as process:
         assert process.stdout.readline().startswith("serving scripted on ")

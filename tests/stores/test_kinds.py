@@ -13,6 +13,7 @@ from twotower_jax.stores import Changed, StoreError, lease
 from workdirs import same
 
 
+@pytest.mark.whole
 def test_the_hub_is_read(backbone_folder, address, tmp_path):
     """Straight into a store, without a copy of the model here."""
     with buckets.hub(backbone_folder):

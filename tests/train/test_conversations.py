@@ -98,6 +98,7 @@ def test_no_answer_knows_of_anything_later(open_model):
         assert (sizes[:start] < 1e-6 * sizes.max()).all()
 
 
+@pytest.mark.whole(but=["forward"])
 def test_answers_off_the_borders_would_know_what_is_said_next(open_model):
     window = make_windows([[(3, 3), (4, 4)]], align=1)[0]
     first = known(*open_model, window)[0, 1]
@@ -124,6 +125,7 @@ def literal(window, log_p, masked, weight):
     return total, count, by_turn
 
 
+@pytest.mark.whole(but=["[]"])
 @pytest.mark.parametrize("complementary", [False, True], ids=["", "complementary"])
 def test_losses_equal_literal_sums(denoiser, random_params, complementary):
     """Only what the assistant says is masked, and tokens count their weight; so do the context's next tokens."""

@@ -21,13 +21,12 @@ MESHES = ROOT / "tests/support/restore_on_meshes.py"
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory, pytestconfig) -> pathlib.Path:
+def scratch(tmp_path_factory) -> pathlib.Path:
     """Where the runs are; `broken` was interrupted several times and then ended well."""
     scratch = tmp_path_factory.mktemp("runs")
-    killed = 3 if pytestconfig.getoption("whole") else 1
-    outcomes = list(kills.campaign(scratch, kills=killed, terms=1, seed=0))
-    assert [outcome.problem for outcome in outcomes] == [""] * (killed + 2)
-    ends = [("SIGKILL", -9)] * killed + [("SIGTERM", 75), ("nothing", 0)]
+    outcomes = list(kills.campaign(scratch, kills=3, terms=1, seed=0))
+    assert [outcome.problem for outcome in outcomes] == [""] * 5
+    ends = [("SIGKILL", -9)] * 3 + [("SIGTERM", 75), ("nothing", 0)]
     assert sorted((outcome.signal, outcome.status) for outcome in outcomes) == ends
     return scratch
 
@@ -44,6 +43,7 @@ def ended(process: subprocess.Popen, run: kills.Run) -> tuple[int, str]:
     return process.wait(300), run.log.read_text().splitlines()[-1]
 
 
+@pytest.mark.whole
 def test_an_interrupted_run_is_the_uninterrupted_one(scratch):
     # The fixture has compared them; this says that the comparison can tell.
     assert kills.differences(scratch / "whole", scratch / "broken") == ""

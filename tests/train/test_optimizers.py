@@ -146,6 +146,7 @@ def test_muon_and_the_average_on_a_mesh_are_those_of_one_device(step_config, ran
     assert flatten(many.average)[matrix].sharding == flatten(many.params)[matrix].sharding
 
 
+@pytest.mark.whole
 def test_the_noise_scale_is_its_formula(step_config, random_params):
     config = step_config(
         **{

@@ -256,6 +256,7 @@ def test_quantized_experts_have_the_gradients_of_what_they_stand_for_in_rows_and
         assert distance(one, np.asarray(other, np.float64)) < (1e-5 if dtype == jnp.float32 else 2e-2)
 
 
+@pytest.mark.whole
 @hypothesis.settings(max_examples=4)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), empty=st.sampled_from([0.0, 0.5, 0.9]))
 def test_grouped_products(seed, empty):

@@ -165,7 +165,12 @@ def for_each(fast, of_gpu, of_triton=()):
 
 
 @pytest.mark.whole(
-    but=["mosaic_gpu_interpret-(1, 12, 2, 80", "pallas_tpu_interpret-(1, 24, 6, 80", "xla-(2, 40, 5", "triton"]
+    but=[
+        "mosaic_gpu_interpret-(1, 12, 2, 80",
+        "pallas_tpu_interpret-(1, 24, 6, 80",
+        "xla-(2, 40, 5",
+        "triton_interpret-(1, 20",
+    ]
 )
 @pytest.mark.parametrize(("implementation", "shape"), for_each(SHAPES, GPU_SHAPES, TRITON_SHAPES), ids=str)
 def test_ssd_equals_the_recurrence(implementation, shape):
