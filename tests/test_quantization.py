@@ -243,6 +243,7 @@ def test_a_workdir(sources, tmp_path):
     assert_same(load.load(tmp_path / "run", execution=flat, quantize="int4").params, expected)
 
 
+@pytest.mark.whole
 def test_cast_leaves_quantized_matrices(converted):
     model, params, _ = load.load(converted["two_tower:int8"])
     table = parameter_table(model)

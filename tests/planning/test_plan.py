@@ -48,6 +48,7 @@ def test_nothing_that_is_ruled_out(plan):
     assert not any(check.found for check in plan.gates)
 
 
+@pytest.mark.whole
 def test_the_report_says_it_all(plan):
     text = report.describe(plan)
     parts = "cpu:8: 8 chips, 8 devices, mesh fsdp 8", f"{plan.parameters:,} parameters", "fits", "chip-hours"
