@@ -205,7 +205,7 @@ def test_the_report_divides_what_was_measured():
 
 @pytest.fixture(scope="module")
 def plan():
-    """Of processors, by name."""
+    """The units of a processor, by name."""
     return {f"{one.part}: {one.name}": one for one in units.plan(list(command.PARTS), units.scale("tiny"))}
 
 

@@ -317,7 +317,7 @@ def test_a_huge_header(single):
 
 
 def test_variants_of_a_two_tower_folder(data):
-    """Without time conditioning its tensors stay behind; two different towers cannot become one."""
+    """Without time conditioning its tensors are left out; two different towers cannot become one."""
     folder = data / "tiny_bf16/checkpoint"
     _, whole = load(folder)
     _, timeless = load(folder, Variant(time_conditioning=False))

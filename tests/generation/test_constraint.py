@@ -52,7 +52,7 @@ def sentences(automaton: Automaton, most: int) -> set[tuple[int, ...]]:
 
 
 def random_automaton(draw: random.Random) -> Automaton:
-    """Of five tokens, with circles."""
+    """An automaton of five tokens, with circles."""
     count = draw.randint(2, 5)
     tokens = [np.array(sorted(draw.sample(range(20, 25), draw.randint(0, 3))), np.int32) for _ in range(count)]
     targets = [np.array([draw.randrange(count) for _ in one], np.int32) for one in tokens]

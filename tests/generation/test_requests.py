@@ -245,7 +245,7 @@ def of_context(tiny, ids, tokens) -> np.ndarray:
 @pytest.mark.whole
 @pytest.mark.parametrize("mode", ["ar", "speculative"])
 def test_log_probabilities_of_the_context(tiny, mode):
-    """Of every token, and one that was pinned: of the context given all before it, whoever drafted it."""
+    """They are the context's given all before, for every token and for one that was pinned, whoever drafted it."""
     asked = request(1, mode=mode, logprobs=1, context_logprobs=True, pinned={3: 33}, sampling={"temperature": 1.0})
     (events,) = run(tiny, [asked])
     result = events[-1].result

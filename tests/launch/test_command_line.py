@@ -148,7 +148,7 @@ def test_how_a_command_ends(body, status, said):
 
 
 def test_an_interruption_is_not_lost_in_a_callback():
-    """Of the garbage collector, where Python prints an exception and goes on."""
+    """A callback of the garbage collector, where Python prints an exception and goes on."""
     body = f"""import gc, time
 def callback(phase, info):
     if phase == 'stop':

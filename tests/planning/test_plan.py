@@ -96,7 +96,7 @@ def test_a_product_of_all_experts_with_all_rows_is_found(step_config):
 
 
 def test_latent_experts_by_hand(step_config):
-    """Of two layers with eight experts of width 24, matrices of 16 × 24 become 8 × 24, between 16 × 8 and 8 × 16."""
+    """In two layers with eight experts of width 24, matrices of 16 × 24 become 8 × 24, between 16 × 8 and 8 × 16."""
     plain, latent = step_config(), step_config(**{"model.moe_latent_size": 8})
     card = least.Card("card", 2**30, 1e12)
     smaller = 2 * (8 * 2 * (16 - 8) * 24 - 2 * 16 * 8)

@@ -33,5 +33,5 @@ def s3():
 
 @pytest.fixture
 def address(request) -> str:
-    """Of a folder of the bucket that nobody else uses."""
+    """The address of a folder of the bucket that nobody else uses."""
     return f"gs://{buckets.BUCKET}/{request.node.name}".replace("[", "-").replace("]", "")

@@ -126,7 +126,7 @@ def test_to_s3(corpus, reference, s3):
 
 
 def test_a_part_asks_for_little_more_than_its_own(address, monkeypatch):
-    """Of a Parquet file of 32 MB, a part of 2 MB: the blocks of 4 MiB that it lies in, four ahead, and the footer."""
+    """A part of 2 MB of a Parquet file of 32 MB: the blocks of 4 MiB that it lies in, four ahead, and the footer."""
     texts = [f"{i} " + "x" * 2000 for i in range(16_000)]
     buffer = io.BytesIO()
     table = pyarrow.table({"text": texts})

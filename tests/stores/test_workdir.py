@@ -136,7 +136,7 @@ def test_what_is_half_sent_is_no_step(address, monkeypatch):
 
 
 def test_copies_of_a_step(address, tmp_path, capsys):
-    """Of all parts and values, by hash; broken ones count as none."""
+    """All parts and values, by hash; broken ones count as none."""
     path, values = as_path(address), np.arange(12.0, dtype=np.float32).reshape(3, 4)
     copies = local_copies.LocalCopies(tmp_path, path)
     for step in (1, 2):

@@ -47,8 +47,8 @@ def documents_of(window) -> Documents:
 
 @functools.cache
 def derivatives(model):
-    """Of the losses of some of the masked positions, given as (5, L), how large they are in the embedding of each
-    position's token, clean and noisy, (5, L). Every position has a token of its own; masked ones share theirs."""
+    """How large the derivatives of the losses of some of the masked positions, given as (5, L), are in the embedding
+    of each position's token, clean and noisy, (5, L). Every position has its own token; masked ones share theirs."""
     clean = 4 + np.arange(LENGTH, dtype=np.int32)[None]
 
     def losses(embeddings, params, noisy, starts, of):

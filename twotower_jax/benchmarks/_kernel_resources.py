@@ -22,7 +22,7 @@ _BLOCK = re.compile(r"Compiling entry function '(\w+)'.*?(?=Compiling entry func
 
 
 class Resources(NamedTuple):
-    """Of one kernel.
+    """What one kernel takes.
 
     Attributes:
       kernel: its name. registers: a thread. spilled: bytes a thread stores and loads for want of them.

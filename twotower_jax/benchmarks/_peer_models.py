@@ -152,7 +152,7 @@ class Theirs:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        warnings.simplefilter("ignore")  # Of names that its own code is leaving.
+        warnings.simplefilter("ignore")  # It warns of names that its own code is leaving.
         torch.set_num_threads(1)
         self._torch = torch
         self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -38,7 +38,7 @@ from absl import flags
 from twotower_jax.benchmarks._one_thread import use_one_thread
 from twotower_jax.benchmarks._peer_models import BLOCK, MODELS, Ours, Theirs, Work, write_backbone
 
-# Of each piece of work that both do: a method, rows and tokens, and what it is called.
+# Each piece of work that both do: a method, rows and tokens, and what it is called.
 _TIMED = {
     "forward": ("forward", 1, 512, "forward 1×512"),
     "gradient": ("gradient", 2, 512, "forward and backward 2×512"),

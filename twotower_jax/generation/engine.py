@@ -38,7 +38,7 @@ from twotower_jax.two_tower import TwoTower
 
 # Pieces are read together as long as they are not more tokens than this.
 _TOKENS_PER_READ = 512
-# Of each device, what caches may be larger than they need to be.
+# Bytes of each device by which caches may be larger than they need to be.
 _SPARE_BYTES = 64 * 2**20
 
 

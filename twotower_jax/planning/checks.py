@@ -187,7 +187,7 @@ def _in_products(program: str) -> Iterator[_Instruction]:
 
 
 def _rows_of_all(dims: tuple[int, ...], experts: int, sides: set[int]) -> int:
-    """Of rows for every expert, as wide as one of the sides: how many there are in all; 0 of anything else."""
+    """How many rows there are in all, of rows for every expert as wide as one of the sides; 0 of anything else."""
     rest = list(dims)
     for kind in {experts}, sides:
         place = next((i for i, size in enumerate(rest) if size in kind), None)

@@ -133,7 +133,7 @@ class Offsets:
         self._text = Incremental(texts)
 
     def of(self, tokens: Sequence[int]) -> list[int]:
-        """Of the next tokens. One that completes a character begins where the character does."""
+        """Where the next tokens begin. One that completes a character begins where the character does."""
         places = []
         for token in tokens:
             places.append(self._text.length)

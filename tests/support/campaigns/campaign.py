@@ -1,6 +1,6 @@
 """Breaks checkpoint folders in seeded ways and counts how each is met: refused in one clear message, or loaded exactly.
 
-Anything else (another exception, other values than the folder holds, something left behind, more than a second of work)
+Anything else (another exception, other values than the folder holds, something left over, more than a second of work)
 is a failure. The ways are those of `_mutations.py`; the same seed gives the same folders.
 """
 
@@ -147,7 +147,7 @@ def _try(scratch: pathlib.Path, name: str, target: Target, mutation: str, rng: R
     if verdict == REFUSED:
         left = sorted(entry.name for entry in scratch.iterdir() if entry.name != "folder")
         if left:
-            verdict = f"left behind: {left}"
+            verdict = f"left over: {left}"
     if pathlib.Path("executed").exists():
         verdict = "executed foreign code"
     if _state(folder) != before:

@@ -48,7 +48,8 @@ def main(script: pathlib.Path, words: list[str]) -> int:
         print("error: interrupted; what was done is kept, and the same command goes on", file=sys.stderr)
         return _INTERRUPTED
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        about = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+        print(f"error: {about}", file=sys.stderr)
         return _USAGE
 
 
@@ -82,9 +83,12 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _minutes(text: str) -> float:
-    minutes = float(text)
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
     if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: give more than 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return minutes
 
 

@@ -50,7 +50,7 @@ def sources(op: str) -> tuple[str, ...]:
 
 def _cases(scale: Scale) -> Iterator[tuple[int, Case]]:
     sizes, length = scale.sizes, scale.length
-    # Of blocks the GPU kernel takes heads of 64 or more.
+    # In blocks the GPU kernel takes heads of 64 or more.
     small = scale.name == "tiny"
     of_block = sizes._replace(heads=2, head_dim=64, state=64) if small else sizes
     scans = ("ssd", "two_tower_ssd")

@@ -37,7 +37,7 @@ BLOCK = 16
 _SOURCES = ("twotower_jax", "kernels")
 _PASS_SECONDS, _TRAIN_SECONDS, _GENERATE_SECONDS = 150.0, 210.0, 150.0
 _PASSES, _TRAIN, _GENERATE, _DEEP = 2, 3, 4, 5
-# Of a device's memory, what weights may take.
+# The part of a device's memory that weights may take.
 _SHARE = 0.8
 # Bytes that a trained parameter takes: master weights, two moments, gradient, and its copy in the compute dtype; and
 # the frozen one of the other tower.
@@ -81,7 +81,7 @@ def _deepest(scale: Scale) -> str:
 
 
 def _parameters(scale: Scale, pattern: str) -> int:
-    """Of both towers with these layers."""
+    """How many parameters both towers have with these layers."""
     return count(parameter_table(TwoTower(_cut(scale.model, pattern))))
 
 

@@ -13,7 +13,7 @@ TRIES = 2
 
 
 def digest(root: pathlib.Path, names: Iterable[str]) -> str:
-    """Of all Python files of some folders (or files) under `root`, so that what was changed is measured again."""
+    """A hash of all Python files of some folders (or files) under `root`: what was changed is measured again."""
     found = hashlib.sha256()
     for name in names:
         path = root / name

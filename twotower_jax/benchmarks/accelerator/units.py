@@ -33,7 +33,7 @@ class Unit(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """Of which sizes everything is.
+    """How large everything is.
 
     Attributes:
       name: of the model. model: its shape. dtype: of weights and activations.

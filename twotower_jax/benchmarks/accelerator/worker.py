@@ -20,7 +20,7 @@ from twotower_jax.benchmarks.accelerator import bare
 from twotower_jax.benchmarks.accelerator.results import digest
 
 _LONGEST_LINE = 300
-_PDEATHSIG = 1  # Of prctl.
+_PDEATHSIG = 1  # An option of prctl.
 
 
 def main(descriptor: int, model: str | None, parts: list[str]) -> None:
