@@ -36,28 +36,28 @@ TIMES.register("first_look", FirstLook())
 def get_config() -> ConfigDict:
     config = base_config(
         model={
-            "hidden_size": 128,
-            "hybrid_override_pattern": "M*M*-",
-            "mamba_num_heads": 8,
+            "hidden_size": 512,
+            "hybrid_override_pattern": "M*-M*-",
+            "mamba_num_heads": 16,
             "mamba_head_dim": 32,
             "ssm_state_size": 32,
             "n_groups": 1,
-            "chunk_size": 32,
-            "num_attention_heads": 4,
+            "chunk_size": 64,
+            "num_attention_heads": 8,
             "num_key_value_heads": 2,
-            "head_dim": 32,
-            "intermediate_size": 256,
+            "head_dim": 64,
+            "intermediate_size": 1024,
         }
     )
     config.data = "tasks:letter,spell,getters,sql,sort,add"
     config.reset_at_documents = True
     config.vocab_size = 576
-    config.sequence_length = 192
-    config.batch_size = 12
-    config.accumulate = 2  # Parts that stay in a processor's cache.
-    config.block_size = 32
+    config.sequence_length = 128
+    config.batch_size = 16
+    config.block_size = 64
     config.diffusion.times = "first_look"
     config.steps = 1000
+    config.optimizer = "muon"
     config.learning_rate = 2e-3
     config.final_learning_rate = 3e-5
     config.decay_fraction = 0.4

@@ -180,7 +180,7 @@ _TONES = {
     ),
     "brief": (
         " {to}, this is {from}. I am the new {job} of {city} and have no time to write. Bring some {food} for my "
-        "{pet}, the {color} one, and a pen for me. We meet on {day} after work, at the old bridge in {city}. Do not "
+        "{pet}, the {color} one, and a pen. We meet on {day} after work, at the old bridge in {city}. Do not "
         "be late, or I will go home with the {pet}."
     ),
 }
@@ -220,7 +220,7 @@ def _solve_directory(prompt: str) -> str:
 
 
 def _make_spell(rng: random.Random) -> str:
-    rows = [f"{person} {' '.join(str(rng.randrange(10)) for _ in range(4))}" for person in rng.sample(_PEOPLE, 5)]
+    rows = [f"{person} {' '.join(str(rng.randrange(10)) for _ in range(4))}" for person in rng.sample(_PEOPLE, 10)]
     return f"spell: {', '.join(rows)} ->"
 
 
@@ -234,7 +234,7 @@ def _solve_spell(prompt: str) -> str:
 
 
 def _make_getters(rng: random.Random) -> str:
-    return f"getters: {rng.choice(_CLASSES)} {' '.join(rng.sample(_FIELDS, rng.choice([4, 7])))} ->"
+    return f"getters: {rng.choice(_CLASSES)} {' '.join(rng.sample(_FIELDS, 4))} ->"
 
 
 def _solve_getters(prompt: str) -> str:
@@ -315,7 +315,7 @@ def _solve_reverse(prompt: str) -> str:
 
 
 def _make_sort(rng: random.Random) -> str:
-    lists = [" ".join(map(str, rng.sample(range(10), 4))) for _ in range(6)]
+    lists = [" ".join(map(str, rng.sample(range(10), 4))) for _ in range(12)]
     return f"sort: {', '.join(lists)} ->"
 
 
@@ -324,7 +324,7 @@ def _solve_sort(prompt: str) -> str:
 
 
 def _make_add(rng: random.Random) -> str:
-    sums = [f"{_spaced(rng.randint(10, 99))} + {_spaced(rng.randint(10, 99))}" for _ in range(3)]
+    sums = [f"{_spaced(rng.randint(10, 99))} + {_spaced(rng.randint(10, 99))}" for _ in range(6)]
     return f"add: {', '.join(sums)} ->"
 
 
