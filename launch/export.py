@@ -37,6 +37,10 @@ _MERGE = flags.DEFINE_bool("merge", False, "Add the update of the workdir's adap
 _ADAPTER_TOWER = flags.DEFINE_enum(
     "adapter_tower", None, APPLIED_TO, "Which tower an adapter of a backbone changes; see launch/generate.py."
 )
+_PACKED = flags.DEFINE_float(
+    "packed", None, "Round matrices to multiples of this part of a row's root mean square, and compress them: at "
+    "0.14 to some five bits a number, for a small model that travels with a program.", lower_bound=1e-3, upper_bound=1,
+)  # fmt: skip
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -47,10 +51,12 @@ def main() -> None:
     if _ADAPTER.value is True:
         if _MERGE.value:
             raise ValueError("--adapter writes the adapter by itself and --merge a whole folder: give one of the two")
-        command_line.refuse_given([_MAX_SHARD_SIZE, _ADAPTER_TOWER], "with --adapter")
+        command_line.refuse_given([_MAX_SHARD_SIZE, _ADAPTER_TOWER, _PACKED], "with --adapter")
         count = export_adapter(checkpoint, output, _TOWER.value)
     else:
         folder = _ADAPTER.value or None
+        if _PACKED.value is not None:
+            command_line.refuse_given([_MAX_SHARD_SIZE], "with --packed, which writes one file")
         if folder is None:
             command_line.refuse_given([_ADAPTER_TOWER], "without --adapter=DIR")
         count = export(
@@ -59,6 +65,7 @@ def main() -> None:
             merge=_MERGE.value or folder is not None,
             adapter=None if folder is None else as_path(folder),
             adapter_tower=_ADAPTER_TOWER.value,
+            coarseness=_PACKED.value,
         )
     print(f"{_OUTPUT.value}: {count:,} tensors")
 

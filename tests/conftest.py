@@ -38,7 +38,8 @@ import pytest
 
 from helpers import DATA
 from twotower_jax import parameters
-from twotower_jax.checkpoint.export import model_tensors, write_folder
+from twotower_jax.checkpoint.export import model_tensors
+from twotower_jax.checkpoint.folder_writing import write_folder
 from twotower_jax.config import ModelConfig
 from twotower_jax.train.config import TrainConfig, base_config, freeze
 from twotower_jax.two_tower import TwoTower

@@ -500,7 +500,8 @@ def test_experts_as_tpus_read_them(nano30b, step_config, random_params):
 @pytest.mark.whole
 def test_on_a_mesh(step_config, random_params, tmp_path):
     """Eight devices: each holds its part of values and scales, and the model computes what one device does."""
-    from twotower_jax.checkpoint.export import model_tensors, write_folder
+    from twotower_jax.checkpoint.export import model_tensors
+    from twotower_jax.checkpoint.folder_writing import write_folder
 
     config = step_config(**{"model.hybrid_override_pattern": "ME*"}).model_config(40)
     model = TwoTower(config)

@@ -20,7 +20,8 @@ from helpers import run_command
 from twotower_jax import parameters
 from twotower_jax.checkpoint import arrays, huggingface, inspection, load, manifest, store, workdir
 from twotower_jax.checkpoint.convert import convert
-from twotower_jax.checkpoint.export import export, model_tensors, write_folder
+from twotower_jax.checkpoint.export import export, model_tensors
+from twotower_jax.checkpoint.folder_writing import write_folder
 from twotower_jax.config import Variant
 from twotower_jax.execution import Execution
 from twotower_jax.files import CheckpointError

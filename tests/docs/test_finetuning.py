@@ -7,7 +7,8 @@ import shlex
 import pytest
 
 from helpers import DATA, ROOT, run_command
-from twotower_jax.checkpoint.export import export, model_tensors, write_folder
+from twotower_jax.checkpoint.export import export, model_tensors
+from twotower_jax.checkpoint.folder_writing import write_folder
 from twotower_jax.two_tower import TwoTower
 
 PAGE = (ROOT / "docs" / "guide" / "finetuning.md").read_text(encoding="utf-8")

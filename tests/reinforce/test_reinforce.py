@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from helpers import DATA, run_command
-from twotower_jax.checkpoint.export import model_tensors, write_folder
+from twotower_jax.checkpoint.export import model_tensors
+from twotower_jax.checkpoint.folder_writing import write_folder
 from twotower_jax.checkpoint.load import load
 from twotower_jax.config import Variant
 from twotower_jax.data import tasks

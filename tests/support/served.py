@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 
 from twotower_jax import parameters
-from twotower_jax.checkpoint.export import model_tensors, write_folder
+from twotower_jax.checkpoint.export import model_tensors
+from twotower_jax.checkpoint.folder_writing import write_folder
 from twotower_jax.config import ModelConfig
 from twotower_jax.data.tokenizer import Decoder, load_tokenizer, save_tokenizer, train_tokenizer
 from twotower_jax.diffusion import SamplingConfig

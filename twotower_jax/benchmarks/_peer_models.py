@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax import randomness
-from twotower_jax.checkpoint.export import Tensor, write_folder
+from twotower_jax.checkpoint.folder_writing import Tensor, write_folder
 from twotower_jax.checkpoint.load import load
 from twotower_jax.checkpoint.plan import table_places
 from twotower_jax.config import ModelConfig

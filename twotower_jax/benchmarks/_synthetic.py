@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from twotower_jax.checkpoint.export import Tensor
+from twotower_jax.checkpoint.folder_writing import Tensor
 from twotower_jax.checkpoint.plan import table_places
 from twotower_jax.parameters import Parameter, Path
 

@@ -19,7 +19,7 @@ from absl import flags
 
 from twotower_jax import command_line
 from twotower_jax.benchmarks._synthetic import tensors_of
-from twotower_jax.checkpoint.export import write_folder
+from twotower_jax.checkpoint.folder_writing import write_folder
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import parameter_table
 from twotower_jax.two_tower import TwoTower

@@ -36,7 +36,8 @@ from absl import flags
 from twotower_jax import command_line
 from twotower_jax.benchmarks._roofline import random_params
 from twotower_jax.benchmarks._shapes import demo_config
-from twotower_jax.checkpoint.export import model_tensors, write_folder
+from twotower_jax.checkpoint.export import model_tensors
+from twotower_jax.checkpoint.folder_writing import write_folder
 from twotower_jax.checkpoint.load import load
 from twotower_jax.data import save_tokenizer, train_tokenizer
 from twotower_jax.diffusion import SamplingConfig

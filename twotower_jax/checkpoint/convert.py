@@ -57,6 +57,10 @@ def convert(
     """
     arrays.check_path(output)
     folder = huggingface.open_folder(source)
+    if huggingface.is_packed(source):
+        raise ValueError(
+            f"{source}: it is packed; export it first (launch/export.py --checkpoint={source} --output=DIR)"
+        )
     plan = make_plan(folder.config, folder.single_tower, time_init)
     on_disk = disk_table(plan.table, quantize)
     huggingface.check(folder, huggingface.own_table(folder))

@@ -3,49 +3,29 @@
 Of a converted checkpoint it is streamed tensor by tensor; what a training workdir holds is loaded first.
 """
 
-import json
-import math
 import pathlib
-import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from twotower_jax import parameters, randomness
-from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint import adapter as adapters
 from twotower_jax.checkpoint import arrays, huggingface, load, manifest, store, workdir
 from twotower_jax.checkpoint.arrays import PARAMS
 from twotower_jax.checkpoint.config_file import CONFIG, SMALL_FILES, read_small_file
-from twotower_jax.checkpoint.manifest import write_file
-from twotower_jax.checkpoint.pipeline import in_order
+from twotower_jax.checkpoint.folder_writing import Tensor, json_bytes, write_folder
+from twotower_jax.checkpoint.packed import write_packed
 from twotower_jax.checkpoint.plan import table_places
-from twotower_jax.checkpoint.safetensors_file import DTYPES
 from twotower_jax.config import MASK_TOKEN_ID
 from twotower_jax.files import check_folder, read_file, read_json
 from twotower_jax.parameters import Params, parameter_table
-from twotower_jax.progress import Progress
 from twotower_jax.two_tower import Backbone, TwoTower
 
 TOWERS = ("both", "context", "denoiser")
 _ARCHITECTURES = {"both": "NemotronHTwoTowerForCausalLM"}
 _SINGLE_TOWER = "NemotronHForCausalLM"
 _SOURCE_TOWERS = {"two_tower": "both", "single_tower": "one"}  # By the manifest's kind.
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-class Tensor(NamedTuple):
-    """A tensor to be written: how it is stored, and a function that reads it."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def export_adapter(checkpoint: pathlib.Path, output: pathlib.Path, tower: str) -> int:
@@ -87,6 +67,7 @@ def export(
     merge: bool = False,
     adapter: pathlib.Path | None = None,
     adapter_tower: str | None = None,
+    coarseness: float | None = None,
 ) -> int:
     """Writes a folder; afterwards `output` is whole, or is not there where anything went wrong.
 
@@ -99,6 +80,7 @@ def export(
       merge: adds the update of an adapter, a workdir's own or one of PEFT's files, to the matrices that it is of:
         summed in float32 and rounded to the dtype that they have in the base.
       adapter, adapter_tower: the folder of PEFT's files, see `load.load`.
+      coarseness: packs the folder, which rounds its matrices, see packed.py.
 
     Returns:
       the number of tensors.
@@ -147,8 +129,11 @@ def export(
         for name in SMALL_FILES
         if name != CONFIG and (checkpoint / name).exists()
     }
-    small[CONFIG] = read_small_file(checkpoint / CONFIG) if changed is config else _json(changed)
-    write_folder(output, tensors, small, max_shard_size)
+    small[CONFIG] = read_small_file(checkpoint / CONFIG) if changed is config else json_bytes(changed)
+    if coarseness is None:
+        write_folder(output, tensors, small, max_shard_size)
+    else:
+        write_packed(output, {name: tensor.read for name, tensor in tensors.items()}, small, coarseness)
     return len(tensors)
 
 
@@ -185,26 +170,6 @@ def remarks(model: TwoTower, objective: str, tower: str) -> list[str]:
             f"for it: give it to its generation, whose default is {MASK_TOKEN_ID}"
         )
     return lines
-
-
-def write_folder(
-    output: pathlib.Path, tensors: Mapping[str, Tensor], small: Mapping[str, bytes], max_shard_size: int
-) -> None:
-    """Writes a Hugging Face folder: tensors in the order given, their index, and `small` files by name."""
-    shards = list(_shards(tensors, max_shard_size))
-    total = sum(tensor.size for tensor in tensors.values())
-    progress = Progress("exporting", total)
-    weight_map = {}
-    with new_folder(output) as partial:
-        for name, content in small.items():
-            write_file(partial / name, [content])
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            weight_map |= dict.fromkeys(names, file)
-            write_file(partial / file, _file_pieces({name: tensors[name] for name in names}, progress))
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_file(partial / huggingface.INDEX, [_json(index)])
-    progress.finish()
 
 
 def stored_tensors(opened: store.Store) -> dict[str, Tensor]:
@@ -264,39 +229,3 @@ def _config(config: dict[str, Any], tower: str) -> dict[str, Any]:
     if config.get("architectures") == architectures:
         return config  # The very file will do.
     return {key: value for key, value in config.items() if key != "auto_map"} | {"architectures": architectures}
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
-    """Names by file."""
-    shard: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        # The header counts too: its entry for this tensor, generously.
-        cost = tensor.size + len(name) + 160
-        if shard and size + cost > limit:
-            yield shard
-            shard, size = [], 0
-        shard.append(name)
-        size += cost
-    yield shard
-
-
-def _file_pieces(tensors: dict[str, Tensor], progress: Progress) -> Iterator[bytes | memoryview]:
-    """One safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for name, tensor in tensors.items():
-        offsets = [place, place + tensor.size]
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        place += tensor.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    read = in_order(tensors.values(), lambda tensor: arrays.contiguous(tensor.read()), lambda tensor: tensor.size)
-    for data in read:
-        yield data.reshape(-1).view(np.uint8).data
-        progress.add(data.nbytes)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

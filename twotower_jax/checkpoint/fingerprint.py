@@ -93,8 +93,8 @@ def _sample(name: str, tensor: np.ndarray) -> Sample:
     return Sample(name, tensor.shape, np.asarray(tensor[places]).astype(np.float32))
 
 
-def _mapped(path: pathlib.Path, entry: Entry) -> np.ndarray:
-    return _bytes(path, entry.dtype, entry.start, entry.shape)
+def _mapped(tensor: huggingface.Tensor) -> np.ndarray:
+    return _bytes(tensor.file, tensor.entry.dtype, tensor.entry.start, tensor.entry.shape)
 
 
 def _bytes(path: AnyPath, dtype: np.dtype, start: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -109,7 +109,7 @@ def _of_folder(folder: huggingface.Folder) -> Iterator[Sample]:
     single = folder.single_tower
     for name, tensor in folder.tensors.items():
         if single or not _is_time(name):
-            yield _sample(name, _mapped(tensor.file, tensor.entry))
+            yield _sample(name, _mapped(tensor) if tensor.unpacked is None else tensor.unpacked)
 
 
 def _of_store(opened: store.Store) -> Iterator[Sample]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax import layout, randomness
-from twotower_jax.checkpoint import manifest
+from twotower_jax.checkpoint import manifest, packed
 from twotower_jax.checkpoint.config_file import read_config
 from twotower_jax.checkpoint.quantizing import read_quantized
 from twotower_jax.checkpoint.safetensors_file import Entry, read_header, read_tensor
@@ -36,10 +36,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 class Tensor(NamedTuple):
-    """A tensor of the folder: its file and its place there."""
+    """A tensor of the folder: its file and its place there; of a packed folder (packed.py) what it was packed from,
+    nearly."""
 
     file: pathlib.Path
     entry: Entry
+    unpacked: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -47,7 +49,7 @@ class Tensor(NamedTuple):
         return self.entry.stop - self.entry.start
 
     def read(self) -> np.ndarray:
-        return read_tensor(self.file, self.entry)
+        return read_tensor(self.file, self.entry) if self.unpacked is None else self.unpacked
 
 
 class Folder(NamedTuple):
@@ -77,8 +79,11 @@ def open_folder(path: pathlib.Path) -> Folder:
     """
     check_folder(path, "give a Hugging Face folder")
     config = read_config(path)
+    if is_packed(path):
+        tensors = {name: _unpacked(path, array) for name, array in packed.read_packed(path).items()}
+        return Folder(path, config, tensors, _is_single(tensors), (), {})
     files = _files(path)
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     ignored: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         check_link(path / file)
@@ -90,9 +95,21 @@ def open_folder(path: pathlib.Path) -> Folder:
             if name in held:
                 raise CheckpointError(f"{path / file}: tensor {name!r} stands in {held[name].file.name} as well")
             held[name] = Tensor(path / file, entry)
-    single = not any(name.startswith(_TOWERS) for name in tensors)
     unheld = tuple(sorted({today_name(name) for name in files} - set(tensors) - set(ignored) - {""}))
-    return Folder(path, config, tensors, single, unheld, ignored)
+    return Folder(path, config, tensors, _is_single(tensors), unheld, ignored)
+
+
+def is_packed(path: pathlib.Path) -> bool:
+    """Whether a folder's tensors are packed (packed.py)."""
+    return not (path / INDEX).exists() and (path / packed.TENSORS).exists()
+
+
+def _unpacked(path: pathlib.Path, array: np.ndarray) -> Tensor:
+    return Tensor(path / packed.TENSORS, Entry(array.dtype, array.shape, 0, array.nbytes), array)
+
+
+def _is_single(tensors: Mapping[str, Tensor]) -> bool:
+    return not any(name.startswith(_TOWERS) for name in tensors)
 
 
 def today_name(name: str) -> str:

@@ -25,7 +25,8 @@ from twotower_jax import parameters
 from twotower_jax.benchmarks._synthetic import tensors_of
 from twotower_jax.checkpoint import store
 from twotower_jax.checkpoint.convert import convert
-from twotower_jax.checkpoint.export import stored_tensors, write_folder
+from twotower_jax.checkpoint.export import stored_tensors
+from twotower_jax.checkpoint.folder_writing import write_folder
 from twotower_jax.checkpoint.manifest import digest_file
 from twotower_jax.config import ModelConfig
 from twotower_jax.files import CheckpointError
