@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/quickstart.py --workdir=runs/tasks/backbone
     python launch/train.py --config=configs/quickstart.py --workdir=runs/tasks/denoiser \\
-        --config.objective=denoiser --config.init_from=runs/tasks/backbone
+        --config.objective=answers --config.init_from=runs/tasks/backbone
 
 docs/reports/miniature.md says how the checkpoint in configs/quickstart/ was made with it.
 """
@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from twotower_jax.diffusion import TIMES, Times
+from twotower_jax.parameters import bind
 from twotower_jax.train.config import base_config
+from twotower_jax.train.objectives import OBJECTIVES, Denoiser
+from twotower_jax.two_tower import TrainingStates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,38 @@ class FirstLook(Times):
 
 
 TIMES.register("first_look", FirstLook())
+
+
+@OBJECTIVES.register("answers")
+@dataclasses.dataclass(frozen=True)
+class Answers(Denoiser):
+    """The denoiser's objective of rows that are one question and, in the last block, its answer: the same loss, since
+    nothing counts in a question, for half of the work.
+
+    The context tower reads the question into a cache, and the denoiser sees the answer's block alone, as in sampling.
+    """
+
+    def losses_of(self, params, examples, block_size, validating=False):
+        model = bind(self.model, params)
+        question, answer = jnp.split(examples.clean, [-block_size], axis=1)  # (R, L − S) and (R, S)
+        length = question.shape[1]
+        # A question ends where its answer begins, after padding; the tower reads it from the left.
+        first = examples.start[:, -1:]
+        places = jnp.minimum(first + jnp.arange(length), length - 1)
+        _, cache = model.prefill(jnp.take_along_axis(question, places, axis=1), length - first[:, 0], length)
+        t = examples.t.reshape(len(answer), -1)[:, -1]
+        cache = jax.lax.stop_gradient(cache)
+        states, _ = model.denoiser_states(examples.noisy[:, -block_size:], t, cache)
+        last = examples._replace(
+            clean=answer,
+            counted=examples.counted[:, -block_size:],
+            start=None,
+            noisy=examples.noisy[:, -block_size:],
+            masked=examples.masked[:, -block_size:],
+            t=t[:, None],
+            weight=examples.weight.reshape(len(answer), -1)[:, -1:],
+        )
+        return self.losses_of_states(model, TrainingStates(states, None, None, {}), last, block_size, validating)
 
 
 def get_config() -> ConfigDict:

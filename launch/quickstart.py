@@ -44,12 +44,12 @@ _WORKDIR = command_line.DEFINE_path(
     "workdir", "runs/quickstart", "Where the training runs go, and summary.json.", local=True
 )
 _DATA = flags.DEFINE_enum("data", "tasks", ["tasks", "python"], "Questions, or Python's documentation.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 200 on tasks, 320 on documentation.")
+_STEPS = flags.DEFINE_integer("steps", None, "Steps of each training; default: 60 on tasks, 320 on documentation.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "With --data=python: new tokens per prompt.", lower_bound=1
 )
 _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "With --data=tasks: how many questions are answered together.")
-_BLOCKS = flags.DEFINE_list("blocks", ["32"], "With --data=tasks: block sizes that are tried, with commas.")
+_BLOCKS = flags.DEFINE_list("blocks", ["64"], "With --data=tasks: block sizes that are tried, with commas.")
 _TASKS = flags.DEFINE_list(
     "tasks", ["letter", "spell", "getters", "sql", "sort", "add"],
     "Of --data=tasks, those to train on and to ask; default: those that the backbone has learned.",
@@ -57,11 +57,11 @@ _TASKS = flags.DEFINE_list(
 _QUESTIONS = flags.DEFINE_integer("questions", 20, "With --data=tasks: questions of each task.", lower_bound=1)
 
 # Training on tasks goes on where the checkpoint stopped: few steps, at a small rate.
-_TASK_STEPS, _TASK_RATE = 200, 5e-4
+_TASK_STEPS, _TASK_RATE = 60, 2e-4
 # Thresholds that are tried, on a part of the questions; how much of AR's accuracy is to be kept.
 _THRESHOLDS, _TRIED, _RETAINED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98), 0.5, 0.99
 _SHOWN = 3  # Answers whose steps are printed.
-_MOST_TOKENS = 128  # In an answer; the longest have fewer.
+_MOST_TOKENS = 64  # In an answer; none has more, its end token included.
 
 PROMPTS = (
     "Return a new list",
@@ -123,7 +123,7 @@ def _tasks(workdir: pathlib.Path, started: float) -> None:
     start = shipped_file("quickstart")
     print(f"The checkpoint in {start}, trained on these tasks before (docs/reports/miniature.md), and some more steps:")
     changes = {
-        "objective": "denoiser",
+        "objective": "answers",
         "init_from": str(start),
         "data": f"tasks:{','.join(_TASKS.value)}",
         "learning_rate": _TASK_RATE,

@@ -176,6 +176,13 @@ class TwoTower(_Model):
     ) -> tuple[Float[Array, "B S V"], Int[Array, "layers B S k"] | None]:
         """As `denoise`, and which experts each token went through: (layers with experts, B, S, k) int32, best first;
         None where there are none."""
+        h, experts = self.denoiser_states(block, t, cache)
+        return self.denoiser_head(h), experts
+
+    def denoiser_states(
+        self, block: Int[Array, "B S"], t: Float[Array, " B"] | None, cache: Cache
+    ) -> tuple[Float[Array, "B S D"], Int[Array, "layers B S k"] | None]:
+        """As `denoise_with_routing`, but the final hidden states, which `denoiser_head` turns into logits."""
         tower = self.denoiser_tower
 
         def step(layers, h, layer_cache, modulation):
@@ -184,7 +191,7 @@ class TwoTower(_Model):
             return h, None if routing is None else routing.experts
 
         h, experts = self._walk_denoiser((tower,), tower.embed(block), step, t, cache)
-        return self.denoiser_head(tower.finish(h)), experts.stack()
+        return tower.finish(h), experts.stack()
 
     def mock_ar_logits(self, ids: Int[Array, "B L"], cache: Cache) -> Float[Array, "B L V"]:
         """A check of the denoiser's weights: used causally, without time conditioning, as if it were the context.

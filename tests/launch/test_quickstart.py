@@ -2,9 +2,16 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from helpers import ROOT, run_command
+from twotower_jax.data.opening import Data
+from twotower_jax.data.packing import Packing
+from twotower_jax.train.config import freeze, shipped
+from twotower_jax.train.objectives import OBJECTIVES, Documents, NoiseKey
 
 CHECKPOINT = ROOT / "configs" / "quickstart"
 
@@ -47,3 +54,31 @@ def test_what_cannot_be_asked_is_said_before_training(tmp_path, flags, said):
     done = run_command("quickstart", "--workdir=run", *flags, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_its_objective_is_the_denoisers_for_half_of_the_work(random_params):
+    config = shipped("quickstart")
+    config.model.update(hidden_size=32, hybrid_override_pattern="M*", mamba_num_heads=2, head_dim=16)
+    config = freeze(config)
+    answers, denoiser = (
+        OBJECTIVES[name].make(config, config.model_config(config.vocab_size)) for name in ("answers", "denoiser")
+    )
+    data, size = Data(config.data), config.block_size
+    tokenizer = data.tokenizer(config.vocab_size)
+    windows, _ = data.windows(tokenizer, Packing(config.sequence_length, config.vocab_size, 0.01, 3, size))
+    rows = [windows[i] for i in range(6)]
+    ids, *documents = (jnp.asarray(np.stack([r[k] for r in rows])) for k in ("ids", "document_start", "counted"))
+    assert len(set(documents[0][:, -1].tolist())) > 2  # Questions of several lengths.
+
+    def loss(params, objective):
+        noise = NoiseKey(0, 3, jnp.arange(len(ids)))
+        losses = objective.losses(params, ids, jnp.ones(len(ids), bool), noise, size, Documents(*documents))
+        total, count = losses["masked_loss"]
+        return total / count
+
+    params = random_params(answers.model)
+    found, expected = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, o) for o in (answers, denoiser))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    for name in ("denoiser_tower", "denoiser_head", "time"):
+        for a, b in zip(*map(jax.tree.leaves, (found[1][name], expected[1][name])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max() + 1e-3))
