@@ -15,13 +15,10 @@ import environment  # noqa: F401, first: it says what is missing
 import math
 import re
 
-import jax
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint.adapter import APPLIED_TO
-from twotower_jax.checkpoint.export import TOWERS, export, export_adapter
-from twotower_jax.paths import as_path
+from twotower_jax.choices import APPLIED_TO, TOWERS
 
 _CHECKPOINT = command_line.DEFINE_path(
     "checkpoint", None, "Converted checkpoint, training workdir or Hugging Face folder.", required=True
@@ -41,6 +38,15 @@ _PACKED = flags.DEFINE_float(
     "packed", None, "Round matrices to multiples of this part of a row's root mean square, and compress them: at "
     "0.14 to some five bits a number, for a small model that travels with a program.", lower_bound=1e-3, upper_bound=1,
 )  # fmt: skip
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+import jax
+
+from twotower_jax.checkpoint.export import export, export_adapter
+from twotower_jax.paths import as_path
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
