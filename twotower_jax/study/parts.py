@@ -13,8 +13,9 @@ _TOKENS = (0.01, 0.03, 0.1, 0.3, 1.0)
 _STEPS = 8  # Evaluations of a block of 16, of strategies that follow a schedule.
 _NOTHING = "The paper tells nothing of it."
 
-# What all others differ from.
-_PUBLISHED = "as published"
+# What all others differ from: the published recipe, for as many tokens as the backbone had.
+_BASE = "base"
+_ASKED = ("accuracy", "words", "retained", "tokens_per_evaluation")  # where losses are of different noise
 
 
 def _on_schedule(strategy: str, schedule: str) -> str:
@@ -22,7 +23,7 @@ def _on_schedule(strategy: str, schedule: str) -> str:
 
 
 _ASKED_EVERY_WAY = Cell(
-    _PUBLISHED,
+    _BASE,
     ways=(
         "diffusion",
         f"diffusion:confidence_threshold=1:steps_per_block={_STEPS}",
@@ -39,7 +40,7 @@ PARTS = (
         "thresholds",
         "How much does the threshold give away, and what does it gain?",
         "98.7 % of AR's quality at 2.42 times its tokens per second with a threshold of 0.8, on two H100.",
-        (Cell(_PUBLISHED, ways=(AR, *(f"diffusion:confidence_threshold={value}" for value in _THRESHOLDS))),),
+        (Cell(_BASE, ways=(AR, *(f"diffusion:confidence_threshold={value}" for value in _THRESHOLDS))),),
         ("accuracy", "words", "retained", "tokens_per_evaluation", "speed"),
         Curve("tokens_per_evaluation", "retained"),
         timed=True,
@@ -49,7 +50,7 @@ PARTS = (
         "One tower or two, the context frozen or trained?",
         "Separate towers with the context frozen beat tied ones and a context that is trained along.",
         (
-            Cell(_PUBLISHED),
+            Cell(_BASE),
             Cell("context trained along", {"variant.context": "trained", "variant.context_loss": True}),
             Cell("tied", {"variant.context": "tied", "variant.context_loss": True}),
         ),
@@ -58,7 +59,7 @@ PARTS = (
         "tokens",
         "How many tokens does the denoiser need?",
         "2.1 T, 8.4 % of the 25 T of the backbone.",
-        tuple(Cell(f"{part:.0%} of the backbone's" if part < 1 else _PUBLISHED, tokens=part) for part in _TOKENS[::-1]),
+        tuple(Cell(f"{part:.0%} of the backbone's" if part < 1 else _BASE, tokens=part) for part in _TOKENS[::-1]),
         ("tokens", "validation_loss", "accuracy", "words", "retained", "tokens_per_evaluation"),
         Curve("tokens", "retained", log=True),
     ),
@@ -66,14 +67,14 @@ PARTS = (
         "time",
         "Is the denoiser to be told how much is masked?",
         "Generation, code, math: 74.12, 69.61, 81.30 with time conditioning; 72.94, 68.64, 80.57 without.",
-        (Cell(_PUBLISHED), Cell("without time conditioning", {"variant.time_conditioning": False})),
+        (Cell(_BASE), Cell("without time conditioning", {"variant.time_conditioning": False})),
     ),
     Part(
         "strategies",
         "Which positions are to be committed?",
         _NOTHING,
         (_ASKED_EVERY_WAY,),
-        ("accuracy", "words", "retained", "tokens_per_evaluation"),
+        _ASKED,
     ),
     Part(
         "speculative",
@@ -82,7 +83,7 @@ PARTS = (
         tuple(
             Cell(name, changes, ways=("diffusion", "speculative", "speculative:steps_per_block=1"))
             for name, changes in (
-                (_PUBLISHED, {}),
+                (_BASE, {}),
                 ("distilled, weight 1", {"distillation.weight": 1.0}),
             )
         ),
@@ -92,7 +93,7 @@ PARTS = (
         "bidirectional",
         "Should the denoiser's Mamba read the block from its end as well?",
         "Published as an option of the training code, and off in the release.",
-        (Cell(_PUBLISHED), Cell("bidirectional", {"variant.bidirectional_mamba": True})),
+        (Cell(_BASE), Cell("bidirectional", {"variant.bidirectional_mamba": True})),
     ),
     Part(
         "blocks",
@@ -100,12 +101,13 @@ PARTS = (
         "Trained with 32, 32 and 16 in thirds. Sampling with larger blocks than trained collapses.",
         tuple(
             Cell(
-                _PUBLISHED if trained == 16 else f"trained with {trained}",
+                _BASE if trained == 16 else f"trained with {trained}",
                 {"block_size": trained} if trained != 16 else {},
                 ways=(AR, *(f"diffusion:block_size={size}" if size != trained else "diffusion" for size in _BLOCKS)),
             )
             for trained in (16, 4, 8, 32)
         ),
+        _ASKED,
     ),
     Part(
         "schedules",
@@ -113,12 +115,13 @@ PARTS = (
         "Linear is what was trained with; cosine and exponential are in the published code.",
         tuple(
             Cell(
-                _PUBLISHED if name == "linear" else f"trained with {name}",
+                _BASE if name == "linear" else f"trained with {name}",
                 {"diffusion.schedule": name} if name != "linear" else {},
                 ways=("diffusion", _on_schedule("posterior", name), _on_schedule("predict_and_noise", name)),
             )
             for name in _SCHEDULES
         ),
+        _ASKED,
     ),
 )
 

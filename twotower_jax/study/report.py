@@ -93,8 +93,8 @@ def _head(results: Results, seeds: int, command: str) -> list[str]:
         f"{tokens:,} tokens for a backbone, and as many for a denoiser where nothing else is said; blocks of "
         f"{config.block_size}, threshold 0.8. {results.study.questions} questions of each of the tasks "
         f"{', '.join(results.study.tasks)}; an answer is right if all of it is. Cells of a part share the backbone of "
-        "their seed, and differ in nothing else than what is said. The last column but the seeds, − first, is the mean "
-        "difference in validation loss from the part's first cell, seed by seed.",
+        "their seed, and differ in nothing else than what is said; `base` is the published recipe. Under “− first” "
+        "stands by how much the validation loss differs from that of the part's first cell, taken seed by seed.",
     ]
 
 

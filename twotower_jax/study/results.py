@@ -74,19 +74,18 @@ class Results:
             raise ValueError(f"{path}: is of another study ({what} differs); give another workdir")
         return cls(study, path, found["runs"], found["about"])
 
-    def write(self, parts: Iterable[Part], seeds: int) -> None:
-        """The file as it is to be now; finished cells of these parts are told one by one."""
+    def write(self) -> None:
+        """The file as it is to be now. Cells that are finished are told one by one, with what they have in common."""
         self.about |= _about(self.about)
+        seeds = sorted({run["changes"]["seed"] for run in self.runs.values()})
+        places = [(part, cell, seed) for part in self.study.parts for cell in part.cells for seed in seeds]
         told = {
             "version": _VERSION,
             "study": identity(self.study),
             "about": self.about,
-            "cells": [
-                self._cell(part, cell, seed) for part in parts for cell in part.cells for seed in range(seeds)
-                if self.is_finished(part, cell, seed)
-            ],
+            "cells": [self._cell(*place) for place in places if self.is_finished(*place)],
             "runs": self.runs,
-        }  # fmt: skip
+        }
         with output_file(self.path) as file:
             file.write(json.dumps(told, indent=1) + "\n")
 

@@ -20,7 +20,6 @@ from twotower_jax.study.results import Results, answer_key, asked_run
 from twotower_jax.train.loop import train
 
 Report = Callable[[str], None]
-Save = Callable[[], None]
 
 _TOGETHER = 16  # Questions that are answered together, where speed is not measured.
 _ROUNDS = 3  # Timed passes over all questions.
@@ -49,25 +48,22 @@ def run(
     Results.read(study, workdir)  # Before anything is written.
     with output_folder(workdir), locked_folder(workdir, f"{workdir}: another process runs this study"):
         results = Results.read(study, workdir)
-        save = functools.partial(results.write, parts, seeds)
+        results.write()  # A workdir that is one of a study, whatever happens from here on.
         for part in parts:
             for seed in range(seeds):
                 for cell in part.cells:
                     if results.is_finished(part, cell, seed):
                         continue
                     report(f"\n== {part.name}: {cell.name}, seed {seed}\n")
-                    if not _run_cell(results, part, cell, seed, report, stop, save):
+                    if not _run_cell(results, part, cell, seed, report, stop):
                         return False
-        save()
     return True
 
 
-def _run_cell(
-    results: Results, part: Part, cell: Cell, seed: int, report: Report, stop: Callable[[], str], save: Save
-) -> bool:
+def _run_cell(results: Results, part: Part, cell: Cell, seed: int, report: Report, stop: Callable[[], str]) -> bool:
     """Whether it is finished now."""
     for training in runs_of(results.study, cell, seed):
-        if results.metrics(training) is None and not _train(results, training, report, stop, save):
+        if results.metrics(training) is None and not _train(results, training, report, stop):
             return False
     missing = [way for way in cell.ways if results.answers(part, cell, seed, way) is None]
     # What is timed in turns is asked at one go.
@@ -80,11 +76,11 @@ def _run_cell(
         for way, values in found.items():
             answers[answer_key(part, cell, way)] = values
             report(f"{way}: {values['accuracy']:.1%} right")
-        save()
+        results.write()
     return True
 
 
-def _train(results: Results, run: TrainingRun, report: Report, stop: Callable[[], str], save: Save) -> bool:
+def _train(results: Results, run: TrainingRun, report: Report, stop: Callable[[], str]) -> bool:
     """Whether it is trained now."""
     if stop():
         return False
@@ -93,13 +89,14 @@ def _train(results: Results, run: TrainingRun, report: Report, stop: Callable[[]
     result = train(config, workdir / run.key, report, stop=stop)
     known["seconds"] = round(known["seconds"] + time.monotonic() - started, 1)
     if finished := result.step == config.steps:
+        metrics = result.metrics
         known["metrics"] = {
-            "loss": result.metrics["loss"],
-            # Without what a cell may minimize beside it.
-            "validation_loss": result.metrics["validation_masked_loss" if config.two_towers else "validation_loss"],
+            "loss": metrics["loss"],
+            # Without what a run minimizes beside it.
+            "validation_loss": metrics.get("validation_masked_loss", metrics["validation_loss"]),
             "tokens": config.steps * config.batch_size * config.sequence_length,
         }
-    save()
+    results.write()
     return finished
 
 
