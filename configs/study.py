@@ -13,17 +13,17 @@ from twotower_jax.train.config import base_config
 def get_config() -> ConfigDict:
     config = base_config(
         model={
-            "hidden_size": 64,
+            "hidden_size": 96,
             "hybrid_override_pattern": "M*-M*-",
-            "mamba_num_heads": 4,
+            "mamba_num_heads": 6,
             "mamba_head_dim": 32,
             "ssm_state_size": 16,
             "n_groups": 1,
             "chunk_size": 32,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "head_dim": 16,
-            "intermediate_size": 128,
+            "head_dim": 24,
+            "intermediate_size": 192,
         }
     )
     config.data = "tasks:letter,spell,sort"
@@ -32,9 +32,9 @@ def get_config() -> ConfigDict:
     config.sequence_length = 128
     config.batch_size = 16
     config.block_size = 16
-    config.steps = 600
+    config.steps = 1000
     config.optimizer = "muon"
-    config.learning_rate = 4e-3
+    config.learning_rate = 3e-3
     config.final_learning_rate = 1e-4
     config.decay_fraction = 0.5
     config.weight_decay = 0.01

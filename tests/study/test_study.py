@@ -8,21 +8,27 @@ import xml.etree.ElementTree
 import pytest
 
 from helpers import run_command
+from twotower_jax.data import encode
+from twotower_jax.data.tasks import questions
+from twotower_jax.generation.answers import Marks, is_right
+from twotower_jax.generation.settings import Result
+from twotower_jax.study import parts as of_the_paper
 from twotower_jax.study import run as engine
 from twotower_jax.study.cells import AR, Cell, Curve, Part, Study, points_of, runs_of
-from twotower_jax.study.parts import PARTS, default_study
-from twotower_jax.study.report import write_report
+from twotower_jax.study.report import METRICS, write_report
 from twotower_jax.study.results import NAME, Results, answer_key, identity
 from twotower_jax.train.config import base_config
 
+SPECULATIVE = "speculative:steps_per_block=1"
 # The second cell has the training of the first one, and asks otherwise.
-OTHERWISE = "diffusion:confidence_threshold=0.5"
 PART = Part(
     "tiny",
     "Does it run?",
     "Nothing.",
-    (Cell("one", ways=(AR, "diffusion")), Cell("two", ways=("diffusion", OTHERWISE))),
+    (Cell("one", ways=(AR, "diffusion")), Cell("two", ways=("diffusion", SPECULATIVE))),
 )
+TIMED = Part("timed", "How fast?", "Nothing.", (Cell("one", ways=(AR, "diffusion")),), ("speed",), timed=True)
+PARTS = PART, TIMED
 
 
 def tiny(**changes) -> Study:
@@ -41,45 +47,100 @@ def tiny(**changes) -> Study:
     )
     config.update(data="tasks:sort", vocab_size=576, reset_at_documents=True, block_size=16, log_every=1)
     config.update(sequence_length=128, batch_size=4, steps=3)
-    return dataclasses.replace(Study(config, (PART,), {"learning_rate": 1e-3}, questions=2), **changes)
+    return dataclasses.replace(Study(config, PARTS, {"learning_rate": 1e-3}, questions=2), **changes)
+
+
+def half_right(asked_of: list):
+    """In place of `answered`: of two answers the second one lacks its last word. An answer takes AR a pass of the
+    context for each token, diffusion three evaluations, and speculative two blocks with three drafts kept in all."""
+
+    def answered(who, asked, ways, rounds):
+        asked_of.append((list(ways), rounds, {settings.max_new_tokens for settings in ways.values()}))
+        right = {question.prompt: question.answer for question in questions("sort", "test", 2)}
+        texts = [right[asked[0].prompt], right[asked[1].prompt].rsplit(" ", 1)[0]]
+        found = {}
+        for way, settings in ways.items():
+            evaluations = 0 if settings.mode == AR else 3
+            rest = {"blocks": 2, "accepted_draft_tokens": 3} if settings.mode == "speculative" else {}
+            results = [
+                Result(question.ids, [*encode(who.tokenizer, [text])[0].tolist(), 2], evaluations, 9, "eos", **rest)
+                for question, text in zip(asked, texts, strict=True)
+            ]
+            right_ones = [is_right(who, *pair) for pair in zip(asked, results, strict=True)]
+            found[way] = Marks(asked, results, right_ones, [0.5 if settings.mode == AR else 0.25] * rounds)
+        return found
+
+    return answered
 
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
-    """A workdir, and what was reported, of a study that was stopped after a step, and then not."""
-    workdir, lines = tmp_path_factory.mktemp("study"), []
+    """A workdir, what was reported, what was asked, and the ends of a study that was stopped after a step, and not."""
+    workdir, lines, asked = tmp_path_factory.mktemp("study"), [], []
 
     def stop() -> str:
         return "enough" if any(line.startswith("step 1/3") for line in lines) else ""
 
-    first = engine.run(tiny(), workdir, (PART,), 1, lines.append, stop)
-    after = json.loads((workdir / NAME).read_text())
-    again = engine.run(tiny(), workdir, (PART,), 1, lines.append)
-    return workdir, lines, (first, after, again)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "answered", half_right(asked))
+        first = engine.run(tiny(), workdir, PARTS, 1, lines.append, stop)
+        after = json.loads((workdir / NAME).read_text())
+        again = engine.run(tiny(), workdir, PARTS, 1, lines.append)
+    return workdir, lines, asked, (first, after, again)
 
 
 def test_it_goes_on_in_the_middle_of_a_run(studied):
-    workdir, lines, (first, after, again) = studied
+    workdir, lines, _, (first, after, again) = studied
     assert (first, again) == (False, True)
     backbone, denoiser = runs_of(tiny(), PART.cells[0], 0)
     assert set(after["runs"]) == {backbone.key} and "metrics" not in after["runs"][backbone.key]
     assert after["cells"] == [] and sum("resuming at step" in line for line in lines) == 1
+    found = json.loads((workdir / NAME).read_text())
+    assert set(found["runs"]) == {backbone.key, denoiser.key}  # of three cells
     for run in (backbone, denoiser):
         rows = [json.loads(line) for line in (workdir / run.key / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [1, 2, 3]
-    found = json.loads((workdir / NAME).read_text())
-    assert set(found["runs"]) == {backbone.key, denoiser.key}  # of two cells
+        metrics = found["runs"][run.key]["metrics"]
+        assert metrics["validation_loss"] == rows[-1]["validation_loss"] and metrics["tokens"] == 3 * 4 * 128
     assert found["runs"][backbone.key]["seconds"] > after["runs"][backbone.key]["seconds"] > 0
-    one, two = found["cells"]
-    assert [(cell["cell"], cell["seed"]) for cell in (one, two)] == [("one", 0), ("two", 0)]
+
+
+def test_every_cell_is_told_with_what_came_of_it(studied):
+    workdir, _, asked, _ = studied
+    longest = 1 + max(len(question.answer.replace(",", " ,").split()) for question in questions("sort", "test", 2))
+    # Each way once, and those that are timed together.
+    assert asked == [
+        *(([way], 0, {longest}) for way in (AR, "diffusion", SPECULATIVE)),
+        ([AR, "diffusion"], 3, {longest}),
+    ]
+    found = json.loads((workdir / NAME).read_text())
+    backbone, denoiser = runs_of(tiny(), PART.cells[0], 0)
+    one, two, timed = found["cells"]
+    told = [(cell["part"], cell["cell"], cell["seed"]) for cell in found["cells"]]
+    assert told == [("tiny", "one", 0), ("tiny", "two", 0), ("timed", "one", 0)]
     assert one["settings"]["denoiser"]["learning_rate"] == 1e-3 and one["runs"] == two["runs"]
-    assert one["metrics"]["validation_loss"] == rows[-1]["validation_loss"]
-    assert one["metrics"]["tokens"] == 3 * 4 * 128
-    assert set(one["answers"]) == {AR, "diffusion"} and one["answers"]["diffusion"] == two["answers"]["diffusion"]
-    # AR's answers are the backbone's: all denoisers on it have them in common.
+    # AR's answers are the backbone's, which all denoisers on it have in common.
     assert set(found["runs"][backbone.key]["answers"]) == {AR}
-    asked = two["answers"][OTHERWISE]
-    assert asked["questions"] == 2 and asked["tokens_per_evaluation"] >= 1 and one["seconds"] > 0
+    words = len(questions("sort", "test", 2)[1].answer.split())
+    tokens = sum(len(q.answer.replace(",", " ,").split()) + 1 for q in questions("sort", "test", 2)) - 1
+    for answers in (one["answers"][AR], one["answers"]["diffusion"], two["answers"][SPECULATIVE]):
+        assert answers["accuracy"] == 0.5 and answers["questions"] == 2
+        assert answers["words"] == pytest.approx((1 + (words - 1) / words) / 2)
+    assert one["answers"][AR]["tokens_per_evaluation"] is None
+    assert two["answers"]["diffusion"]["tokens_per_evaluation"] == tokens / 6
+    assert two["answers"][SPECULATIVE]["accepted"] == 6 / 4 and two["answers"]["diffusion"]["accepted"] is None
+    assert [timed["answers"][way]["tokens_per_second"] for way in (AR, "diffusion")] == [tokens / 0.5, tokens / 0.25]
+    assert METRICS["speed"].find(Results.read(tiny(), workdir), TIMED, TIMED.cells[0], 0, "diffusion") == 2
+
+
+@pytest.mark.whole
+def test_a_denoiser_is_really_asked(studied):
+    workdir, *_ = studied
+    results = Results.read(tiny(), workdir)
+    found = engine._ask(results, PART, PART.cells[1], runs_of(tiny(), PART.cells[1], 0)[1], PART.cells[1].ways)
+    for way, answers in found.items():
+        assert 0 <= answers["accuracy"] <= 1 and 0 <= answers["words"] <= 1 and answers["tokens_per_evaluation"] > 0
+        assert (answers["accepted"] is not None) == (way == SPECULATIVE)
 
 
 def test_nothing_is_done_twice(studied, monkeypatch):
@@ -91,7 +152,7 @@ def test_nothing_is_done_twice(studied, monkeypatch):
 
     for name in ("train", "load", "answered"):
         monkeypatch.setattr(engine, name, refused)
-    assert engine.run(tiny(), workdir, (PART,), 1, print)
+    assert engine.run(tiny(), workdir, PARTS, 1, print)
     assert json.loads((workdir / NAME).read_text())["runs"] == json.loads(before)["runs"]
     # A way that is new is all there is to do.
     more = dataclasses.replace(PART, cells=(Cell("one", ways=(AR, "diffusion", "diffusion:confidence_threshold=0.6")),))
@@ -122,8 +183,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_every_cell_of_the_study_can_be_run(tmp_path):
-    study, shared = default_study(), set()
-    for part in PARTS:
+    study, shared = of_the_paper.default_study(), set()
+    for part in of_the_paper.PARTS:
         for cell in part.cells:
             keys = []
             for training in runs_of(study, cell, 1):
@@ -136,7 +197,7 @@ def test_every_cell_of_the_study_can_be_run(tmp_path):
     # What the parts differ from is one training.
     assert len({(backbone, denoiser) for _, base, backbone, denoiser in shared if base}) == 1
     assert len({denoiser for *_, denoiser in shared}) == sum(not base for _, base, *_ in shared) + 1
-    assert study.config.steps == config.steps and study.config.init_from == ""
+    assert config.steps == round(study.tokens * study.config.steps) and study.config.init_from == ""
     with pytest.raises(ValueError, match="no part 'nope'; choose among thresholds, "):
         study.choose(["nope"])
 

@@ -27,14 +27,14 @@ class Cell:
     Attributes:
       name: in tables.
       denoiser, backbone: fields of the config in which its runs differ from the study's, dotted.
-      tokens: what the denoiser trains on, as a part of what the backbone has trained on.
+      tokens: what the denoiser trains on, as a part of what the backbone has trained on; None as the study says.
       ways: to ask, as `--modes` of launch/evaluate.py spells them. Blocks are as trained where a way says nothing else.
     """
 
     name: str
     denoiser: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     backbone: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    tokens: float = 1.0
+    tokens: float | None = None
     ways: tuple[str, ...] = (AR, "diffusion")
 
 
@@ -67,19 +67,27 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Attributes:
-    config: of a backbone's run, on tasks; not changed. denoiser: fields in which all denoisers' runs differ from it.
-    questions: of each task, from the test's split, the same for all.
+    """All of it, and what its cells have in common.
+
+    Attributes:
+      config: of a backbone's run, on tasks; not changed. denoiser: fields in which all denoisers' runs differ from it.
+      tokens: what a denoiser trains on, as a part of what its backbone has trained on.
+      questions: of each task, from the test's split, the same for all.
     """
 
     config: ConfigDict
     parts: tuple[Part, ...]
     denoiser: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokens: float = 1.0
     questions: int = 40
 
     @property
     def tasks(self) -> list[str]:
         return self.config.data.removeprefix("tasks:").split(",")
+
+    def tokens_of(self, cell: Cell) -> float:
+        """What a cell's denoiser trains on, as a part of what its backbone has trained on."""
+        return self.tokens if cell.tokens is None else cell.tokens
 
     def choose(self, names: list[str]) -> tuple[Part, ...]:
         """The parts of these names, in their order.
@@ -126,7 +134,7 @@ def runs_of(study: Study, cell: Cell, seed: int) -> tuple[TrainingRun, TrainingR
     """The backbone's run of a cell, and the denoiser's."""
     own = {"objective": "autoregressive", "seed": seed, **cell.backbone}
     backbone = TrainingRun(own)
-    steps = max(1, round(cell.tokens * cell.backbone.get("steps", study.config.steps)))
+    steps = max(1, round(study.tokens_of(cell) * cell.backbone.get("steps", study.config.steps)))
     changes = {"objective": "denoiser", "seed": seed, "steps": steps, **study.denoiser, **cell.denoiser}
     return backbone, TrainingRun(changes, backbone)
 

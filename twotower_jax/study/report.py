@@ -42,7 +42,7 @@ def _over_ar(name: str) -> Find:
 
 
 def _tokens(results: Results, part: Part, cell: Cell, seed: int, way: str) -> float:
-    return cell.tokens
+    return results.study.tokens_of(cell)
 
 
 METRICS = {
@@ -90,7 +90,8 @@ def _head(results: Results, seeds: int, command: str) -> list[str]:
         "choice of questions.",
         "",
         f"Width {config.model.hidden_size}, pattern `{config.model.hybrid_override_pattern}`; "
-        f"{tokens:,} tokens for a backbone, and as many for a denoiser where nothing else is said; blocks of "
+        f"{tokens:,} tokens for a backbone, and {results.study.tokens:.0%} of them for a denoiser where nothing else "
+        f"is said; blocks of "
         f"{config.block_size}, threshold 0.8. {results.study.questions} questions of each of the tasks "
         f"{', '.join(results.study.tasks)}; an answer is right if all of it is. Cells of a part share the backbone of "
         "their seed, and differ in nothing else than what is said; `base` is the published recipe. Under “− first” "
