@@ -45,19 +45,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from twotower_jax import command_line
-from twotower_jax.planning import hardware, least, report, serving, table
-from twotower_jax.planning.plan import plan_step
-from twotower_jax.planning.predict import as_figures, predict
-from twotower_jax.planning.rates import RATES
-from twotower_jax.quantization import METHODS
-from twotower_jax.train.config import TrainConfig, check_given, freeze
+from twotower_jax.choices import QUANTIZATIONS
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/ or your own.", lock_config=True)
 TOPOLOGY = flags.DEFINE_list("topology", [], "What to compile for.")
 SERVE = flags.DEFINE_bool("serve", False, "Compile generation on one device instead of the train step.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "With --serve: rows together.", lower_bound=1)
 CAPACITY = flags.DEFINE_integer("capacity", 4096, "With --serve: positions of a row.", lower_bound=1)
-QUANTIZE = flags.DEFINE_enum("quantize", None, list(METHODS), "With --serve: weights in fewer bits.")
+QUANTIZE = flags.DEFINE_enum("quantize", None, QUANTIZATIONS, "With --serve: weights in fewer bits.")
 JSON = command_line.DEFINE_path("json", None, "Also write the figures to this file, a JSON list.", local=True)
 TABLE = command_line.DEFINE_path(
     "table",
@@ -75,6 +70,16 @@ AGAIN = flags.DEFINE_bool("again", False, "With --table and --programs: only pre
 LEAST = flags.DEFINE_bool("least", False, "Print what configs/nano4b.py needs at the least; nothing is compiled.")
 PRICES = flags.DEFINE_list("prices", [], "With --table: dollars an hour of a chip, GENERATION=DOLLARS.")
 flags.mark_flag_as_required("config")
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+from twotower_jax.planning import hardware, least, report, serving, table
+from twotower_jax.planning.plan import plan_step
+from twotower_jax.planning.predict import as_figures, predict
+from twotower_jax.planning.rates import RATES
+from twotower_jax.quantization import METHODS
+from twotower_jax.train.config import TrainConfig, check_given, freeze
 
 
 def main() -> None:

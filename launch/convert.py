@@ -11,16 +11,10 @@ import environment  # noqa: F401, first: it says what is missing
 # isort: split
 import sys
 
-import jax
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint import hub, listing
-from twotower_jax.checkpoint.convert import convert
-from twotower_jax.checkpoint.plan import TIME_INITS
-from twotower_jax.data.tokenizer import unread_tokenizer
-from twotower_jax.paths import as_path
-from twotower_jax.quantization import METHODS
+from twotower_jax.choices import QUANTIZATIONS, TIME_INITS
 
 _SOURCE = command_line.DEFINE_path(
     "source", None, "Hugging Face folder or Hub id; with --dry_run also a JSON (.gz) list of names and shapes.",
@@ -38,9 +32,20 @@ _SHA256 = command_line.DEFINE_path(
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the mapping and the totals; read no data, write nothing.")
 _QUANTIZE = flags.DEFINE_enum(
-    "quantize", None, list(METHODS), "Write weights in fewer bits: the routed experts in 8 or 4, other matrices in 8."
+    "quantize", None, QUANTIZATIONS, "Write weights in fewer bits: the routed experts in 8 or 4, other matrices in 8."
 )
 _VERIFY = flags.DEFINE_bool("verify", False, "Read source and result again and compare every tensor.")
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+import jax
+
+from twotower_jax.checkpoint import hub, listing
+from twotower_jax.checkpoint.convert import convert
+from twotower_jax.data.tokenizer import unread_tokenizer
+from twotower_jax.paths import as_path
+from twotower_jax.quantization import METHODS
 
 
 def main() -> None:

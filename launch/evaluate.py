@@ -21,16 +21,10 @@ import json
 import pathlib
 import sys
 
-import jax
 from absl import flags
 
-from twotower_jax import adapter_flags, command_line, generation_flags, model_flags, strategy_flags
-from twotower_jax.data import load_tokenizer
-from twotower_jax.evaluation.environment import settle_environment
-from twotower_jax.generation.settings import MODES, Settings
-from twotower_jax.generation.trained import trained_block_size
-from twotower_jax.outputs import output_folder, write_file
-from twotower_jax.paths import as_path, local_path
+from twotower_jax import adapter_flags, command_line, generation_flags, model_flags
+from twotower_jax.choices import MODES
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
@@ -65,6 +59,22 @@ _SPEED_QUESTIONS = flags.DEFINE_integer(
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed runs of each point, of which the median counts.", lower_bound=1)
 _BASE_URL = flags.DEFINE_string("base_url", None, "Ask this server, in OpenAI's protocol, instead of a checkpoint.")
 _MODEL = flags.DEFINE_string("model", None, "With --base_url: its name there; default: the first that is served.")
+# With --base_url there is no checkpoint.
+flags.FLAGS["checkpoint"].validators.clear()
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+import jax
+
+from twotower_jax import model_from_flags, settings_from_flags, strategy_flags
+from twotower_jax.data import load_tokenizer
+from twotower_jax.evaluation.environment import settle_environment
+from twotower_jax.generation.settings import Settings
+from twotower_jax.generation.trained import trained_block_size
+from twotower_jax.outputs import output_folder, write_file
+from twotower_jax.paths import as_path, local_path
+
 _MAX_GEN_TOKS = 256
 _ANSWERS = "answers.jsonl"
 
@@ -87,7 +97,7 @@ def main() -> None:
     most = generation_flags.MAX_NEW_TOKENS
     base = Settings(batch_size=_BATCH_SIZE.value)
     if _BASE_URL.value is None:
-        base = generation_flags.settings(batch_size=_BATCH_SIZE.value)
+        base = settings_from_flags.settings(batch_size=_BATCH_SIZE.value)
     points = parse_points(_MODES.value, base)
     with output_folder(_OUTPUT.value, _ANSWERS) as output:
         tasks = find_tasks(
@@ -141,7 +151,7 @@ def _local(points, output: pathlib.Path):
     for point in points:
         check_likelihood(_LIKELIHOOD.value, point.settings)
     adapter = adapter_flags.given()
-    loaded = model_flags.load_model(**adapter)
+    loaded = model_from_flags.load_model(**adapter)
     tokenizer = load_tokenizer(loaded.folder)
     checkpoint = as_path(model_flags.CHECKPOINT.value)
     how = [model_flags.DTYPE.value, model_flags.QUANTIZE.value, model_flags.KERNELS.value]
@@ -198,7 +208,7 @@ def _warn(points, folder: pathlib.Path) -> None:
             )
     if any(point.mode != "ar" for point in points):
         modes = ",".join(point.name for point in points if point.mode != "ar")
-        model_flags.warn_if_untrained(folder, f"--modes={modes}", "--modes=ar is the backbone itself")
+        model_from_flags.warn_if_untrained(folder, f"--modes={modes}", "--modes=ar is the backbone itself")
 
 
 def _about(points) -> dict:
@@ -217,9 +227,6 @@ def _about(points) -> dict:
         about["programs"] = f"programs ran with {network}, 10 s and 1 GB each"
     return about
 
-
-# With --base_url there is none.
-flags.FLAGS["checkpoint"].validators.clear()
 
 if __name__ == "__main__":
     command_line.run(main)

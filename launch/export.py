@@ -15,13 +15,10 @@ import environment  # noqa: F401, first: it says what is missing
 import math
 import re
 
-import jax
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint.adapter import APPLIED_TO
-from twotower_jax.checkpoint.export import TOWERS, export, export_adapter
-from twotower_jax.paths import as_path
+from twotower_jax.choices import APPLIED_TO, TOWERS
 
 _CHECKPOINT = command_line.DEFINE_path(
     "checkpoint", None, "Converted checkpoint, training workdir or Hugging Face folder.", required=True
@@ -37,6 +34,15 @@ _MERGE = flags.DEFINE_bool("merge", False, "Add the update of the workdir's adap
 _ADAPTER_TOWER = flags.DEFINE_enum(
     "adapter_tower", None, APPLIED_TO, "Which tower an adapter of a backbone changes; see launch/generate.py."
 )
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+import jax
+
+from twotower_jax.checkpoint.export import export, export_adapter
+from twotower_jax.paths import as_path
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 

@@ -20,14 +20,6 @@ import time
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint.load import load
-from twotower_jax.checkpoint.orbax_steps import SaveError
-from twotower_jax.data import Decoder, load_tokenizer
-from twotower_jax.data.chat import ChatTemplate
-from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.generation import Settings, generate
-from twotower_jax.train.config import TrainConfig, base_config, freeze
-from twotower_jax.train.loop import train
 
 _WORKDIR = command_line.DEFINE_path(
     "workdir", "runs/finetune_demo", "Where data and the three training runs go.", local=True
@@ -36,6 +28,18 @@ _STEPS = flags.DEFINE_integer("steps", 400, "Steps of each training.", lower_bou
 _PADDING = flags.DEFINE_list(
     "padding_weights", ["0.1"], "Train on conversations with each of these values of padding_weight."
 )
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+from twotower_jax.checkpoint.load import load
+from twotower_jax.checkpoint.orbax_steps import SaveError
+from twotower_jax.data import Decoder, load_tokenizer
+from twotower_jax.data.chat import ChatTemplate
+from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.generation import Settings, generate
+from twotower_jax.train.config import TrainConfig, base_config, freeze
+from twotower_jax.train.loop import train
 
 _NUMBERS, _BLOCK = range(10), 8
 # One sum in four is asked about in no conversation; every other one of these is held out from launch/reinforce.py too.

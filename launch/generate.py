@@ -22,9 +22,32 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
+
+from twotower_jax import adapter_flags, command_line, generation_flags, model_flags
+
+flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(adapter_flags)
+flags.adopt_module_key_flags(generation_flags)
+_PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
+_PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
+_CHAT = flags.DEFINE_bool(
+    "chat", False, 'Prompts are conversations, {"messages": [...]}; without --prompt and --prompts they are typed.'
+)
+_OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
+_STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
+_SEPARATE_TOWERS = flags.DEFINE_bool(
+    "separate_towers", False, "Each tower on a mesh of its own; without --mesh on a device of its own."
+)
+_WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
+_TRACE = command_line.DEFINE_path("trace", None, "JSON Lines file for every step of every row.")
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
 from tokenizers import Tokenizer
 
-from twotower_jax import adapter_flags, command_line, generation_flags, model_flags, strategy_flags
+from twotower_jax import model_from_flags, settings_from_flags, strategy_flags
 from twotower_jax.data import Decoder, load_tokenizer
 from twotower_jax.data.chat import ChatTemplate
 from twotower_jax.generation import rehearsal
@@ -43,23 +66,6 @@ from twotower_jax.parameters import Params
 from twotower_jax.paths import as_path
 from twotower_jax.texts import check_text
 from twotower_jax.two_tower import TwoTower
-
-flags.adopt_module_key_flags(model_flags)
-flags.adopt_module_key_flags(adapter_flags)
-flags.adopt_module_key_flags(generation_flags)
-_PROMPT = flags.DEFINE_string("prompt", None, "One prompt, as text.")
-_PROMPTS = command_line.DEFINE_path("prompts", None, 'JSON Lines file of prompts: {"text": ...} or {"ids": [...]}.')
-_CHAT = flags.DEFINE_bool(
-    "chat", False, 'Prompts are conversations, {"messages": [...]}; without --prompt and --prompts they are typed.'
-)
-_OUTPUT = command_line.DEFINE_path("output", None, "JSON Lines file for the results; without it the texts are printed.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together; no row's tokens depend on it.")
-_STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a row, and is left out of its text; may be repeated.")
-_SEPARATE_TOWERS = flags.DEFINE_bool(
-    "separate_towers", False, "Each tower on a mesh of its own; without --mesh on a device of its own."
-)
-_WATCH = flags.DEFINE_bool("watch", False, "Show blocks filling in, on stderr.")
-_TRACE = command_line.DEFINE_path("trace", None, "JSON Lines file for every step of every row.")
 
 
 def _rows() -> list[dict] | None:
@@ -93,7 +99,7 @@ def _tokenizer(folder, needed: bool):
 
 def main() -> None:
     strategy_flags.register()
-    settings = generation_flags.settings(batch_size=_BATCH_SIZE.value, stop=tuple(_STOP.value))
+    settings = settings_from_flags.settings(batch_size=_BATCH_SIZE.value, stop=tuple(_STOP.value))
     rows = _rows()
     for text in settings.stop:
         check_text(text, "--stop")
@@ -141,7 +147,7 @@ def _generate(
         return rehearsal.needed(model, params, ids, settings, placement, decode)
 
     foreseen = None if rows is None else needs
-    loaded = model_flags.load_model(_SEPARATE_TOWERS.value, **adapter_flags.given(), needs=foreseen)
+    loaded = model_from_flags.load_model(_SEPARATE_TOWERS.value, **adapter_flags.given(), needs=foreseen)
     tokenizer, ids = read()
     if rows is None:
         _warn(settings, loaded.folder)
@@ -159,7 +165,7 @@ def _generate(
 
 
 def _results(
-    loaded: model_flags.Loaded,
+    loaded: model_from_flags.Loaded,
     prompts: list[Sequence[int]],
     tokenizer: Tokenizer | None,
     settings: Settings,
@@ -187,7 +193,7 @@ def _results(
 
 
 def _converse(
-    loaded: model_flags.Loaded,
+    loaded: model_from_flags.Loaded,
     template: ChatTemplate,
     tokenizer: Tokenizer,
     settings: Settings,
@@ -228,11 +234,11 @@ def _output_row(result: Result) -> dict:
 
 
 def _warn(settings: Settings, folder: pathlib.Path) -> None:
-    generation_flags.warn_of_unused()
+    settings_from_flags.warn_of_unused()
     _warn_of_large_blocks(settings, folder)
     if settings.mode != "ar":
         advice = "--mode=ar generates with the backbone itself"
-        model_flags.warn_if_untrained(folder, f"--mode={settings.mode}", advice)
+        model_from_flags.warn_if_untrained(folder, f"--mode={settings.mode}", advice)
 
 
 def _warn_of_large_blocks(settings: Settings, folder: pathlib.Path) -> None:

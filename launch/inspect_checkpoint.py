@@ -8,18 +8,23 @@ import environment  # noqa: F401, first: it says what is missing
 # isort: split
 import json
 
-import jax
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint import inspection
-from twotower_jax.paths import as_path
 
 _CHECKPOINT = command_line.DEFINE_path(
     "checkpoint", None, "Converted checkpoint, training workdir or Hugging Face folder.", required=True
 )
 _ARRAYS = flags.DEFINE_bool("arrays", False, "List every array.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object, arrays included.")
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+import jax
+
+from twotower_jax.checkpoint import inspection
+from twotower_jax.paths import as_path
 
 
 def main() -> None:

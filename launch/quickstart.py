@@ -28,17 +28,6 @@ import time
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint.load import Loaded, load
-from twotower_jax.checkpoint.orbax_steps import SaveError
-from twotower_jax.data import encode, load_tokenizer
-from twotower_jax.data.tasks import TASKS
-from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.execution import Execution
-from twotower_jax.generation import Result, Settings, generate
-from twotower_jax.generation.answers import Examinee, Marks, answered, ask, fastest
-from twotower_jax.outputs import output_file
-from twotower_jax.train.config import TrainConfig, freeze, shipped, shipped_file
-from twotower_jax.train.loop import train
 
 _WORKDIR = command_line.DEFINE_path(
     "workdir", "runs/quickstart", "Where the training runs go, and summary.json.", local=True
@@ -55,6 +44,21 @@ _TASKS = flags.DEFINE_list(
     "Of --data=tasks, those to train on and to ask; default: those that the backbone has learned.",
 )  # fmt: skip
 _QUESTIONS = flags.DEFINE_integer("questions", 20, "With --data=tasks: questions of each task.", lower_bound=1)
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+from twotower_jax.checkpoint.load import Loaded, load
+from twotower_jax.checkpoint.orbax_steps import SaveError
+from twotower_jax.data import encode, load_tokenizer
+from twotower_jax.data.tasks import TASKS
+from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.execution import Execution
+from twotower_jax.generation import Result, Settings, generate
+from twotower_jax.generation.answers import Examinee, Marks, answered, ask, fastest
+from twotower_jax.outputs import output_file
+from twotower_jax.train.config import TrainConfig, freeze, shipped, shipped_file
+from twotower_jax.train.loop import train
 
 # Training on tasks goes on where the checkpoint stopped: few steps, at a small rate.
 _TASK_STEPS, _TASK_RATE = 200, 5e-4

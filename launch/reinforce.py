@@ -9,7 +9,6 @@ checkpoint as launch/train.py writes it, and the same command goes on with it. d
 optimized.
 """
 
-# ruff: noqa: E402
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split

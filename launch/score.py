@@ -22,16 +22,6 @@ from collections.abc import Callable
 from absl import flags
 
 from twotower_jax import adapter_flags, command_line, model_flags
-from twotower_jax.data import load_tokenizer
-from twotower_jax.generation import quality
-from twotower_jax.generation.placement import in_force
-from twotower_jax.generation.prompts import check_prompts, prompt_ids
-from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
-from twotower_jax.generation.stops import cut
-from twotower_jax.jsonl import read_rows, row_writer
-from twotower_jax.outputs import check_apart
-from twotower_jax.parameters import Params
-from twotower_jax.two_tower import TwoTower
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(adapter_flags)
@@ -49,6 +39,21 @@ _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Of objective nll_bound.", 
 _SAMPLES = flags.DEFINE_integer("samples", 16, "Of objective nll_bound: draws of noise per row.", lower_bound=2)
 _SEED = flags.DEFINE_integer("seed", 0, "Of objective nll_bound.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed together.", lower_bound=1)
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+from twotower_jax import model_from_flags
+from twotower_jax.data import load_tokenizer
+from twotower_jax.generation import quality
+from twotower_jax.generation.placement import in_force
+from twotower_jax.generation.prompts import check_prompts, prompt_ids
+from twotower_jax.generation.score import DenoiserRow, score_ar, score_denoiser
+from twotower_jax.generation.stops import cut
+from twotower_jax.jsonl import read_rows, row_writer
+from twotower_jax.outputs import check_apart
+from twotower_jax.parameters import Params
+from twotower_jax.two_tower import TwoTower
 
 
 def _read() -> list[dict]:
@@ -73,7 +78,7 @@ def _read() -> list[dict]:
 
 def _cut(rows: list[dict]) -> list[dict]:
     """Generated rows as far as the end tokens of --eos let them go."""
-    eos = model_flags.end_tokens()
+    eos = model_from_flags.end_tokens()
     if eos is None:
         return rows
     if _OBJECTIVE.value != "generations":
@@ -91,10 +96,10 @@ def main() -> None:
     check_apart({"--output": _OUTPUT.value}, {"--input": _INPUT.value})
     rows = _cut(_read())
     with row_writer(_OUTPUT.value) as write:
-        model, params, folder, placement = model_flags.load_model(**adapter_flags.given())
+        model, params, folder, placement = model_from_flags.load_model(**adapter_flags.given())
         if _OBJECTIVE.value in ("denoiser", "nll_bound"):
             remedy = "--objective=ar scores with the backbone itself"
-            model_flags.warn_if_untrained(folder, f"--objective={_OBJECTIVE.value}", remedy)
+            model_from_flags.warn_if_untrained(folder, f"--objective={_OBJECTIVE.value}", remedy)
         if any("text" in row for row in rows) and _OBJECTIVE.value != "generations":
             tokens = prompt_ids(rows, load_tokenizer(folder))
             rows = [row | {"ids": [int(i) for i in ids]} for row, ids in zip(rows, tokens, strict=True)]

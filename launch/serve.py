@@ -21,10 +21,8 @@ import sys
 
 from absl import flags
 
-from twotower_jax import command_line, generation_flags, model_flags, strategy_flags
-from twotower_jax.checkpoint import load
-from twotower_jax.checkpoint.adapter import APPLIED_TO, Adapter
-from twotower_jax.paths import as_path, local_path
+from twotower_jax import command_line, generation_flags, model_flags
+from twotower_jax.choices import APPLIED_TO
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(generation_flags)
@@ -62,6 +60,14 @@ _SEPARATE_TOWERS = flags.DEFINE_bool(
     "separate_towers", False, "Each tower on a mesh of its own, where both work at once; without --mesh on a device."
 )
 _WARMUP = flags.DEFINE_bool("warmup", False, "Compile what the default settings need before /ready says yes.")
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+from twotower_jax import model_from_flags, settings_from_flags, strategy_flags
+from twotower_jax.checkpoint import load
+from twotower_jax.checkpoint.adapter import Adapter
+from twotower_jax.paths import as_path, local_path
 
 
 def _here(host: str) -> bool:
@@ -105,17 +111,17 @@ def main() -> None:
 
     strategy_flags.register()
     keys = read_keys(_API_KEYS.value) if _API_KEYS.value is not None else []
-    settings = generation_flags.settings(batch_size=_SLOTS.value)
+    settings = settings_from_flags.settings(batch_size=_SLOTS.value)
     listener = bind(_HOST.value, _PORT.value)
     if not keys and not _here(_HOST.value):
         print(f"warning: whoever reaches {_HOST.value} may ask: there is no --api_keys=FILE", file=sys.stderr)
     name = _NAME.value or as_path(model_flags.CHECKPOINT.value).resolve().name
     adapters = _adapters(name)
-    loaded = model_flags.load_model(apart=_SEPARATE_TOWERS.value)
-    beside = {one: model_flags.beside(loaded, found, _ADAPTER_TOWER.value) for one, found in adapters.items()}
-    generation_flags.warn_of_unused()
+    loaded = model_from_flags.load_model(apart=_SEPARATE_TOWERS.value)
+    beside = {one: model_from_flags.beside(loaded, found, _ADAPTER_TOWER.value) for one, found in adapters.items()}
+    settings_from_flags.warn_of_unused()
     if settings.mode != "ar":
-        model_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", "--mode=ar is the backbone itself")
+        model_from_flags.warn_if_untrained(loaded.folder, f"--mode={settings.mode}", "--mode=ar is the backbone itself")
     make = make_service(
         loaded.model,
         loaded.params,

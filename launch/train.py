@@ -12,7 +12,6 @@ As one process of several, on each of them the same command with its own number:
 or with --distributed alone where JAX finds these out: on TPU pods, under Slurm and Open MPI.
 """
 
-# ruff: noqa: E402
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
@@ -28,6 +27,19 @@ from absl import flags
 from ml_collections import config_flags
 
 from twotower_jax import command_line
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/ or your own.", lock_config=True)
+WORKDIR = command_line.DEFINE_path("workdir", None, "Where checkpoints and metrics go.")
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "FIRST:LAST; traces these steps into the workdir's profile/.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for a run of several processes.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes that JAX finds by itself.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
 from twotower_jax.checkpoint.orbax_steps import SaveError
 from twotower_jax.files import CheckpointError
 from twotower_jax.paths import as_path
@@ -45,15 +57,6 @@ STATUSES = {
     ValueError: command_line.USAGE,
     OSError: command_line.USAGE,
 }
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/ or your own.", lock_config=True)
-WORKDIR = command_line.DEFINE_path("workdir", None, "Where checkpoints and metrics go.")
-PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "FIRST:LAST; traces these steps into the workdir's profile/.")
-COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for a run of several processes.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes that JAX finds by itself.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:

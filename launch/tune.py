@@ -21,27 +21,9 @@ import sys
 from collections.abc import Mapping
 from typing import TextIO
 
-import jax
 from absl import flags
 
 from twotower_jax import command_line, model_flags, strategy_flags
-from twotower_jax.checkpoint import manifest
-from twotower_jax.checkpoint.load import contents
-from twotower_jax.data import load_tokenizer
-from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.diffusion.strategies import knobs
-from twotower_jax.evaluation.environment import settle_environment
-from twotower_jax.generation.operating_point import FILE, merged, read_operating_point
-from twotower_jax.generation.placement import TowerMeshes
-from twotower_jax.generation.prompts import prompt_ids, read_prompts
-from twotower_jax.generation.settings import Settings
-from twotower_jax.generation.trained import trained_block_size
-from twotower_jax.generation.tune import Point, Sweep, grid, sweep
-from twotower_jax.outputs import check_writable, output_file, output_folder
-from twotower_jax.parameters import Params
-from twotower_jax.paths import as_path, in_store
-from twotower_jax.two_tower import TwoTower
-from twotower_jax.visualize.tradeoff import plot
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(strategy_flags)
@@ -67,7 +49,32 @@ _MIN_RETAINED = flags.DEFINE_float(
     "min_retained", 0.98, "With --tasks: least part of AR's mean score that a chosen setting keeps.", lower_bound=0.0
 )
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-text token, so that all rows are as long.")
-_WRITE = flags.DEFINE_bool("write", False, f"Also write {FILE} into the checkpoint's folder.")
+_WRITE = flags.DEFINE_bool("write", False, "Also write generation_config.json into the checkpoint's folder.")
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+import jax
+
+from twotower_jax import model_from_flags
+from twotower_jax.checkpoint import manifest
+from twotower_jax.checkpoint.load import contents
+from twotower_jax.data import load_tokenizer
+from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.diffusion.strategies import knobs
+from twotower_jax.evaluation.environment import settle_environment
+from twotower_jax.generation.operating_point import FILE, merged, read_operating_point
+from twotower_jax.generation.placement import TowerMeshes
+from twotower_jax.generation.prompts import prompt_ids, read_prompts
+from twotower_jax.generation.settings import Settings
+from twotower_jax.generation.trained import trained_block_size
+from twotower_jax.generation.tune import Point, Sweep, grid, sweep
+from twotower_jax.outputs import check_writable, output_file, output_folder
+from twotower_jax.parameters import Params
+from twotower_jax.paths import as_path, in_store
+from twotower_jax.two_tower import TwoTower
+from twotower_jax.visualize.tradeoff import plot
+
 _RESULTS = "results.json", "plot.svg"
 # Lengths of the contexts of --tasks=needle and key_value.
 _LENGTH = 512
@@ -100,7 +107,7 @@ def main() -> None:
         max_new_tokens=_MAX_NEW_TOKENS.value,
         batch_size=_BATCH_SIZE.value,
         ignore_eos=_IGNORE_EOS.value,
-        eos=model_flags.end_tokens(),
+        eos=model_from_flags.end_tokens(),
     )
     rows = read_prompts(_PROMPTS.value)
     read_operating_point(model_flags.CHECKPOINT.value)  # What is merged at the end must be readable.
@@ -118,8 +125,8 @@ def main() -> None:
 
 
 def _tune(rows: list[dict], samplings: list[SamplingConfig], settings: Settings, files: Mapping[str, TextIO]) -> None:
-    model, params, folder, placement = model_flags.load_model()
-    model_flags.warn_if_untrained(folder, "tuning", "train a denoiser on it first (config.init_from)")
+    model, params, folder, placement = model_from_flags.load_model()
+    model_from_flags.warn_if_untrained(folder, "tuning", "train a denoiser on it first (config.init_from)")
     trained = trained_block_size(folder)
     usable = [sampling for sampling in samplings if trained is None or sampling.block_size <= trained]
     if not usable:

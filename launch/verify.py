@@ -11,26 +11,32 @@ import environment  # noqa: F401, first: it says what is missing
 # isort: split
 import pathlib
 
-import jax.numpy as jnp
 from absl import flags
 
-from twotower_jax import certify, command_line
-from twotower_jax.checkpoint import load, manifest
-from twotower_jax.checkpoint.store import MANIFEST
-from twotower_jax.execution import Execution
-from twotower_jax.files import CheckpointError, check_folder
-from twotower_jax.paths import as_path
+from twotower_jax import command_line
 
 _SOURCE = command_line.DEFINE_path("source", None, "The Hugging Face folder that was converted.", required=True)
 _CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "The checkpoint to certify, of any kind.", required=True)
 _EXPECTED = command_line.DEFINE_path(
     "expected",
     None,
-    f"Folder of {certify.NUMBERS} and {certify.GENERATIONS}; by default the source or its parent.",
+    "Folder of expected.safetensors and generation.json; by default the source or its parent.",
     local=True,
 )
 _TOLERANCE = flags.DEFINE_float("tolerance", 2e-4, "Largest drift, absolute, or relative to values above 1.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "To compute in.")
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+import jax.numpy as jnp
+
+from twotower_jax import certify
+from twotower_jax.checkpoint import load, manifest
+from twotower_jax.checkpoint.store import MANIFEST
+from twotower_jax.execution import Execution
+from twotower_jax.files import CheckpointError, check_folder
+from twotower_jax.paths import as_path
 
 
 def main() -> None:

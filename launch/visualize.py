@@ -17,11 +17,6 @@ import sys
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.outputs import output_folder, write_file
-from twotower_jax.visualize.charts import expert_map, heat_map, steps_chart
-from twotower_jax.visualize.curves import draw_curves, read_curves
-from twotower_jax.visualize.page import page
-from twotower_jax.visualize.story import TraceError, read_story
 
 _TRACE = command_line.DEFINE_path("trace", None, "Trace file, as launch/generate.py --trace writes it.")
 _OUTPUT = command_line.DEFINE_path(
@@ -30,6 +25,15 @@ _OUTPUT = command_line.DEFINE_path(
 _ROW = flags.DEFINE_integer("row", 0, "Which row of the trace, counted from 0.")
 _WORKDIR = command_line.DEFINE_path("workdir", None, "Workdir of a run, in place of a trace.")
 _FIELDS = flags.DEFINE_list("fields", [], "Of --workdir: numbers of metrics.jsonl, several with commas.")
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+from twotower_jax.outputs import output_folder, write_file
+from twotower_jax.visualize.charts import expert_map, heat_map, steps_chart
+from twotower_jax.visualize.curves import draw_curves, read_curves
+from twotower_jax.visualize.page import page
+from twotower_jax.visualize.story import TraceError, read_story
 
 
 def main() -> None:

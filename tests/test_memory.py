@@ -12,14 +12,14 @@ from absl import flags
 from absl.testing import flagsaver
 
 from helpers import ROOT, run_command
-from twotower_jax import memory, model_flags
+from twotower_jax import memory, model_from_flags
 from twotower_jax.checkpoint.load import contents
 from twotower_jax.diffusion import SamplingConfig
 from twotower_jax.generation import Settings, rehearsal
 from twotower_jax.generation.engine import start
 from twotower_jax.generation.placement import TowerMeshes, tower_meshes
 from twotower_jax.memory import GIB, Room
-from twotower_jax.model_flags import weight_bytes
+from twotower_jax.model_from_flags import weight_bytes
 from twotower_jax.parameters import parameter_table
 from twotower_jax.quantization import METHODS
 from twotower_jax.sharding import MeshShape, make_mesh
@@ -245,9 +245,9 @@ def test_generation_that_does_not_fit_beside_its_weights(checkpoint_flag, monkey
 
     def load(free: int) -> None:
         monkeypatch.setattr(memory, "room", lambda devices: Room(free, "card has free"))
-        model_flags.load_model(needs=needs)
+        model_from_flags.load_model(needs=needs)
 
-    monkeypatch.setattr(model_flags, "load", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr(model_from_flags, "load", lambda *_, **__: pytest.fail("weights are read"))
     with pytest.raises(ValueError, match="caches 0.0, temporaries as compiled 0.0.*or a smaller --batch_size") as error:
         load(weights + 1000)
     assert "\n" not in str(error.value)

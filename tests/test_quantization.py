@@ -42,15 +42,22 @@ def sources(data, backbone_folder_bf16) -> dict[str, pathlib.Path]:
     return {"two_tower": data / "tiny/checkpoint", "backbone_bf16": backbone_folder_bf16}
 
 
+class _Converted(dict):
+    """The folder of `source:method`, made when it is first asked for; the method may be none."""
+
+    def __init__(self, sources: dict[str, pathlib.Path], folder: pathlib.Path):
+        self._sources, self._folder = sources, folder
+
+    def __missing__(self, name: str) -> pathlib.Path:
+        source, method = name.split(":")
+        convert(self._sources[source], self._folder / name, quantize=METHODS.get(method), verify=True)
+        self[name] = self._folder / name
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def converted(sources, tmp_path_factory) -> dict[str, pathlib.Path]:
-    """`source:method` for each source; the method may be none."""
-    folder = tmp_path_factory.mktemp("converted")
-    for name, source in sources.items():
-        for method in (None, *METHODS.values()):
-            path = folder / f"{name}:{method.name if method else 'none'}"
-            convert(source, path, quantize=method, verify=True)
-    return {path.name: path for path in folder.iterdir()}
+    return _Converted(sources, tmp_path_factory.mktemp("converted"))
 
 
 def dequantized(params):

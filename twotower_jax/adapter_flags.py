@@ -5,7 +5,7 @@ from typing import Any
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint.adapter import APPLIED_TO
+from twotower_jax.choices import APPLIED_TO
 
 TOWER_HELP = (
     "Which tower an adapter of a backbone changes; default: the one that it was trained in, if its files say so, else "
@@ -16,7 +16,7 @@ ADAPTER_TOWER = flags.DEFINE_enum("adapter_tower", None, APPLIED_TO, TOWER_HELP)
 
 
 def given() -> dict[str, Any]:
-    """The arguments of `model_flags.load_model` and `checkpoint.load.load` that the flags stand for.
+    """The arguments of `model_from_flags.load_model` and `checkpoint.load.load` that the flags stand for.
 
     Raises:
       ValueError: for --adapter_tower without --adapter.

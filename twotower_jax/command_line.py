@@ -120,8 +120,35 @@ def numbers[T: (int, float)](holder: flags.FlagHolder, kind: type[T], least: T |
     return found
 
 
+def read_flags() -> None:
+    """Parses the flags, if that is not done yet.
+
+    A command calls it between its flags and the imports that take seconds: --help, --version and what is misspelled
+    wait for none of them.
+    """
+    if flags.FLAGS.is_parsed():
+        return
+    if "--version" in sys.argv[1:]:
+        show(twotower_jax.__version__, 0)
+    # Shown by --help, as if the command had defined it.
+    for name in (compilation_cache.FLAG, _CACHE_GB.name):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    app.define_help_flags()
+    logging.use_absl_handler()
+    _print_anything()
+    try:
+        try:
+            rest = _parse(sys.argv)
+        finally:
+            _unwritten()
+    except BrokenPipeError:
+        _leave_closed_pipe()
+    if len(rest) > 1:
+        fail(f"unexpected argument {rest[1]!r}; every setting is a --flag=value", USAGE)
+
+
 def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[Exception], int] | None = None) -> None:
-    """Parses the flags, runs `main`, and exits.
+    """Parses the flags unless `read_flags` has, runs `main`, and exits.
 
     Compiled programs are kept for the next start; without `cache`, for what measures compiling, only if a flag says so.
 
@@ -131,9 +158,7 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
 
     statuses = statuses or {}
 
-    def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            fail(f"unexpected argument {argv[1]!r}; every setting is a --flag=value", USAGE)
+    def guarded(_: Sequence[str]) -> None:
         try:
             if "jax" in sys.modules:  # prepare.py does without, and its workers start the sooner
                 from twotower_jax.jax_settings import check_settings
@@ -162,16 +187,11 @@ def run(main: Callable[[], None], *, cache: bool = True, statuses: Mapping[type[
                 fail(reason, USAGE)
             raise
 
-    if "--version" in sys.argv[1:]:
-        show(twotower_jax.__version__, 0)
-    # Shown by --help, as if the command had defined it.
-    for name in (compilation_cache.FLAG, _CACHE_GB.name):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-    _print_anything()
     _listen()
     try:
+        read_flags()
         try:
-            app.run(guarded, flags_parser=_parse)
+            app.run(guarded, flags_parser=lambda argv: argv[:1])
         finally:
             _unwritten()
     except KeyboardInterrupt:

@@ -12,7 +12,6 @@ import pathlib
 import tempfile
 import warnings
 
-import filelock
 from absl import flags
 
 from twotower_jax.paths import local_path
@@ -44,7 +43,7 @@ def enable(chosen: str | None, *, by_default: bool = True) -> pathlib.Path | Non
     Raises:
       OSError: a chosen folder cannot be written. A default one that cannot is not used, without a word.
     """
-    import jax  # here, because what only shows --help need not wait for it
+    import jax  # here, as `filelock` below, because what only shows --help need not wait for them
 
     if chosen == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -96,6 +95,8 @@ def _prepare(folder: pathlib.Path, *, private: bool) -> None:
       OSError: it cannot be used.
       NotImplementedError: its file system has no locks.
     """
+    import filelock
+
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
     if private and (state.st_uid != os.geteuid() or state.st_mode & 0o022):

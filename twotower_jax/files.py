@@ -6,11 +6,12 @@ import os
 import pathlib
 import stat
 from collections.abc import Collection
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from twotower_jax.paths import in_store
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # The index of the release has 1.2 MB, a full-size conversion.json 4 MB.
 _MAX_JSON_BYTES = 32 << 20
@@ -82,7 +83,7 @@ def is_there(path: pathlib.Path) -> bool:
     return path.exists() if in_store(path) else os.path.lexists(path)
 
 
-def read_file(path: pathlib.Path) -> np.ndarray:
+def read_file(path: pathlib.Path) -> "np.ndarray":
     """The content of a file of any size, as uint8.
 
     Raises:
@@ -92,12 +93,14 @@ def read_file(path: pathlib.Path) -> np.ndarray:
         return read_exactly(path, file, size_of(file))
 
 
-def read_exactly(path: pathlib.Path, file: BinaryIO, size: int) -> np.ndarray:
+def read_exactly(path: pathlib.Path, file: BinaryIO, size: int) -> "np.ndarray":
     """The next `size` bytes of an open file, as uint8.
 
     Raises:
       CheckpointError: if it ends before.
     """
+    import numpy as np  # here, because every command needs this module, and --help nothing of it
+
     data = np.empty(size, np.uint8)
     done = 0
     while done < size:

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from twotower_jax.diffusion import STRATEGIES
+from twotower_jax.choices import STRATEGIES
 from twotower_jax.paths import local_path
 from twotower_jax.registry import run_file
 

@@ -69,6 +69,7 @@ def assert_same(first: parameters.Params, second: parameters.Params) -> None:
 # In, and back.
 
 
+@pytest.mark.whole(but=["True", "False-backbone_bf16"])
 @pytest.mark.parametrize("name", ["two_tower", "two_tower_bf16", "backbone", "backbone_bf16"])
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_loads_what_the_source_holds(name, scan_layers, sources, converted):

@@ -375,9 +375,11 @@ def test_exit_status(script, folder):
     assert not (folder.parent / "out").exists()
 
 
-def test_a_slice_of_the_campaign():
+@pytest.mark.whole(but=["[1]"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_slice_of_the_campaign(times):
     kinds = 2 * len(HUGGING_FACE) + 2 + len(CONVERTED)
-    outcomes = list(campaign.run(3 * kinds, seed=0))
+    outcomes = list(campaign.run(times * kinds, seed=0))
     bad = [outcome for outcome in outcomes if outcome.verdict not in (campaign.REFUSED, campaign.EXACT)]
     assert not bad
     assert len({(outcome.target, outcome.mutation) for outcome in outcomes}) == kinds

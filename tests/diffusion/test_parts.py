@@ -110,6 +110,7 @@ def test_times_per_block_are_each_blocks_own():
     assert len(np.unique(t)) == 256
 
 
+@pytest.mark.whole(but=["stratified", "per_block"])
 @pytest.mark.parametrize("times", TIMES)
 def test_complementary_masks_cover_every_token_once(times):
     process, ids = MaskedDiffusion(times=TIMES[times], complementary=True), ids_of(3, 8)

@@ -85,6 +85,7 @@ def test_logits_that_are_no_distribution_show(bad, temperature):
     np.testing.assert_array_equal(np.isnan(chosen.confidence), [False, True])
 
 
+@pytest.mark.whole(but=["options0", "options2"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 4, "top_p": 0.9}])
 def test_autoregressive_rows_are_independent(options):
     keys = jax.random.split(jax.random.key(5), 8)

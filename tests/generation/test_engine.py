@@ -18,14 +18,15 @@ from twotower_jax.generation import (
     Settings,
     generate,
     positions,
+    scheduling,
     score_ar,
     score_denoiser,
 )
 from twotower_jax.generation import engine as engine_module
 from twotower_jax.generation.blocks import block
 from twotower_jax.generation.engine import in_order, iter_steps, start
-from twotower_jax.generation.scheduling import bucket
-from twotower_jax.generation.slots import allocate, cache_bytes, end_token_array, prefill
+from twotower_jax.generation.scheduling import bucket, piece_width, reads_narrow
+from twotower_jax.generation.slots import Piece, allocate, cache_bytes, end_token_array, prefill
 from twotower_jax.generation.stops import cut
 from twotower_jax.parameters import bind, flatten, unflatten
 from twotower_jax.two_tower import TwoTower
@@ -160,6 +161,77 @@ def test_prompts_may_be_read_in_pieces(tiny, mode):
     settings = dataclasses.replace(DIFFUSION, mode=mode, max_new_tokens=6)
     whole = run(tiny, PROMPTS, settings)
     assert run(tiny, PROMPTS, dataclasses.replace(settings, prefill_chunk=7)) == whole
+
+
+@pytest.mark.parametrize(
+    "left, chunk, widths",
+    [(0, 512, (64, 16)), (16, 512, (64, 16)), (17, 512, (64, 32)), (32, 512, (64, 32)), (33, 512, (64, 64))]
+    + [(64, 512, (64, 64)), (65, 512, (256, 256)), (300, 512, (512, 512)), (9, 8, (8, 8)), (20, 24, (24, 24))],
+)
+def test_widths_of_pieces(left, chunk, widths):
+    assert tuple(piece_width(left, chunk, narrow) for narrow in (False, True)) == widths
+
+
+class Asked:
+    """A table that notes what it is to read, up to the first block."""
+
+    apart = False
+
+    def __init__(self, *_, **__):
+        self.pieces = []
+
+    def read(self, piece, *, first, state, alternatives, adapter):
+        self.pieces.append((*piece.ids.shape, first, state))
+
+    def block(self, *_):
+        raise StopIteration
+
+
+@pytest.mark.parametrize(
+    "slots, request_, asked",
+    [
+        (1, {"mode": "diffusion"}, [(1, 32, False, False)]),
+        (1, {"mode": "diffusion", "context_logprobs": True}, [(1, 32, False, True)]),
+        (1, {"mode": "ar"}, [(1, 32, True, True)]),
+        (2, {"mode": "diffusion"}, [(2, 64, False, False)]),
+    ],
+)
+def test_a_prompt_is_read_in_a_piece_that_suits_it(tiny, slots, request_, asked):
+    """In a narrow one where rows are not read together, and no further up than somebody looks."""
+    engine = Engine(*tiny, DIFFUSION, capacity=64, slots=slots, table=Asked)
+    for _ in range(slots):
+        engine.submit(Request(prompt=[5] * 20, max_new_tokens=8, sampling=SAMPLING, **request_))
+    with pytest.raises(StopIteration):
+        engine.step()
+    assert engine._rows.pieces == asked
+    assert not reads_narrow(1, "gpu")
+
+
+def test_a_state_that_nobody_looks_at_is_not_computed(tiny):
+    """And the cache is the same to the last bit."""
+    model, params = tiny
+    rows = [None]
+    piece = Piece(
+        ids=np.arange(5, 21, dtype=np.int32)[None],
+        lengths=np.array([13], np.int32),
+        slot=np.zeros(1, np.int32),
+        first=np.ones(1, bool),
+        last=np.ones(1, bool),
+        limit=np.full(1, 8, np.int32),
+        unread=np.full(1, 17, np.int32),
+        draws=scheduling.draws(rows),
+        eos=scheduling.end_tokens(rows, 4),
+        given=scheduling.given(rows, [0], 1, model.config),
+    )
+    caches, flops = [], []
+    for state in (True, False):
+        slots = allocate(model=model, batch=1, capacity=64)
+        compiled = prefill.lower(params, slots, piece, model=model, first=False, state=state).compile()
+        flops.append(compiled.cost_analysis()["flops"])
+        caches.append(compiled(params, slots, piece)[0].cache)
+    assert all(map(np.array_equal, *map(jax.tree.leaves, caches)))
+    queries = 2 * (2 * 16 * 16 * 24)  # The products that give the last layer's queries and its output.
+    assert flops[0] - flops[1] > queries
 
 
 @pytest.mark.whole
@@ -306,6 +378,9 @@ def test_a_machine_that_cannot_hold_the_caches_is_asked_first(tiny, monkeypatch)
     """Processors too, which share their memory; their allocator would fail, or the system end the process."""
     with pytest.raises(ValueError, match=r"need .* GB, and this machine has free .* GB; .* max_new_tokens"):
         generate(*tiny, PROMPTS, dataclasses.replace(DIFFUSION, max_new_tokens=2**31 - 1))
+    monkeypatch.setattr(memory, "room", lambda devices: pytest.fail("asked for very little"))
+    generate(*tiny, PROMPTS, DIFFUSION)
+    monkeypatch.setattr(engine_module, "_SPARE_BYTES", 0)
     monkeypatch.setattr(memory, "room", lambda devices: None)  # Nothing says.
     generate(*tiny, PROMPTS, DIFFUSION)
 

@@ -37,7 +37,7 @@ def run(*arguments, python=(), **environment) -> tuple[int, str, str]:
 
 def test_what_only_some_commands_need_is_not_imported_for_all():
     """Each of these takes a quarter to half a second."""
-    modules = "generation_flags, model_flags, data, generation, checkpoint.load"
+    modules = "settings_from_flags, data, generation, checkpoint.load"
     lines = [f"import twotower_jax.{name}" for name in modules.split(", ")]
     heavy = {"grain", "orbax.checkpoint", "tensorboardX", "torch"}
     code = "; ".join(["import sys", *lines, f"print(*sorted({heavy} & sys.modules.keys()))"])
@@ -355,7 +355,7 @@ def test_every_command_says_how_to_install_it(name, tmp_path):
 
 
 def test_a_setting_that_jax_cannot_read_is_named():
-    code, _, err = run(ROOT / "launch/convert.py", JAX_ENABLE_X64="perhaps")
+    code, _, err = run(ROOT / "launch/convert.py", "--source=x", "--output=y", JAX_ENABLE_X64="perhaps")
     assert code == 2 and err.count("\n") == 1 and "cannot read a setting of the environment" in err
 
 

@@ -91,7 +91,9 @@ def test_help_is_no_failure(folder):
 
 
 def test_a_run_and_its_continuation(folder):
-    arguments = ("--config=config.py", "--workdir=deep/run", "--config.learning_rate=0.01")
+    # One layer, which compiles in a moment.
+    arguments = ("--config=config.py", "--workdir=deep/run", "--config.model.hybrid_override_pattern=-")
+    arguments += ("--config.learning_rate=0.01",)
     status, out, err = train(folder, *arguments)
     assert status == 0, err
     run = folder / "deep" / "run"

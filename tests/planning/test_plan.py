@@ -1,5 +1,6 @@
 """twotower_jax/planning: the real step compiled for devices that need not be there; here they are virtual CPUs."""
 
+import dataclasses
 import math
 
 import jax
@@ -19,10 +20,20 @@ from twotower_jax.train.step import tables
 from twotower_jax.two_tower import TwoTower
 
 
+def plan_for_eight(config):
+    config = dataclasses.replace(config, mesh=MeshShape(fsdp=8), vocab_size=40)
+    return plan_step(config, Hardware("cpu:8", jax.devices(), 8, 2**30, 1e12))
+
+
 @pytest.fixture(scope="module")
 def plan(step_config):
-    config = step_config(**{"mesh.fsdp": 8, "vocab_size": 40})
-    return plan_step(config, Hardware("cpu:8", jax.devices(), 8, 2**30, 1e12))
+    return plan_for_eight(step_config())
+
+
+@pytest.fixture(scope="module")
+def plan_of_a_layer(step_config):
+    """For what is done with any plan."""
+    return plan_for_eight(step_config(**{"model.hybrid_override_pattern": "-", "model.intermediate_size": 32}))
 
 
 @pytest.mark.whole
@@ -344,9 +355,10 @@ def test_the_bytes_of_an_adapters_step(step_config):
 # The table of docs/guide/scale.md.
 
 
-def test_rows_are_kept_as_they_come(tmp_path, plan):
+def test_rows_are_kept_as_they_come(tmp_path, plan_of_a_layer):
     path = tmp_path / "scale.json"
     assert table.load(path) == {} and table.markdown({}, table.PRICES) == ""
+    plan = plan_of_a_layer
     figures = report.as_json(plan)
     for topology in ("v6e:16x16", "v5p:8x8x4"):
         table.store(path, topology, figures | {"hardware": topology})
@@ -392,7 +404,7 @@ def test_rows_of_models():
         table.rows_of("tiny")
 
 
-def test_a_step_that_the_compiler_refuses(plan, tmp_path):
+def test_a_step_that_the_compiler_refuses(plan_of_a_layer, tmp_path):
     """Its words say how much it would take; another failure is no answer."""
 
     class Lowered:
@@ -403,7 +415,9 @@ def test_a_step_that_the_compiler_refuses(plan, tmp_path):
 
     refused = Lowered()
     assert compile_or_refuse(refused) == (None, int(17.5 * 2**30), "Used 17.50G of 15.75G hbm")
-    found = plan._replace(memory=2**30, activations=2**30, gates=[], predicted=None, refused="Used 1.5G of 1G hbm")
+    found = plan_of_a_layer._replace(
+        memory=2**30, activations=2**30, gates=[], predicted=None, refused="Used 1.5G of 1G hbm"
+    )
     assert "the compiler makes no program: Used 1.5G of 1G hbm" in report.describe(found)
     table.store(tmp_path / "t.json", "nano4b v5e:2x4", report.as_json(found))
     text = table.markdown(table.load(tmp_path / "t.json"), table.PRICES, "nano4b")

@@ -8,6 +8,7 @@ and JAX read while they start, so that `run_command` starts a real one for those
 """
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -16,7 +17,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
+from typing import NoReturn
 
 _MOST = 2**17  # Bytes of a request.
 # Not the modules that define flags for whoever imports them.
@@ -88,7 +91,7 @@ def _serve(connection: socket.socket) -> tuple[str, list[str]]:
     while True:
         content, fds, _, _ = socket.recv_fds(connection, _MOST, 3)
         if not content:
-            sys.exit()
+            os._exit(0)
         request = json.loads(content)
         with warnings.catch_warnings():
             # Libraries have a thread or two that only wait; no backend of JAX is there yet.
@@ -109,6 +112,35 @@ def _serve(connection: socket.socket) -> tuple[str, list[str]]:
         connection.send(str(os.waitpid(process, 0)[1]).encode())
 
 
+def _run(script: str) -> int:
+    """Runs a file as `python FILE` does; the exit status."""
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def _end(status: int) -> NoReturn:
+    """Ends as Python does, threads and exit functions first, but for taking apart all that was imported: that takes
+    longer than most commands."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        status = 120
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(status & 0xFF)
+
+
 if __name__ == "__main__":
     for module in _MODULES:
         __import__(module)
@@ -116,8 +148,7 @@ if __name__ == "__main__":
     gc.set_threshold(50_000, 20, 20)
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)
     script, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(script)
-    runpy.run_path(script, run_name="__main__")
+    _end(_run(script))

@@ -80,7 +80,7 @@ def test_the_step_is_adamw_on_the_clipped_gradient(train_config, random_params):
         logits = bind(objective.model, merge(params, frozen)).logits(ids)
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
 
-    value, gradients = jax.value_and_grad(loss)(trained)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(trained)
     norm = optax.tree.norm(gradients)
     np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)

@@ -30,7 +30,6 @@ from twotower_jax.two_tower import Backbone, TwoTower
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BOTH = "both"
-APPLIED_TO = (CONTEXT, DENOISER, BOTH)
 _PREFIX, _BACKBONE = "base_model.model.", "backbone."
 _OURS = "twotower_jax"
 # Ways to start that change the base as well, and what of a configuration would mean another computation.

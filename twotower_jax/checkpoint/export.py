@@ -29,7 +29,6 @@ from twotower_jax.parameters import Params, parameter_table
 from twotower_jax.progress import Progress
 from twotower_jax.two_tower import Backbone, TwoTower
 
-TOWERS = ("both", "context", "denoiser")
 _ARCHITECTURES = {"both": "NemotronHTwoTowerForCausalLM"}
 _SINGLE_TOWER = "NemotronHForCausalLM"
 _SOURCE_TOWERS = {"two_tower": "both", "single_tower": "one"}  # By the manifest's kind.

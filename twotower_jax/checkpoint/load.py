@@ -57,7 +57,7 @@ def load(
       quantize: a name of `quantization.METHODS`, by which weights are stored in fewer bits as they are read; None
         takes them as they are, which may be quantized; of an adapter's workdir, as it was trained.
       adapter: a folder of PEFT's files, put beside the weights (checkpoint/adapter.py).
-      adapter_tower: which tower an adapter of a backbone changes, one of `adapter.APPLIED_TO`; None takes both where
+      adapter_tower: which tower an adapter of a backbone changes, one of `choices.APPLIED_TO`; None takes both where
         the checkpoint is a backbone, else the context tower.
 
     Raises:

@@ -6,12 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from twotower_jax import parameters
+from twotower_jax.choices import TIME_INITS
 from twotower_jax.config import ModelConfig
 from twotower_jax.parameters import Parameter, Path, parameter_table
 from twotower_jax.stack import segments
 from twotower_jax.two_tower import Backbone, TwoTower
-
-TIME_INITS = ("identity", "reference")
 
 
 class Place(NamedTuple):

@@ -129,12 +129,13 @@ class Table:
             with in_force(placement.denoiser):
                 self._view = allocate(model=model, batch=batch, capacity=capacity)
 
-    def read(self, piece: Piece, *, first: bool, alternatives: int = 0, adapter: str | None = None) -> Said | None:
+    def read(
+        self, piece: Piece, *, first: bool, state: bool, alternatives: int = 0, adapter: str | None = None
+    ) -> Said | None:
         """Reads pieces of prompts into their slots; see `slots.prefill`."""
+        options = {"first": first, "state": state, "alternatives": alternatives}
         with in_force(self._placement.context):
-            self._slots, chosen = prefill(
-                self._params[adapter], self._slots, piece, model=self._model, first=first, alternatives=alternatives
-            )
+            self._slots, chosen = prefill(self._params[adapter], self._slots, piece, model=self._model, **options)
         if self._apart and piece.last.any():
             # A prompt is sent once all of it is read.
             ready = piece.slot.copy()

@@ -28,7 +28,7 @@ from twotower_jax.generation.prefix_cache import PrefixCache, borders
 from twotower_jax.generation.quorum import Quorum
 from twotower_jax.generation.request import Request, from_settings
 from twotower_jax.generation.rows import Kind, Progress, Row
-from twotower_jax.generation.scheduling import PIECE, piece_width, round_up
+from twotower_jax.generation.scheduling import PIECE, piece_width, reads_narrow, round_up
 from twotower_jax.generation.settings import Result, Settings, has_blocks
 from twotower_jax.generation.slots import Piece, Said, cache_bytes
 from twotower_jax.generation.stops import Decode, Ending
@@ -38,7 +38,7 @@ from twotower_jax.two_tower import TwoTower
 
 # Pieces are read together as long as they are not more tokens than this.
 _TOKENS_PER_READ = 512
-# Bytes of each device by which caches may be larger than they need to be.
+# Bytes of each device by which caches may be larger than they need to be, and up to which nobody is asked for room.
 _SPARE_BYTES = 64 * 2**20
 
 
@@ -53,7 +53,7 @@ def positions(prompt_length: int, max_new_tokens: int, settings: Settings, reque
     if has_blocks(asked.mode):
         # A block is written whole, also where the row ends inside it.
         new = round_up(max_new_tokens, asked.sampling.block_size) + asked.sampling.block_size
-    # The last piece of a prompt is written with its padding.
+    # The last piece of a prompt is written with its padding, of which there is most where rows are read together.
     chunk = settings.prefill_chunk
     whole = (prompt_length - 1) // chunk * chunk
     return max(prompt_length + new, whole + piece_width(prompt_length - whole, chunk))
@@ -108,6 +108,7 @@ class Engine:
         self._eos_width = 0
         self._rows_apart = placement.rows
         self.slots = batch = round_up(slots or settings.batch_size, placement.rows)
+        self._narrow = reads_narrow(batch, placement.devices[0].platform)
         self._table: list[Row | None] = [None] * batch
         self._waiting: deque[Row] = deque()
         self._submitted = 0
@@ -234,8 +235,9 @@ class Engine:
             groups = {}
             for slot in reading:
                 row = self._table[slot]
-                width = piece_width(len(row.to_read) - row.read, self._settings.prefill_chunk)
-                groups.setdefault((width, row.chooses_first, row.request.adapter or ""), []).append(slot)
+                width = piece_width(len(row.to_read) - row.read, self._settings.prefill_chunk, self._narrow)
+                alike = width, row.chooses_first, row.needs_state, row.request.adapter or ""
+                groups.setdefault(alike, []).append(slot)
             for (width, *_), group in sorted(groups.items()):
                 firsts += self._read_pieces(width, group)
             others = any(row is not None and not row.reading for row in self._table)
@@ -282,7 +284,8 @@ class Engine:
             piece.limit[i], piece.unread[i] = row.request.max_new_tokens, row.ids[-1]
         first = rows[0].chooses_first
         told = scheduling.alternatives([row.request for row in rows], config.vocab_size) if first else 0
-        chosen = self._rows.read(piece, first=first, alternatives=told, adapter=rows[0].request.adapter)
+        options = {"first": first, "state": rows[0].needs_state, "alternatives": told}
+        chosen = self._rows.read(piece, adapter=rows[0].request.adapter, **options)
         self._keep_prefixes(group, piece.lengths.tolist())
         ready = [(i, rows[i]) for i in np.flatnonzero(piece.last).tolist()]
         return [(ready, chosen)] if first and ready else []
@@ -458,6 +461,8 @@ def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None
     """Refuses a table that needs more of a device than it has free, or than is allowed."""
     if limit_gb is not None:
         available, where = int(limit_gb * 1e9), "max_cache_gb allows"
+    elif needed <= _SPARE_BYTES:
+        return  # To read the files that say what is free takes as long as other small models' answers.
     elif found := memory.room(placement.devices):
         # Processors share what there is. Nothing is known here of a device of another process.
         sharing = sum(device.process_index == jax.process_index() for device in placement.devices)

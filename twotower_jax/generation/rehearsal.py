@@ -91,8 +91,8 @@ class _Rehearsal:
         self._slots = slots.abstract(model, batch, capacity, self._mesh)
         self._most = 0
 
-    def read(self, piece: slots.Piece, *, first: bool, alternatives: int = 0, adapter: str | None = None) -> None:
-        self._compile(slots.prefill, piece, first=first, alternatives=alternatives)
+    def read(self, piece: slots.Piece, *, adapter: str | None = None, **options) -> None:
+        self._compile(slots.prefill, piece, **options)
 
     def block(self, call: Call, recipe: Recipe, kind=None, adapter: str | None = None) -> None:
         blocks = None

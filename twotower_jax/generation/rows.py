@@ -152,6 +152,12 @@ class Row:
         return self.request.mode in ("ar", "speculative")
 
     @property
+    def needs_state(self) -> bool:
+        """Whether somebody reads the context's final state after the prompt: its head, or what diffusion is to tell of
+        the context."""
+        return self.chooses_first or self.request.context_logprobs
+
+    @property
     def position(self) -> int:
         """The position of the next new token. The first one may be chosen already and not yet read."""
         return max(len(self.tokens), int(self.chooses_first and not self.reading))

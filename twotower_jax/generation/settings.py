@@ -4,10 +4,9 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+from twotower_jax.choices import MODES
 from twotower_jax.config import ModelConfig
 from twotower_jax.diffusion import SamplingConfig
-
-MODES = ("diffusion", "ar", "mock_ar", "speculative")
 
 
 def has_blocks(mode: str) -> bool:

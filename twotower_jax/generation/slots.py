@@ -34,8 +34,8 @@ class Slots:
       count: (B,) int32, new tokens so far.
       limit: (B,) int32, new tokens wanted.
       active: (B,) bool, whether a row is being generated here.
-      last: (B, D), the context's final hidden state at the last token that the cache has read; kept up in calls that
-        tell what the context thinks of diffusion's tokens (`modes.Recipe`), and of the prompt otherwise.
+      last: (B, D), the context's final hidden state at the last token that the cache has read, of rows that are told
+        what the context thinks of diffusion's tokens; it says nothing of others.
     """
 
     cache: Cache
@@ -183,6 +183,8 @@ def abstract(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = Non
     return jax.tree.map(placed, slots, _axes(model))
 
 
+# To trace the shapes takes a millisecond, and every call of `generate` asks three times.
+@functools.lru_cache(maxsize=128)
 def cache_bytes(model: TwoTower, batch: int, capacity: int, mesh: Mesh | None = None) -> int:
     """Size of what `allocate` allocates on each device, computed without allocating it."""
     return sum(map(sharded_bytes, jax.tree.leaves(abstract(model, batch, capacity, mesh))))
@@ -232,20 +234,29 @@ def said(logits: jax.Array, tokens: jax.Array, finite: jax.Array, alternatives: 
     return Said(tokens, finite, chosen - jax.nn.logsumexp(logits, axis=-1), top)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "first", "alternatives"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("model", "first", "state", "alternatives"), donate_argnames="slots")
 def prefill(
-    params: Params, slots: Slots, piece: Piece, *, model: TwoTower, first: bool, alternatives: int = 0
+    params: Params,
+    slots: Slots,
+    piece: Piece,
+    *,
+    model: TwoTower,
+    first: bool,
+    state: bool,
+    alternatives: int = 0,
 ) -> tuple[Slots, Said | None]:
     """Reads pieces of prompts into their slots; a slot whose prompt ends becomes active.
 
     Args:
       first: whether to choose the first new token as AR does, from the logits after the prompt; otherwise the slot's
         token is the piece's `unread`.
+      state: whether the final state is wanted for `Slots.last`, or for the first token. What of the last layers the
+        cache does not need is otherwise not computed.
     """
     bound = bind_part(model, params)
     rows = slots.cache.take_rows(piece.slot).clear_rows(piece.first)
-    last, rows = bound.extend_states(piece.ids, piece.lengths, rows)
-    last = newest_state(last, piece.lengths)
+    h, rows = bound.extend_states(piece.ids, piece.lengths, rows)
+    last = newest_state(h, piece.lengths) if state else None
 
     # Prompts that go on have no slot yet, as far as everything but the cache is concerned.
     ready = jnp.where(piece.last, piece.slot, slots.active.shape[0])
@@ -267,7 +278,7 @@ def prefill(
         count=put(slots.count, count),
         limit=put(slots.limit, piece.limit),
         active=put(slots.active, active),
-        last=put(slots.last, last),
+        last=put(slots.last, last) if state else slots.last,
     )
     return laid_out(model, slots), chosen
 
