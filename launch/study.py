@@ -25,25 +25,29 @@ stopping.listen()  # now, because the imports below take seconds
 from absl import flags
 
 from twotower_jax import command_line
-from twotower_jax.checkpoint.orbax_steps import SaveError
-from twotower_jax.paths import as_path
-from twotower_jax.study.parts import PARTS, default_study
-from twotower_jax.study.report import write_report
-from twotower_jax.study.results import Results
-from twotower_jax.study.run import run
 
 _WORKDIR = command_line.DEFINE_path("workdir", None, "Where the runs go, and study.json.", required=True, local=True)
-_PARTS = flags.DEFINE_list("parts", [part.name for part in PARTS], "What is asked, several with commas.")
+_PARTS = flags.DEFINE_list("parts", [], "What is asked, several with commas; default: all.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Of each cell.", lower_bound=1)
 _MINUTES = flags.DEFINE_float("minutes", None, "After which it stops; 0 runs nothing.", lower_bound=0.0)
 _REPORT = command_line.DEFINE_path("report", None, "A Markdown file for tables; curves go beside it.", local=True)
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+from twotower_jax.checkpoint.orbax_steps import SaveError
+from twotower_jax.paths import as_path
+from twotower_jax.study.parts import default_study
+from twotower_jax.study.report import write_report
+from twotower_jax.study.results import Results
+from twotower_jax.study.run import run
 
 _TIME_IS_OVER = "the time is over"
 
 
 def main() -> None:
     study, workdir = default_study(), as_path(_WORKDIR.value)
-    parts, seeds = study.choose(_PARTS.value), _SEEDS.value
+    parts, seeds = study.choose(_PARTS.value) if _PARTS.value else study.parts, _SEEDS.value
     if _REPORT.value is not None and not as_path(_REPORT.value).parent.is_dir():
         raise ValueError(f"--report={_REPORT.value}: its folder does not exist")
     end = None if _MINUTES.value is None else time.monotonic() + 60 * _MINUTES.value
@@ -69,7 +73,7 @@ def main() -> None:
 def _said() -> dict[str, object]:
     """The flags that decide what the report tells."""
     said = {"seeds": _SEEDS.value}
-    return {"parts": ",".join(_PARTS.value)} | said if _PARTS.present else said
+    return {"parts": ",".join(_PARTS.value)} | said if _PARTS.value else said
 
 
 if __name__ == "__main__":
