@@ -37,29 +37,36 @@ def read_curves(workdir: str | pathlib.Path, fields: Sequence[str]) -> dict[str,
     return curves
 
 
-def draw_curves(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
-    """A line for each name through its values, (step, value), all on one axis."""
-    points = [point for curve in curves.values() for point in curve]
+def draw_curves(
+    title: str, curves: dict[str, list[tuple[float, float]]], *, across: str = "step", log: bool = False
+) -> str:
+    """A line for each name through its values, (step, value), all on one axis.
+
+    Args:
+      across: what the first numbers are. log: whether theirs is a logarithmic axis; they are then positive.
+    """
+    scaled = math.log10 if log else float
+    points = [(scaled(x), y) for curve in curves.values() for x, y in curve]
     (x_low, x_high), (y_low, y_high) = (_range([point[i] for point in points]) for i in range(2))
     bottom = _TOP + _HEIGHT
 
     def place(step: float, value: float) -> tuple[float, float]:
-        x = _LEFT + _WIDTH * (step - x_low) / (x_high - x_low)
+        x = _LEFT + _WIDTH * (scaled(step) - x_low) / (x_high - x_low)
         return round(x, 1), round(bottom - _HEIGHT * (value - y_low) / (y_high - y_low), 1)
 
     parts = [f'<rect class="tt-empty" x="{_LEFT}" y="{_TOP}" width="{_WIDTH}" height="{_HEIGHT}"/>']
     for i in range(5):
         x, y = x_low + (x_high - x_low) * i / 4, y_low + (y_high - y_low) * i / 4
-        parts.append(_text(_LEFT + _WIDTH * i / 4, bottom + 16, f"{x:.4g}", "middle"))
+        parts.append(_text(_LEFT + _WIDTH * i / 4, bottom + 16, f"{10**x if log else x:.4g}", "middle"))
         parts.append(_text(_LEFT - 6, bottom - _HEIGHT * i / 4 + 4, f"{y:.3g}", "end"))
-    parts.append(_text(_LEFT + _WIDTH / 2, bottom + 34, "step", "middle"))
+    parts.append(_text(_LEFT + _WIDTH / 2, bottom + 34, across, "middle"))
     for number, (name, curve) in enumerate(curves.items()):
         paint = f"rgb{color(0.1 + 0.65 * number / max(1, len(curves) - 1))}"
         corners = " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve))
         parts.append(f'<polyline points="{corners}" fill="none" stroke="{paint}" stroke-width="2"/>')
         for step, value in curve:
             x, y = place(step, value)
-            about = html.escape(f"step {step}: {name} {value:.4g}")
+            about = html.escape(f"{across} {round(step, 4)}: {name} {value:.4g}")
             parts.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{paint}"><title>{about}</title></circle>')
         y = bottom + 58 + 20 * number
         parts.append(f'<rect x="{_LEFT}" y="{y - 11}" width="13" height="13" fill="{paint}"/>')
