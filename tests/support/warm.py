@@ -46,6 +46,16 @@ _MODULES = (
 )
 
 
+def _import_for(script: str) -> None:
+    """lm_eval, which takes longer than all the rest, once a command that needs it is asked for."""
+    if os.path.basename(script) == "evaluate.py" and "lm_eval" not in sys.modules:
+        from twotower_jax.evaluation.environment import settle_environment
+
+        settle_environment()
+        __import__("twotower_jax.evaluation.table")
+        gc.freeze()
+
+
 class Server:
     """The process, started with the environment of this one; it ends with this one."""
 
@@ -93,6 +103,7 @@ def _serve(connection: socket.socket) -> tuple[str, list[str]]:
         if not content:
             os._exit(0)
         request = json.loads(content)
+        _import_for(request["script"])
         with warnings.catch_warnings():
             # Libraries have a thread or two that only wait; no backend of JAX is there yet.
             warnings.simplefilter("ignore", DeprecationWarning)

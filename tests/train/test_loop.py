@@ -1,6 +1,7 @@
 """Runs: what they write, how they resume, what they refuse, what their checkpoints hold."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -43,16 +44,22 @@ def quiet():
 
 
 @pytest.fixture(scope="module")
-def backbone_run(train_config, tmp_path_factory, quiet):
+def layers(train_config, pytestconfig):
+    """Makes settings of a model of two layers, one of which has a router; of all kinds for `--whole`."""
+    return train_config if pytestconfig.getoption("whole") else functools.partial(train_config, pattern="ME")
+
+
+@pytest.fixture(scope="module")
+def backbone_run(layers, tmp_path_factory, quiet):
     """A short run of the autoregressive objective: settings, workdir, result."""
-    config, folder = train_config(), tmp_path_factory.mktemp("backbone")
+    config, folder = layers(), tmp_path_factory.mktemp("backbone")
     return config, folder, train(config, folder, quiet)
 
 
 @pytest.fixture(scope="module")
-def denoiser_run(train_config, backbone_run, tmp_path_factory, quiet):
+def denoiser_run(layers, backbone_run, tmp_path_factory, quiet):
     """A short run of the denoiser objective on that backbone, in two block sizes."""
-    config = train_config(
+    config = layers(
         objective="denoiser",
         init_from=str(backbone_run[1]),
         block_size=None,

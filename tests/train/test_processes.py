@@ -61,7 +61,7 @@ def run(folder: pathlib.Path, name: str, processes: int, *flags: str) -> tuple[l
 
 
 # Rows divided between the processes; then rows, experts, and the positions of a row.
-FEW = ("--config.model.hybrid_override_pattern=M*",)
+FEW = ("--config.model.hybrid_override_pattern=*",)
 SAMPLED = ("--config.sample_every=2", "--config.sample_prompts=('64 125', '3')", "--config.sample_tokens=16")
 
 
