@@ -45,6 +45,15 @@ class Answers(Denoiser):
     The context tower reads the question into a cache, and the denoiser sees the answer's block alone, as in sampling.
     """
 
+    @classmethod
+    def make(cls, config, model):
+        if config.sequence_length != 2 * (config.block_size or 0):
+            raise ValueError(
+                f"objective='answers' needs rows of one question: sequence_length={config.sequence_length} must be two "
+                f"blocks, and block_size={config.block_size} half of it"
+            )
+        return super().make(config, model)
+
     def losses_of(self, params, examples, block_size, validating=False):
         model = bind(self.model, params)
         question, answer = jnp.split(examples.clean, [-block_size], axis=1)  # (R, L − S) and (R, S)

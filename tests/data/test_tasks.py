@@ -208,12 +208,16 @@ def test_windows_without_documents_are_a_line_of_questions(data, tokenizer):
 
 
 def test_a_window_is_a_function_of_seed_and_number(data, tokenizer):
-    (one, _), (same, _) = (windows(data, tokenizer, 64, 16) for _ in range(2))
-    other, _ = data.windows(tokenizer, Packing(64, VOCAB_SIZE, 0.01, 4, 16))
+    (one, _), (same, _) = (windows(data, tokenizer, 128, 16) for _ in range(2))
+    other, _ = data.windows(tokenizer, Packing(128, VOCAB_SIZE, 0.01, 4, 16))
     assert one.identity() == same.identity() != other.identity()
     assert (one[9]["ids"] == same[9]["ids"]).all() and (one[9]["ids"] != one[10]["ids"]).any()
     with pytest.raises(ValueError, match="lies outside the vocabulary of 300"):
-        data.windows(tokenizer, Packing(64, 300, 0.01, 3, 16))
+        data.windows(tokenizer, Packing(128, 300, 0.01, 3, 16))
+    with pytest.raises(
+        ValueError, match="^sequence_length=64 has no room for questions of the task 'letter', which take 96"
+    ):
+        data.windows(tokenizer, Packing(64, VOCAB_SIZE, 0.01, 3, 16))
 
 
 def test_some_tasks_alone(tokenizer):

@@ -1,5 +1,6 @@
 """Tests of twotower_jax.generation.answers: what is right, what is counted, and which setting is chosen."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,15 @@ def test_what_is_counted():
     assert (found.accuracy, found.tokens, found.tokens_per_second, found.tokens_per_evaluation) == (0.75, 40, 20.0, 5.0)
     assert (found.of("a").accuracy, found.of("b").accuracy, found.of("b").tokens) == (1.0, 0.5, 20)
     assert answers([True], [1.0], evaluations=0).tokens_per_evaluation is None
+
+
+def test_tasks_that_were_timed_apart_are_joined():
+    parts = [dataclasses.replace(answers([True], [1.0, 4.0, 2.0]), asked=[SimpleNamespace(task="a")])]
+    parts += [dataclasses.replace(answers([False, True], [3.0, 3.0, 3.0]), asked=[SimpleNamespace(task="b")] * 2)]
+    found = Marks.joined(parts)
+    assert found.right == [True, False, True] and found.seconds == [4.0, 7.0, 5.0]
+    assert (found.tokens, found.tokens_per_second) == (30, 6.0)
+    assert found.of("a").tokens_per_second == 5.0 and found.of("b").accuracy == 0.5
 
 
 def test_the_fastest_that_keeps_enough():

@@ -17,7 +17,7 @@ CHECKPOINT = ROOT / "configs" / "quickstart"
 
 
 def test_it_trains_tunes_and_compares(tmp_path):
-    command = ("quickstart", "--workdir=run", "--steps=1", "--questions=2", "--batches=1", "--tasks=spell")
+    command = ("quickstart", "--workdir=run", "--steps=1", "--questions=2", "--batches=1", "--tasks=letter")
     done = run_command(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -25,8 +25,8 @@ def test_it_trains_tunes_and_compares(tmp_path):
     assert set(accuracy) == {"ar", "diffusion"} and all(0 <= value <= 1 for value in accuracy.values())
     assert summary["retained_quality"] == pytest.approx(accuracy["diffusion"] / accuracy["ar"])
     assert summary["tokens_per_evaluation"] > 1 and summary["speedup"] > 0 and summary["seconds"] > 0
-    assert set(summary["tasks"]) == {"spell"} and summary["questions"] == 2
-    for shown in ("evaluation 1: ", "questions together", "of AR's accuracy kept", "| spell"):
+    assert set(summary["tasks"]) == {"letter"} and summary["questions"] == 2
+    for shown in ("evaluation 1: ", "questions together", "of AR's accuracy kept", "| letter"):
         assert shown in done.stdout
     # The checkpoint knows its tasks, wherever the command is run.
     assert accuracy["ar"] >= 0.8

@@ -40,13 +40,16 @@ class TaskWindows(Unloaded):
         a split of its own.
 
         Raises:
-          ValueError: the tokenizer gives ids outside the vocabulary, or `align` does not divide the length.
+          ValueError: the tokenizer gives ids outside the vocabulary, `align` does not divide the length, or a question
+            of a task has no room in it.
         """
         if packing.align is not None and (packing.align < 1 or packing.sequence_length % packing.align):
             raise ValueError(f"sequence_length {packing.sequence_length} is not a multiple of align {packing.align}")
         self._tokenizer, self._packing, self._split, self._names = tokenizer, packing, split, names
         self.sequence_length = packing.sequence_length
         self.tokens = len(self) * self.sequence_length
+        if packing.align:
+            self._check_room(names or tuple(tasks.TASKS))
         self[0]  # Ids are checked before a run begins.
 
     def __len__(self) -> int:
@@ -74,6 +77,23 @@ class TaskWindows(Unloaded):
             ids = encode(self._tokenizer, texts)
             yield from zip(ids[::2], ids[1::2], strict=True)
 
+    def _check_room(self, names: tuple[str, ...]) -> None:
+        """Refuses tasks that a window would leave out without a word."""
+        for name in names:
+            texts = [text for question in tasks.questions(name, "train", _TOGETHER) for text in question]
+            ids = encode(self._tokenizer, texts)
+            most = max(sum(self._places(*pair)) for pair in zip(ids[::2], ids[1::2], strict=True))
+            if most > self.sequence_length:
+                raise ValueError(
+                    f"sequence_length={self.sequence_length} has no room for questions of the task {name!r}, which "
+                    f"take {most} tokens in blocks of {self._packing.align}"
+                )
+
+    def _places(self, prompt: np.ndarray, answer: np.ndarray) -> tuple[int, int]:
+        """What a question and its answer take, the answer with an end token, in whole blocks."""
+        align = self._packing.align
+        return -(-len(prompt) // align) * align, -(-(len(answer) + 1) // align) * align
+
     def _end_to_end(self, questions) -> dict[str, np.ndarray]:
         parts, length = [], 0
         while length < self.sequence_length:
@@ -89,7 +109,7 @@ class TaskWindows(Unloaded):
         while end < length and missed < _TRIED:
             prompt, answer = next(questions)
             begin = -(-(end + len(prompt)) // align) * align
-            stop = begin - (-(len(answer) + 1) // align) * align
+            stop = begin + self._places(prompt, answer)[1]
             if stop > length:
                 missed += 1
                 continue

@@ -43,12 +43,23 @@ class Marks:
     Attributes:
       results: one for each question, in order. right: which of them are.
       seconds: of each timed pass over all of them.
+      parts: where tasks were timed apart, what came of each.
     """
 
     asked: Sequence[TaskPrompt]
     results: list[Result]
     right: list[bool]
     seconds: list[float]
+    parts: "Mapping[str, Marks]" = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, of_tasks: "Sequence[Marks]") -> "Marks":
+        """What came of some tasks, each answered and timed by itself, as one."""
+        lists = (
+            [item for marks in of_tasks for item in getattr(marks, name)] for name in ("asked", "results", "right")
+        )
+        seconds = [sum(turn) for turn in zip(*(marks.seconds for marks in of_tasks), strict=True)]
+        return cls(*lists, seconds, {marks.asked[0].task: marks for marks in of_tasks})
 
     @property
     def accuracy(self) -> float:
@@ -71,7 +82,9 @@ class Marks:
         return self.tokens / evaluations if evaluations else None
 
     def of(self, task: str) -> "Marks":
-        """Those of one task, without times."""
+        """Those of one task, without times unless it was timed by itself."""
+        if task in self.parts:
+            return self.parts[task]
         rows = [i for i, asked in enumerate(self.asked) if asked.task == task]
         return Marks([self.asked[i] for i in rows], [self.results[i] for i in rows], [self.right[i] for i in rows], [])
 
