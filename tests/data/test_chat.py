@@ -201,6 +201,7 @@ def generate(checkpoint, *flags, typed: str = ""):
     return run_command("generate", *words, input=typed)
 
 
+@pytest.mark.whole
 def test_the_command_answers_a_file_and_what_is_typed(chat_model, tmp_path):
     """The second turn has the first and its answer before it."""
     out, template = tmp_path / "out.jsonl", load(chat_model)

@@ -16,6 +16,7 @@ def _run(**flags):
     return run_command("evaluate", *(f"--{name}={value}" for name, value in given.items()))
 
 
+@pytest.mark.whole
 def test_the_command_compares_points_on_the_same_questions_and_goes_on(tmp_path, checkpoint, task_files):
     out = tmp_path / "made" / "evaluation"
     flags = {"checkpoint": checkpoint, "include_path": task_files, "modes": POINTS, "output": out}

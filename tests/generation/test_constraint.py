@@ -142,6 +142,7 @@ def test_an_answer_that_fills_its_place_needs_no_end(tiny):
     assert (result.tokens, result.finish_reason) == ([20, 21, 22, 23, 24, 25], "length")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("mode", ["diffusion", pytest.param("ar", marks=pytest.mark.whole)])
 def test_others_get_what_they_get_alone(tiny, mode):
     """Rows with and without a choice in one table, and steps told of some."""

@@ -65,6 +65,7 @@ def test_lengths_counts_and_masks(tiny, together):
         assert result.context_evaluations == 3  # The prompt and two of three blocks.
 
 
+@pytest.mark.whole
 def test_a_row_gets_what_it_gets_alone(tiny, together):
     """Batches of one have other shapes, so other matrix products: only the tokens can be equal, and must be."""
     alone = [run(tiny, [prompt], dataclasses.replace(DIFFUSION, batch_size=1))[0] for prompt in PROMPTS]
