@@ -4,9 +4,10 @@
 
 Questions with exact answers, answered by a small two-tower model: by the context tower a token at a time (AR), and by
 the denoiser tower in blocks (diffusion), to see how many of the right answers remain and how much faster that is. It
-starts from the checkpoint in configs/quickstart/, which an hour of training on the same tasks made
-(docs/reports/miniature.md), and trains its denoiser for some minutes more; finds the fastest setting of diffusion that
-keeps the accuracy, on questions for validation; and compares on questions of the test. `summary.json` holds the result.
+starts from the checkpoint in configs/quickstart/, which 104 minutes of training on such tasks made
+(docs/reports/miniature.md), and trains its denoiser for a minute or two more; finds the fastest setting of diffusion
+that keeps the accuracy, on questions for validation; and compares on questions of the test. `summary.json` holds the
+result.
 
     python launch/quickstart.py --data=python
 

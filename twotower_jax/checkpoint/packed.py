@@ -20,7 +20,7 @@ import numpy as np
 
 from twotower_jax.atomic import new_folder
 from twotower_jax.checkpoint.manifest import write_file
-from twotower_jax.files import CheckpointError, check_link
+from twotower_jax.files import CheckpointError, check_link, open_regular
 
 TENSORS = "packed.npz.gz"
 _STEP = ".step"  # After the name of a matrix: its rows' steps.
@@ -88,12 +88,14 @@ def read_packed(folder: pathlib.Path) -> dict[str, np.ndarray]:
     path = folder / TENSORS
     check_link(path)
     try:
-        with gzip.open(path) as file:
+        with open_regular(path) as packed, gzip.open(packed) as file:
             plain = file.read(_MOST_BYTES + 1)
         if len(plain) > _MOST_BYTES:
             raise CheckpointError(f"{path}: holds more than {_MOST_BYTES:,} bytes")
         with np.load(io.BytesIO(plain), allow_pickle=False) as archive:
             arrays = dict(archive)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: cannot be unpacked ({error})") from None
     tensors = {}
