@@ -17,6 +17,7 @@ from twotower_jax.diffusion import TIMES, Times
 from twotower_jax.parameters import bind
 from twotower_jax.train.config import base_config
 from twotower_jax.train.objectives import OBJECTIVES, Denoiser
+from twotower_jax.train.terms import Balance
 from twotower_jax.two_tower import TrainingStates
 
 
@@ -51,6 +52,14 @@ class Answers(Denoiser):
             raise ValueError(
                 f"objective='answers' needs rows of one question: sequence_length={config.sequence_length} must be two "
                 f"blocks, and block_size={config.block_size} half of it"
+            )
+        if not config.reset_at_documents:
+            raise ValueError("objective='answers' needs reset_at_documents=True, which tells questions from answers")
+        context_trains = config.variant.context != "frozen"
+        if context_trains or config.distillation.weight or config.balance != Balance():
+            raise ValueError(
+                "objective='answers' trains the denoiser alone, on masked tokens alone: with a context that trains, "
+                "distillation or balanced experts take objective='denoiser'"
             )
         return super().make(config, model)
 

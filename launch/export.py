@@ -4,9 +4,10 @@
     python launch/export.py --checkpoint=WORKDIR --output=ADAPTER_DIR --adapter
     python launch/export.py --checkpoint=WORKDIR --output=HF_DIR --merge
     python launch/export.py --checkpoint=DIR --output=HF_DIR --adapter=ADAPTER_DIR
+    python launch/export.py --checkpoint=DIR --output=HF_DIR --packed=0.15
 
 The second is of a workdir that holds an adapter (config.lora), the third adds its update to its base, the fourth that
-of PEFT's files to any checkpoint.
+of PEFT's files to any checkpoint. The last is small and not bit for bit, see docs/guide/conversion.md.
 """
 
 import environment  # noqa: F401, first: it says what is missing

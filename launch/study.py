@@ -9,7 +9,6 @@ asking; --report makes tables and curves of it, and with --minutes=0 of what the
 what is compared, and twotower_jax/study/parts.py holds the cells.
 """
 
-# ruff: noqa: E402
 import environment  # noqa: F401, first: it says what is missing
 
 # isort: split
@@ -46,6 +45,8 @@ _TIME_IS_OVER = "the time is over"
 
 
 def main() -> None:
+    if _MINUTES.value == 0 and _REPORT.value is None:
+        raise ValueError("--minutes=0 runs nothing: give --report=FILE too, or leave it out")
     study, workdir = default_study(), as_path(_WORKDIR.value)
     parts, seeds = study.choose(_PARTS.value) if _PARTS.value else study.parts, _SEEDS.value
     if _REPORT.value is not None and not as_path(_REPORT.value).parent.is_dir():

@@ -82,3 +82,21 @@ def test_its_objective_is_the_denoisers_for_half_of_the_work(random_params):
     for name in ("denoiser_tower", "denoiser_head", "time"):
         for a, b in zip(*map(jax.tree.leaves, (found[1][name], expected[1][name])), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max() + 1e-3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("sequence_length", 256, "sequence_length=256 must be two blocks, and block_size=64 half of it"),
+        ("reset_at_documents", False, "needs reset_at_documents=True"),
+        ("distillation.weight", 1.0, "take objective='denoiser'"),
+        ("variant.context", "trained", "take objective='denoiser'"),
+    ],
+)
+def test_its_objective_refuses_what_it_would_leave_out(name, value, said):
+    config = shipped("quickstart")
+    config.objective = "answers"
+    config.update_from_flattened_dict({name: value})
+    config = freeze(config)
+    with pytest.raises(ValueError, match=said):
+        OBJECTIVES["answers"].make(config, config.model_config(config.vocab_size))

@@ -265,6 +265,7 @@ def test_the_command(tmp_path):
     done = run_command("study", "--workdir=study", "--minutes=0", "--report=report.md", cwd=tmp_path)
     assert done.returncode == 0 and "Missing: base, seeds 0 1 2." in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "study").exists()
-    for flags, said in ((["--parts=towers,nope"], "no part 'nope'"), (["--report=no/x.md"], "folder does not exist")):
-        done = run_command("study", "--workdir=study", *flags, cwd=tmp_path)
+    refused = {"--parts=towers,nope": "no part 'nope'", "--report=no/x.md": "folder does not exist"}
+    for flag, said in (refused | {"--minutes=0": "--minutes=0 runs nothing"}).items():
+        done = run_command("study", "--workdir=study", flag, cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -25,7 +25,7 @@ from twotower_jax.files import CheckpointError, check_link, open_regular
 TENSORS = "packed.npz.gz"
 _STEP = ".step"  # After the name of a matrix: its rows' steps.
 _LARGEST = 127
-# Of a folder that was packed: nobody packs a large model.
+# The most that an archive may unpack to: nobody packs a large model.
 _MOST_BYTES = 1 << 30
 
 

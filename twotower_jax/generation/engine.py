@@ -38,7 +38,8 @@ from twotower_jax.two_tower import TwoTower
 
 # Pieces are read together as long as they are not more tokens than this.
 _TOKENS_PER_READ = 512
-# Bytes of each device by which caches may be larger than they need to be, and up to which nobody is asked for room.
+# Bytes of each device by which caches may be larger than they need to be; caches up to this size are not checked
+# against the memory that is free.
 _SPARE_BYTES = 64 * 2**20
 
 
@@ -462,7 +463,7 @@ def _check_memory(needed: int, slots: int, capacity: int, limit_gb: float | None
     if limit_gb is not None:
         available, where = int(limit_gb * 1e9), "max_cache_gb allows"
     elif needed <= _SPARE_BYTES:
-        return  # To read the files that say what is free takes as long as other small models' answers.
+        return  # Reading the files that say what is free takes as long as an answer of a small model.
     elif found := memory.room(placement.devices):
         # Processors share what there is. Nothing is known here of a device of another process.
         sharing = sum(device.process_index == jax.process_index() for device in placement.devices)

@@ -116,13 +116,13 @@ def _table(results: Results, part: Part, seeds: int) -> list[str]:
 
 
 def mean(results: Results, part: Part, cell: Cell, way: str, metric: str, seeds: int) -> Mean | None:
-    """Of a metric over the seeds that were measured."""
+    """The mean of a metric over the seeds that were measured; None for none."""
     found = (METRICS[metric].find(results, part, cell, seed, way) for seed in range(seeds))
     return Mean.of(value for value in found if value is not None)
 
 
 def _difference(results: Results, part: Part, cell: Cell, way: str, seeds: int) -> Mean | None:
-    """Of validation losses from the part's first cell."""
+    """The mean difference of the validation loss from that of the part's first cell; None for that one."""
     if cell is part.cells[0]:
         return None
     find, pairs = METRICS["validation_loss"].find, []

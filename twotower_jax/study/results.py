@@ -23,7 +23,7 @@ _VERSION = 1
 
 
 class Mean(NamedTuple):
-    """Over seeds: how many there are, and the standard error of their mean; None for one seed."""
+    """A mean over so many seeds, and its standard error; None for one seed."""
 
     value: float
     error: float | None
@@ -95,7 +95,7 @@ class Results:
         return self.runs.setdefault(run.key, new)
 
     def metrics(self, run: TrainingRun) -> dict[str, Any] | None:
-        """Of a training that is finished; else None."""
+        """The metrics of a training that is finished; else None."""
         return self.runs.get(run.key, {}).get("metrics")
 
     def answers(self, part: Part, cell: Cell, seed: int, way: str) -> dict[str, Any] | None:
