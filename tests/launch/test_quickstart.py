@@ -58,6 +58,7 @@ def test_what_cannot_be_asked_is_said_before_training(tmp_path, flags, said):
 
 def test_its_objective_is_the_denoisers_for_half_of_the_work(random_params):
     config = shipped("quickstart")
+    config.objective = "answers"
     config.model.update(hidden_size=32, hybrid_override_pattern="M*", mamba_num_heads=2, head_dim=16)
     config = freeze(config)
     answers, denoiser = (
