@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
             "intermediate_size": 192,
         }
     )
-    config.data = "tasks:letter,spell,sort"
+    config.data = "tasks:letter,getters,sort"
     config.reset_at_documents = True
     config.vocab_size = 576
     config.sequence_length = 128
