@@ -407,6 +407,21 @@ def test_a_length_that_is_no_multiple_of_the_block(make):
 # Gradients
 
 
+def test_an_unrolled_loop_computes_the_same(make):
+    """Also gradients, of parameters that stay stacked."""
+    params, found = make("M-M-*").params, []
+    for unroll in (False, True):
+        model = make("M-M-*", execution=Execution(unroll=unroll)).model
+
+        def loss(params, model=model):
+            return weighted(bind(model, params).training_logits(*batch(), 4)[0])
+
+        assert ("unroll=2" in str(jax.make_jaxpr(loss)(params))) is unroll
+        found.append(jax.jit(jax.value_and_grad(loss))(params))
+    assert_close(found[1][0], found[0][0])
+    assert_trees_close(found[1][1], found[0][1])
+
+
 def weighted(logits):
     return jnp.sum(logits * jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)) / logits.size
 

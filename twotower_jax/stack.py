@@ -269,7 +269,7 @@ def walk[Carry](
             unit = _recomputed(unit, stretch)
         unit_inputs = (states, inputs.segments[i])
         if stretch.stacked:
-            carry, output = jax.lax.scan(unit, carry, unit_inputs)
+            carry, output = jax.lax.scan(unit, carry, unit_inputs, unroll=towers[0].execution.unroll)
         else:
             leaves, treedef = jax.tree.flatten(states)
             what = stretch.unit, [_what(*pair) for pair in zip(graphdefs, states, strict=True)]
