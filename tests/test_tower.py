@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from twotower_jax import stack
 from twotower_jax.config import Variant
 from twotower_jax.execution import Execution
+from twotower_jax.layer import Layer
+from twotower_jax.layers import registry
 from twotower_jax.parameters import bind, flatten, fresh, initialize, parameter_table, unflatten
 from twotower_jax.stack import PerLayer, Stretch, segments
 from twotower_jax.two_tower import Backbone, TwoTower, from_backbone, is_trainable
@@ -128,6 +130,29 @@ def test_what_is_traced_does_not_grow_with_depth(small_config):
         return str(jaxpr).count("\n")
 
     assert equations(2) == equations(30)
+
+
+def test_layers_one_by_one_are_traced_once_for_each_kind(small_config, monkeypatch):
+    model, traced = TwoTower(small_config("M*M-M*-M"), execution=Execution(scan_layers=False)), []
+
+    def causal(layer, *arguments, plain=Layer.causal, **options):
+        traced.append(type(layer.mixer))
+        return plain(layer, *arguments, **options)
+
+    def trace():
+        traced.clear()
+        params = unflatten(
+            {path: jax.ShapeDtypeStruct(p.shape, jnp.float32) for path, p in parameter_table(model).items()}
+        )
+        ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        jax.make_jaxpr(lambda p, ids: bind(model, p).context_logits(ids))(params, ids)
+        return traced
+
+    monkeypatch.setattr(Layer, "causal", causal)
+    assert trace() == (once := [registry.kind(letter) for letter in "M*-"])
+    # A layer with a setting of its own is not like the others.
+    model.context_tower.segments[4].layers[0].norm.epsilon = 0.1
+    assert trace() == [*once, registry.kind("M")]
 
 
 def test_per_layer_and_by_layer_are_inverse(make):
@@ -380,6 +405,21 @@ def test_a_length_that_is_no_multiple_of_the_block(make):
 
 
 # Gradients
+
+
+def test_an_unrolled_loop_computes_the_same(make):
+    """Also gradients, of parameters that stay stacked."""
+    params, found = make("M-M-*").params, []
+    for unroll in (False, True):
+        model = make("M-M-*", execution=Execution(unroll=unroll)).model
+
+        def loss(params, model=model):
+            return weighted(bind(model, params).training_logits(*batch(), 4)[0])
+
+        assert ("unroll=2" in str(jax.make_jaxpr(loss)(params))) is unroll
+        found.append(jax.jit(jax.value_and_grad(loss))(params))
+    assert_close(found[1][0], found[0][0])
+    assert_trees_close(found[1][1], found[0][1])
 
 
 def weighted(logits):

@@ -16,6 +16,8 @@ class Execution:
     Attributes:
       dtype: of activations; routing, norms, states and softmax run in float32 or better regardless.
       scan_layers: stack and scan repeated segments; False lays parameters out layer by layer.
+      unroll: compute what is stacked layer by layer all the same, which takes longer to compile and, on processors, less
+        time to run.
       remat: what the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each
         layer; "unit", which keeps what enters each unit of a repeated segment.
       backends: the implementation of each kernel.
@@ -23,5 +25,6 @@ class Execution:
 
     dtype: jnp.dtype = jnp.float32
     scan_layers: bool = True
+    unroll: bool = False
     remat: str = "none"
     backends: Backends = Backends()

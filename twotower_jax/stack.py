@@ -249,7 +249,7 @@ def walk[Carry](
     """
     remat, stretches = towers[0].execution.remat, towers[0].stretches
     inputs = PerLayer.nothing(stretches) if inputs is None else inputs
-    outputs = []
+    outputs, alike = [], []
     for i, stretch in enumerate(stretches):
         graphdefs, states = zip(*(nnx.split(tower.segments[i]) for tower in towers), strict=True)
 
@@ -269,11 +269,28 @@ def walk[Carry](
             unit = _recomputed(unit, stretch)
         unit_inputs = (states, inputs.segments[i])
         if stretch.stacked:
-            carry, output = jax.lax.scan(unit, carry, unit_inputs)
+            carry, output = jax.lax.scan(unit, carry, unit_inputs, unroll=towers[0].execution.unroll)
         else:
-            carry, output = unit(carry, unit_inputs)
+            leaves, treedef = jax.tree.flatten(states)
+            what = stretch.unit, [_what(*pair) for pair in zip(graphdefs, states, strict=True)]
+            # Layers one by one are traced once for each kind: the first of them stands for those that are like it.
+            known = next((function for other, function in alike if other == what), None)
+            if known is None:
+                known = jax.jit(functools.partial(_of_leaves, unit, treedef))
+                alike.append((what, known))
+            carry, output = known(carry, leaves, inputs.segments[i])
         outputs.append(output)
     return carry, PerLayer(tuple(outputs), stretches)
+
+
+def _of_leaves(unit, treedef, carry, leaves, unit_inputs):
+    return unit(carry, (jax.tree.unflatten(treedef, leaves), unit_inputs))
+
+
+def _what(graphdef, state):
+    """What tells a stretch from others of its letters, values of parameters aside: not its place or their names."""
+    settings = [attribute for attribute in graphdef.attributes if attribute[0] != "stretch"]
+    return settings, jax.tree.structure(nnx.to_pure_dict(state))
 
 
 def _recomputed(function, stretch):

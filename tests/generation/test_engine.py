@@ -194,18 +194,18 @@ class Asked:
         (1, {"mode": "diffusion"}, [(1, 32, False, False)]),
         (1, {"mode": "diffusion", "context_logprobs": True}, [(1, 32, False, True)]),
         (1, {"mode": "ar"}, [(1, 32, True, True)]),
-        (2, {"mode": "diffusion"}, [(2, 64, False, False)]),
+        (2, {"mode": "diffusion"}, [(2, 32, False, False)]),
     ],
 )
 def test_a_prompt_is_read_in_a_piece_that_suits_it(tiny, slots, request_, asked):
-    """In a narrow one where rows are not read together, and no further up than somebody looks."""
+    """In a narrow one, and no further up than somebody looks."""
     engine = Engine(*tiny, DIFFUSION, capacity=64, slots=slots, table=Asked)
     for _ in range(slots):
         engine.submit(Request(prompt=[5] * 20, max_new_tokens=8, sampling=SAMPLING, **request_))
     with pytest.raises(StopIteration):
         engine.step()
     assert engine._rows.pieces == asked
-    assert not reads_narrow(1, "gpu")
+    assert not reads_narrow("gpu")
 
 
 def test_a_state_that_nobody_looks_at_is_not_computed(tiny):

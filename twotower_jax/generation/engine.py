@@ -109,7 +109,7 @@ class Engine:
         self._eos_width = 0
         self._rows_apart = placement.rows
         self.slots = batch = round_up(slots or settings.batch_size, placement.rows)
-        self._narrow = reads_narrow(batch, placement.devices[0].platform)
+        self._narrow = reads_narrow(placement.devices[0].platform)
         self._table: list[Row | None] = [None] * batch
         self._waiting: deque[Row] = deque()
         self._submitted = 0
@@ -236,7 +236,7 @@ class Engine:
             groups = {}
             for slot in reading:
                 row = self._table[slot]
-                width = piece_width(len(row.to_read) - row.read, self._settings.prefill_chunk, self._narrow)
+                width = piece_width(len(row.to_read) - row.read, self._settings.prefill_chunk)
                 alike = width, row.chooses_first, row.needs_state, row.request.adapter or ""
                 groups.setdefault(alike, []).append(slot)
             for (width, *_), group in sorted(groups.items()):
@@ -253,13 +253,15 @@ class Engine:
         while group:
             # A few prompts are read one by one rather than with a table of padding.
             size = together if len(group) * 4 > together else apart
-            firsts += self._read_rows(width, group[:size], size)
+            firsts += self._read_rows(group[:size], size)
             group = group[size:]
         return firsts
 
-    def _read_rows(self, width: int, group: list[int], size: int) -> list[tuple[list[tuple[int, Row]], Said]]:
+    def _read_rows(self, group: list[int], size: int) -> list[tuple[list[tuple[int, Row]], Said]]:
         """The next pieces of the prompts in the slots of `group`, in a call for `size` rows."""
         config, rows = self._model.config, [self._table[slot] for slot in group]
+        longest = max(len(row.to_read) - row.read for row in rows)
+        width = piece_width(longest, self._settings.prefill_chunk, self._narrow)
         places = rows + [None] * (size - len(rows))
         piece = Piece(
             ids=np.full((size, width), config.pad_token_id, np.int32),

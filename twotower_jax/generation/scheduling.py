@@ -12,9 +12,9 @@ from twotower_jax.generation.modes import Call, Emitted, Recipe
 from twotower_jax.generation.rows import Kind, Row
 from twotower_jax.generation.slots import Draws, Given, allowed_bits, end_token_array
 
-# The shortest piece of a prompt where rows are read together, of which caches are a multiple.
+# The shortest piece of a prompt on accelerators, of which caches are a multiple.
 PIECE = 64
-# The shortest one where they are not.
+# The shortest one on processors.
 _NARROWEST = 16
 # Each longer piece is so many times the one before, up to prefill_chunk: few lengths, so that few are compiled.
 _PIECE_GROWTH = 4
@@ -40,7 +40,7 @@ def bucket(positions: int) -> int:
 
 
 def piece_width(left: int, chunk: int, narrow: bool = False) -> int:
-    """How many tokens the next piece of a prompt has, padding included; it depends on the prompt's own length alone.
+    """How many tokens the next piece of a prompt has, padding included.
 
     Args:
       left: tokens to be read. chunk: the most of a piece.
@@ -52,14 +52,13 @@ def piece_width(left: int, chunk: int, narrow: bool = False) -> int:
     return min(width, chunk)
 
 
-def reads_narrow(slots: int, platform: str) -> bool:
-    """Whether short prompts are read in narrow pieces: where they cost less, and take nobody with them.
+def reads_narrow(platform: str) -> bool:
+    """Whether short prompts are read in narrow pieces, those of a call as wide as the longest of them needs.
 
     A processor needs half of the time for 16 positions that it needs for 64; an accelerator waits for the weights in
-    both cases, and would compile three programs in place of one. In a table of several rows, those of other widths
-    could not be read in the same call, and a width that suits them all would depend on a row's neighbors.
+    both cases, and would compile three programs in place of one.
     """
-    return slots == 1 and platform == "cpu"
+    return platform == "cpu"
 
 
 def recipe(kind: Kind, rows: Places, record: bool, routing: bool, vocab_size: int) -> Recipe:

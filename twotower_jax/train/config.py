@@ -41,6 +41,7 @@ CHANGEABLE = (
     "mesh",
     "accumulate",
     "remat",
+    "unroll_layers",
     "kernels",
     "max_skipped_steps",
     "peak_flops",
@@ -181,6 +182,9 @@ class TrainConfig:
     # What the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each layer;
     # "unit", which keeps what enters each unit of a repeated segment.
     remat: str = "none"
+    # Compute repeated layers one after the other rather than in a loop: on processors faster, and compiled sooner as
+    # long as they are few; gradients have other last bits.
+    unroll_layers: bool = False
     # The implementation of each kernel, see `Backends`; None for one that is chosen by platform and shapes.
     kernels: Backends = Backends()
     # Devices along each axis of the mesh, see `MeshShape`; -1, for one of them, takes all that are left.
@@ -335,7 +339,9 @@ class TrainConfig:
 
     @property
     def execution(self) -> Execution:
-        return Execution(dtype=DTYPES[self.dtype], remat=self.remat, backends=self.kernels)
+        return Execution(
+            dtype=DTYPES[self.dtype], unroll=self.unroll_layers, remat=self.remat, backends=self.kernels
+        )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model of this shape over a vocabulary.

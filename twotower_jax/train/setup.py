@@ -80,6 +80,7 @@ class Setup:
         self.report(
             f"{config.objective}: {count(trained):,} parameters train, {follow}{frozen:,} are frozen; {config.dtype} "
             f"on {among}, {start.model.num_hidden_layers} layers {start.model.hybrid_override_pattern}"
+            f"{', unrolled' if config.unroll_layers else ''}"
         )
         held_out = 0 if start.validation is None else start.validation.tokens
         self.report(
