@@ -108,6 +108,7 @@ def get_config() -> ConfigDict:
     config.sequence_length = 128
     config.batch_size = 16
     config.block_size = 64
+    config.unroll_layers = True
     config.diffusion.times = "first_look"
     config.steps = 1000
     config.optimizer = "muon"

@@ -208,6 +208,20 @@ def test_a_prompt_is_read_in_a_piece_that_suits_it(tiny, slots, request_, asked)
     assert not reads_narrow("gpu")
 
 
+@pytest.mark.parametrize(
+    "lengths, asked",
+    [((10, 20), [(2, 32)]), ((10, 40), [(2, 64)]), ((5, 9), [(2, 16)]), ((10, 90), [(2, 16), (2, 256)])],
+)
+def test_prompts_read_together_share_the_width_that_the_longest_needs(tiny, lengths, asked):
+    """Those that need more than 64 are read apart from the others."""
+    engine = Engine(*tiny, DIFFUSION, capacity=256, slots=2, table=Asked)
+    for length in lengths:
+        engine.submit(Request(prompt=[5] * (length + 1), max_new_tokens=8, sampling=SAMPLING))
+    with pytest.raises(StopIteration):
+        engine.step()
+    assert [piece[:2] for piece in engine._rows.pieces] == asked
+
+
 def test_a_state_that_nobody_looks_at_is_not_computed(tiny):
     """And the cache is the same to the last bit."""
     model, params = tiny
