@@ -251,7 +251,7 @@ def test_a_report_tells_means_and_standard_errors(tmp_path):
     # Seed by seed: the errors of both cells' means would be larger.
     difference = said([0.75 - 0.5, 0.8125 - 0.625], 1, 3)
     assert f"| half | `diffusion` | {' | '.join(half)} | {difference} | 2 |" in text
-    assert "Missing: half, seed 2." in text and "2026-11-28 to 2026-11-29" in text and "Paper: 2.1 T." in text
+    assert "Missing: half, seed 2." in text and "2026-11-28 to 2026-11-29" in text and "The paper: 2.1 T." in text
     picture = xml.etree.ElementTree.parse(tmp_path / "report_curved.svg").getroot()
     lines = [element for element in picture.iter() if element.tag.endswith("polyline")]
     assert len(lines) == 4  # Three seeds and their means.

@@ -51,7 +51,7 @@ class Part:
     """Cells that are compared, the first one being what the others differ from.
 
     Attributes:
-      name: for flags and files. title: the question. published: what the paper says to it, for the report.
+      name: for flags and files. title: the question. published: what the paper says to it; "" for nothing.
       metrics: the columns of its table, of `report.METRICS`.
       timed: whether speeds are measured: a question at a time, all ways of a cell in turns.
     """

@@ -11,7 +11,6 @@ _SCHEDULES = ("linear", "cosine", "exponential")
 _BLOCKS = (4, 8, 16, 32)
 _TOKENS = (0.01, 0.03, 0.1, 1.0)
 _STEPS = 8  # Evaluations of a block of 16, of strategies that follow a schedule.
-_NOTHING = "The paper tells nothing of it."
 
 # What all others differ from: the published recipe.
 _BASE = "base"
@@ -72,14 +71,14 @@ PARTS = (
     Part(
         "strategies",
         "Which positions are to be committed?",
-        _NOTHING,
+        "",
         (_ASKED_EVERY_WAY,),
         _ASKED,
     ),
     Part(
         "speculative",
         "Are more drafts accepted after distillation?",
-        _NOTHING,
+        "",
         tuple(
             Cell(name, changes, ways=("diffusion", "speculative", "speculative:steps_per_block=1"))
             for name, changes in (

@@ -65,7 +65,8 @@ def write_report(results: Results, parts: Iterable[Part], seeds: int, path: path
     """
     lines = [*_head(results, seeds, command)]
     for part in parts:
-        lines += ["", f"## {part.title}", "", f"Paper: {part.published}", "", *_table(results, part, seeds)]
+        paper = f"The paper: {part.published}" if part.published else "The paper tells nothing of it."
+        lines += ["", f"## {part.title}", "", paper, "", *_table(results, part, seeds)]
         if missing := _missing(results, part, seeds):
             lines += ["", f"Missing: {missing}."]
         if part.curve is not None and (picture := draw(results, part, part.curve, seeds)):
