@@ -22,17 +22,9 @@ stopping.listen()  # now, because the imports below take seconds
 from absl import flags
 
 from twotower_jax import command_line, strategy_flags
-from twotower_jax.checkpoint.orbax_steps import SaveError
-from twotower_jax.diffusion import SamplingConfig
-from twotower_jax.files import check_folder
-from twotower_jax.generation.trained import trained_block_size, untrained_denoiser
-from twotower_jax.paths import as_path
-from twotower_jax.reinforce.loop import ReinforceConfig, reinforce
-from twotower_jax.reinforce.questions import all_of_file, from_file, from_tasks
-from twotower_jax.reinforce.rewards import REWARDS
+from twotower_jax.choices import REWARDS
 
 flags.adopt_module_key_flags(strategy_flags)
-_DEFAULT = ReinforceConfig(checkpoint="", asked="")
 _CHECKPOINT = command_line.DEFINE_path("checkpoint", None, "Folder of the checkpoint to start from.", required=True)
 _WORKDIR = command_line.DEFINE_path("workdir", None, "Where checkpoints and metrics go.", required=True)
 _TASKS = flags.DEFINE_list("tasks", [], "Ask questions of these tasks, several with commas.")
@@ -42,26 +34,35 @@ _QUESTIONS = command_line.DEFINE_path(
 _HELD_OUT = command_line.DEFINE_path(
     "held_out", None, "Such a file of questions that teach nothing: asked before the first step and after the last."
 )
-_REWARD = flags.DEFINE_string("reward", _DEFAULT.reward, f"{', '.join(REWARDS)}, or one of --register.")
-_STEPS = flags.DEFINE_integer("steps", _DEFAULT.steps, "Steps, each with new answers.")
-_PROMPTS = flags.DEFINE_integer("prompts_per_step", _DEFAULT.prompts_per_step, "Questions of a step.")
-_GROUP = flags.DEFINE_integer("group_size", _DEFAULT.group_size, "Answers to each, which are compared.")
-_UPDATES = flags.DEFINE_integer("updates", _DEFAULT.updates, "Updates of the weights from the answers of a step.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", _DEFAULT.max_new_tokens, "Tokens of an answer, at most.")
+_REWARD = flags.DEFINE_string("reward", "exact", f"{', '.join(REWARDS)}, or one of --register.")
+_STEPS = flags.DEFINE_integer("steps", 100, "Steps, each with new answers.")
+_PROMPTS = flags.DEFINE_integer("prompts_per_step", 8, "Questions of a step.")
+_GROUP = flags.DEFINE_integer("group_size", 8, "Answers to each, which are compared.")
+_UPDATES = flags.DEFINE_integer("updates", 1, "Updates of the weights from the answers of a step.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens of an answer, at most.")
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", None, "Tokens denoised together; default: what was trained, or 16.")
 _STEPS_PER_BLOCK = flags.DEFINE_integer(
     "steps_per_block", None, "Most denoiser evaluations per block; default: the block size."
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of sampling, more than 0.")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", _DEFAULT.learning_rate, "The same in all steps.")
-_CLIP = flags.DEFINE_float("clip", _DEFAULT.clip, "How far a token's probability ratio may go in a step and still pay.")
-_KL = flags.DEFINE_float("kl", _DEFAULT.kl, "Cost of a nat of divergence from the start, a token; 0: free.")
-_SEED = flags.DEFINE_integer("seed", _DEFAULT.seed, "Of questions and sampling.")
-_ROWS = flags.DEFINE_integer("rows", _DEFAULT.rows, "Rows of the training pass computed together.")
-_EVERY = flags.DEFINE_integer("checkpoint_every", _DEFAULT.checkpoint_every, "Save after so many steps; 0: at the end.")
-_VALIDATION_EVERY = flags.DEFINE_integer(
-    "validation_every", _DEFAULT.validation_every, "Ask --held_out after so many steps as well."
-)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-5, "The same in all steps.")
+_CLIP = flags.DEFINE_float("clip", 0.2, "How far a token's probability ratio may go in a step and still pay.")
+_KL = flags.DEFINE_float("kl", 0.01, "Cost of a nat of divergence from the start, a token; 0: free.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of questions and sampling.")
+_ROWS = flags.DEFINE_integer("rows", 16, "Rows of the training pass computed together.")
+_EVERY = flags.DEFINE_integer("checkpoint_every", 0, "Save after so many steps; 0: at the end.")
+_VALIDATION_EVERY = flags.DEFINE_integer("validation_every", 0, "Ask --held_out after so many steps as well.")
+
+if __name__ == "__main__":
+    command_line.read_flags()
+
+from twotower_jax.checkpoint.orbax_steps import SaveError
+from twotower_jax.diffusion import SamplingConfig
+from twotower_jax.files import check_folder
+from twotower_jax.generation.trained import trained_block_size, untrained_denoiser
+from twotower_jax.paths import as_path
+from twotower_jax.reinforce.loop import ReinforceConfig, reinforce
+from twotower_jax.reinforce.questions import all_of_file, from_file, from_tasks
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ class Execution:
     Attributes:
       dtype: of activations; routing, norms, states and softmax run in float32 or better regardless.
       scan_layers: stack and scan repeated segments; False lays parameters out layer by layer.
-      unroll: compute what is stacked layer by layer all the same, which takes longer to compile and, on processors, less
-        time to run.
+      unroll: compute what is stacked layer by layer all the same: on processors faster, and compiled sooner as long as
+        the layers are few.
       remat: what the backward pass recomputes instead of keeping it: "none"; "layer", which keeps what enters each
         layer; "unit", which keeps what enters each unit of a repeated segment.
       backends: the implementation of each kernel.

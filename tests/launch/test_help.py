@@ -1,5 +1,7 @@
 """What a command says of its flags, at once: without JAX and whatever else takes seconds to import."""
 
+import ast
+import dataclasses
 import subprocess
 import sys
 
@@ -9,6 +11,8 @@ from helpers import ROOT
 from twotower_jax import choices
 from twotower_jax.diffusion import SCHEDULES, STRATEGIES
 from twotower_jax.quantization import METHODS
+from twotower_jax.reinforce.loop import ReinforceConfig
+from twotower_jax.reinforce.rewards import REWARDS
 
 # What all others need for their flags takes seconds to import, or their flags are those of a part.
 COMMANDS = sorted(
@@ -56,8 +60,18 @@ def test_neither_does_the_installed_command_nor_the_version_nor_a_typo(said):
 
 
 @pytest.mark.parametrize(
-    "names, things", [("STRATEGIES", STRATEGIES), ("SCHEDULES", SCHEDULES), ("QUANTIZATIONS", METHODS)]
+    "names, things",
+    [("STRATEGIES", STRATEGIES), ("SCHEDULES", SCHEDULES), ("QUANTIZATIONS", METHODS), ("REWARDS", REWARDS)],
 )
 def test_the_names_are_those_of_what_there_is(names, things):
     own = things.sources() if hasattr(things, "sources") else {}
     assert getattr(choices, names) == tuple(name for name in things if name not in own)
+
+
+def test_the_defaults_of_reinforcement_are_those_of_its_settings():
+    code = "from absl import flags; import reinforce; print({n: flags.FLAGS[n].default for n in flags.FLAGS})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "launch", capture_output=True, text=True, check=True)
+    defaults = ast.literal_eval(done.stdout.splitlines()[-1])
+    fields = {field.name: field.default for field in dataclasses.fields(ReinforceConfig)}
+    shared = fields.keys() & defaults.keys() - {"checkpoint"}
+    assert len(shared) == 13 and {name: defaults[name] for name in shared} == {name: fields[name] for name in shared}

@@ -339,9 +339,7 @@ class TrainConfig:
 
     @property
     def execution(self) -> Execution:
-        return Execution(
-            dtype=DTYPES[self.dtype], unroll=self.unroll_layers, remat=self.remat, backends=self.kernels
-        )
+        return Execution(dtype=DTYPES[self.dtype], unroll=self.unroll_layers, remat=self.remat, backends=self.kernels)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model of this shape over a vocabulary.
