@@ -208,7 +208,7 @@ CURVED = Part(
     "2.1 T.",
     (Cell("all", ways=(AR, "diffusion")), Cell("half", tokens=0.5, ways=("diffusion",))),
     ("validation_loss", "accuracy", "retained"),
-    Curve("tokens", "retained", log=True),
+    (Curve("tokens", "retained", log=True),),
 )
 
 
@@ -252,9 +252,10 @@ def test_a_report_tells_means_and_standard_errors(tmp_path):
     difference = said([0.75 - 0.5, 0.8125 - 0.625], 1, 3)
     assert f"| half | `diffusion` | {' | '.join(half)} | {difference} | 2 |" in text
     assert "Missing: half, seed 2." in text and "2026-11-28 to 2026-11-29" in text and "The paper: 2.1 T." in text
-    picture = xml.etree.ElementTree.parse(tmp_path / "report_curved.svg").getroot()
+    picture = xml.etree.ElementTree.parse(tmp_path / "report_curved_tokens.svg").getroot()
     lines = [element for element in picture.iter() if element.tag.endswith("polyline")]
     assert len(lines) == 4  # Three seeds and their means.
+    assert [len(line.get("points").split()) for line in lines] == [2, 2, 1, 2]  # AR is no point of a curve.
 
     write_report(results, (CURVED,), 1, tmp_path / "report.md", "python launch/study.py --seeds=1")
     text = (tmp_path / "report.md").read_text()

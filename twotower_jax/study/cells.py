@@ -61,7 +61,7 @@ class Part:
     published: str
     cells: tuple[Cell, ...]
     metrics: tuple[str, ...] = ("validation_loss", "accuracy", "words", "retained", "tokens_per_evaluation")
-    curve: Curve | None = None
+    curves: tuple[Curve, ...] = ()
     timed: bool = False
 
 

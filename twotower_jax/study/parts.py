@@ -41,7 +41,7 @@ PARTS = (
         "98.7 % of AR's quality at 2.42 times its tokens per second with a threshold of 0.8, on two H100.",
         (Cell(_BASE, ways=(AR, *(f"diffusion:confidence_threshold={value}" for value in _THRESHOLDS))),),
         ("accuracy", "words", "retained", "tokens_per_evaluation", "speed"),
-        Curve("tokens_per_evaluation", "retained"),
+        (Curve("speed", "retained"), Curve("tokens_per_evaluation", "retained")),
         timed=True,
     ),
     Part(
@@ -60,7 +60,7 @@ PARTS = (
         "2.1 T, 8.4 % of the 25 T of the backbone.",
         (Cell(_BASE), *(Cell(f"{part:.0%} of the backbone's", tokens=part) for part in _TOKENS)),
         ("tokens", "validation_loss", "accuracy", "words", "retained", "tokens_per_evaluation"),
-        Curve("tokens", "retained", log=True),
+        (Curve("tokens", "retained", log=True),),
     ),
     Part(
         "time",

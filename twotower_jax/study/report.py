@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from twotower_jax.outputs import write_file
-from twotower_jax.study.cells import Cell, Curve, Part
+from twotower_jax.study.cells import AR, Cell, Curve, Part
 from twotower_jax.study.results import Mean, Results
 from twotower_jax.visualize.curves import draw_curves
 
@@ -58,7 +58,7 @@ METRICS = {
 
 
 def write_report(results: Results, parts: Iterable[Part], seeds: int, path: pathlib.Path, command: str) -> None:
-    """The report, and one picture for each part that has a curve and two values for it, as PATH_PART.svg.
+    """The report, and a picture for each curve of a part that has two values, as PATH_PART_ACROSS.svg.
 
     Raises:
       ValueError, OSError: if they cannot be written.
@@ -69,10 +69,11 @@ def write_report(results: Results, parts: Iterable[Part], seeds: int, path: path
         lines += ["", f"## {part.title}", "", paper, "", *_table(results, part, seeds)]
         if missing := _missing(results, part, seeds):
             lines += ["", f"Missing: {missing}."]
-        if part.curve is not None and (picture := draw(results, part, part.curve, seeds)):
-            name = f"{path.stem}_{part.name}.svg"
-            write_file(path.with_name(name), picture)
-            lines += ["", f"![{METRICS[part.curve.up].head} over {METRICS[part.curve.across].head}]({name})"]
+        for curve in part.curves:
+            if picture := draw(results, part, curve, seeds):
+                name = f"{path.stem}_{part.name}_{curve.across}.svg"
+                write_file(path.with_name(name), picture)
+                lines += ["", f"![{METRICS[curve.up].head} over {METRICS[curve.across].head}]({name})"]
     write_file(path, "\n".join(lines) + "\n")
 
 
@@ -144,8 +145,8 @@ def _missing(results: Results, part: Part, seeds: int) -> str:
 
 
 def draw(results: Results, part: Part, curve: Curve, seeds: int) -> str | None:
-    """Each seed's curve, and that of the means; None where no curve has two points."""
-    places = [(cell, way) for cell in part.cells for way in cell.ways]
+    """Each seed's curve, and that of the means, of all ways but AR; None where no curve has two points."""
+    places = [(cell, way) for cell in part.cells for way in cell.ways if way != AR]
 
     across, up = METRICS[curve.across], METRICS[curve.up]
 
