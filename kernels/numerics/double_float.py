@@ -121,11 +121,16 @@ def exp(x: Pair) -> Pair:
     minus_one = add(add(s, (0.5 * square[0], 0.5 * square[1])), (tail, jnp.zeros_like(tail)))
     for _ in range(_SQUARINGS):  # (1 + m)² − 1 = 2m + m²
         minus_one = add((2 * minus_one[0], 2 * minus_one[1]), multiply(minus_one, minus_one))
-    total = add((jnp.ones_like(n), jnp.zeros_like(n)), minus_one)
+    total = add(_one_like(n), minus_one)
     # 2ⁿ by its bits; n stays within ±126.
     power = jax.lax.bitcast_convert_type((n.astype(jnp.int32) + 127) << 23, jnp.float32)
     # The barrier keeps XLA from computing all this again for each of its uses.
     return jax.lax.optimization_barrier(tuple(v * power for v in total))
+
+
+def _one_like(v: jax.Array) -> Pair:
+    """1 as a pair, and no constant to the compiler: that of jaxlib 0.11.2 takes (1 + m) − 1 for m."""
+    return jax.lax.optimization_barrier(jnp.ones_like(v)), jnp.zeros_like(v)
 
 
 def sigmoid(x: Pair) -> Pair:
@@ -133,11 +138,11 @@ def sigmoid(x: Pair) -> Pair:
     inside = jnp.abs(x[0]) <= 80
     x = jnp.clip(x[0], -80, 80), jnp.where(inside, x[1], 0)
     power = exp((-x[0], -x[1]))
-    denominator = add((jnp.ones_like(power[0]), jnp.zeros_like(power[0])), power)
+    denominator = add(_one_like(power[0]), power)
     quotient = 1 / denominator[0]
     # One Newton step: what is missing of quotient · denominator = 1.
     product = multiply((quotient, jnp.zeros_like(quotient)), denominator)
-    missing = add((jnp.ones_like(quotient), jnp.zeros_like(quotient)), (-product[0], -product[1]))
+    missing = add(_one_like(quotient), (-product[0], -product[1]))
     return jax.lax.optimization_barrier(two_sum(quotient, quotient * missing[0]))
 
 

@@ -104,5 +104,11 @@ def test_a_race_is_found():
         scratch_types=[plgpu.SMEM((128,), jnp.float32), plgpu.Barrier()],
         interpret=DETECTING,
     )
-    with pytest.raises(jax.errors.JaxRuntimeError, match="[Rr]ace"):
+    try:
         jax.block_until_ready(jax.jit(run)(jnp.ones(128)))
+    except jax.errors.JaxRuntimeError as error:
+        assert "race" in str(error).lower()
+    else:
+        assert interpreters.races_found()  # jax 0.11.2 notes it, and does not raise.
+    finally:
+        interpreters.forget_races()

@@ -42,6 +42,13 @@ def races_found() -> bool:
     return interpret_pallas_call.get_races().races_found
 
 
+def forget_races() -> None:
+    """As if none had been found."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    interpret_pallas_call.get_races().races_found = False
+
+
 def _argument(value: np.ndarray) -> int | np.ndarray:
     """A whole number, or a copy: the memory of what is handed over belongs to the caller."""
     return int(value) if value.ndim == 0 and value.dtype.kind == "i" else np.array(value)
