@@ -5,7 +5,7 @@
     python launch/benchmark.py peers --layouts=flat,stacked
 
 Backbones with random weights are written in the published layout (_peer_models.py) and loaded by both. Each part runs
-in a process of its own, both programs in turns and with one thread: what counts is the median over turns of the ratio
+in a process of its own, both programs in turns and on one core: what counts is the median over turns of the ratio
 of processor seconds, which other work on the machine changes less than the clock. What both computed is compared.
 
     forward    logits of 1 × 512 tokens
@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from twotower_jax.benchmarks._one_thread import use_one_thread
+from twotower_jax.benchmarks._one_thread import use_one_core
 from twotower_jax.benchmarks._peer_models import BLOCK, MODELS, Ours, Theirs, Work, write_backbone
 
 # Each piece of work that both do: a method, rows and tokens, and what it is called.
@@ -118,7 +118,7 @@ def _measure(part: str, folder: pathlib.Path, scan_layers: bool | None, turns: i
         evaluation, step = map(min, seconds)
         times = f"{evaluation * 1e3:.2f} ms, of AR {step * 1e3:.2f} ms"
         return f"evaluation of {BLOCK} tokens", times, "", "", f"{evaluation / step:.2f} steps of AR"
-    use_one_thread()
+    use_one_core()
     method, rows, length, name = _TIMED[part]
     works = [getattr(one, method)(rows, length) for one in (Ours(folder, scan_layers), Theirs(folder))]
     seconds, found = _in_turns(works, time.process_time, turns)
@@ -146,7 +146,7 @@ def _compared(ours: np.ndarray, theirs: np.ndarray) -> str:
 
 def _peak(folder: pathlib.Path, scan_layers: bool | None, own: bool) -> int:
     """Bytes that this process holds at most while it computes the gradient once more, weights included."""
-    use_one_thread()
+    use_one_core()
     method, rows, length, _ = _TIMED["gradient"]
     work = getattr(Ours(folder, scan_layers) if own else Theirs(folder), method)(rows, length)
     work()
