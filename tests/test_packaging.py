@@ -96,8 +96,8 @@ def test_the_lowest_versions_of_all_dependencies_are_tested():
 def test_every_dependency_says_its_lowest_version_and_all_extras_the_same():
     bounds, text = _lowest().bounds, (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert {name: bounds(text)[name] for name in ("absl-py", "moto")} == {"absl-py": "2", "moto": "5.2"}
-    with pytest.raises(ValueError, match="pyarrow: 21 and 22 are both"):
-        bounds(text.replace('data = ["pyarrow>=21"', 'data = ["pyarrow>=22"'))
+    with pytest.raises(ValueError, match=rf"pyarrow: {bounds(text)['pyarrow']} and 99 are both"):
+        bounds(re.sub(r'data = \["pyarrow>=\d+"', 'data = ["pyarrow>=99"', text))
     with pytest.raises(ValueError, match="optax: not of the form"):
         bounds(text.replace('"optax>=0.2.8"', '"optax"'))
 
