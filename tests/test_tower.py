@@ -155,6 +155,18 @@ def test_layers_one_by_one_are_traced_once_for_each_kind(small_config, monkeypat
     assert trace() == [*once, registry.kind("M")]
 
 
+def test_what_is_not_traced_may_be_looked_at(small_config, random_params, monkeypatch):
+    model, seen = TwoTower(small_config("--"), execution=Execution(scan_layers=False)), []
+
+    def causal(layer, h, *arguments, plain=Layer.causal, **options):
+        seen.append(float(h[0, 0, 0]))
+        return plain(layer, h, *arguments, **options)
+
+    monkeypatch.setattr(Layer, "causal", causal)
+    bind(model, random_params(model)).context_logits(jnp.zeros((1, 2), jnp.int32))
+    assert len(seen) == 2
+
+
 def test_per_layer_and_by_layer_are_inverse(make):
     stacked = jnp.arange(7 * 2).reshape(7, 2)
     entries = PerLayer.unstack(make().model.denoiser_tower.stretches, stacked)

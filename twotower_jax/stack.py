@@ -7,6 +7,7 @@ with a step that says what happens to one layer. Only this file knows of stackin
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -250,6 +251,9 @@ def walk[Carry](
     remat, stretches = towers[0].execution.remat, towers[0].stretches
     inputs = PerLayer.nothing(stretches) if inputs is None else inputs
     outputs, alike = [], []
+    # Outside of a trace nothing is gained, and everybody can look at what a layer gets.
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(carry))
+    repeated = Counter(stretch.unit for stretch in stretches if traced and not stretch.stacked)
     for i, stretch in enumerate(stretches):
         graphdefs, states = zip(*(nnx.split(tower.segments[i]) for tower in towers), strict=True)
 
@@ -270,15 +274,17 @@ def walk[Carry](
         unit_inputs = (states, inputs.segments[i])
         if stretch.stacked:
             carry, output = jax.lax.scan(unit, carry, unit_inputs, unroll=towers[0].execution.unroll)
-        else:
+        elif repeated[stretch.unit] > 1:
+            # Layers one by one are traced once for each kind: the first of them stands for those that are like it.
             leaves, treedef = jax.tree.flatten(states)
             what = stretch.unit, [_what(*pair) for pair in zip(graphdefs, states, strict=True)]
-            # Layers one by one are traced once for each kind: the first of them stands for those that are like it.
             known = next((function for other, function in alike if other == what), None)
             if known is None:
                 known = jax.jit(functools.partial(_of_leaves, unit, treedef))
                 alike.append((what, known))
             carry, output = known(carry, leaves, inputs.segments[i])
+        else:
+            carry, output = unit(carry, unit_inputs)
         outputs.append(output)
     return carry, PerLayer(tuple(outputs), stretches)
 
