@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, run_command
+from twotower_jax.train.config import base_config
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^(?:```.*?^```|    [^\n]*$)", re.MULTILINE | re.DOTALL)
@@ -88,3 +89,42 @@ def test_what_is_broken_is_found(tmp_path):
     assert undated_tables(f"# A\n\n## B\n\n{table}\n## C\n\n{table}\n2026-11-29\n\n## D\n\n| a | b |\n") == ["## B"]
     assert undated_tables(f"# A\n\n2026-11-29\n\n## B\n\n{table}") == []
     assert missing_files("see `docs/gone.md` and launch/train.py, ours/docs/gone.md") == ["docs/gone.md"]
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """The commands that a page names, each with its flags."""
+    found = re.findall(r"python launch/(\w+)\.py((?:\\\n|[^\n`#])*)", text)
+    flag = re.compile(r"(?<![\w-])--(?:no)?([a-z][\w.]*)(?=[=\s\\]|$)")
+    return [(name, flag.findall(rest)) for name, rest in found]
+
+
+COMMANDS = [
+    (page.name, *command)
+    for page in PAGES
+    if page.parent.name != "reports"  # whose commands are those of their day
+    for command in commands(page.read_text(encoding="utf-8"))
+]
+
+
+# The flags of a measurement are its own, and it is imported for them.
+@pytest.mark.parametrize("name", sorted({name for _, name, _ in COMMANDS} - {"benchmark", "NAME"}))
+def test_commands_of_the_pages_have_their_flags(tmp_path, name):
+    told = run_command(name, "--helpfull", cwd=tmp_path).stdout
+    known = set(re.findall(r"--(?:\[no\])?(\w+)(?::|\n|,)", told))
+    fields = base_config({}).to_dict()
+
+    def is_there(flag):
+        first, *rest = flag.split(".")
+        if first != "config" or not rest:
+            return flag in known
+        return rest[0] in fields or rest[0].isupper()  # FIELD stands for any.
+
+    assert len(known) > 5
+    said = {(page, flag) for page, of, flags in COMMANDS if of == name for flag in flags}
+    assert {(page, flag) for page, flag in said if not is_there(flag)} == set()
+
+
+def test_flags_of_a_command_are_found():
+    text = "    python launch/train.py --config=x.py \\\n        --config.seed=3 --noverify  # --not\n"
+    text += "`python launch/a.py --b`"
+    assert commands(text) == [("train", ["config", "config.seed", "verify"]), ("a", ["b"])]
