@@ -14,13 +14,15 @@ class Tiles(NamedTuple):
     Attributes:
       row: (T, k) int32, the place of each (token, choice) in the tiled layout; one after the last where there is none.
       token: (tiles · tile,) int32, the token in each place; T in a place of padding.
-      expert: (tiles,) int32, each tile's expert. used: () int32, how many tiles hold rows.
+      expert, filled: (tiles,) int32, each tile's expert and how many rows it holds.
+      used: () int32, how many tiles hold rows.
       first, count: (E,) int32, the tiles of each expert.
     """
 
     row: jax.Array
     token: jax.Array
     expert: jax.Array
+    filled: jax.Array
     used: jax.Array
     first: jax.Array
     count: jax.Array
@@ -47,10 +49,13 @@ def in_tiles(indices: jax.Array, num_experts: int, tile: int) -> Tiles:
     place += (first_tile * tile - first_row)[jnp.minimum(expert, num_experts - 1)]
     place = jnp.where(expert < num_experts, place, count * tile)
     token = jnp.arange(rows, dtype=jnp.int32) // choices
+    number = jnp.arange(count)
+    of_tile = jnp.sum(number[:, None] >= first_tile, axis=1, dtype=jnp.int32) - 1
     return Tiles(
         row=place.reshape(tokens, choices),
         token=jnp.full(count * tile, tokens, jnp.int32).at[place].set(token, mode="drop"),
-        expert=jnp.sum(jnp.arange(count)[:, None] >= first_tile, axis=1, dtype=jnp.int32) - 1,
+        expert=of_tile,
+        filled=jnp.clip(sizes[of_tile] - (number - first_tile[of_tile]) * tile, 0, tile),
         used=jnp.sum(tiles, dtype=jnp.int32),
         first=first_tile,
         count=tiles,

@@ -17,6 +17,7 @@ from twotower_jax import randomness
 from twotower_jax.checkpoint.folder_writing import Tensor, write_folder
 from twotower_jax.checkpoint.load import load
 from twotower_jax.checkpoint.plan import table_places
+from twotower_jax.compiling import jit
 from twotower_jax.config import ModelConfig
 from twotower_jax.execution import Execution
 from twotower_jax.generation import Settings, generate
@@ -91,7 +92,7 @@ def tokens(config: ModelConfig, rows: int, length: int) -> np.ndarray:
 
 
 class Ours:
-    """The work by this program.
+    """The work by this program, compiled as its commands compile it.
 
     Args:
       scan_layers: see `Execution`; None for what `load` chooses.
@@ -104,7 +105,7 @@ class Ours:
 
     def forward(self, rows: int, length: int) -> Work:
         """Logits of all positions (rows, length, V)."""
-        run = jax.jit(lambda params, ids: bind(self._model, params).context_logits(ids))
+        run = jit(lambda params, ids: bind(self._model, params).context_logits(ids))
         ids = tokens(self._config, rows, length)
         return lambda: np.asarray(run(self._params, ids))
 
@@ -120,7 +121,7 @@ class Ours:
             examples = objective.examples(ids, jnp.ones(rows, bool), noise, 1)
             return objective.losses_of(merge(trained, frozen), examples, 1)["next_token_loss"].mean
 
-        run, ids = jax.jit(jax.value_and_grad(loss)), tokens(self._config, rows, length)
+        run, ids = jit(jax.value_and_grad(loss)), tokens(self._config, rows, length)
         return lambda: np.asarray(jax.block_until_ready(run(trained, frozen, ids))[0])
 
     def continuation(self, rows: int, new: int) -> Work:

@@ -41,6 +41,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twotower_jax.cache import Cache
+from twotower_jax.compiling import jit
 from twotower_jax.diffusion import Draft, SamplingConfig, noise_level, per_row, token_log_probabilities
 from twotower_jax.diffusion.prediction import without_token
 from twotower_jax.generation.placement import filled_up
@@ -133,7 +134,7 @@ def context_scores(model: TwoTower, params: Params, pairs: Sequence[Pair], done:
                     done(number, Scored(float(logprobs[i, k, :count].sum(dtype=np.float64)), greedy))
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
+@jit(static_argnames="model")
 def _context(
     params: Params, ids: Int[Array, "B L"], starts: Int[Array, " B"], targets: Int[Array, "B K M"], *, model: TwoTower
 ) -> tuple[Float[Array, "B K M"], Int[Array, "B M"]]:
@@ -348,7 +349,7 @@ def _prefill(model: TwoTower, params: Params, contexts: Sequence[Sequence[int]],
     return _read(params, ids, lengths, model=model, capacity=width + more)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+@jit(static_argnames=("model", "capacity"))
 def _read(params, ids, lengths, *, model, capacity) -> Cache:
     return bind(model, params).prefill(ids, lengths, capacity)[1]
 

@@ -4,16 +4,15 @@ All likelihoods are in nats per token; `exp` of them is a perplexity.
 """
 
 import collections
-import functools
 import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twotower_jax.compiling import jit
 from twotower_jax.diffusion import token_log_probabilities
 from twotower_jax.generation.placement import filled_up
 from twotower_jax.generation.score import score_ar
@@ -65,7 +64,7 @@ def generated_likelihoods(
     return [Likelihood(float(s.sum(dtype=np.float64)), len(s)) for s in new]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "block_size"))
+@jit(static_argnames=("model", "block_size"))
 def _bound_samples(params, ids, masked, t, counted, *, model, block_size):
     """One sample of each row's bound, in nats (B,), from masks (B, L) with the masked fraction t (B,) in each block."""
     mask_id = model.config.mask_token_id

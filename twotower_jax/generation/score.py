@@ -1,15 +1,14 @@
 """Log-probabilities of given tokens, under either tower."""
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from twotower_jax.compiling import jit
 from twotower_jax.diffusion import token_log_probabilities
 from twotower_jax.generation.placement import filled_up
 from twotower_jax.parameters import Params, bind
@@ -35,12 +34,12 @@ class DenoiserRow(NamedTuple):
     block_size: int
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
+@jit(static_argnames="model")
 def _ar(params: Params, ids: Int[Array, "B L"], *, model: TwoTower) -> Float[Array, "B L-1"]:
     return token_log_probabilities(bind(model, params).context_logits(ids)[:, :-1], ids[:, 1:])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "block_size"))
+@jit(static_argnames=("model", "block_size"))
 def _denoiser(
     params: Params,
     ids: Int[Array, "B L"],

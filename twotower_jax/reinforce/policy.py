@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from twotower_jax.compiling import jit
 from twotower_jax.diffusion.prediction import without_token
 from twotower_jax.parameters import Params, bind
 from twotower_jax.reinforce.rollouts import Steps
@@ -105,13 +106,13 @@ def loss_sums(log_p: Float[Array, "R L"], batch: Batch, clip: float, kl: float) 
     return Sums(over_tokens(loss), over_tokens(divergence), over_tokens((held < free).astype(jnp.float32)))
 
 
-@functools.partial(jax.jit, static_argnames="objective")
+@jit(static_argnames="objective")
 def score(trained: Params, frozen: Params, steps: Steps, *, objective: Objective) -> jax.Array:
     """`log_probabilities`, compiled."""
     return log_probabilities(objective, merge(trained, frozen), steps)
 
 
-@functools.partial(jax.jit, static_argnames="objective", donate_argnames=("gradients", "sums"))
+@jit(static_argnames="objective", donate_argnames=("gradients", "sums"))
 def add_gradients(
     trained: Params,
     frozen: Params,

@@ -1,6 +1,5 @@
 """Log-probabilities of prompts under the context tower, with the most probable tokens, for `echo` with `logprobs`."""
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from twotower_jax.compiling import jit
 from twotower_jax.diffusion import token_log_probabilities
 from twotower_jax.generation.placement import TowerMeshes, bind_part, in_force
 from twotower_jax.generation.settings import TokenLogprob
@@ -32,7 +32,7 @@ class _Found(NamedTuple):
     logprobs: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "top"))
+@jit(static_argnames=("model", "top"))
 def _score(params: Params, ids: Int[Array, "B L"], *, model: TwoTower, top: int) -> _Found:
     """What was thought of each token after the first: (B, L), (B, L, top) and (B, L, top). The last says nothing."""
     bound = bind_part(model, params)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from twotower_jax.compiling import compiler_options
 from twotower_jax.kernels import Backends
 from twotower_jax.memory import temporaries
 from twotower_jax.parameters import Params
@@ -106,7 +107,9 @@ class Programs:
             where = None
             if placement.mesh is not None:
                 where = jax.tree.map(lambda leaf: leaf.sharding, state), placement.everywhere
-            self._jitted[block_size] = jax.jit(step, donate_argnums=0, out_shardings=where)
+            self._jitted[block_size] = jax.jit(
+                step, donate_argnums=0, out_shardings=where, compiler_options=compiler_options()
+            )
         shape = (config.batch_size, config.sequence_length)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.ids_sharding())
         documents = None

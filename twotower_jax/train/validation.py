@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from twotower_jax.compiling import compiler_options
 from twotower_jax.data import validation_batches
 from twotower_jax.diffusion import LossSum
 from twotower_jax.parameters import Params
@@ -58,7 +59,7 @@ class Validation:
     def compiled(self, block_size: int) -> Callable[..., Losses]:
         """What `run` calls."""
         validate = make_validation(self._objective, block_size, self.rows)
-        return jax.jit(validate, out_shardings=self._placement.everywhere)
+        return jax.jit(validate, out_shardings=self._placement.everywhere, compiler_options=compiler_options())
 
     def run(self, validate: Callable[..., Losses], trained: Params, frozen: Params) -> Row:
         """Means over all windows as in a row of training, and `loss_stderr`, the standard error of `loss`.

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from twotower_jax.kernels import expert_mlp
-from twotower_jax.kernels.experts import Weights, reference, relu2, sort_by_expert, xla
+from twotower_jax.kernels.experts import Weights, reference, relu2, sort_by_expert, tiles, xla
 from twotower_jax.kernels.experts import ragged_dot as experts_ragged
 from twotower_jax.kernels.experts.xla import tile_size
 from twotower_jax.layers.common import ACTIVATIONS
@@ -152,6 +152,17 @@ def test_all_rows_to_one_expert():
     for gradient in gradients[2]:
         assert not np.any(gradient[:2])
         assert np.any(gradient[2])
+
+
+def test_tiles_that_are_not_full():
+    """Nobody, one row, as many as a step of a tile has or one more, a whole tile or one more."""
+    sizes = np.array([0, 1, 64, 65, 96, 128, 129, 200])
+    rows = int(sizes.sum())
+    assert tile_size(rows, len(sizes)) == 128
+    indices = np.random.default_rng(1).permutation(np.repeat(np.arange(8), sizes)).astype(np.int32)[:, None]
+    layout = tiles.in_tiles(jnp.asarray(indices), 8, 128)
+    assert [int(n) for n in layout.filled[: layout.used]] == [1, 64, 65, 96, 128, 128, 1, 128, 72]
+    check(*draw(0, rows, 1, 8), indices)
 
 
 @pytest.mark.whole(but=["silu"])
