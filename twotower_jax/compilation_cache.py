@@ -20,7 +20,7 @@ FLAG = "compilation_cache"
 OFF = "off"
 
 _MAX_BYTES = 2**30  # of all programs; those not used for longest make room.
-_MIN_SECONDS = 0.1  # of compiling; what takes less is not worth a file.
+_MIN_SECONDS = 0.01  # of compiling; what takes less is not worth a file.
 
 flags.DEFINE_string(
     FLAG,

@@ -203,9 +203,11 @@ def denoise(
 
     def evaluate(blocks, moving):
         """The blocks after a step, and what happened."""
+        t = noise_level(blocks.xt, mask_id)
+        return decide(blocks, moving, t, *model.denoise_with_routing(blocks.xt, t, cache))
+
+    def decide(blocks, moving, t, logits, routing):
         xt, step = blocks
-        t = noise_level(xt, mask_id)
-        logits, routing = model.denoise_with_routing(xt, t, cache)
         logits = constrained(logits, given.allowed)
         result = sample_step(
             sampling,
@@ -243,7 +245,11 @@ def denoise(
 
     xt = blocks.xt if call.again is None else jnp.where(call.again, mask_id, blocks.xt)
     begun = Blocks(jnp.where(call.fresh[:, None], given.tokens, xt), jnp.where(call.fresh, 0, blocks.step))
-    _, _, decided, happened = jax.eval_shape(evaluate, begun, active)
+    if recipe.routing:
+        *_, decided, happened = jax.eval_shape(evaluate, begun, active)
+    else:  # What is decided does not tell how the logits came about, and the model is traced once.
+        logits = jax.ShapeDtypeStruct((batch, size, model.config.vocab_size), jnp.float32)
+        *_, decided, happened = jax.eval_shape(decide, begun, active, jnp.zeros(batch), logits, None)
     revealed = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), decided)
     trace = jax.tree.map(lambda v: jnp.zeros((STEPS_PER_TRACE, *v.shape), v.dtype), happened)
     carry = jnp.int32(0), begun, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), revealed, trace
