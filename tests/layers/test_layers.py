@@ -10,7 +10,7 @@ import pytest
 from twotower_jax.execution import Execution
 from twotower_jax.layer import Layer
 from twotower_jax.layers.attention import Attention, AttentionCache, AttentionMemory
-from twotower_jax.layers.common import ACTIVATIONS, rms_norm
+from twotower_jax.layers.common import ACTIVATIONS, matmul, precision_of, rms_norm
 from twotower_jax.layers.experts import Experts
 from twotower_jax.layers.mamba import Mamba, MambaCache
 from twotower_jax.layers.mixer import Run
@@ -75,6 +75,20 @@ def test_rms_norm_multiplies_by_the_weight_before_it_rounds():
     assert np.max(relative) < 2.0**-8 * 1.001
     twice = np.asarray(jnp.bfloat16(norm(np.asarray(x, np.float64), 1.0)) * weight, np.float64)
     assert np.max(np.abs(twice / exact - 1)) > 1.3 * 2.0**-8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(40,), (3, 50, 40), (2, 3, 1, 40), (0, 5, 40)])
+def test_products_and_their_gradients_are_those_of_whole_arrays(shape, dtype):
+    rng = np.random.default_rng(0)
+    x, w, g = (jnp.asarray(rng.standard_normal(s), dtype) for s in (shape, (40, 24), (*shape[:-1], 24)))
+    (y, pullback), (expected, other) = (
+        jax.vjp(product, x, w) for product in (matmul, lambda x, w: jnp.matmul(x, w, precision=precision_of(dtype)))
+    )
+    assert y.shape == g.shape
+    assert y.dtype == dtype
+    for found, wanted in zip((y, *pullback(g)), (expected, *other(g)), strict=True):
+        np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
 
 
 def test_activations():
