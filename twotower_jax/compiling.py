@@ -13,7 +13,7 @@ _ON_A_CPU = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 @functools.cache
 def compiler_options() -> dict[str, str] | None:
-    """For `jax.jit`, on the platform where arrays lie by default. They change no number."""
+    """For `jax.jit`, on the platform where arrays lie by default, or None. They change no number."""
     if jax.default_backend() != "cpu":
         return None
     try:
